@@ -1,0 +1,274 @@
+"""Checkpoints: Orbax writes, our manifest verifies; what is torn is removed, what is broken is set aside and said.
+
+    <workdir>/config.json  tokenizer.model  checkpoints/<step>/{parameters,optimizer,data}  checkpoints/<step>/MANIFEST.json
+
+The manifest is written last and durably: a step without one never was. Order of restore: (1) the workdir has a valid step:
+resume; (2) `train.init_from`: parameters only; (3) fresh.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lm_jax import __version__
+from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
+from lm_jax.data.shards import file_hash, flush
+from lm_jax.data.sources import files_below
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.model import transformer
+from lm_jax.sharding import laid_out
+from lm_jax.train_state import Program, TrainState, abstract
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+
+
+class DataState(NamedTuple):
+    """Where the training stream is: after `step` updates the next row is `cursor`; `skipped` row ranges were dropped."""
+
+    step: int
+    cursor: int
+    skipped: tuple[tuple[int, int], ...] = ()
+
+
+def items(state: TrainState, data: DataState) -> dict[str, Any]:
+    """The state as Orbax items: nested dicts of arrays, and JSON."""
+    return {
+        "parameters": ocp.args.StandardSave(state.parameters),
+        "optimizer": ocp.args.StandardSave(_named(state.optimizer_state)),
+        "data": ocp.args.JsonSave(data._asdict()),
+    }
+
+
+def _named(tree) -> dict[str, Any]:
+    """Any pytree as {path: leaf}, so that what is on disk does not depend on a library's classes."""
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def steps_folder(workdir: epath.Path) -> epath.Path:
+    """Where the steps of a run lie; absolute, as Orbax wants it."""
+    place = str(workdir)
+    return epath.Path(place if "://" in place else os.path.abspath(place)) / "checkpoints"
+
+
+class Saver:
+    """Saves in the background. `poll` raises what went wrong there; `wait` ends with the manifest on disk."""
+
+    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, str]):
+        self.folder, self.config, self.facts = steps_folder(workdir), config, facts
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._commit: concurrent.futures.Future | None = None
+
+    def save(self, state: TrainState, data: DataState) -> None:
+        """Returns once the state is copied; the state's arrays may then be donated."""
+        self.wait()
+        if (self.folder / str(data.step) / MANIFEST).exists():
+            return
+        if jax.default_backend() == "cpu":  # a CPU array on the host is a view, which the next step would write over
+            state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        self._orbax.save(self.folder / str(data.step), args=ocp.args.Composite(**items(state, data)), force=True)
+        self._commit = self._thread.submit(self._finish, data.step)
+
+    def _finish(self, step: int) -> None:
+        self._orbax.wait_until_finished()
+        write_manifest(self.folder / str(step), {"step": step, **self.facts})
+        self._retain()
+
+    def _retain(self) -> None:
+        """Keeps the newest `keep_last` and every multiple of `keep_every`; runs after the new manifest is durable."""
+        settings = self.config.checkpoint
+        steps = complete_steps(self.folder)
+        for step in steps[: -settings.keep_last]:
+            if not settings.keep_every or step % settings.keep_every:
+                (self.folder / str(step) / MANIFEST).unlink()  # from here on torn: a kill in between is cleaned up
+                (self.folder / str(step)).rmtree()
+
+    def poll(self) -> None:
+        if self._commit is not None and self._commit.done():
+            self._commit.result()
+
+    def wait(self) -> None:
+        if self._commit is not None:
+            self._commit.result()
+            self._commit = None
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+        self._orbax.close()
+
+
+def files_of(folder: epath.Path) -> dict[str, dict[str, int | str]]:
+    """{relative path: size and sha256} of every file of a step but its manifest."""
+    paths = sorted(path for path in files_below(folder) if path.name != MANIFEST)
+    return {os.path.relpath(path, folder): file_hash(path) for path in paths}
+
+
+def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
+    versions = {module.__name__: module.__version__ for module in (jax, ocp)} | {"lm_jax": __version__}
+    manifest = {"format": FORMAT, **facts, "versions": versions, "files": files_of(folder)}
+    draft = folder / (MANIFEST + ".draft")
+    with open(draft, "w") as file:
+        json.dump(manifest, file, indent=1)
+        flush(file)
+    os.replace(draft, folder / MANIFEST)
+    for path in (folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def complete_steps(folder: epath.Path) -> list[int]:
+    """Steps that have a manifest, in order."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdigit() and (folder / name / MANIFEST).exists())
+
+
+def fault(folder: epath.Path) -> str:
+    """What is wrong with a step, "" where every file is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        expected = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    if manifest.get("format") != FORMAT:
+        return f"{MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}"
+    found = files_of(folder)
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != expected.get(name):
+            return f"{name} is not as it was written"
+    return ""
+
+
+def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
+    """Removes what a kill left half-written: steps without a manifest, and Orbax's temporary folders."""
+    folder = steps_folder(workdir)
+    for path in folder.iterdir() if folder.exists() else ():
+        torn = path.name.isdigit() and not (path / MANIFEST).exists()
+        if torn or "orbax-checkpoint-tmp" in path.name:
+            say(f"removed {path.name}: a checkpoint that was never finished")
+            shutil.rmtree(path)
+
+
+def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bool) -> int | None:
+    """The newest step whose files are as written, None where there never was one. Raises UserError if all are broken."""
+    folder = steps_folder(workdir)
+    steps = complete_steps(folder)
+    for step in reversed(steps):
+        problem = fault(folder / str(step))
+        if not problem:
+            return step
+        say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
+        if quarantine:
+            (folder / str(step)).rename(folder / f"{step}.broken")
+    broken = list(folder.glob("*.broken")) if folder.exists() else []
+    if steps or broken:
+        raise UserError(f"no checkpoint in {folder} is whole; remove the folder to start over, or restore it from a copy")
+    return None
+
+
+def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainState, DataState]:
+    """The state of a verified step, on the mesh that is set."""
+    target = abstract(program)
+    named = _named(target.optimizer_state)
+    with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as orbax:
+        found = orbax.restore(
+            steps_folder(workdir) / str(step),
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardRestore(target.parameters),
+                optimizer=ocp.args.StandardRestore(named),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+    _, structure = jax.tree.flatten(target.optimizer_state)
+    optimizer_state = jax.tree.unflatten(structure, [found.optimizer[name] for name in named])
+    data = DataState(found.data["step"], found.data["cursor"], tuple(map(tuple, found.data["skipped"])))
+    step_array = jax.device_put(np.int32(data.step), target.step.sharding)
+    return TrainState(step_array, found.parameters, optimizer_state), data
+
+
+def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], facts: dict[str, str]) -> None:
+    """`config.json`: the resolved values, and for each that is no default where it came from."""
+    content = {"format": FORMAT, "config": flatten(config), "origins": origins, **facts}
+    draft = workdir / "config.json.draft"
+    draft.write_text(json.dumps(content, indent=1))
+    os.replace(draft, workdir / "config.json")
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+    """The content of `config.json`. Raises UserError where it cannot be read."""
+    try:
+        content = json.loads((workdir / "config.json").read_text())
+        content["config"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{workdir / 'config.json'} is no config of a run; use another --workdir") from None
+    return content
+
+
+def check_resume(workdir: epath.Path, saved: dict[str, Any], config: Config, facts: dict[str, str]) -> list[str]:
+    """Lines on what changed since the run was started. Raises UserError for what a run must keep."""
+    changed = difference(saved["config"], flatten(config))
+    fixed = {path: values for path, values in changed.items() if path not in leaves() or leaves()[path].metadata["fixed"]}
+    if fixed:
+        shown = [f"config.{path}: {old!r} there, {new!r} here" for path, (old, new) in list(fixed.items())[:3]]
+        more = f" (+{len(fixed) - 3} more)" * (len(fixed) > 3)
+        lines = "\n".join(shown)
+        raise UserError(f"{workdir} holds a run with another config:\n{lines}{more}\nuse another --workdir, or its config")
+    for fact, value in facts.items():
+        if saved.get(fact) != value:
+            raise UserError(f"{workdir} holds a run on other data: {fact} {saved.get(fact)!r} there, {value!r} here")
+    return [f"changed on resume: config.{path}: {old!r} -> {new!r}" for path, (old, new) in changed.items()]
+
+
+class Located(NamedTuple):
+    workdir: epath.Path
+    step: int
+    config: Config
+    tokenizer: Tokenizer
+
+
+def locate(model: str, say: Callable[[str], None] = print) -> Located:
+    """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified. Raises UserError."""
+    place, _, wanted = model.partition("@")
+    workdir = epath.Path(place)
+    if not (workdir / "config.json").exists():
+        siblings = [str(path) for path in workdir.parent.glob("*") if (path / "config.json").exists()]
+        raise UserError(f"--model {model}: {place} is not a run (it has no config.json){nearest(place, siblings)}")
+    steps = complete_steps(workdir / "checkpoints")
+    if not steps:
+        raise UserError(f"--model {model}: the run has no checkpoint yet")
+    if not wanted:
+        step = newest_valid(workdir, say, quarantine=False)
+        assert step is not None
+    elif re.fullmatch(r"\d+", wanted) and int(wanted) in steps:
+        step = int(wanted)
+        if problem := fault(workdir / "checkpoints" / wanted):
+            raise UserError(f"--model {model}: {problem}; whole are {', '.join(str(s) for s in steps if s != step) or 'none'}")
+    else:
+        raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
+    config = resolve(unflatten(read_config(workdir)["config"]))
+    return Located(workdir, step, config, Tokenizer((workdir / "tokenizer.model").read_bytes()))
+
+
+def load_parameters(located: Located) -> tuple[transformer.Graph, dict]:
+    """The model of a run and its parameters on the mesh that is set."""
+    graph = transformer.build(located.config.model, located.tokenizer.num_pieces, located.config.data.sequence_length)
+    target = laid_out(jax.eval_shape(lambda: graph.init(jax.random.key(0), sharded=True)))
+    with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as orbax:
+        arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(target))
+        return graph, orbax.restore(steps_folder(located.workdir) / str(located.step), args=arguments).parameters

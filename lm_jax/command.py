@@ -1,0 +1,163 @@
+"""What every command shares: flags, the config they name, and how errors reach the terminal."""
+
+import argparse
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import ml_collections
+
+from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
+
+EXIT_USER, EXIT_FAULT, EXIT_PREEMPTED = 2, 70, 75
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one plain line with the nearest flag, and which takes every flag once."""
+
+    def __init__(self, name: str, doc: str | None):
+        super().__init__(f"python -m {name}", description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse_args(self, arguments=None, namespace=None):  # type: ignore[override]
+        known, rest = self.parse_known_args(arguments, namespace)
+        if rest:
+            flag = rest[0].split("=")[0]
+            raise UserError(f"unknown argument {rest[0]}{nearest(flag, self._option_string_actions)}")
+        return known
+
+
+class Once(argparse.Action):
+    """A flag that may stand once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, f"_{self.dest}_seen", False):
+            raise UserError(f"{option_string} stands twice")
+        setattr(namespace, f"_{self.dest}_seen", True)
+        setattr(namespace, self.dest, values)
+
+
+def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> NoReturn:
+    """Runs a command and leaves with its code: 0 done, 2 user error, 75 preempted and saved, 70 fault."""
+    from lm_jax import distributed
+
+    try:
+        distributed.configure()
+        code = main(sys.argv[1:] if arguments is None else arguments) or 0
+    except UserError as error:
+        print(f"lm_jax: {error}", file=sys.stderr)
+        code = EXIT_USER
+    except KeyboardInterrupt:
+        print("\nlm_jax: stopped", file=sys.stderr)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        print("lm_jax: a fault of ours or of the machine, not of yours; the same command resumes the run", file=sys.stderr)
+        code = EXIT_FAULT
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def ask(prompt: str) -> str:
+    """A line from the person, "" at the end of the input."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
+
+
+def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """`--config.x.y=v` and `--config.x.y v` as {x.y: v}, and the other arguments. Raises UserError for a repeated one."""
+    overrides: dict[str, str] = {}
+    rest, waiting = [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        path, equals, value = argument.removeprefix("--config.").partition("=")
+        check_key(path)
+        if not equals and not waiting:
+            raise UserError(f"--config.{path} needs a value, such as --config.{path}=1")
+        if path in overrides:
+            raise UserError(f"--config.{path} stands twice: {overrides[path]} and {value or waiting[0]}")
+        overrides[path] = value if equals else waiting.pop(0)
+    return overrides, rest
+
+
+def find_experiment(place: str) -> tuple[str, str]:
+    """(file, variant) of `x.py:variant`; a relative path that is not here may stand in the clone. Raises UserError."""
+    path, _, variant = place.partition(":")
+    clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for candidate in (path, os.path.join(clone, path)):
+        if os.path.isfile(candidate):
+            return os.path.abspath(candidate), variant
+    folder = os.path.dirname(path) or "."
+    folder = folder if os.path.isdir(folder) else os.path.join(clone, "experiments")
+    near = [os.path.join(os.path.relpath(folder), name) for name in sorted(os.listdir(folder)) if name.endswith(".py")] if os.path.isdir(folder) else []
+    missing = "" if os.path.isdir(os.path.join(clone, "experiments")) else "; experiments come with a clone of the repository"
+    raise UserError(f"--config {place}: no such file{nearest(path, near)}{missing}")
+
+
+def experiment_config(place: str) -> ml_collections.ConfigDict:
+    """What an experiment file says, `:smoke` shrunk. The file is code and is executed. Raises UserError."""
+    path, variant = find_experiment(place)
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config {place}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config {place}: the file has no get_config()")
+        variants = getattr(module, "VARIANTS", ())
+        if variant and variant != "smoke" and variant not in variants:
+            raise UserError(f"--config {place}: no variant {variant!r}; there is {', '.join((*variants, 'smoke'))}{nearest(variant, (*variants, 'smoke'))}")
+        takes_variant = inspect.signature(module.get_config).parameters
+        config = module.get_config(variant) if takes_variant and variant in variants else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's file may raise: its place and its first line
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        number = frames[-1].lineno if frames else getattr(error, "lineno", line.lineno)
+        message = re.sub(r"\s+", " ", str(error)).strip('"')
+        raise UserError(f"{os.path.relpath(path)} line {number}: {type(error).__name__}: {message[:300]}") from error
+    return shrink(config) if variant == "smoke" else config
+
+
+def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str, dict[str, Any]]]:
+    """The resolved config, and for every leaf that is not its default where it came from: {path: {from, default}}."""
+    defaults = flatten(default_config().to_dict())
+    from_file = experiment_config(place)
+    flat = flatten(from_file.to_dict())
+    given = {path: parse_value(path, text) for path, text in overrides.items()}
+    origins = {path: {"from": "file", "default": defaults.get(path)} for path in flat if path in defaults and flat[path] != defaults[path]}
+    for path in given:
+        origins[path] = {"from": "command line", "default": defaults[path], "file": flat[path]}
+    for path, value in given.items():
+        section, name = path.split(".")
+        from_file[section][name] = value
+    return resolve(from_file), origins
+
+
+def run_name(place: str) -> str:
+    """`gpt_125m` or `gpt_125m-smoke`: the experiment and its variant."""
+    path, _, variant = place.partition(":")
+    return os.path.basename(path).removesuffix(".py") + (f"-{variant}" if variant else "")
+
+
+def check_tokenizer(found, corpus) -> None:
+    """Raises UserError where the corpus was tokenised by another tokenizer than the model's."""
+    if found.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+        raise UserError(f"the corpus at {corpus.folder} was tokenised by another tokenizer than {found.workdir}'s")

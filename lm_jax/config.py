@@ -1,0 +1,327 @@
+"""Every knob once: name, type, default, meaning, unit and range. Experiments state differences from here.
+
+`default_config()` gives experiments an `ml_collections.ConfigDict`; `resolve()` turns it into the frozen, hashable
+dataclasses that everything below `main` takes. "Off" is 0, "" or a named choice, never None.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import math
+import re
+from typing import Any, get_args
+
+import ml_collections
+
+Length = int | str  # a number of steps, or a string with its unit: "375M tokens", "2 epochs", "30 min" (checkpoints)
+
+
+class UserError(ValueError):
+    """What a user can mend: reaches the terminal as one to five plain lines, exit code 2."""
+
+
+def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True):
+    """A field: its default, its meaning, its range, and whether a run that resumes must keep it (`fixed`)."""
+    metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "fixed": fixed}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    num_layers: int = knob(4, "Transformer blocks", low=1)
+    model_dim: int = knob(256, "width of the residual stream", low=1)
+    num_heads: int = knob(4, "query heads", low=1)
+    num_kv_heads: int = knob(0, "key and value heads, shared by groups of query heads; 0 = num_heads", low=0)
+    head_dim: int = knob(0, "width of one head; 0 = model_dim / num_heads", low=0)
+    mlp_dim: int = knob(0, "width of the MLP's hidden layer; 0 = 4 * model_dim", low=0)
+    positions: str = knob("learned", "how a token knows its place", choices=("learned", "rotary", "sinusoidal", "none"))
+    rotary_base: float = knob(10_000.0, "longest wavelength of rotary positions, in tokens / 2 pi", low=1.0)
+    norm: str = knob("layernorm", "normalisation before each branch", choices=("layernorm", "rmsnorm"))
+    norm_epsilon: float = knob(1e-5, "added to the variance", low=0.0)
+    activation: str = knob(
+        "gelu", "of the MLP; gelu is the tanh form of GPT-2", choices=("gelu", "gelu_exact", "relu", "silu")
+    )
+    gated: bool = knob(False, "gated MLP (SwiGLU with silu)")
+    bias: bool = knob(True, "biases in dense layers and in LayerNorm")
+    tie_embedding: bool = knob(True, "one table for the embedding and the output")
+    window: tuple[int, ...] = knob(
+        (0,), "tokens each layer sees, repeated over the layers; 0 = all; GPT-3: (0, 256)", low=0
+    )
+    dropout: float = knob(0.0, "dropped share of the embedding's and of each branch's output", low=0.0, high=0.9)
+    init_scale: float = knob(0.02, "standard deviation of initial weights; residual outputs / sqrt(2 layers)", low=0.0)
+    attention: str = knob("auto", "attention backend", choices=("auto", "xla", "chunked"), fixed=False)
+    remat: str = knob("none", "recompute in the backward pass", choices=("none", "full"), fixed=False)
+    unroll: bool = knob(True, "layers as straight code (fast) or one scanned body (compile time flat)", fixed=False)
+    compute_dtype: str = knob("float32", "of activations and matrix products", choices=("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    source: str = knob("python", 'corpus: "python" = the interpreter\'s own library and manual, or a folder of text')
+    tokenizer: str = knob(
+        "sentencepiece:2048", "sentencepiece:PIECES (trained on the source at first use) or a .model file"
+    )
+    sequence_length: int = knob(256, "tokens in a row", low=2)
+    global_batch_size: int = knob(16, "rows in a step, over all devices", low=1, fixed=False)
+    batch_ramp: tuple[int, Length] = knob(
+        (0, 0), "(rows at the start, length over which they grow to the full batch); (0, 0) = off", low=0, fixed=False
+    )
+    seed: int = knob(0, "order of the documents", low=0)
+    num_workers: int = knob(0, "processes that load rows; 0 = a thread", low=0, fixed=False)
+    validation_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
+    test_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    name: str = knob("adamw", "update rule; sgd has momentum beta1", choices=("adamw", "sgd"))
+    learning_rate: float = knob(1e-3, "peak", low=0.0, fixed=False)
+    schedule: str = knob("cosine", "after the warm-up", choices=("cosine", "constant"), fixed=False)
+    warmup: Length = knob(100, "linear from 0 to the peak", low=0, fixed=False)
+    decay_over: Length = knob(0, "length from step 0 to the end of the decay; 0 = train.num_steps", low=0, fixed=False)
+    decay_to: float = knob(0.1, "final rate as a share of the peak", low=0.0, high=1.0, fixed=False)
+    beta1: float = knob(0.9, "decay of the first moment, or momentum", low=0.0, high=1.0, fixed=False)
+    beta2: float = knob(0.95, "decay of the second moment", low=0.0, high=1.0, fixed=False)
+    epsilon: float = knob(1e-8, "added to the root of the second moment", low=0.0, fixed=False)
+    weight_decay: float = knob(0.1, "decoupled; only on parameters that are inside a product", low=0.0, fixed=False)
+    clip_norm: float = knob(1.0, "largest global gradient norm; 0 = no clipping", low=0.0, fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    num_steps: Length = knob(1000, "steps, or tokens or epochs with their unit", low=1, fixed=False)
+    microbatch_rows: int | str = knob(
+        "auto", "rows in one pass of the model, over all devices; auto = what fits", choices=("auto",), low=1, fixed=False
+    )
+    seed: int = knob(0, "of initialisation and dropout", low=0)
+    init_from: str = knob("", "MODEL whose parameters a fresh run starts from", fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = knob(-1, "devices that hold copies of the parameters and split the batch; -1 = the rest", fixed=False)
+    fsdp: int = knob(1, "devices that split parameters and batch; -1 = the rest", fixed=False)
+    tensor: int = knob(1, "devices that split heads, MLP and vocabulary; -1 = the rest", fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: Length = knob(1000, 'between saves; also in time: "30 min"', low=1, fixed=False)
+    keep_last: int = knob(2, "newest checkpoints kept", low=1, fixed=False)
+    keep_every: int = knob(0, "steps whose multiples are kept for ever; 0 = none", low=0, fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    every: Length = knob(500, "between evaluations, also one at the end; 0 = only at the end", low=0, fixed=False)
+    num_rows: int = knob(64, "validation rows each time (at the end: all); 0 = all", low=0, fixed=False)
+    prompt: str = knob("def ", 'start of the text samples; "" = none', fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    every: Length = knob(10, "between lines of metrics", low=1, fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: Model = Model()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+
+
+SECTIONS = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All defaults, locked: a new key is an error, an existing one can be set. Types are checked by `resolve`."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False).lock()
+
+
+def leaves() -> dict[str, dataclasses.Field]:
+    """Every leaf as {"section.name": its field}."""
+    return {f"{name}.{field.name}": field for name, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
+
+
+def flatten(config) -> dict[str, Any]:
+    """{"section.name": value} of a ConfigDict, a nested dict or a Config."""
+    nested = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    return {f"{section}.{name}": value for section in nested for name, value in nested[section].items()}
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for path, value in flat.items():
+        section, name = path.split(".")
+        nested.setdefault(section, {})[name] = value
+    return nested
+
+
+def nearest(word: str, words) -> str:
+    """`; did you mean X?` for the most similar of `words`, or "" where none is near."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def check_key(path: str) -> None:
+    """Raises UserError for a path that names no leaf, with the nearest one that does."""
+    if path in leaves():
+        return
+    section, _, name = path.partition(".")
+    if section not in SECTIONS:
+        raise UserError(f"config.{path}: no section {section!r}{nearest(path, leaves())}")
+    near = nearest(path, leaves()) or f"; {section} has: {', '.join(f.name for f in dataclasses.fields(SECTIONS[section]))}"
+    raise UserError(f"config.{path}: {section} has no {name!r}{near}" if name else f"config.{path} is a section{near}")
+
+
+def parse_value(path: str, text: str) -> Any:
+    """The value that `--config.path=text` means, by the type of the leaf. Raises UserError."""
+    kind = leaves()[path].type
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # `_check` says what was expected
+
+
+def _check(path: str, value: Any, kind: Any, metadata) -> Any:
+    """`value` as `kind`, or a UserError that names the leaf, what it got and what it takes."""
+
+    def refuse(expected: str) -> UserError:
+        return UserError(f"config.{path} = {value!r}: {expected} ({metadata['meaning']})")
+
+    number_or_name = kind == int | str
+    if get_args(kind) and not number_or_name:  # a tuple
+        kinds = get_args(kind)
+        if not isinstance(value, (tuple, list)):
+            raise refuse("expected a tuple, such as (1, 2) or (1,)")
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        if len(value) != len(kinds) or not value:
+            raise refuse(f"expected {len(kinds) or 'at least 1'} values, got {len(value)}")
+        return tuple(_check(path, item, item_kind, metadata) for item, item_kind in zip(value, kinds, strict=True))
+    if number_or_name and isinstance(value, str) and not metadata["choices"]:
+        units = ("tokens", "epochs", "steps", "min") if path == "checkpoint.every" else ("tokens", "epochs", "steps")
+        match = _LENGTH.fullmatch(value)
+        if not match or match["unit"] not in units:
+            raise refuse(f'expected steps as an integer, or a string such as "375M tokens" (units: {", ".join(units)})')
+        return value
+    if number_or_name:
+        kind = str if isinstance(value, str) else int
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        whole = isinstance(value, float) and kind is int and value.is_integer()
+        hint = f"; did you mean {int(value)}?" if whole else ""
+        raise refuse(f"expected {'an' if kind is int else 'a'} {kind.__name__}, got {type(value).__name__}{hint}")
+    if kind is float and not math.isfinite(value):
+        raise refuse("expected a finite number")
+    if metadata["choices"] and kind is str and value not in metadata["choices"]:
+        raise refuse(f"choose one of {', '.join(metadata['choices'])}{nearest(value, metadata['choices'])}")
+    for bound, wrong in (("low", lambda v, b: v < b), ("high", lambda v, b: v > b)):
+        limit = metadata[bound]
+        if limit is not None and not isinstance(value, (str, bool)) and wrong(value, limit):
+            raise refuse(f"must be at {'least' if bound == 'low' else 'most'} {limit}")
+    return value
+
+
+def resolve(config) -> Config:
+    """A ConfigDict or nested dict -> frozen dataclasses, checked leaf by leaf and then together. Raises UserError."""
+    flat = flatten(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config)
+    for path in flat:
+        check_key(path)
+    for path in leaves():
+        if path not in flat:
+            raise UserError(f"config.{path} is missing")
+    checked = {path: _check(path, flat[path], field.type, field.metadata) for path, field in leaves().items()}
+    nested = unflatten(checked)
+    model = nested["model"]
+    model["num_kv_heads"] = model["num_kv_heads"] or model["num_heads"]
+    if not model["head_dim"] and model["model_dim"] % model["num_heads"]:
+        wider = math.ceil(model["model_dim"] / model["num_heads"]) * model["num_heads"]
+        raise UserError(
+            f"config.model.model_dim = {model['model_dim']} does not divide into num_heads = {model['num_heads']} heads; "
+            f"the next that does is {wider} (or set config.model.head_dim)"
+        )
+    model["head_dim"] = model["head_dim"] or model["model_dim"] // model["num_heads"]
+    model["mlp_dim"] = model["mlp_dim"] or 4 * model["model_dim"]
+    resolved = Config(**{name: kind(**nested[name]) for name, kind in SECTIONS.items()})
+    _check_together(resolved)
+    return resolved
+
+
+def _check_together(config: Config) -> None:
+    model, data = config.model, config.data
+
+    def divides(small_name, small, large_name, large):
+        if large % small:
+            fitting = [n for n in range(1, large + 1) if large % n == 0]
+            near = min(fitting, key=lambda n: abs(n - small))
+            raise UserError(f"config.{small_name} = {small} does not divide {large_name} = {large}; the nearest is {near}")
+
+    divides("model.num_kv_heads", model.num_kv_heads, "num_heads", model.num_heads)
+    if model.num_layers % len(model.window):
+        raise UserError(
+            f"config.model.window = {model.window}: {len(model.window)} windows do not repeat evenly over "
+            f"num_layers = {model.num_layers}"
+        )
+    if model.positions in ("rotary", "sinusoidal") and model.head_dim % 2:
+        raise UserError(f"config.model.head_dim = {model.head_dim} must be even for {model.positions} positions")
+    if model.positions == "sinusoidal" and model.model_dim % 2:
+        raise UserError(f"config.model.model_dim = {model.model_dim} must be even for sinusoidal positions")
+    if data.validation_fraction + data.test_fraction >= 0.9:
+        raise UserError("config.data: validation_fraction + test_fraction leave less than a tenth for training")
+    if data.batch_ramp[0]:
+        divides("data.batch_ramp[0]", data.batch_ramp[0], "global_batch_size", data.global_batch_size)
+    if isinstance(config.train.microbatch_rows, int):
+        smallest = data.batch_ramp[0] or data.global_batch_size
+        divides("train.microbatch_rows", config.train.microbatch_rows, "the (smallest) batch of rows", smallest)
+    axes = dataclasses.asdict(config.mesh)
+    for name, size in axes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{name} = {size}: expected a number of devices, or -1 for the rest")
+    if list(axes.values()).count(-1) > 1:
+        raise UserError(f"config.mesh: only one axis can be -1 (the rest), got {axes}")
+
+
+_LENGTH = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<prefix>[kKMBT]?) ?(?P<unit>tokens|epochs|steps|min)")
+
+
+def parse_length(length: Length) -> tuple[float, str]:
+    """`"375M tokens"` -> (375e6, "tokens"); 100 -> (100, "steps")."""
+    if isinstance(length, int):
+        return length, "steps"
+    match = _LENGTH.fullmatch(length)
+    assert match, length  # `resolve` has checked it
+    scale = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match["prefix"]]
+    return float(match["number"]) * scale, match["unit"]
+
+
+def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`:smoke` of every experiment: the same program in miniature, two steps on anything that computes."""
+    model, data = config.model, config.data
+    group = max(1, model.num_heads // (model.num_kv_heads or model.num_heads))
+    model.num_layers = 2 * len(model.window) if len(model.window) > 1 else 2
+    model.model_dim, model.mlp_dim, model.head_dim = 64, 128, 16
+    model.num_heads, model.num_kv_heads = 4, 4 // min(group, 4)
+    model.window = tuple(min(window, 16) for window in model.window)
+    data.tokenizer = "sentencepiece:512" if data.tokenizer.startswith("sentencepiece:") else data.tokenizer
+    data.sequence_length, data.global_batch_size, data.batch_ramp = 64, 8, (0, 0)
+    config.optimizer.warmup, config.optimizer.decay_over = 1, 0
+    config.train.num_steps, config.train.microbatch_rows = 2, 8
+    config.checkpoint.every, config.evaluate.every, config.evaluate.num_rows, config.log.every = 2, 2, 8, 1
+    return config
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{path: (old, new)} of the leaves that differ between two flat configs, compared as JSON would keep them."""
+    same = lambda a, b: json.dumps(a) == json.dumps(b)  # noqa: E731  (tuples and lists are the same on disk)
+    return {p: (old.get(p), new.get(p)) for p in sorted({*old, *new}) if not same(old.get(p), new.get(p))}

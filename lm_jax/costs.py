@@ -1,0 +1,157 @@
+"""Counted, not measured: parameters, FLOPs, bytes by class, and time on a device. The header, MFU and microbatches use it."""
+
+import dataclasses
+import math
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.config import Config
+from lm_jax.model.layers import Declaration
+from lm_jax.ramp import Ramp
+
+# Dense peak of one chip in the compute dtype, FLOP/s, and its memory in bytes: the makers' data sheets.
+PEAK = {
+    ("v5e", "bfloat16"): 197e12,
+    ("v5p", "bfloat16"): 459e12,
+    ("v6e", "bfloat16"): 918e12,
+    ("H100", "bfloat16"): 989.4e12,
+    ("H200", "bfloat16"): 989.4e12,
+    ("A100", "bfloat16"): 312e12,
+}
+KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+TYPICAL_MFU = 0.4  # of a recipe like this on an accelerator, for the times in the header
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one model and its rows. Matrix parameters are those inside a product: no lookups, norms or biases."""
+
+    parameters: int
+    matrix_parameters: int
+    vocab_size: int  # padded
+    flops_per_token: float  # forward and backward, strict: causal half of attention, no recomputation
+
+
+def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> Costs:
+    """6 FLOPs a matrix parameter and token, and attention's 12 * head width a pair of tokens that see each other.
+
+    The strict count of docs/benchmarks.md: no embedding lookup, softmax, norm, optimizer or recomputed FLOPs. Documents
+    packed in a row make less; the count takes rows as whole.
+    """
+    model, length = config.model, config.data.sequence_length
+    total = sum(math.prod(declared.shape) for declared in declarations.values())
+    is_lookup = lambda path: path[0] == "positions" or (path[0] == "embedding" and not model.tie_embedding)  # noqa: E731
+    matrix = sum(math.prod(d.shape) for path, d in declarations.items() if d.inputs and d.outputs and not is_lookup(path))
+    per_window = {w: w * length - w * (w - 1) / 2 if 0 < w < length else length * length / 2 for w in set(model.window)}
+    pairs = sum(per_window[w] for w in model.window) * model.num_layers / len(model.window)
+    attention = 12 * model.num_heads * model.head_dim * pairs / length
+    return Costs(total, matrix, declarations["embedding", "table"].shape[0], 6 * matrix + attention)
+
+
+def bytes_by_class(config: Config, costs: Costs, rows: int, sizes: dict[str, int], accumulates: bool) -> dict[str, float]:
+    """Bytes on one device: state, gradients, what the backward pass reads again, logits. `rows` is one microbatch.
+
+    Layer by layer, a token keeps: inputs of the norms and products (6 model, 2 heads + 2 kv heads), the MLP's hidden layer
+    before and after its activation; attention's square only in the `xla` backend, or one layer's chunk of it.
+    """
+    model, length = config.model, config.data.sequence_length
+    act = jnp.dtype(config.model.compute_dtype).itemsize
+    shards, tensor = sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
+    moments = 2 if config.optimizer.name == "adamw" else 1
+    tokens = math.ceil(rows / (sizes["data"] * sizes["fsdp"])) * length
+    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor
+    layer = tokens * act * (6 * model.model_dim + heads + (3 + model.gated) * model.mlp_dim / tensor)
+    chunked = model.attention == "chunked" or (model.attention == "auto" and length >= 512)
+    square = tokens * length * model.num_heads / tensor * (act + 4)
+    if model.remat == "full":
+        kept = model.num_layers * tokens * act * model.model_dim + layer + square * (256 / length if chunked else 1)
+    else:
+        kept = model.num_layers * layer + (2 * square * 256 / length if chunked else model.num_layers * square)
+    logits = 3 * tokens * costs.vocab_size / tensor * 4
+    return {
+        "parameters": 4 * costs.parameters / shards,
+        "optimizer": 4 * moments * costs.parameters / shards,
+        "gradients": 4 * costs.parameters / shards * (2 if accumulates else 1),
+        "activations": kept,
+        "logits": logits,
+    }
+
+
+def device_name(device: jax.Device) -> str:
+    """The name of the device in `PEAK`, or what its maker calls it."""
+    kind = device.device_kind
+    if device.platform == "tpu":
+        return KINDS.get(kind, kind)
+    return next((name for name, _ in PEAK if name in kind), kind)
+
+
+def measured_peak() -> float:
+    """FLOP/s of a large float32 product on this machine, all devices of the process that share its cores together."""
+    n = 1024
+    a = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float:
+    """Peak FLOP/s of all devices of the mesh, 0 where the device is unknown. Fake CPU devices share one machine."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return measured_peak() * jax.process_count()
+    return PEAK.get((device_name(device), dtype), 0.0) * mesh.size
+
+
+def device_memory(device: jax.Device) -> float:
+    """Bytes that one device offers; on a CPU the machine's memory over the devices that share it."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return float((device.memory_stats() or {}).get("bytes_limit", 16 * 2**30))
+
+
+def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp: Ramp, device: jax.Device) -> int:
+    """Rows of a microbatch: the most that fit in 80% of a device's memory (a CPU: 4,096 tokens and 40% are enough)."""
+    shards = sizes["data"] * sizes["fsdp"]
+    smallest = min(rows for _, _, rows in ramp.stages)
+    on_cpu = device.platform == "cpu"
+    budget = device_memory(device) * (0.4 if on_cpu else 0.8)
+    fitting = [
+        rows
+        for rows in range(shards, smallest + 1, shards)
+        if smallest % rows == 0
+        and sum(bytes_by_class(config, costs, rows, sizes, accumulates=rows < smallest).values()) <= budget
+        and (not on_cpu or rows * config.data.sequence_length <= 4096)
+    ]
+    return max(fitting, default=shards)
+
+
+def total_flops(config: Config, costs: Costs, ramp: Ramp) -> tuple[float, float]:
+    """(target tokens, FLOPs) of the whole run."""
+    tokens = float(ramp.cursor(int(config.train.num_steps))) * config.data.sequence_length
+    return tokens, tokens * costs.flops_per_token
+
+
+def duration(seconds: float) -> str:
+    """"43 s", "3 min", "4.7 days", "54 years"."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (129600, 3600, "hours"), (3e7, 86400, "days")):
+        if seconds < limit:
+            value = seconds / unit
+            return f"{value:.0f} {name}" if value >= 10 or unit == 1 else f"{value:.1f} {name}"
+    return f"{seconds / 31557600:,.1f} years" if seconds < 3e8 else f"{seconds / 31557600:,.0f} years"
+
+
+def short(number: float) -> str:
+    """124M, 1.3B, 2.6e+20 -> "2.6e20"."""
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if 1 <= number / scale < 1000:
+            value = number / scale
+            return f"{value:.0f}{letter}" if value >= 100 else f"{value:.1f}".removesuffix(".0") + letter
+    return f"{number:.2g}".replace("e+", "e") if number >= 1e15 else f"{number:.0f}"

@@ -1,0 +1,76 @@
+"""Processes and devices: the compile cache, more than one process, how much work may be in flight, one run a workdir."""
+
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from lm_jax.config import UserError
+from lm_jax.data.shards import cache_folder
+
+
+def configure() -> None:
+    """JAX's settings for every command: strict shapes, and programs compiled once kept for the next run."""
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def devices() -> list[jax.Device]:
+    """All devices, after joining the other processes where there are some. Raises UserError where there is none."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(f"no devices of JAX_PLATFORMS={platforms!r}: {str(error).splitlines()[0]}") from error
+
+
+def settle(tree):
+    """Waits for `tree` where nothing may be in flight behind it: on CPU, whose fake devices deadlock in collectives.
+
+    On accelerators the next step is dispatched while this one runs. This function is the one place that says so.
+    """
+    return jax.block_until_ready(tree) if jax.default_backend() == "cpu" else tree
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: epath.Path) -> Iterator[None]:
+    """One run a workdir: the lock dies with its process. Raises UserError where another run holds it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir") from None
+        yield
+
+
+class Stop:
+    """SIGINT and SIGTERM ask the loop to save and leave; the loop polls. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._ask) for number in signals}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number, frame) -> None:
+        if self.requested:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.requested = True
+        os.write(2, b"\nstopping: this pass is finished and the run is saved; once more to leave at once\n")

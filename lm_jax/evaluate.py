@@ -1,0 +1,90 @@
+"""Exact evaluation of a held-out split: every token once, whatever the batch; `python -m lm_jax.evaluate --model MODEL`."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax import checkpoint, command, distributed
+from lm_jax.config import Mesh
+from lm_jax.data import pipeline, shards
+from lm_jax.distributed import settle
+from lm_jax.loss import loss_sum
+from lm_jax.model.transformer import Graph
+from lm_jax.sharding import batch_shards, make_mesh
+from lm_jax.terminal import Terminal
+
+
+class Totals(NamedTuple):
+    """Sums over tokens: loss in nats, tokens, and the bytes of text that these tokens stand for."""
+
+    loss: float
+    tokens: float
+    num_bytes: float
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        mean = self.loss / max(self.tokens, 1)
+        return {
+            f"{prefix}/loss": mean,
+            f"{prefix}/perplexity": math.exp(min(mean, 700)),
+            f"{prefix}/bits_per_byte": self.loss / math.log(2) / max(self.num_bytes, 1),
+        }
+
+
+class Evaluator:
+    """One compiled program that adds up a batch; a batch that is not full is padded with rows that count nothing."""
+
+    def __init__(self, graph: Graph, mesh: jax.sharding.Mesh, bytes_per_piece: np.ndarray, size: int):
+        self.mesh, self.size = mesh, size
+        self._sums = jax.jit(functools.partial(batch_sums, graph, bytes_per_piece))
+
+    def __call__(self, parameters: dict, rows: pipeline.Held, num_rows: int = 0, watch: Callable = lambda done, of: None):
+        """Totals over the first `num_rows` rows (0: all). `watch(done, of)` is called after every batch."""
+        wanted = min(num_rows or rows.num_rows, rows.num_rows)
+        limited = pipeline.First(rows, wanted)
+        parts = []
+        for batch in pipeline.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
+            parts.append(settle(self._sums(parameters, batch)))
+            watch(min(wanted, len(parts) * self.size), wanted)
+        return Totals(*(math.fsum(float(part[i]) for part in parts) for i in range(3)))
+
+
+def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batch: dict) -> tuple[jax.Array, ...]:
+    loss = loss_sum(graph, parameters, batch)
+    sizes_BT = jnp.asarray(bytes_per_piece, jnp.float32).at[batch["targets"]].get(out_sharding=jax.typeof(batch["targets"]).sharding)
+    return loss, batch["loss_mask"].sum(), (sizes_BT * batch["loss_mask"]).sum()
+
+
+def main(arguments: list[str]) -> int:
+    parser = command.Parser("lm_jax.evaluate", __doc__)
+    parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
+    parser.add_argument("--split", default="validation", choices=("validation", "test"))
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time on a device; the result does not depend on it")
+    flags = parser.parse_args(arguments)
+    if flags.batch_size < 1:
+        parser.error(f"--batch_size {flags.batch_size}: at least 1")
+    say = Terminal()
+    found = checkpoint.locate(flags.model, say)
+    devices = distributed.devices()
+    mesh = make_mesh(Mesh(), devices)
+    corpus = shards.open_corpus(found.config.data, say)
+    command.check_tokenizer(found, corpus)
+    rows = pipeline.held_rows(corpus.splits[flags.split], flags.split, found.config.data.sequence_length, corpus.tokenizer.document_id)
+    with jax.set_mesh(mesh):
+        graph, parameters = checkpoint.load_parameters(found)
+        size = flags.batch_size * batch_shards(dict(mesh.shape))
+        evaluator = Evaluator(graph, mesh, corpus.tokenizer.bytes_per_piece, size)
+        totals = evaluator(parameters, rows, watch=lambda done, of: say.progress(f"row {done} of {of}"))
+    result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": rows.split.num_documents}
+    result |= {"tokens": int(totals.tokens), "bytes": int(totals.num_bytes)} | totals.metrics("eval")
+    say(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    command.door(main)

@@ -1,0 +1,128 @@
+"""Layers: a parameter is declared once (shape, dtype, logical axes, initialiser, what it maps) and made elsewhere.
+
+Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, I inputs, O outputs, V vocabulary.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm_jax.sharding import constrain, einsum, reshape, stored, take_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """A parameter before it exists. `inputs` and `outputs` are the dims a product maps from and to: decay reads them."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    initializer: Callable[..., jax.Array]
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()  # dim 0 once a layer is stacked, else ()
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+
+def declare(shape, axes, initializer, inputs=(), outputs=()) -> nnx.Param:
+    assert len(shape) == len(axes)
+    declared = Declaration(tuple(shape), tuple(axes), initializer, inputs, outputs)
+    return nnx.Param(jax.ShapeDtypeStruct(declared.shape, declared.dtype), declared=declared)
+
+
+def normal(stddev: float) -> Callable[..., jax.Array]:
+    return lambda key, shape, dtype, layout: stddev * jax.random.normal(key, shape, dtype, out_sharding=layout)
+
+
+def constant(value: float) -> Callable[..., jax.Array]:
+    return lambda key, shape, dtype, layout: jnp.full(shape, value, dtype, out_sharding=layout)
+
+
+def make(declared: Declaration, path: tuple[str, ...], root: jax.Array, sharded: bool) -> jax.Array:
+    """The initial value: key = root folded with crc32(path), and with the layer's index, on any mesh the same bits."""
+    key = jax.random.fold_in(root, zlib.crc32("/".join(path).encode()))
+    num_stacked = len(declared.layers)
+    layout = stored(declared.axes[num_stacked:]) if sharded else None
+    create = lambda key: declared.initializer(key, declared.shape[num_stacked:], declared.dtype, layout)  # noqa: E731
+    if not declared.layers:
+        return create(key)
+    return jax.vmap(create)(jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(declared.shape[0])))
+
+
+def row_keys(root: jax.Array, name: str, step: jax.Array, layer: jax.Array | int, row_B: jax.Array) -> jax.Array:
+    """One key a row: root folded with crc32(name), step, layer, row. No mesh, batch or process enters."""
+    key = jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, layer), row_B)
+
+
+def dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
+    """Inverted dropout (arXiv:1207.0580), each row from its own key."""
+    keep_BTD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys_B)
+    return jnp.where(keep_BTD, x_BTD / (1 - rate), 0)
+
+
+class Dense(nnx.Module):
+    """Affine map from the last `len(inputs)` dims: [B, T, *inputs] -> [B, T, *outputs].
+
+    The product itself has two dims, [B*T, I] x [I, O]: on CPU products of rank 3 cost half as much again.
+    """
+
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], stddev: float, bias: bool):
+        num_inputs, num_dims = len(inputs), len(inputs) + len(outputs)
+        self.num_inputs = num_inputs
+        sizes = (*inputs.values(), *outputs.values())
+        dims = tuple(range(num_inputs)), tuple(range(num_inputs, num_dims))
+        self.kernel = declare(sizes, (*inputs, *outputs), normal(stddev), *dims)
+        self.bias = declare(outputs.values(), outputs, constant(0.0)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        declared = self.kernel.get_metadata("declared")
+        axes = declared.axes[-(len(declared.shape) - len(declared.layers)) :]  # of one layer
+        sizes = self.kernel[...].shape
+        inputs, outputs = axes[: self.num_inputs], axes[self.num_inputs :]
+        kernel = constrain(self.kernel[...].astype(x.dtype), *axes)
+        kernel_IO = reshape(
+            kernel, (math.prod(sizes[: self.num_inputs]), math.prod(sizes[self.num_inputs :])), inputs[0], outputs[0]
+        )
+        batch, length = x.shape[:2]
+        x_NI = reshape(x, (batch * length, kernel_IO.shape[0]), "tokens", inputs[0])
+        y_NO = einsum("NI,IO->NO", x_NI, kernel_IO, "tokens", outputs[0])
+        y = reshape(y_NO, (batch, length, *sizes[self.num_inputs :]), "batch", "length", *outputs)
+        if self.bias is None:
+            return y
+        bias = constrain(self.bias[...].astype(x.dtype), *outputs)
+        return y + bias[None, None]
+
+
+class Norm(nnx.Module):
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim, in float32."""
+
+    def __init__(self, dim: int, kind: str, epsilon: float, bias: bool):
+        self.kind, self.epsilon = kind, epsilon
+        self.scale = declare((dim,), ("model",), constant(1.0))
+        self.bias = declare((dim,), ("model",), constant(0.0)) if bias and kind == "layernorm" else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        if self.kind == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        x = x * constrain(self.scale[...], "model")[None, None]
+        if self.bias is not None:
+            x = x + constrain(self.bias[...], "model")[None, None]
+        return x.astype(x_BTD.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, read by id."""
+
+    def __init__(self, num: int, dim: int, axis: str, stddev: float):
+        self.table = declare((num, dim), (axis, "model"), normal(stddev), (0,), (1,))
+
+    def __call__(self, ids_BT: jax.Array, dtype) -> jax.Array:
+        axes = self.table.get_metadata("declared").axes
+        return take_rows(constrain(self.table[...].astype(dtype), *axes), ids_BT)

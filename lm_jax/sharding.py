@@ -1,0 +1,167 @@
+"""Parallelism is this table: which mesh axis splits each logical axis of a stored parameter and of a computed value.
+
+Model code names logical axes only, through `constrain`, `einsum` and `reshape`. The mesh has Explicit axes: the sharding of
+every array is part of its type, so that a layout nobody asked for is an error while tracing, not a slow program.
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lm_jax.config import Config, UserError
+from lm_jax.config import Mesh as MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+#   logical axis   a stored parameter   a computed value (also a parameter gathered for use)
+TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
+    "batch": (None, ("data", "fsdp")),
+    "length": (None, None),
+    "tokens": (None, ("data", "fsdp")),  # batch and length as one dim
+    "model": ("fsdp", None),
+    "heads": ("tensor", "tensor"),
+    "kv_heads": ("tensor", "tensor"),
+    "head_dim": (None, None),
+    "mlp": ("tensor", "tensor"),
+    "vocab": ("tensor", "tensor"),
+    "positions": (None, None),
+    "layers": (None, None),
+}
+
+
+def stored(axes: tuple[str, ...]) -> PartitionSpec:
+    """Where a parameter with these logical axes lives between steps."""
+    return PartitionSpec(*(TABLE[axis][0] for axis in axes))
+
+
+def computed(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """How a value with these logical axes (None: not split) is laid out while it is computed with."""
+    return PartitionSpec(*(TABLE[axis][1] if axis else None for axis in axes))
+
+
+def _on_mesh() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` in the computed layout of its logical axes; for a parameter this is the gather of its fsdp shards."""
+    return jax.sharding.reshard(x, computed(axes)) if _on_mesh() else x
+
+
+def einsum(formula: str, x: jax.Array, y: jax.Array, *axes: str | None) -> jax.Array:
+    """`jnp.einsum` whose result has the computed layout of `axes`."""
+    return jnp.einsum(formula, x, y, out_sharding=computed(axes) if _on_mesh() else None)
+
+
+def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
+    """`jnp.reshape` whose result has the computed layout of `axes`."""
+    return jnp.reshape(x, shape, out_sharding=computed(axes) if _on_mesh() else None)
+
+
+def iota(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
+    """int32 indices along the last dim of `shape`, in the computed layout of `axes`."""
+    layout = computed(axes) if _on_mesh() else None
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1, out_sharding=layout)
+
+
+def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of `table` [vocab, model] for `ids` [batch, length], also where the vocabulary is split."""
+    layout = computed(("batch", "length", None)) if _on_mesh() else None
+    return table.at[ids].get(out_sharding=layout)
+
+
+def laid_out(shapes):
+    """Abstract arrays (of `jax.eval_shape`) with their layouts on the devices of the mesh that is set."""
+    mesh = jax.sharding.get_mesh()
+
+    def one(x):
+        spec = x.sharding.spec if x.sharding else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, shapes)
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes with -1 filled in. Raises UserError where they do not multiply to the devices."""
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size > 0)
+    if -1 in sizes.values():
+        if num_devices % known:
+            raise _device_error(sizes, known, num_devices, f"leaves no whole rest of {num_devices} devices")
+        return {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
+    if known > num_devices:
+        raise _device_error(sizes, known, num_devices, f"is {known} devices, here are {num_devices}")
+    return sizes
+
+
+def _device_error(sizes: dict[str, int], known: int, num_devices: int, problem: str) -> UserError:
+    near = max(n for n in range(1, num_devices + 1) if num_devices % n == 0 and n <= max(known, 1))
+    return UserError(
+        f"config.mesh {'x'.join(map(str, sizes.values()))} ({', '.join(sizes)}) {problem}\n"
+        f"the nearest product that fits is {near}; -1 takes the rest\n"
+        f"to try {known} devices on a CPU: JAX_NUM_CPU_DEVICES={known} python -m lm_jax.main ..."
+    )
+
+
+def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    devices = devices or jax.devices()
+    sizes = mesh_shape(config, len(devices))
+    explicit = (AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, explicit, devices=devices[: math.prod(sizes.values())])
+
+
+def batch_shards(sizes: dict[str, int]) -> int:
+    """How many ways a batch is split."""
+    return sizes["data"] * sizes["fsdp"]
+
+
+def preflight(config: Config, vocab_size: int, sizes: dict[str, int]) -> None:
+    """Raises UserError, before anything compiles, where a dim does not divide over the mesh."""
+    model, data = config.model, config.data
+    smallest = data.batch_ramp[0] or data.global_batch_size
+    rows = config.train.microbatch_rows
+    checks = [
+        ("model.num_heads", model.num_heads, "tensor", sizes["tensor"]),
+        ("model.num_kv_heads", model.num_kv_heads, "tensor", sizes["tensor"]),
+        ("model.mlp_dim", model.mlp_dim, "tensor", sizes["tensor"]),
+        ("the padded vocabulary", vocab_size, "tensor", sizes["tensor"]),
+        ("model.model_dim", model.model_dim, "fsdp", sizes["fsdp"]),
+        ("data.batch_ramp[0]" if data.batch_ramp[0] else "data.global_batch_size", smallest, "data x fsdp", batch_shards(sizes)),
+        ("train.microbatch_rows", smallest if rows == "auto" else int(rows), "data x fsdp", batch_shards(sizes)),
+    ]
+    for name, size, axis, shards in checks:
+        if size % shards:
+            above = math.ceil(size / shards) * shards
+            fitting = max(n for n in range(1, shards + 1) if size % n == 0)
+            raise UserError(
+                f"{'config.' * ('.' in name)}{name} = {size} does not divide over mesh axis {axis} = {shards}\n"
+                f"the nearest size that does is {above}; or the nearest {axis} that does is {fitting}"
+            )
+
+
+def legal_meshes(config: Config, vocab_size: int, num_devices: int) -> Iterator[dict[str, int]]:
+    """Every split of the devices into (data, fsdp, tensor) that `preflight` accepts."""
+    for data in (n for n in range(num_devices, 0, -1) if num_devices % n == 0):
+        for fsdp in (n for n in range(num_devices // data, 0, -1) if num_devices // data % n == 0):
+            sizes = dict(zip(AXES, (data, fsdp, num_devices // data // fsdp), strict=True))
+            try:
+                preflight(config, vocab_size, sizes)
+            except UserError:
+                continue
+            yield sizes
+
+
+def parameter_table(declarations: dict, mesh: jax.sharding.Mesh) -> str:
+    """One line a parameter: path, shape, logical axes, mesh axes, bytes per device."""
+    rows = [("parameter", "shape", "logical axes", "mesh axes", "KiB per device")]
+    for path, declared in declarations.items():
+        layout = NamedSharding(mesh, stored(declared.axes))
+        size = math.prod(layout.shard_shape(declared.shape)) * jnp.dtype(declared.dtype).itemsize
+        spec = ", ".join(axis or "-" for axis in layout.spec)
+        shape, axes = " x ".join(map(str, declared.shape)), ", ".join(declared.axes)
+        rows.append(("/".join(path), shape, axes, spec, f"{size / 1024:,.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,116 @@
+"""What a person sees: lines, progress with the time that remains, the header, a small curve."""
+
+import math
+import shutil
+import sys
+import time
+
+from etils import epath
+
+from lm_jax import costs
+from lm_jax.config import Config
+from lm_jax.data.shards import Corpus
+from lm_jax.ramp import Ramp
+
+QUIET_SECONDS = 10  # between progress lines where the output is not a terminal
+
+
+class Terminal:
+    """Prints lines, and keeps them in a log file once there is one. Progress overwrites itself on a terminal."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self._log = None
+        self._kept: list[str] = []
+        self._last_progress = 0.0
+        self._open_line = False
+        self._live = sys.stdout.isatty()
+
+    def log_to(self, path: epath.Path) -> None:
+        self._log = open(path, "a")  # noqa: SIM115  (open for the life of the run)
+        for line in self._kept:
+            self._keep(line)
+
+    def __call__(self, text: str = "") -> None:
+        if self._open_line:
+            sys.stdout.write("\r\x1b[K")
+            self._open_line = False
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+        for line in text.split("\n"):
+            self._keep(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    def _keep(self, line: str) -> None:
+        if self._log is None:
+            self._kept.append(line)
+        else:
+            self._log.write(line + "\n")
+            self._log.flush()
+
+    def progress(self, text: str) -> None:
+        """A state that will be overwritten: on a terminal five times a second, elsewhere a line now and then."""
+        now = time.monotonic()
+        if now - self._last_progress < (0.2 if self._live else QUIET_SECONDS):
+            return
+        self._last_progress = now
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stdout.write("\r\x1b[K" + text[:width])
+            self._open_line = True
+        else:
+            sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def header(config: Config, name: str, counted: costs.Costs, corpus: Corpus, ramp: Ramp, sizes: dict, here) -> str:
+    """What will be trained, on what, how long it takes here and elsewhere, and whether it fits. `here`: (device, FLOP/s)."""
+    device, flops_here = here
+    tokens, flops = costs.total_flops(config, counted, ramp)
+    parameters = costs.short(counted.parameters)
+    train = corpus.manifest["counts"]["train"]
+    epochs = tokens / max(1, train["tokens"])
+    short_of_data = " (fine to try, not to train)" if epochs > 100 else ""
+    place = "embedded corpus" if config.data.source == "python" else config.data.source
+    lines = [
+        f"{name} · {parameters} parameters · {costs.short(tokens)} tokens = {flops:.1e} FLOP".replace("e+", "e"),
+        f"data: {place}, {costs.short(train['tokens'])} tokens, {epochs:,.1f} epochs{short_of_data}",
+    ]
+    num_devices = math.prod(sizes.values())
+    what = f"{costs.device_name(device)} x{os_cores() if device.platform == 'cpu' else num_devices}"
+    share = 0.6 if device.platform == "cpu" else costs.TYPICAL_MFU
+    mine = f"this machine: {what}, about {costs.duration(flops / (flops_here * share))}" if flops_here else f"{what}, time unknown"
+    others = [("v5e-8", 8 * costs.PEAK["v5e", "bfloat16"]), ("H200", costs.PEAK["H200", "bfloat16"])]
+    times = [f"{other}: {costs.duration(flops / (peak * costs.TYPICAL_MFU))}" for other, peak in others]
+    lines.append(" · ".join([mine, *times]))
+    rows, smallest = int(config.train.microbatch_rows), ramp.stages[0][2]
+    classes = costs.bytes_by_class(config, counted, rows, sizes, accumulates=ramp.stages[-1][2] > rows)
+    gib, memory = sum(classes.values()) / 2**30, costs.device_memory(device) / 2**30
+    verdict = "fits" if gib <= memory else "does not fit"
+    parts = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in classes.items())
+    batch = f"{ramp.stages[0][2]}-{ramp.stages[-1][2]}" if len(ramp.stages) > 1 else f"{smallest}"
+    lines.append(f"{verdict}: {gib:.2g} of {memory:.0f} GiB a device ({parts}); microbatch {rows} of {batch} rows")
+    if flops_here and flops / (flops_here * share) > 86400 and device.platform == "cpu":
+        lines.append("on this machine try: python -m lm_jax.main      (quickstart, 3 minutes)")
+    return "\n".join(lines)
+
+
+def os_cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def curve(points: list[tuple[int, float]], title: str, width: int = 60, height: int = 8) -> str:
+    """(step, value) as dots of braille-free text: a small plot for a terminal."""
+    if len(points) < 2:
+        return ""
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    last = points[-1][0]
+    grid = [[" "] * width for _ in range(height)]
+    for step, value in points:
+        column = min(width - 1, int(step / last * (width - 1)))
+        row = round((high - value) / max(high - low, 1e-9) * (height - 1))
+        grid[row][column] = "•"
+    labels = [f"{high:6.2f}", *["      "] * (height - 2), f"{low:6.2f}"]
+    lines = [f"{label} |{''.join(row).rstrip()}" for label, row in zip(labels, grid, strict=True)]
+    return "\n".join([title, *lines, f"       +{'-' * width} step {last:,}"])

@@ -1,0 +1,387 @@
+"""The loop, and only the loop: restore, train, evaluate, checkpoint, resume."""
+
+import contextlib
+import dataclasses
+import gzip
+import lzma
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from lm_jax import checkpoint, command, costs, metrics, terminal
+from lm_jax.config import Config, UserError, parse_length
+from lm_jax.data import pipeline, shards, tokenizer
+from lm_jax.distributed import Stop, devices, settle, workdir_lock
+from lm_jax.evaluate import Evaluator
+from lm_jax.generate import Sampling, generate
+from lm_jax.model import transformer
+from lm_jax.ramp import Ramp, make_ramp, with_steps
+from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
+from lm_jax.train_state import Program, TrainState, abstract, fresh, make_program
+from lm_jax.train_step import CompiledStep, compile_step
+
+SAMPLE_TOKENS = 96
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop holds on to; nothing here changes but `state`, `data` and the marks of time."""
+
+    config: Config
+    workdir: epath.Path
+    say: terminal.Terminal
+    corpus: shards.Corpus
+    program: Program
+    mesh: jax.sharding.Mesh
+    ramp: Ramp
+    counted: costs.Costs
+    peak_flops: float
+    state: TrainState
+    data: checkpoint.DataState
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def microbatch(self) -> int:
+        return int(self.config.train.microbatch_rows)
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.config.train.num_steps)
+
+
+class Phases:
+    """Seconds of start-up by phase, for the log."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        start = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
+
+    def __str__(self) -> str:
+        return "start-up: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+
+
+def run(config: Config, place: str, name: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
+    """Trains to the end, from wherever the workdir is. Returns the exit code. Raises UserError before it writes there."""
+    say, phases, workdir = terminal.Terminal(), Phases(), epath.Path(place)
+    with phases("devices"):
+        here = devices()
+    sizes = mesh_shape(config.mesh, len(here))
+    if pieces := tokenizer.num_pieces(config.data.tokenizer):
+        preflight(config, transformer.padded(pieces), sizes)
+    saved = checkpoint.read_config(workdir) if (workdir / "config.json").exists() else {}
+    with phases("data"):
+        corpus = shards.open_corpus(config.data, say)
+    ramp = make_ramp(config)
+    config = with_steps(config, ramp, len(corpus.splits["train"].tokens) / config.data.sequence_length)
+    preflight(config, transformer.padded(corpus.tokenizer.num_pieces), sizes)
+    with phases("plan"):
+        mesh = make_mesh(config.mesh, here)
+        program = make_program(config, corpus.tokenizer.num_pieces)
+        counted = costs.count(config, program.graph.declarations)
+        config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
+        program = program._replace(config=config)
+        peak = costs.peak_flops(mesh, config.model.compute_dtype)
+    facts = {"tokenizer": corpus.tokenizer.fingerprint, "data": corpus.fingerprint}
+    changes = checkpoint.check_resume(workdir, saved, config, facts) if saved else []
+    say(terminal.header(config, name, counted, corpus, ramp, sizes, (here[0], peak)))
+    if dry_run:
+        return 0
+    with workdir_lock(workdir), jax.set_mesh(mesh), Stop().listening() as stop:
+        say.log_to(workdir / "log.txt")
+        checkpoint.clean(workdir, say)
+        for line in changes:
+            say(line)
+        with phases("state"):
+            state, data = starting_point(program, workdir, say)
+        if data.step >= int(config.train.num_steps):
+            return already_done(workdir, say)
+        checkpoint.write_config(workdir, config, origins, facts)
+        (workdir / "tokenizer.model").write_bytes(corpus.tokenizer.model)
+        this = Run(config, workdir, say, corpus, program, mesh, ramp, counted, peak, state, data)
+        return train(this, facts, phases, stop, name)
+
+
+def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
+    """The config with its rows of a microbatch: as given, else as the run has them if this mesh can, else as chosen."""
+    rows = config.train.microbatch_rows
+    if rows == "auto":
+        before = saved.get("config", {}).get("train.microbatch_rows", 0)
+        smallest = config.data.batch_ramp[0] or config.data.global_batch_size
+        kept = isinstance(before, int) and before and smallest % before == 0 and before % batch_shards(sizes) == 0
+        rows = before if kept else chosen
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
+
+
+def starting_point(program: Program, workdir: epath.Path, say: terminal.Terminal) -> tuple[TrainState, checkpoint.DataState]:
+    """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
+    if (step := checkpoint.newest_valid(workdir, say, quarantine=True)) is not None:
+        state, data = checkpoint.restore(workdir, step, program)
+        say(f"resumed at step {step:,}, row {data.cursor:,}")
+        return state, data
+    data = checkpoint.DataState(0, 0)
+    if not program.config.train.init_from:
+        return jax.jit(lambda: fresh(program))(), data
+    found = checkpoint.locate(program.config.train.init_from, say)
+    return from_model(program, found, say), data
+
+
+def from_model(program: Program, found: checkpoint.Located, say: terminal.Terminal) -> TrainState:
+    """A fresh state with the parameters of a model of the same shapes. Raises UserError that lists what differs."""
+    graph, parameters = checkpoint.load_parameters(found)
+    mine, theirs = program.graph.declarations, graph.declarations
+    differing = [path for path in {*mine, *theirs} if path not in mine or path not in theirs or mine[path].shape != theirs[path].shape]
+    if differing:
+        names = ", ".join(sorted("/".join(path) for path in differing)[:3])
+        raise UserError(f"config.train.init_from = {program.config.train.init_from!r}: {len(differing)} parameters differ: {names}")
+    say(f"parameters from {found.workdir} step {found.step:,}")
+    optimizer_state = jax.jit(program.optimizer.init)(parameters)
+    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer_state)
+
+
+def already_done(workdir: epath.Path, say: terminal.Terminal) -> int:
+    last = [line for line in metrics.read(workdir) if "final/loss" in line][-1:]
+    result = ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
+    say(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
+    return 0
+
+
+def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: str) -> int:
+    config, say = this.config, this.say
+    stream = pipeline.Stream(this.corpus.splits["train"], config.data.sequence_length, config.data.seed)
+    with phases("compile"):
+        say.progress("compiling the step")
+        step_program = compile_for(this)
+    say(str(phases))
+    writer = metrics.Writer(this.workdir, this.data.step)
+    saver = checkpoint.Saver(this.workdir, config, facts)
+    if not this.data.step:
+        writer.hyper_parameters(checkpoint.flatten(config))
+    evaluate = make_evaluation(this)
+    last_cursor = this.ramp.cursor(this.num_steps) - this.ramp.cursor(this.data.step) + this.data.cursor
+    num = (last_cursor - this.data.cursor) // this.microbatch
+    batches = pipeline.batches(stream, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
+    log = StepLog(this, writer)
+    if this.data.step == 0:
+        show_sample(this, writer)
+    saved_at = time.monotonic()
+    # The order in the loop: dispatch step n, then write the metrics of step n - 1, so that the device never waits for
+    # the host. What follows a step (evaluation, checkpoint) sees the state after it, and the lines before it are written.
+    for step in range(this.data.step, this.num_steps):
+        outcome = one_step(this, step_program, step, batches, stop, log)
+        if outcome is None:
+            break
+        rows = this.ramp.rows(step)
+        this.state = outcome[0]
+        this.data = checkpoint.DataState(step + 1, this.data.cursor + rows, this.data.skipped)
+        log.done(step + 1, rows, outcome[1])
+        saver.poll()
+        with log.paused():
+            last = step + 1 == this.num_steps
+            if int(config.evaluate.every) and (step + 1) % int(config.evaluate.every) == 0 and not last:
+                log.flush()
+                evaluate_now(this, evaluate, writer, "eval", config.evaluate.num_rows)
+            if step + 1 == this.num_steps // 2:
+                show_sample(this, writer)
+            number, unit = parse_length(config.checkpoint.every)
+            due = time.monotonic() - saved_at >= 60 * number if unit == "min" else (step + 1) % int(number) == 0
+            if due and not last:
+                log.flush()
+                writer.flush()
+                saver.save(this.state, this.data)
+                saved_at = time.monotonic()
+        if stop.requested:
+            break
+    log.flush()
+    finished = this.data.step == this.num_steps
+    if finished:
+        finish(this, evaluate, writer)
+    writer.flush()
+    saver.save(this.state, this.data)
+    saver.close()
+    writer.close()
+    if not finished:
+        say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
+        return command.EXIT_PREEMPTED
+    say(next_commands(this, name))
+    return 0
+
+
+def compile_for(this: Run) -> CompiledStep:
+    rows, length = this.microbatch, this.config.data.sequence_length
+    one = pipeline.Stream(this.corpus.splits["train"], length, 0).row(0)
+    layouts = pipeline.layout(this.mesh)
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            (rows, *value.shape), value.dtype, sharding=jax.NamedSharding(this.mesh, jax.P(*layouts.spec[: 1 + value.ndim]))
+        )
+        for name, value in one.items()
+    }
+    one_microbatch = all(size == rows for _, _, size in this.ramp.stages)
+    return compile_step(this.program, abstract(this.program), shapes, one_microbatch)
+
+
+def one_step(this: Run, compiled: CompiledStep, step: int, batches, stop: Stop, log: "StepLog"):
+    """(state, metrics) after step number `step`, or None where a stop came between its microbatches (nothing changed)."""
+    if compiled.whole:
+        return settle(compiled.whole(this.state, next(batches)))
+    assert compiled.zeros and compiled.accumulate and compiled.update
+    sums, rows = compiled.zeros(this.state.parameters), this.ramp.rows(step)
+    for done in range(this.microbatch, rows + 1, this.microbatch):
+        sums = settle(compiled.accumulate(this.state, sums, next(batches)))
+        if stop.requested and done < rows:
+            return None
+        log.inside(step, done, rows)
+    return settle(compiled.update(this.state, sums))
+
+
+class StepLog:
+    """Metrics of a step written one step later, speeds over the time since the last line, progress with what remains."""
+
+    def __init__(self, this: Run, writer: metrics.Writer):
+        self.this, self.writer = this, writer
+        self.waiting: tuple[int, dict] | None = None
+        self.every = int(this.config.log.every)
+        self.first = this.data.step
+        self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, this.data.step
+        self.tokens = 0.0  # since this process started
+        self.busy, self.since = 0.0, time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Evaluations and saves do not count as time of steps."""
+        start = time.monotonic()
+        yield
+        self.mark += time.monotonic() - start
+        self.since += time.monotonic() - start
+
+    def inside(self, step: int, done: int, rows: int) -> None:
+        this = self.this
+        tokens = self.tokens + done * this.config.data.sequence_length
+        rate = tokens / (time.monotonic() - self.since)
+        left_step = (rows - done) * this.config.data.sequence_length / rate
+        left = self._left(step, tokens) / rate
+        this.say.progress(
+            f"step {step + 1:,} of {this.num_steps:,}: row {done} of {rows}, {rate:,.0f} tokens/s, "
+            f"step done in {costs.duration(left_step)}, all in {costs.duration(left)}"
+        )
+
+    def _left(self, step: int, tokens: float) -> float:
+        total = (this_rows(self.this, self.this.num_steps) - this_rows(self.this, self.first)) * self.this.config.data.sequence_length
+        return max(0.0, total - tokens)
+
+    def done(self, step: int, rows: int, device_metrics: dict) -> None:
+        """`step` updates are done (dispatched, on an accelerator)."""
+        self.flush()
+        self.tokens += rows * self.this.config.data.sequence_length
+        if step % self.every == 0 or step in (1, self.this.num_steps):
+            self.waiting = (step, device_metrics)
+
+    def flush(self) -> None:
+        if self.waiting is None:
+            return
+        (step, device_metrics), self.waiting = self.waiting, None
+        this, now = self.this, time.monotonic()
+        values = metrics.to_host(device_metrics)
+        values["train/tokens"] = float(this_rows(this, step) * this.config.data.sequence_length)
+        seconds = max(time.monotonic() - self.mark, 1e-9)
+        rate = (self.tokens - self.mark_tokens) / seconds
+        values |= {"perf/tokens_per_second": rate, "perf/step_seconds": seconds / max(1, step - self.mark_step)}
+        if this.peak_flops:
+            values["perf/mfu"] = rate * this.counted.flops_per_token / this.peak_flops
+        self.mark, self.mark_tokens, self.mark_step = now, self.tokens, step
+        self.writer.scalars(step, values)
+        left = costs.duration(self._left(step, self.tokens) / rate)
+        this.say(
+            f"step {step:>6,} of {this.num_steps:,}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.2f}"
+            f"  {rate:,.0f} tokens/s  {left} left"
+        )
+
+
+def this_rows(this: Run, step: int) -> int:
+    return this.ramp.cursor(step)
+
+
+def make_evaluation(this: Run) -> tuple[Evaluator, pipeline.Held] | None:
+    """What evaluates this run, None where it has no validation text."""
+    split = this.corpus.splits["validation"]
+    if not split.num_documents:
+        return None
+    rows = pipeline.Held(split, this.config.data.sequence_length, this.corpus.tokenizer.document_id)
+    return Evaluator(this.program.graph, this.mesh, this.corpus.tokenizer.bytes_per_piece, this.microbatch), rows
+
+
+def evaluate_now(this: Run, evaluation, writer: metrics.Writer, prefix: str, num_rows: int) -> dict[str, float]:
+    if evaluation is None:
+        return {}
+    evaluator, rows = evaluation
+    watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")  # noqa: E731
+    values = evaluator(this.state.parameters, rows, num_rows, watch).metrics(prefix)
+    writer.scalars(this.data.step, values)
+    this.say(
+        f"step {this.data.step:>6,} validation loss {values[f'{prefix}/loss']:.4f}, "
+        f"{values[f'{prefix}/bits_per_byte']:.3f} bits/byte"
+    )
+    return values
+
+
+def show_sample(this: Run, writer: metrics.Writer) -> None:
+    prompt = this.config.evaluate.prompt
+    if not prompt:
+        return
+    room = this.config.data.sequence_length - len(this.corpus.tokenizer.encode(prompt)) - 1
+    limit = min(SAMPLE_TOKENS, room)
+    if limit < 1:
+        this.say(f"no sample: config.evaluate.prompt leaves no room in {this.config.data.sequence_length} tokens")
+        return
+    text = generate(this.program.graph, this.state.parameters, this.corpus.tokenizer, [prompt], limit, Sampling())[0]
+    this.say(f"sample at step {this.data.step:,}:\n" + "\n".join(f"  | {line}" for line in (prompt + text).split("\n")))
+    writer.text(this.data.step, "sample", "\n".join(f"    {line}" for line in (prompt + text).split("\n")))
+
+
+def finish(this: Run, evaluation, writer: metrics.Writer) -> None:
+    """The last evaluation (as those before, then all of the split), the last sample, the curve and the compressors."""
+    evaluate_now(this, evaluation, writer, "eval", this.config.evaluate.num_rows)
+    show_sample(this, writer)
+    writer.flush()
+    lines = metrics.read(this.workdir)
+    this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))
+    if evaluation is None:
+        return
+    final = evaluate_now(this, evaluation, writer, "final", 0)
+    this.say(compare_with_compressors(this.corpus, final["final/bits_per_byte"]))
+
+
+def compare_with_compressors(corpus: shards.Corpus, bits_per_byte: float) -> str:
+    """Bits per byte of the model beside gzip's and xz's on the same validation text, up to 16 MB of it."""
+    split = corpus.splits["validation"]
+    line = f"validation text: yours {bits_per_byte:.2f} bits/byte"
+    if split.num_bytes > 16e6:
+        return line
+    text = corpus.tokenizer.decode(split.tokens).encode()
+    of = lambda compressed: 8 * len(compressed) / max(1, len(text))  # noqa: E731
+    return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
+
+
+def next_commands(this: Run, name: str) -> str:
+    longer = 4 * this.num_steps
+    config = f"experiments/{name.split('-')[0]}.py" + (f":{name.split('-')[1]}" if "-" in name else "")
+    return "\n".join(
+        [
+            f"done in {costs.duration(time.monotonic() - this.started)}; next:",
+            f"  longer     python -m lm_jax.main --config {config} --config.train.num_steps={longer} --workdir {this.workdir}-longer",
+            f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"',
+            f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
+            f"  look       tensorboard --logdir {os.path.dirname(os.path.abspath(this.workdir))}",
+        ]
+    )
+
+

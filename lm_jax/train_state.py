@@ -1,0 +1,46 @@
+"""What training is at a step: parameters, optimizer state and the step. Abstract first, then made sharded under jit."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm_jax.config import Config
+from lm_jax.model import transformer
+from lm_jax.optimizer import decays, make_optimizer
+from lm_jax.sharding import laid_out
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32 []: updates done
+    parameters: dict
+    optimizer_state: optax.OptState
+
+
+class Program(NamedTuple):
+    """What does not change in a run: the model, the update rule, and the root of all random numbers."""
+
+    config: Config
+    graph: transformer.Graph
+    optimizer: optax.GradientTransformation
+
+    @property
+    def root(self) -> jax.Array:
+        return jax.random.key(self.config.train.seed)
+
+
+def make_program(config: Config, num_pieces: int) -> Program:
+    graph = transformer.build(config.model, num_pieces, config.data.sequence_length)
+    return Program(config, graph, make_optimizer(config.optimizer, graph.tree(decays)))
+
+
+def fresh(program: Program) -> TrainState:
+    """The state before the first step. Under `jax.set_mesh` and jit every device makes its own shards."""
+    parameters = program.graph.init(program.root, sharded=not jax.sharding.get_abstract_mesh().empty)
+    return TrainState(jnp.zeros((), jnp.int32), parameters, program.optimizer.init(parameters))
+
+
+def abstract(program: Program) -> TrainState:
+    """Shapes, dtypes and shardings of the state on the mesh that is set, without any array."""
+    return laid_out(jax.eval_shape(lambda: fresh(program)))

@@ -1,0 +1,85 @@
+"""The step: gradients of a batch, added up over microbatches, one update. Pure functions, compiled by `compile_step`.
+
+The microbatches of a step are separate calls of one compiled program: the batch may grow without another compile, a step
+of many minutes shows how far it is, and Ctrl-C waits for a microbatch, not for a step.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm_jax.loss import loss_sum
+from lm_jax.model.transformer import Dropout
+from lm_jax.optimizer import global_norm, schedule
+from lm_jax.train_state import Program, TrainState
+
+
+class Sums(NamedTuple):
+    """Over the microbatches of a step so far: gradients of the summed loss, the loss in nats, target tokens."""
+
+    gradients: dict
+    loss: jax.Array
+    tokens: jax.Array  # float32: exact up to 16.7M tokens a step
+
+
+def zeros(parameters: dict) -> Sums:
+    return Sums(jax.tree.map(jnp.zeros_like, parameters), jnp.zeros(()), jnp.zeros(()))
+
+
+def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
+    """`sums` with one more microbatch (None: nothing yet)."""
+    drop = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
+    of = lambda parameters: loss_sum(program.graph, parameters, batch, drop)  # noqa: E731
+    loss, gradients = jax.value_and_grad(of)(state.parameters)
+    new = Sums(gradients, loss, batch["loss_mask"].sum())
+    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+
+def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update on the mean gradient over the step's tokens -> the next state and float32 metrics."""
+    num_tokens = jnp.maximum(sums.tokens, 1)
+    gradients = jax.tree.map(lambda g: g / num_tokens, sums.gradients)
+    changes, optimizer_state = program.optimizer.update(gradients, state.optimizer_state, state.parameters)
+    metrics = {
+        "train/loss": sums.loss / num_tokens,
+        "train/grad_norm": global_norm(gradients),
+        "train/learning_rate": jnp.asarray(schedule(program.config.optimizer)(state.step), jnp.float32),
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.parameters, changes), optimizer_state), metrics
+
+
+def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+    """(state, batch) -> (state, metrics): the whole step where the batch is one microbatch."""
+    return update(program, state, accumulate(program, state, None, batch))
+
+
+class CompiledStep(NamedTuple):
+    """The compiled programs of a run: `whole`, where every step is one microbatch, else the other three."""
+
+    whole: Callable | None
+    zeros: Callable | None
+    accumulate: Callable | None
+    update: Callable | None
+
+
+def compile_step(program: Program, state: TrainState, batch: dict, one_microbatch: bool) -> CompiledStep:
+    """Compiled for abstract `state` and `batch`. What is passed in and comes back changed is donated."""
+
+    def compiled(function, *arguments, donate):
+        return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+
+    if one_microbatch:
+        whole = compiled(lambda state, batch: train_step(program, state, batch), state, batch, donate=0)
+        return CompiledStep(whole, None, None, None)
+    make_zeros = jax.jit(lambda parameters: zeros(parameters)).lower(state.parameters).compile()
+    sums = jax.tree.map(
+        lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
+        jax.eval_shape(zeros, state.parameters),
+        make_zeros.output_shardings,
+    )
+    add = compiled(lambda state, sums, batch: accumulate(program, state, sums, batch), state, sums, batch, donate=1)
+    finish = compiled(lambda state, sums: update(program, state, sums), state, sums, donate=(0, 1))
+    return CompiledStep(None, make_zeros, add, finish)
