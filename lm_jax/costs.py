@@ -118,7 +118,7 @@ def device_memory(device: jax.Device) -> float:
 
 
 def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp: Ramp, device: jax.Device) -> int:
-    """Rows of a microbatch: the most that fit in 80% of a device's memory (a CPU: 4,096 tokens and 40% are enough)."""
+    """Rows of a microbatch: the most that fit in 80% of a device's memory (a CPU: 2,048 tokens and 40% are enough)."""
     shards = sizes["data"] * sizes["fsdp"]
     smallest = min(rows for _, _, rows in ramp.stages)
     on_cpu = device.platform == "cpu"
@@ -128,7 +128,7 @@ def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp:
         for rows in range(shards, smallest + 1, shards)
         if smallest % rows == 0
         and sum(bytes_by_class(config, costs, rows, sizes, accumulates=rows < smallest).values()) <= budget
-        and (not on_cpu or rows * config.data.sequence_length <= 4096)
+        and (not on_cpu or rows * config.data.sequence_length <= 2048)
     ]
     return max(fitting, default=shards)
 

@@ -15,14 +15,14 @@ from etils import epath
 from lm_jax import checkpoint, command, costs, metrics, terminal
 from lm_jax.config import Config, UserError, parse_length
 from lm_jax.data import pipeline, shards, tokenizer
-from lm_jax.distributed import Stop, devices, settle, workdir_lock
+from lm_jax.distributed import Stop, devices, workdir_lock
 from lm_jax.evaluate import Evaluator
 from lm_jax.generate import Sampling, generate
 from lm_jax.model import transformer
 from lm_jax.ramp import Ramp, make_ramp, with_steps
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
-from lm_jax.train_state import Program, TrainState, abstract, fresh, make_program
-from lm_jax.train_step import CompiledStep, compile_step
+from lm_jax.train_state import Program, TrainState, fresh, make_program
+from lm_jax.train_step import compile_step
 
 SAMPLE_TOKENS = 96
 
@@ -159,7 +159,8 @@ def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: st
     stream = pipeline.Stream(this.corpus.splits["train"], config.data.sequence_length, config.data.seed)
     with phases("compile"):
         say.progress("compiling the step")
-        step_program = compile_for(this)
+        one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
+        one_step = compile_step(this.program, this.mesh, one_microbatch)
     say(str(phases))
     writer = metrics.Writer(this.workdir, this.data.step)
     saver = checkpoint.Saver(this.workdir, config, facts)
@@ -176,10 +177,15 @@ def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: st
     # The order in the loop: dispatch step n, then write the metrics of step n - 1, so that the device never waits for
     # the host. What follows a step (evaluation, checkpoint) sees the state after it, and the lines before it are written.
     for step in range(this.data.step, this.num_steps):
-        outcome = one_step(this, step_program, step, batches, stop, log)
+        rows = this.ramp.rows(step)
+
+        def watch(done: int, step: int = step, rows: int = rows) -> bool:
+            log.inside(step, done * this.microbatch, rows)
+            return stop.requested
+
+        outcome = one_step(this.state, rows // this.microbatch, batches, watch)
         if outcome is None:
             break
-        rows = this.ramp.rows(step)
         this.state = outcome[0]
         this.data = checkpoint.DataState(step + 1, this.data.cursor + rows, this.data.skipped)
         log.done(step + 1, rows, outcome[1])
@@ -190,6 +196,7 @@ def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: st
                 log.flush()
                 evaluate_now(this, evaluate, writer, "eval", config.evaluate.num_rows)
             if step + 1 == this.num_steps // 2:
+                log.flush()
                 show_sample(this, writer)
             number, unit = parse_length(config.checkpoint.every)
             due = time.monotonic() - saved_at >= 60 * number if unit == "min" else (step + 1) % int(number) == 0
@@ -213,34 +220,6 @@ def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: st
         return command.EXIT_PREEMPTED
     say(next_commands(this, name))
     return 0
-
-
-def compile_for(this: Run) -> CompiledStep:
-    rows, length = this.microbatch, this.config.data.sequence_length
-    one = pipeline.Stream(this.corpus.splits["train"], length, 0).row(0)
-    layouts = pipeline.layout(this.mesh)
-    shapes = {
-        name: jax.ShapeDtypeStruct(
-            (rows, *value.shape), value.dtype, sharding=jax.NamedSharding(this.mesh, jax.P(*layouts.spec[: 1 + value.ndim]))
-        )
-        for name, value in one.items()
-    }
-    one_microbatch = all(size == rows for _, _, size in this.ramp.stages)
-    return compile_step(this.program, abstract(this.program), shapes, one_microbatch)
-
-
-def one_step(this: Run, compiled: CompiledStep, step: int, batches, stop: Stop, log: "StepLog"):
-    """(state, metrics) after step number `step`, or None where a stop came between its microbatches (nothing changed)."""
-    if compiled.whole:
-        return settle(compiled.whole(this.state, next(batches)))
-    assert compiled.zeros and compiled.accumulate and compiled.update
-    sums, rows = compiled.zeros(this.state.parameters), this.ramp.rows(step)
-    for done in range(this.microbatch, rows + 1, this.microbatch):
-        sums = settle(compiled.accumulate(this.state, sums, next(batches)))
-        if stop.requested and done < rows:
-            return None
-        log.inside(step, done, rows)
-    return settle(compiled.update(this.state, sums))
 
 
 class StepLog:
@@ -275,7 +254,7 @@ class StepLog:
         )
 
     def _left(self, step: int, tokens: float) -> float:
-        total = (this_rows(self.this, self.this.num_steps) - this_rows(self.this, self.first)) * self.this.config.data.sequence_length
+        total = (self.this.ramp.cursor(self.this.num_steps) - self.this.ramp.cursor(self.first)) * self.this.config.data.sequence_length
         return max(0.0, total - tokens)
 
     def done(self, step: int, rows: int, device_metrics: dict) -> None:
@@ -291,7 +270,7 @@ class StepLog:
         (step, device_metrics), self.waiting = self.waiting, None
         this, now = self.this, time.monotonic()
         values = metrics.to_host(device_metrics)
-        values["train/tokens"] = float(this_rows(this, step) * this.config.data.sequence_length)
+        values["train/tokens"] = float(this.ramp.cursor(step) * this.config.data.sequence_length)
         seconds = max(time.monotonic() - self.mark, 1e-9)
         rate = (self.tokens - self.mark_tokens) / seconds
         values |= {"perf/tokens_per_second": rate, "perf/step_seconds": seconds / max(1, step - self.mark_step)}
@@ -304,10 +283,6 @@ class StepLog:
             f"step {step:>6,} of {this.num_steps:,}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.2f}"
             f"  {rate:,.0f} tokens/s  {left} left"
         )
-
-
-def this_rows(this: Run, step: int) -> int:
-    return this.ramp.cursor(step)
 
 
 def make_evaluation(this: Run) -> tuple[Evaluator, pipeline.Held] | None:

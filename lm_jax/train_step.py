@@ -4,17 +4,20 @@ The microbatches of a step are separate calls of one compiled program: the batch
 of many minutes shows how far it is, and Ctrl-C waits for a microbatch, not for a step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lm_jax.data.pipeline import abstract_batch
+from lm_jax.distributed import settle
 from lm_jax.loss import loss_sum
 from lm_jax.model.transformer import Dropout
 from lm_jax.optimizer import global_norm, schedule
-from lm_jax.train_state import Program, TrainState
+from lm_jax.sharding import laid_out
+from lm_jax.train_state import Program, TrainState, abstract
 
 
 class Sums(NamedTuple):
@@ -64,9 +67,27 @@ class CompiledStep(NamedTuple):
     accumulate: Callable | None
     update: Callable | None
 
+    def __call__(self, state: TrainState, num_microbatches: int, batches: Iterator[dict], watch: Callable[[int], bool]):
+        """(state, metrics) after one step over the next microbatches. Donates `state`.
 
-def compile_step(program: Program, state: TrainState, batch: dict, one_microbatch: bool) -> CompiledStep:
-    """Compiled for abstract `state` and `batch`. What is passed in and comes back changed is donated."""
+        `watch(done)` is called after each microbatch but the last; where it returns True the step is given up: None, and
+        `state` is as it was.
+        """
+        if self.whole:
+            return settle(self.whole(state, next(batches)))
+        assert self.zeros and self.accumulate and self.update
+        sums = self.zeros(state.parameters)
+        for done in range(1, num_microbatches + 1):
+            sums = settle(self.accumulate(state, sums, next(batches)))
+            if done < num_microbatches and watch(done):
+                return None
+        return settle(self.update(state, sums))
+
+
+def compile_step(program: Program, mesh: jax.sharding.Mesh, one_microbatch: bool) -> CompiledStep:
+    """Compiled for the microbatches of the program's config on this mesh. What comes back changed is donated."""
+    config, state = program.config, abstract(program)
+    batch = abstract_batch(mesh, int(config.train.microbatch_rows), config.data.sequence_length)
 
     def compiled(function, *arguments, donate):
         return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
@@ -74,12 +95,7 @@ def compile_step(program: Program, state: TrainState, batch: dict, one_microbatc
     if one_microbatch:
         whole = compiled(lambda state, batch: train_step(program, state, batch), state, batch, donate=0)
         return CompiledStep(whole, None, None, None)
-    make_zeros = jax.jit(lambda parameters: zeros(parameters)).lower(state.parameters).compile()
-    sums = jax.tree.map(
-        lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
-        jax.eval_shape(zeros, state.parameters),
-        make_zeros.output_shardings,
-    )
+    sums = laid_out(jax.eval_shape(zeros, state.parameters))
     add = compiled(lambda state, sums, batch: accumulate(program, state, sums, batch), state, sums, batch, donate=1)
     finish = compiled(lambda state, sums: update(program, state, sums), state, sums, donate=(0, 1))
-    return CompiledStep(None, make_zeros, add, finish)
+    return CompiledStep(None, compiled(zeros, state.parameters, donate=()), add, finish)

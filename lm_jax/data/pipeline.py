@@ -135,6 +135,13 @@ def layout(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, computed(("batch", "length")))
 
 
+def abstract_batch(mesh: jax.sharding.Mesh, size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and layouts of a batch, for compiling before there is one."""
+    row = make_row([(0, np.zeros(length + 1, np.int32))], length, 0)
+    lay = lambda x: NamedSharding(mesh, computed(("batch", "length")[: 1 + x.ndim]))  # noqa: E731
+    return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=lay(x)) for name, x in row.items()}
+
+
 def local_rows(mesh: jax.sharding.Mesh, size: int, length: int) -> tuple[int, ...]:
     """Rows of a batch that the devices of this process hold; several processes may hold the same."""
     held = layout(mesh).addressable_devices_indices_map((size, length)).values()

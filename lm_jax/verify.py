@@ -1,0 +1,93 @@
+"""Every legal mesh of the devices at hand agrees: the same initial bits, the same losses; `--show` prints the table.
+
+    python -m lm_jax.verify --config experiments/quickstart.py:smoke        (JAX_NUM_CPU_DEVICES=8 for eight fake devices)
+"""
+
+import dataclasses
+import hashlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lm_jax import command, distributed
+from lm_jax.config import Config, Mesh, UserError
+from lm_jax.data import pipeline, shards
+from lm_jax.model.transformer import padded
+from lm_jax.ramp import make_ramp, with_steps
+from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
+from lm_jax.terminal import Terminal
+from lm_jax.train_state import fresh, make_program
+from lm_jax.train_step import compile_step
+
+TOLERANCE = 1e-5  # of losses, relative, float32: meshes add up in another order
+
+
+class Trace(NamedTuple):
+    """What a few steps did: hash of the initial parameters, losses, parameters at the end (on the host)."""
+
+    digest: str
+    losses: list[float]
+    parameters: dict
+
+
+def trace(config: Config, corpus: shards.Corpus, mesh: jax.sharding.Mesh, num_steps: int) -> Trace:
+    """Trains `num_steps` from the start on `mesh`, with the full batch and the config's microbatches."""
+    rows = config.data.global_batch_size
+    size = rows if config.train.microbatch_rows == "auto" else int(config.train.microbatch_rows)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=size))
+    program = make_program(config, corpus.tokenizer.num_pieces)
+    stream = pipeline.Stream(corpus.splits["train"], config.data.sequence_length, config.data.seed)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: fresh(program))()
+        digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.parameters))).hexdigest()
+        one_step = compile_step(program, mesh, one_microbatch=size == rows)
+        batches = pipeline.batches(stream, mesh, 0, num_steps * rows // size, size)
+        losses = []
+        for _ in range(num_steps):
+            state, metrics = one_step(state, rows // size, batches, lambda done: False)
+            losses.append(float(metrics["train/loss"]))
+        return Trace(digest[:12], losses, jax.tree.map(np.asarray, state.parameters))
+
+
+def main(arguments: list[str]) -> int:
+    overrides, rest = command.split_overrides(arguments)
+    parser = command.Parser("lm_jax.verify", __doc__)
+    parser.add_argument("--config", required=True, action=command.Once, help="an experiment file, file.py:variant; it is executed")
+    parser.add_argument("--show", action="store_true", help="only print the parameters on the config's mesh")
+    parser.add_argument("--num_steps", type=int, default=3)
+    flags = parser.parse_args(rest)
+    if flags.num_steps < 1:
+        parser.error(f"--num_steps {flags.num_steps}: at least 1")
+    config, _ = command.load_config(flags.config, overrides)
+    say, here = Terminal(), distributed.devices()
+    preflight_sizes = mesh_shape(config.mesh, len(here))
+    corpus = shards.open_corpus(config.data, say)
+    vocab_size = padded(corpus.tokenizer.num_pieces)
+    config = with_steps(config, make_ramp(config), len(corpus.splits["train"].tokens) / config.data.sequence_length)
+    if flags.show:
+        preflight(config, vocab_size, preflight_sizes)
+        say(parameter_table(make_program(config, corpus.tokenizer.num_pieces).graph.declarations, make_mesh(config.mesh, here)))
+        return 0
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
+    meshes = list(legal_meshes(config, vocab_size, len(here)))
+    if not meshes:
+        preflight(config, vocab_size, preflight_sizes)
+        raise UserError(f"no mesh of {len(here)} devices is legal for {flags.config}")
+    say(f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices, {flags.num_steps} steps each, float32")
+    first, agree = None, True
+    for sizes in meshes:
+        found = trace(config, corpus, make_mesh(Mesh(**sizes), here), flags.num_steps)
+        first = first or found
+        apart = max(abs(a - b) / abs(b) for a, b in zip(found.losses, first.losses, strict=True))
+        same = found.digest == first.digest and apart <= TOLERANCE
+        agree &= same
+        axes = " ".join(f"{axis} {size}" for axis, size in sizes.items())
+        losses = " ".join(f"{loss:.6f}" for loss in found.losses)
+        say(f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {'agrees' if same else 'DIFFERS'}")
+    say(f"all agree to {TOLERANCE:.0e}" if agree else "not all meshes agree")
+    return 0 if agree else command.EXIT_FAULT
+
+
+if __name__ == "__main__":
+    command.door(main)

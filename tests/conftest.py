@@ -1,0 +1,48 @@
+"""Eight fake CPU devices, one compile cache and one corpus for all test processes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("LM_JAX_CACHE", str(ROOT / ".pytest_cache" / "lm_jax"))
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from lm_jax import config as configs  # noqa: E402
+from lm_jax import distributed  # noqa: E402
+from lm_jax.data import shards  # noqa: E402
+
+distributed.configure()
+
+
+def tiny(**changes) -> configs.Config:
+    """Two layers, 64 wide, rows of 64 tokens of the embedded corpus; changes as section__name=value."""
+    config = configs.shrink(configs.default_config())
+    for path, value in changes.items():
+        section, name = path.split("__")
+        config[section][name] = value
+    return configs.resolve(config)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> shards.Corpus:
+    return shards.open_corpus(tiny().data)
+
+
+@pytest.fixture(scope="session")
+def eight() -> list[jax.Device]:
+    devices = jax.devices()
+    assert len(devices) == 8
+    return devices
+
+
+def command(module: str, *arguments: str, devices: int = 1, **keywords) -> subprocess.CompletedProcess:
+    """`python -m lm_jax.<module> ...` as a real process."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", f"lm_jax.{module}", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, **keywords)

@@ -1,0 +1,59 @@
+"""Imports run one way, and the periphery can go."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT
+
+# Each may import itself, those before it, and nothing after it.
+ORDER = """
+config ramp sharding data.sources data.tokenizer data.shards data.pipeline distributed model.layers model.attention
+model.transformer costs loss optimizer train_state train_step metrics terminal checkpoint command generate evaluate train main
+verify
+""".split()
+PERIPHERY = {"verify"}
+
+
+def imports(path) -> set[str]:
+    """Modules of ours that a file imports anywhere, as in ORDER."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lm_jax":
+            inside = (node.module or "").removeprefix("lm_jax").removeprefix(".")
+            found |= {f"{inside}.{alias.name}".lstrip(".") for alias in node.names} | {inside}
+    return found & set(ORDER)
+
+
+def test_every_module_has_a_place_and_the_arrows_hold():
+    modules = {}
+    for path in sorted((ROOT / "lm_jax").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "lm_jax").with_suffix("").parts)
+        if not name.endswith("__init__"):
+            modules[name] = imports(path)
+    assert sorted(modules) == sorted(ORDER)
+    # `command.door` sets JAX up for the command that it runs, and `main` wakes it up after the flags: both import late.
+    backwards = {(a, b) for a, found in modules.items() for b in found if ORDER.index(b) > ORDER.index(a)}
+    assert backwards == set()
+
+
+def test_nothing_heavy_or_forbidden_is_imported():
+    for path in (ROOT / "lm_jax").rglob("*.py"):
+        roots = {alias.name.split(".")[0] for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for alias in n.names}
+        assert not roots & {"torch", "tensorflow", "transformers", "pickle"}, path
+
+
+def test_main_runs_without_the_periphery(tmp_path):
+    for folder in ("lm_jax", "experiments"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for module in PERIPHERY:
+        (tmp_path / "lm_jax" / f"{module}.py").unlink()
+    script = "import lm_jax, sys; assert lm_jax.__file__.startswith(sys.argv[1]), lm_jax.__file__"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, cwd=tmp_path, check=True)
+    line = [sys.executable, "-m", "lm_jax.main", "--config", "experiments/quickstart.py:smoke", "--dry_run"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "parameters" in result.stdout

@@ -1,0 +1,120 @@
+"""The config is an interface: its leaves are frozen here, and what `resolve` refuses is listed."""
+
+import dataclasses
+
+import pytest
+
+from conftest import ROOT, tiny
+from lm_jax import command
+from lm_jax.config import Config, UserError, default_config, flatten, leaves, parse_length, resolve
+from lm_jax.ramp import make_ramp, to_steps
+
+# A new key must replace an `if` in two experiments; add it here in the same commit.
+LEAVES = """
+model.num_layers model.model_dim model.num_heads model.num_kv_heads model.head_dim model.mlp_dim model.positions
+model.rotary_base model.norm model.norm_epsilon model.activation model.gated model.bias model.tie_embedding model.window
+model.dropout model.init_scale model.attention model.remat model.unroll model.compute_dtype
+data.source data.tokenizer data.sequence_length data.global_batch_size data.batch_ramp data.seed data.num_workers
+data.validation_fraction data.test_fraction
+optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup optimizer.decay_over optimizer.decay_to
+optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
+train.num_steps train.microbatch_rows train.seed train.init_from
+mesh.data mesh.fsdp mesh.tensor
+checkpoint.every checkpoint.keep_last checkpoint.keep_every
+evaluate.every evaluate.num_rows evaluate.prompt
+log.every
+"""
+
+
+def test_leaves_are_frozen():
+    assert list(leaves()) == LEAVES.split()
+
+
+def test_every_leaf_says_what_it_means():
+    assert all(len(field.metadata["meaning"]) > 3 for field in leaves().values())
+
+
+def test_resolved_config_is_hashable_and_survives_a_round_trip():
+    config = resolve(default_config())
+    assert hash(config) == hash(resolve(default_config()))
+    assert resolve(dataclasses.asdict(config)) == config
+
+
+def test_derived_sizes_are_filled_in():
+    model = tiny(model__head_dim=0, model__mlp_dim=0, model__num_kv_heads=0).model
+    assert (model.head_dim, model.mlp_dim, model.num_kv_heads) == (16, 256, 4)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model.num_layers", "four", "expected an int"),
+        ("model.num_layers", 4.0, "did you mean 4?"),
+        ("model.num_layers", True, "expected an int"),
+        ("model.dropout", float("nan"), "finite"),
+        ("optimizer.learning_rate", float("inf"), "finite"),
+        ("model.dropout", -0.1, "at least 0.0"),
+        ("model.norm", "layernorn", "did you mean layernorm?"),
+        ("model.bias", 1, "expected a bool"),
+        ("model.window", 256, "expected a tuple"),
+        ("model.window", (), "at least 1"),
+        ("data.batch_ramp", (16,), "expected 2 values"),
+        ("train.num_steps", "3 weeks", "tokens"),
+        ("train.num_steps", "30 min", "tokens"),
+        ("train.microbatch_rows", "all", "choose one of auto"),
+        ("train.num_steps", 0, "at least 1"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(path, value, words):
+    config = default_config()
+    section, name = path.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError) as error:
+        resolve(config)
+    assert path in str(error.value) and words in str(error.value)
+
+
+def test_lengths_have_units():
+    assert parse_length("375M tokens") == (375e6, "tokens")
+    assert parse_length("0.5 epochs") == (0.5, "epochs")
+    assert parse_length(7) == (7, "steps")
+
+
+def test_the_ramp_counts_every_row_once():
+    config = tiny(data__global_batch_size=64, data__batch_ramp=(16, "100k tokens"), train__microbatch_rows=8)
+    ramp = make_ramp(config)
+    assert [rows for _, _, rows in ramp.stages] == [16, 32, 48, 64]
+    cursor = 0
+    for step in range(200):
+        assert ramp.cursor(step) == cursor
+        assert ramp.step_at(cursor) == step
+        cursor += ramp.rows(step)
+    end_of_ramp = ramp.stages[-1][1] * config.data.sequence_length
+    assert 0.6 * 100e3 < end_of_ramp <= 100e3  # the last size is reached a stage before the end
+
+
+def test_a_length_in_tokens_goes_through_the_ramp():
+    config = tiny(data__global_batch_size=64, data__batch_ramp=(16, "100k tokens"), train__microbatch_rows=8)
+    ramp = make_ramp(config)
+    steps = to_steps("1M tokens", config, ramp, rows_per_epoch=1000)
+    assert ramp.cursor(steps - 1) * 64 < 1e6 <= ramp.cursor(steps) * 64
+    assert to_steps("2 epochs", config, ramp, rows_per_epoch=1000) == ramp.step_at(2000)
+
+
+EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_resolve_and_say_how_they_are_run(name):
+    config, origins = command.load_config(f"experiments/{name}", {})
+    assert isinstance(config, Config) and origins
+    text = (ROOT / "experiments" / name).read_text()
+    assert "python -m lm_jax.main" in text and "Expected:" in text
+
+
+def test_overrides_remember_where_values_come_from():
+    config, origins = command.load_config("experiments/quickstart.py", {"optimizer.learning_rate": "1e-4"})
+    assert config.optimizer.learning_rate == 1e-4
+    assert origins["optimizer.learning_rate"]["from"] == "command line"
+    assert origins["model.model_dim"]["from"] == "file"
+    assert set(origins) < set(flatten(config))

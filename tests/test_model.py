@@ -1,0 +1,194 @@
+"""What the model must never do (see the future, mix documents) and what must not change what it computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import tiny
+from lm_jax.data import pipeline
+from lm_jax.generate import empty_caches, filled, prefill
+from lm_jax.loss import token_losses
+from lm_jax.model import attention, transformer
+from lm_jax.model.attention import Context
+from lm_jax.model.layers import row_keys
+
+LLAMA = dict(
+    model__positions="rotary", model__norm="rmsnorm", model__activation="silu", model__gated=True, model__bias=False,
+    model__num_kv_heads=2, model__tie_embedding=False,
+)  # fmt: skip
+KINDS = {
+    "gpt2": {},
+    "llama": LLAMA,
+    "gpt3_banded": dict(model__window=(0, 8), model__num_layers=4),
+    "sinusoidal_relu": dict(model__positions="sinusoidal", model__activation="relu"),
+    "no_positions": dict(model__positions="none", model__norm="rmsnorm"),
+}
+LENGTH = 64
+
+
+def make(kind: str, **changes):
+    config = tiny(**KINDS[kind], **changes)
+    graph = transformer.build(config.model, num_pieces=500, sequence_length=config.data.sequence_length)
+    return graph, jax.jit(lambda: graph.init(jax.random.key(0)))()
+
+
+def whole(batch: int, length: int = LENGTH) -> Context:
+    return Context(jnp.broadcast_to(jnp.arange(length)[None], (batch, length)), jnp.ones((batch, length), jnp.int32))
+
+
+def logits(graph, parameters, tokens, context):
+    model = graph.module(parameters)
+    return model.logits(model(tokens, context)[0])
+
+
+def random_tokens(*shape):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 500, shape), jnp.int32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causality_by_gradient(kind):
+    """The logits at place t depend on the embeddings of tokens 0..t (within the window) and on no later one."""
+    graph, parameters = make(kind)
+    tokens, context, place = random_tokens(1, LENGTH), whole(1), 40
+
+    def at_place(x_BTD):
+        model = graph.module(parameters)
+        model.embed = lambda tokens, positions: x_BTD
+        return model.logits(model(tokens, context)[0])[0, place].sum()
+
+    embedded = graph.module(parameters).embed(tokens, context.positions)
+    moved = jnp.abs(jax.jit(jax.grad(at_place))(embedded)).sum(-1)[0]
+    assert float(moved[place + 1 :].max()) == 0
+    assert float(moved[: place + 1].min()) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_a_row_do_not_see_each_other(kind):
+    """Packed equals unpacked, and another first document changes no bit of the second's logits and gradients."""
+    graph, parameters = make(kind)
+    first, second = random_tokens(1, 30), random_tokens(1, LENGTH)[:, 30:]
+    segments = jnp.repeat(jnp.array([[1, 2]]), jnp.array([30, 34]), axis=1, total_repeat_length=LENGTH)
+    positions = jnp.concatenate([jnp.arange(30), jnp.arange(34)])[None]
+    packed = Context(positions, segments)
+
+    @jax.jit
+    def second_loss(parameters, first):
+        out = logits(graph, parameters, jnp.concatenate([first, second], 1), packed)
+        return out[:, 30:].astype(jnp.float32).sum(), out[:, 30:]
+
+    (_, one), gradient = jax.value_and_grad(second_loss, has_aux=True)(parameters, first)
+    (_, other), gradient_of_other = jax.value_and_grad(second_loss, has_aux=True)(parameters, (first + 7) % 500)
+    np.testing.assert_array_equal(one, other)
+    for a, b in zip(jax.tree.leaves(gradient["block_0"]), jax.tree.leaves(gradient_of_other["block_0"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    alone = logits(graph, parameters, second, whole(1, 34))
+    np.testing.assert_allclose(one, alone, atol=2e-5)
+
+
+def test_a_window_is_as_wide_as_it_says():
+    graph, parameters = make("gpt2", model__window=(8,), model__num_layers=1)
+    tokens = random_tokens(1, LENGTH)
+    out = logits(graph, parameters, tokens, whole(1))
+    inside = logits(graph, parameters, tokens.at[0, 40 - 7].add(1), whole(1))
+    outside = logits(graph, parameters, tokens.at[0, 40 - 8].add(1), whole(1))
+    np.testing.assert_array_equal(out[0, 40], outside[0, 40])
+    assert not np.array_equal(out[0, 40], inside[0, 40])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unrolled_scanned_and_recomputed_are_the_same(kind):
+    graph, parameters = make(kind)
+    tokens, context = random_tokens(2, LENGTH), whole(2)
+
+    def value_and_gradient(**changes):
+        model = dataclasses.replace(graph.config, **changes)
+        other = transformer.build(model, 500, LENGTH)
+        loss = lambda parameters: token_losses(logits(other, parameters, tokens, context), tokens).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(parameters)
+
+    expected = value_and_gradient(unroll=True, remat="none")
+    for changes in ({"unroll": False}, {"remat": "full"}, {"unroll": False, "remat": "full"}):
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(value_and_gradient(**changes)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("window", [0, 100, 300])
+def test_attention_backends_agree(window):
+    length, random = 3 * attention.CHUNK - 40, np.random.default_rng(1)
+    q, k, v = (jnp.asarray(random.normal(size=(2, length, heads, 16)), jnp.float32) for heads in (4, 2, 2))
+    segments = jnp.asarray(np.repeat([[1, 2, 0]], [300, length - 320, 20], axis=1).repeat(2, 0), jnp.int32)
+    positions = jnp.concatenate([jnp.arange(300), jnp.arange(length - 320), jnp.arange(20)])[None].repeat(2, 0)
+    context = Context(positions, segments)
+
+    def run(backend):
+        weigh = lambda q, k, v: (attention.attend(q, k, v, context, context, window, backend) * jnp.cos(q)).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(weigh, (0, 1, 2)))(q, k, v)
+
+    for a, b in zip(jax.tree.leaves(run("xla")), jax.tree.leaves(run("chunked")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_decode_equals_full_forward(kind):
+    """At every place, for prompts of different lengths in one batch."""
+    graph, parameters = make(kind)
+    tokens, lengths = random_tokens(2, LENGTH), jnp.array([20, 33])
+    full = logits(graph, parameters, tokens, whole(2))
+
+    @jax.jit
+    def step(token_B, lengths_B, caches):
+        context = Context(lengths_B[:, None] - 1, jnp.ones((2, 1), jnp.int32))
+        model = graph.module(parameters)
+        hidden, caches = model(token_B[:, None], context, None, caches, filled(lengths_B, LENGTH))
+        return model.logits(hidden)[:, 0], caches
+
+    prompt = jnp.where(jnp.arange(40)[None] < lengths[:, None], tokens[:, :40], 499)  # padding is not zeros
+    out, caches = jax.jit(lambda t, n: prefill(graph, parameters, t, n, LENGTH))(prompt, lengths)
+    rows = jnp.arange(2)
+    np.testing.assert_allclose(out, full[rows, lengths - 1], atol=1e-4)
+    for _ in range(30):
+        out, caches = step(tokens[rows, lengths], lengths + 1, caches)
+        np.testing.assert_allclose(out, full[rows, lengths], atol=1e-4)
+        lengths = lengths + 1
+    assert empty_caches(graph, 2, LENGTH)[0].keys.shape == caches[0].keys.shape
+
+
+def test_padding_of_the_vocabulary_never_wins():
+    graph, parameters = make("gpt2")
+    out = logits(graph, parameters, random_tokens(1, LENGTH), whole(1))
+    assert out.shape[-1] == 512 and float(out[..., 500:].max()) <= -1e8
+    losses = token_losses(out, random_tokens(1, LENGTH))
+    expected = -jax.nn.log_softmax(out[..., :500])[0, jnp.arange(LENGTH), random_tokens(1, LENGTH)[0]]
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
+
+
+def test_residual_outputs_start_smaller():
+    graph, parameters = make("gpt2")
+    block = parameters["block_0"]
+    np.testing.assert_allclose(block["mlp"]["up"]["kernel"].std(), 0.02, rtol=0.05)
+    np.testing.assert_allclose(block["mlp"]["down"]["kernel"].std(), 0.02 / np.sqrt(2 * 2), rtol=0.05)
+    np.testing.assert_allclose(block["attention"]["output"]["kernel"].std(), 0.02 / np.sqrt(2 * 2), rtol=0.05)
+    assert not np.array_equal(block["mlp"]["up"]["kernel"][0], block["mlp"]["up"]["kernel"][1])
+
+
+def test_dropout_of_a_row_depends_on_nothing_but_the_row():
+    """The same row has the same mask in any batch; another step, layer or name has another."""
+    root = jax.random.key(0)
+    bits = lambda *arguments: np.asarray(jax.vmap(jax.random.bits)(row_keys(root, *arguments)))  # noqa: E731
+    rows = jnp.arange(8, dtype=jnp.uint32)
+    together = bits("mlp", 3, 1, rows)
+    np.testing.assert_array_equal(together[4:6], bits("mlp", 3, 1, rows[4:6]))
+    others = [bits("attention", 3, 1, rows), bits("mlp", 4, 1, rows), bits("mlp", 3, 2, rows)]
+    assert len({tuple(x) for x in (together, *others)}) == 4
+
+
+def test_rows_restart_positions_and_segments():
+    row = pipeline.make_row([(7, np.arange(5)), (8, np.arange(10, 14))], 8, 3)
+    assert row["tokens"].tolist() == [0, 1, 2, 3, 4, 10, 11, 12]
+    assert row["targets"].tolist() == [1, 2, 3, 4, 10, 11, 12, 13]
+    assert row["segment_ids"].tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
+    assert row["positions"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert row["loss_mask"].sum() == 8
