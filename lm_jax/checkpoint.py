@@ -265,9 +265,13 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     return Located(workdir, step, config, Tokenizer((workdir / "tokenizer.model").read_bytes()))
 
 
+def graph_of(located: Located) -> transformer.Graph:
+    return transformer.build(located.config.model, located.tokenizer.num_pieces, located.config.data.sequence_length)
+
+
 def load_parameters(located: Located) -> tuple[transformer.Graph, dict]:
     """The model of a run and its parameters on the mesh that is set."""
-    graph = transformer.build(located.config.model, located.tokenizer.num_pieces, located.config.data.sequence_length)
+    graph = graph_of(located)
     target = laid_out(jax.eval_shape(lambda: graph.init(jax.random.key(0), sharded=True)))
     with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as orbax:
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(target))

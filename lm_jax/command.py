@@ -131,8 +131,12 @@ def experiment_config(place: str) -> ml_collections.ConfigDict:
         line = traceback.extract_tb(error.__traceback__)[-1]
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         number = frames[-1].lineno if frames else getattr(error, "lineno", line.lineno)
-        message = re.sub(r"\s+", " ", str(error)).strip('"')
-        raise UserError(f"{os.path.relpath(path)} line {number}: {type(error).__name__}: {message[:300]}") from error
+        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError
+            error = error.args[0]
+        message = str(error.args[0] if error.args else error)
+        message = re.sub(r"\s+", " ", re.sub(r'Other fields present: "\{.*\}"', "", message, flags=re.DOTALL))
+        place = os.path.relpath(path) if not os.path.relpath(path).startswith("..") else path
+        raise UserError(f"{place} line {number}: {type(error).__name__}: {message[:200]}") from error
     return shrink(config) if variant == "smoke" else config
 
 

@@ -21,8 +21,7 @@ def main(arguments: list[str]) -> int:
         return 0
     from lm_jax import train  # after the flags: a mistake is answered before JAX wakes up
 
-    name = command.run_name(flags.config)
-    return train.run(config, flags.workdir or f"runs/{name}", name, origins, dry_run=flags.dry_run)
+    return train.run(config, flags.config, flags.workdir, origins, flags.dry_run)
 
 
 def table(config: Config, origins: dict[str, dict]) -> str:

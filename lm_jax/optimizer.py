@@ -1,6 +1,5 @@
 """Schedules and update rules from Optax, by name; which parameters decay is read from their declarations."""
 
-import jax
 import optax
 
 from lm_jax.config import Optimizer
@@ -37,7 +36,3 @@ def make_optimizer(config: Optimizer, decay_mask: dict) -> optax.GradientTransfo
         rule = optax.trace(config.beta1)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
     return optax.chain(clip, rule, decay, optax.scale_by_learning_rate(schedule(config)))
-
-
-def global_norm(tree) -> jax.Array:
-    return optax.tree.norm(tree)

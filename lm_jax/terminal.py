@@ -1,6 +1,7 @@
 """What a person sees: lines, progress with the time that remains, the header, a small curve."""
 
 import math
+import os
 import shutil
 import sys
 import time
@@ -76,7 +77,8 @@ def header(config: Config, name: str, counted: costs.Costs, corpus: Corpus, ramp
         f"data: {place}, {costs.short(train['tokens'])} tokens, {epochs:,.1f} epochs{short_of_data}",
     ]
     num_devices = math.prod(sizes.values())
-    what = f"{costs.device_name(device)} x{os_cores() if device.platform == 'cpu' else num_devices}"
+    num_units = len(os.sched_getaffinity(0)) if device.platform == "cpu" else num_devices
+    what = f"{costs.device_name(device)} x{num_units}"
     share = 0.6 if device.platform == "cpu" else costs.TYPICAL_MFU
     mine = f"this machine: {what}, about {costs.duration(flops / (flops_here * share))}" if flops_here else f"{what}, time unknown"
     others = [("v5e-8", 8 * costs.PEAK["v5e", "bfloat16"]), ("H200", costs.PEAK["H200", "bfloat16"])]
@@ -92,12 +94,6 @@ def header(config: Config, name: str, counted: costs.Costs, corpus: Corpus, ramp
     if flops_here and flops / (flops_here * share) > 86400 and device.platform == "cpu":
         lines.append("on this machine try: python -m lm_jax.main      (quickstart, 3 minutes)")
     return "\n".join(lines)
-
-
-def os_cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 def curve(points: list[tuple[int, float]], title: str, width: int = 60, height: int = 8) -> str:

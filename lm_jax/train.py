@@ -69,9 +69,15 @@ class Phases:
         return "start-up: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
 
 
-def run(config: Config, place: str, name: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
-    """Trains to the end, from wherever the workdir is. Returns the exit code. Raises UserError before it writes there."""
-    say, phases, workdir = terminal.Terminal(), Phases(), epath.Path(place)
+def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
+    """Trains to the end, from wherever the workdir is. Returns the exit code. Raises UserError before it writes there.
+
+    `experiment` is what `--config` named, `place` the workdir ("": runs/<experiment>[-<variant>]).
+    """
+    name = command.run_name(experiment)
+    say, phases, workdir = terminal.Terminal(), Phases(), epath.Path(place or f"runs/{name}")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
     with phases("devices"):
         here = devices()
     sizes = mesh_shape(config.mesh, len(here))
@@ -89,9 +95,11 @@ def run(config: Config, place: str, name: str, origins: dict[str, dict[str, Any]
         counted = costs.count(config, program.graph.declarations)
         config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
         program = program._replace(config=config)
-        peak = costs.peak_flops(mesh, config.model.compute_dtype)
     facts = {"tokenizer": corpus.tokenizer.fingerprint, "data": corpus.fingerprint}
     changes = checkpoint.check_resume(workdir, saved, config, facts) if saved else []
+    source = None if checkpoint.complete_steps(checkpoint.steps_folder(workdir)) else find_init(program, say)
+    with phases("peak"):
+        peak = costs.peak_flops(mesh, config.model.compute_dtype)
     say(terminal.header(config, name, counted, corpus, ramp, sizes, (here[0], peak)))
     if dry_run:
         return 0
@@ -101,13 +109,13 @@ def run(config: Config, place: str, name: str, origins: dict[str, dict[str, Any]
         for line in changes:
             say(line)
         with phases("state"):
-            state, data = starting_point(program, workdir, say)
+            state, data = starting_point(program, workdir, source, say)
         if data.step >= int(config.train.num_steps):
             return already_done(workdir, say)
         checkpoint.write_config(workdir, config, origins, facts)
         (workdir / "tokenizer.model").write_bytes(corpus.tokenizer.model)
         this = Run(config, workdir, say, corpus, program, mesh, ramp, counted, peak, state, data)
-        return train(this, facts, phases, stop, name)
+        return train(this, facts, phases, stop, experiment)
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
@@ -121,30 +129,37 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
     return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
 
 
-def starting_point(program: Program, workdir: epath.Path, say: terminal.Terminal) -> tuple[TrainState, checkpoint.DataState]:
+def find_init(program: Program, say: terminal.Terminal) -> checkpoint.Located | None:
+    """The model that `train.init_from` names. Raises UserError where there is none, or that lists what differs in shape."""
+    place = program.config.train.init_from
+    if not place:
+        return None
+    try:
+        found = checkpoint.locate(place, say)
+    except UserError as error:
+        raise UserError(f"config.train.init_from: {error}") from None
+    mine, theirs = program.graph.declarations, checkpoint.graph_of(found).declarations
+    differing = [path for path in {*mine, *theirs} if path not in mine or path not in theirs or mine[path].shape != theirs[path].shape]
+    if differing:
+        names = ", ".join(sorted("/".join(path) for path in differing)[:3])
+        raise UserError(f"config.train.init_from = {place!r}: {len(differing)} parameters differ: {names}")
+    return found
+
+
+def starting_point(
+    program: Program, workdir: epath.Path, source: checkpoint.Located | None, say: terminal.Terminal
+) -> tuple[TrainState, checkpoint.DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
     if (step := checkpoint.newest_valid(workdir, say, quarantine=True)) is not None:
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
     data = checkpoint.DataState(0, 0)
-    if not program.config.train.init_from:
+    if source is None:
         return jax.jit(lambda: fresh(program))(), data
-    found = checkpoint.locate(program.config.train.init_from, say)
-    return from_model(program, found, say), data
-
-
-def from_model(program: Program, found: checkpoint.Located, say: terminal.Terminal) -> TrainState:
-    """A fresh state with the parameters of a model of the same shapes. Raises UserError that lists what differs."""
-    graph, parameters = checkpoint.load_parameters(found)
-    mine, theirs = program.graph.declarations, graph.declarations
-    differing = [path for path in {*mine, *theirs} if path not in mine or path not in theirs or mine[path].shape != theirs[path].shape]
-    if differing:
-        names = ", ".join(sorted("/".join(path) for path in differing)[:3])
-        raise UserError(f"config.train.init_from = {program.config.train.init_from!r}: {len(differing)} parameters differ: {names}")
-    say(f"parameters from {found.workdir} step {found.step:,}")
-    optimizer_state = jax.jit(program.optimizer.init)(parameters)
-    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer_state)
+    _, parameters = checkpoint.load_parameters(source)
+    say(f"parameters from {source.workdir} step {source.step:,}")
+    return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
 
 
 def already_done(workdir: epath.Path, say: terminal.Terminal) -> int:
@@ -154,7 +169,7 @@ def already_done(workdir: epath.Path, say: terminal.Terminal) -> int:
     return 0
 
 
-def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: str) -> int:
+def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, experiment: str) -> int:
     config, say = this.config, this.say
     stream = pipeline.Stream(this.corpus.splits["train"], config.data.sequence_length, config.data.seed)
     with phases("compile"):
@@ -167,8 +182,7 @@ def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: st
     if not this.data.step:
         writer.hyper_parameters(checkpoint.flatten(config))
     evaluate = make_evaluation(this)
-    last_cursor = this.ramp.cursor(this.num_steps) - this.ramp.cursor(this.data.step) + this.data.cursor
-    num = (last_cursor - this.data.cursor) // this.microbatch
+    num = (this.ramp.cursor(this.num_steps) - this.ramp.cursor(this.data.step)) // this.microbatch
     batches = pipeline.batches(stream, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
     log = StepLog(this, writer)
     if this.data.step == 0:
@@ -192,9 +206,10 @@ def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: st
         saver.poll()
         with log.paused():
             last = step + 1 == this.num_steps
-            if int(config.evaluate.every) and (step + 1) % int(config.evaluate.every) == 0 and not last:
+            every = int(config.evaluate.every)
+            if evaluate and every and (step + 1) % every == 0 and not last:
                 log.flush()
-                evaluate_now(this, evaluate, writer, "eval", config.evaluate.num_rows)
+                evaluate_now(this, evaluate, writer, config.evaluate.num_rows, "eval")
             if step + 1 == this.num_steps // 2:
                 log.flush()
                 show_sample(this, writer)
@@ -218,7 +233,7 @@ def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, name: st
     if not finished:
         say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
         return command.EXIT_PREEMPTED
-    say(next_commands(this, name))
+    say(next_commands(this, experiment))
     return 0
 
 
@@ -263,6 +278,8 @@ class StepLog:
         self.tokens += rows * self.this.config.data.sequence_length
         if step % self.every == 0 or step in (1, self.this.num_steps):
             self.waiting = (step, device_metrics)
+        else:
+            self.inside(step, 0, rows)
 
     def flush(self) -> None:
         if self.waiting is None:
@@ -294,18 +311,16 @@ def make_evaluation(this: Run) -> tuple[Evaluator, pipeline.Held] | None:
     return Evaluator(this.program.graph, this.mesh, this.corpus.tokenizer.bytes_per_piece, this.microbatch), rows
 
 
-def evaluate_now(this: Run, evaluation, writer: metrics.Writer, prefix: str, num_rows: int) -> dict[str, float]:
-    if evaluation is None:
-        return {}
+def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *prefixes: str) -> float:
+    """Bits per byte of the first `num_rows` validation rows (0: all), written under each prefix."""
     evaluator, rows = evaluation
     watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")  # noqa: E731
-    values = evaluator(this.state.parameters, rows, num_rows, watch).metrics(prefix)
+    totals = evaluator(this.state.parameters, rows, num_rows, watch)
+    values = {name: value for prefix in prefixes for name, value in totals.metrics(prefix).items()}
     writer.scalars(this.data.step, values)
-    this.say(
-        f"step {this.data.step:>6,} validation loss {values[f'{prefix}/loss']:.4f}, "
-        f"{values[f'{prefix}/bits_per_byte']:.3f} bits/byte"
-    )
-    return values
+    loss, bits_per_byte = (values[f"{prefixes[0]}/{name}"] for name in ("loss", "bits_per_byte"))
+    this.say(f"step {this.data.step:>6,} validation loss {loss:.4f}, {bits_per_byte:.3f} bits/byte")
+    return bits_per_byte
 
 
 def show_sample(this: Run, writer: metrics.Writer) -> None:
@@ -323,16 +338,20 @@ def show_sample(this: Run, writer: metrics.Writer) -> None:
 
 
 def finish(this: Run, evaluation, writer: metrics.Writer) -> None:
-    """The last evaluation (as those before, then all of the split), the last sample, the curve and the compressors."""
-    evaluate_now(this, evaluation, writer, "eval", this.config.evaluate.num_rows)
+    """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors."""
     show_sample(this, writer)
     writer.flush()
     lines = metrics.read(this.workdir)
     this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))
     if evaluation is None:
         return
-    final = evaluate_now(this, evaluation, writer, "final", 0)
-    this.say(compare_with_compressors(this.corpus, final["final/bits_per_byte"]))
+    num_rows = this.config.evaluate.num_rows
+    if 0 < num_rows < evaluation[1].num_rows:
+        evaluate_now(this, evaluation, writer, num_rows, "eval")
+        bits_per_byte = evaluate_now(this, evaluation, writer, 0, "final")
+    else:
+        bits_per_byte = evaluate_now(this, evaluation, writer, 0, "eval", "final")
+    this.say(compare_with_compressors(this.corpus, bits_per_byte))
 
 
 def compare_with_compressors(corpus: shards.Corpus, bits_per_byte: float) -> str:
@@ -346,13 +365,12 @@ def compare_with_compressors(corpus: shards.Corpus, bits_per_byte: float) -> str
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 
 
-def next_commands(this: Run, name: str) -> str:
+def next_commands(this: Run, experiment: str) -> str:
     longer = 4 * this.num_steps
-    config = f"experiments/{name.split('-')[0]}.py" + (f":{name.split('-')[1]}" if "-" in name else "")
     return "\n".join(
         [
             f"done in {costs.duration(time.monotonic() - this.started)}; next:",
-            f"  longer     python -m lm_jax.main --config {config} --config.train.num_steps={longer} --workdir {this.workdir}-longer",
+            f"  longer     python -m lm_jax.main --config {experiment} --config.train.num_steps={longer} --workdir {this.workdir}-longer",
             f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"',
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
             f"  look       tensorboard --logdir {os.path.dirname(os.path.abspath(this.workdir))}",

@@ -15,7 +15,7 @@ from lm_jax.data.pipeline import abstract_batch
 from lm_jax.distributed import settle
 from lm_jax.loss import loss_sum
 from lm_jax.model.transformer import Dropout
-from lm_jax.optimizer import global_norm, schedule
+from lm_jax.optimizer import schedule
 from lm_jax.sharding import laid_out
 from lm_jax.train_state import Program, TrainState, abstract
 
@@ -48,7 +48,7 @@ def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState,
     changes, optimizer_state = program.optimizer.update(gradients, state.optimizer_state, state.parameters)
     metrics = {
         "train/loss": sums.loss / num_tokens,
-        "train/grad_norm": global_norm(gradients),
+        "train/grad_norm": optax.tree.norm(gradients),
         "train/learning_rate": jnp.asarray(schedule(program.config.optimizer)(state.step), jnp.float32),
     }
     return TrainState(state.step + 1, optax.apply_updates(state.parameters, changes), optimizer_state), metrics
@@ -97,5 +97,5 @@ def compile_step(program: Program, mesh: jax.sharding.Mesh, one_microbatch: bool
         return CompiledStep(whole, None, None, None)
     sums = laid_out(jax.eval_shape(zeros, state.parameters))
     add = compiled(lambda state, sums, batch: accumulate(program, state, sums, batch), state, sums, batch, donate=1)
-    finish = compiled(lambda state, sums: update(program, state, sums), state, sums, donate=(0, 1))
+    finish = compiled(lambda state, sums: update(program, state, sums), state, sums, donate=0)
     return CompiledStep(None, compiled(zeros, state.parameters, donate=()), add, finish)

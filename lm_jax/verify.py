@@ -31,13 +31,12 @@ class Trace(NamedTuple):
     parameters: dict
 
 
-def trace(config: Config, corpus: shards.Corpus, mesh: jax.sharding.Mesh, num_steps: int) -> Trace:
+def trace(config: Config, num_pieces: int, stream: pipeline.Stream, mesh: jax.sharding.Mesh, num_steps: int) -> Trace:
     """Trains `num_steps` from the start on `mesh`, with the full batch and the config's microbatches."""
     rows = config.data.global_batch_size
     size = rows if config.train.microbatch_rows == "auto" else int(config.train.microbatch_rows)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=size))
-    program = make_program(config, corpus.tokenizer.num_pieces)
-    stream = pipeline.Stream(corpus.splits["train"], config.data.sequence_length, config.data.seed)
+    program = make_program(config, num_pieces)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: fresh(program))()
         digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.parameters))).hexdigest()
@@ -75,9 +74,10 @@ def main(arguments: list[str]) -> int:
         preflight(config, vocab_size, preflight_sizes)
         raise UserError(f"no mesh of {len(here)} devices is legal for {flags.config}")
     say(f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices, {flags.num_steps} steps each, float32")
+    stream = pipeline.Stream(corpus.splits["train"], config.data.sequence_length, config.data.seed)
     first, agree = None, True
     for sizes in meshes:
-        found = trace(config, corpus, make_mesh(Mesh(**sizes), here), flags.num_steps)
+        found = trace(config, corpus.tokenizer.num_pieces, stream, make_mesh(Mesh(**sizes), here), flags.num_steps)
         first = first or found
         apart = max(abs(a - b) / abs(b) for a, b in zip(found.losses, first.losses, strict=True))
         same = found.digest == first.digest and apart <= TOLERANCE

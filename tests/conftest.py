@@ -46,3 +46,12 @@ def command(module: str, *arguments: str, devices: int = 1, **keywords) -> subpr
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", f"lm_jax.{module}", *arguments]
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, **keywords)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """A run of `quickstart:smoke` that is done: two steps, a checkpoint."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    result = command("main", "--config", "experiments/quickstart.py:smoke", "--workdir", str(workdir))
+    assert result.returncode == 0, result.stderr
+    return workdir

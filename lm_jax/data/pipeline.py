@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding
 
 from lm_jax.config import UserError
@@ -157,6 +158,7 @@ def batches(
         grain.ReadOptions(num_threads=0 if num_workers else 1, prefetch_buffer_size=0 if num_workers else 4)
     )
     if num_workers:
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which our own parser leaves alone
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
     place = {row: index for index, row in enumerate(local)}
     for batch in dataset:

@@ -1,0 +1,84 @@
+"""Evaluation counts every token once, whatever the batch and the devices."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import command, tiny
+from lm_jax.config import Mesh
+from lm_jax.data import pipeline, shards
+from lm_jax.evaluate import Evaluator
+from lm_jax.loss import token_losses
+from lm_jax.model import transformer
+from lm_jax.model.attention import Context
+from lm_jax.sharding import make_mesh
+
+
+@pytest.fixture(scope="module")
+def held(corpus) -> pipeline.Held:
+    """37 documents, cut to at most 200 tokens each, so that rows start and end inside documents."""
+    split = corpus.splits["train"]
+    documents = [split.tokens[start : min(start + 200, end)] for start, end in zip(split.offsets[:37], split.offsets[1:38], strict=True)]
+    offsets = np.cumsum([0, *map(len, documents)])
+    num_bytes = sum(corpus.tokenizer.bytes_per_piece[document].sum() for document in documents)
+    return pipeline.Held(shards.Split(np.concatenate(documents), offsets, int(num_bytes)), 64, corpus.tokenizer.document_id)
+
+
+@pytest.fixture(scope="module")
+def graph(corpus):
+    return transformer.build(tiny().model, corpus.tokenizer.num_pieces, 64)
+
+
+@pytest.fixture(scope="module")
+def by_hand(corpus, graph, held):
+    """(sum of losses, tokens) document by document, without rows: rows restart attention, so documents are cut as rows do."""
+    parameters = jax.jit(lambda: graph.init(jax.random.key(0)))()
+
+    @jax.jit
+    def losses(tokens, targets, context):
+        model = graph.module(parameters)
+        return token_losses(model.logits(model(tokens[None], context)[0]), targets[None])[0]
+
+    total, count = 0.0, 0
+    for i in range(held.num_rows):
+        row = held.row(i)
+        context = Context(row["positions"][None], row["segment_ids"][None])
+        out = np.asarray(losses(row["tokens"], row["targets"], context), np.float64)
+        total, count = total + (out * row["loss_mask"]).sum(), count + int(row["loss_mask"].sum())
+    return total, count
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_37_documents_whatever_the_batch_and_devices(corpus, graph, held, by_hand, devices, batch):
+    assert held.split.num_documents == 37 and held.num_rows % 8
+    mesh = make_mesh(Mesh(), jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        parameters = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
+        totals = Evaluator(graph, mesh, corpus.tokenizer.bytes_per_piece, batch * devices)(parameters, held)
+    assert totals.tokens == by_hand[1] == len(held.split.tokens)
+    assert totals.num_bytes == held.split.num_bytes
+    np.testing.assert_allclose(totals.loss, by_hand[0], rtol=1e-6)
+
+
+def test_a_part_of_the_rows(corpus, graph, held):
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        parameters = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
+        totals = Evaluator(graph, mesh, corpus.tokenizer.bytes_per_piece, 4)(parameters, held, num_rows=3)
+    assert totals.tokens == 3 * 64
+
+
+def test_the_command_prints_one_object(finished):
+    found = {}
+    for batch, devices in ((1, 1), (8, 8)):
+        result = command("evaluate", "--model", str(finished), "--split", "test", "--batch_size", str(batch), devices=devices)
+        assert result.returncode == 0, result.stderr
+        found[devices] = json.loads(result.stdout.strip().split("\n")[-1])
+    assert found[1]["split"] == "test" and found[1]["step"] == 2
+    assert found[1]["documents"] > 5 and found[1]["tokens"] == found[8]["tokens"]
+    np.testing.assert_allclose(found[1]["eval/loss"], found[8]["eval/loss"], rtol=1e-6)
+    bits = found[1]["eval/loss"] / np.log(2) * found[1]["tokens"] / found[1]["bytes"]
+    np.testing.assert_allclose(found[1]["eval/bits_per_byte"], bits, rtol=1e-6)

@@ -1,0 +1,138 @@
+"""What users get wrong: exit 2, one to five plain lines with the nearest valid value or the mend, nothing done yet."""
+
+import os
+import re
+import shutil
+import sys
+import time
+
+import jax
+import pytest
+
+from conftest import ROOT, command
+from lm_jax import command as commands
+from lm_jax import evaluate, generate, main, verify
+
+SMOKE = "--config=experiments/quickstart.py:smoke"
+# (command, arguments, what the message must say); {run} is a finished run, {tmp} an empty folder
+MISTAKES = [
+    ("main", ["--config.optimizer.learning_rat=1"], "did you mean optimizer.learning_rate?"),
+    ("main", ["--config.optimiser.learning_rate=1"], "no section 'optimiser'; did you mean optimizer.learning_rate?"),
+    ("main", ["--config.train=5"], "config.train is a section"),
+    ("main", ["--config", "experiments/quickstat.py"], "did you mean experiments/quickstart.py?"),
+    ("main", ["--config", "experiments/quickstart.py:smok"], "no variant 'smok'; there is smoke; did you mean smoke?"),
+    ("main", [SMOKE, "--config.model.norm=layernrom"], "did you mean layernorm?"),
+    ("main", [SMOKE, "--config.optimizer.learning_rate=nan"], "expected a finite number|expected a float"),
+    ("main", [SMOKE, "--config.optimizer.learning_rate=fast"], "expected a float"),
+    ("main", [SMOKE, "--config.model.num_layers=2.0"], "did you mean 2?"),
+    ("main", [SMOKE, "--config.train.num_steps=3 weeks"], 'a string such as "375M tokens"'),
+    ("main", [SMOKE, "stray"], "unknown argument stray"),
+    ("main", [SMOKE, "--wokdir=x"], "did you mean --workdir?"),
+    ("main", [SMOKE, "--workdir=x", "--workdir=y"], "--workdir stands twice"),
+    ("main", [SMOKE, "--config.train.seed=1", "--config.train.seed=2"], "--config.train.seed stands twice"),
+    ("main", [SMOKE, "--config.train.seed"], "needs a value"),
+    ("main", [SMOKE, "--config.model.model_dim=50", "--config.model.head_dim=0"], "the next that does is 52"),
+    ("main", [SMOKE, "--config.model.num_kv_heads=3"], "does not divide num_heads = 4; the nearest is"),
+    ("main", [SMOKE, "--config.mesh.tensor=8"], "num_heads = 4 does not divide over mesh axis tensor = 8"),
+    ("main", [SMOKE, "--config.data.global_batch_size=12", "--config.train.microbatch_rows=4"], "nearest size that does is 16"),
+    ("main", [SMOKE, "--config.mesh.data=16"], "is 16 devices, here are 8"),
+    ("main", [SMOKE, "--config.data.source={tmp}/nowhere"], "no such folder"),
+    ("main", [SMOKE, "--config.data.source={tmp}/empty"], "holds no text"),
+    ("main", [SMOKE, "--config.data.tokenizer=gpt2"], 'expected "sentencepiece:PIECES" or a .model file'),
+    ("main", [SMOKE, "--workdir={run}", "--config.model.num_layers=3"], "config.model.num_layers: 2 there, 3 here"),
+    ("main", [SMOKE, "--workdir={run}", "--config.data.seed=3"], "use another --workdir"),
+    ("main", [SMOKE, "--workdir={tmp}/file"], "is a file|not a folder"),
+    ("main", [SMOKE, "--config.train.init_from={tmp}/nowhere"], "is not a run"),
+    ("main", ["--config={tmp}/broken.py"], "broken.py line 2: NameError: name 'undefined' is not defined"),
+    ("main", ["--config={tmp}/typo.py"], 'typo.py line 5: KeyError: Key "learning_rat" .* Did you mean "learning_rate"'),
+    ("evaluate", ["--model", "{run}x"], "is not a run.*did you mean {run}?"),
+    ("evaluate", ["--model", "{run}@7"], "no step '7'; the run has 2"),
+    ("evaluate", ["--model", "{run}", "--split", "tets"], "choose from"),
+    ("generate", ["--prompt", "x"], "required: --model"),
+    ("generate", ["--model", "{run}", "--prompt", "x", "--top_p", "1.5"], "--top_p 1.5: from 0 to 1"),
+    ("generate", ["--model", "{run}", "--prompt", "x", "--max_new_tokens", "1000"], "at most"),
+    ("verify", [], "required: --config"),
+]
+COMMANDS = {"main": main.main, "evaluate": evaluate.main, "generate": generate.main, "verify": verify.main}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, finished):
+    place = tmp_path_factory.mktemp("mistakes")
+    (place / "empty").mkdir()
+    (place / "file").write_text("")
+    (place / "broken.py").write_text("def get_config():\n    return undefined\n")
+    (place / "typo.py").write_text(
+        "from lm_jax.config import default_config\n\ndef get_config():\n    config = default_config()\n"
+        "    config.optimizer.learning_rat = 1.0\n    return config\n"
+    )
+    return {"tmp": str(place), "run": str(finished)}
+
+
+def listing(*folders) -> dict:
+    found = {}
+    for folder in folders:
+        for root, _, files in os.walk(folder):
+            found |= {os.path.join(root, file): os.stat(os.path.join(root, file)).st_mtime_ns for file in files}
+    return found
+
+
+def check(code: int, error: str, words: str) -> None:
+    assert code == 2, error
+    lines = error.strip().split("\n")
+    assert 1 <= len(lines) <= 5 and "Traceback" not in error, error
+    assert lines[0].startswith("lm_jax: ") and max(map(len, lines)) < 300
+    assert words in error or re.search(words, error), f"expected {words!r} in:\n{error}"
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), MISTAKES, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None)
+def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
+    before, started = listing(tmp_path, places["tmp"], places["run"]), time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        commands.door(COMMANDS[name], [argument.format(**places) for argument in arguments])
+    seconds = time.monotonic() - started
+    check(stopped.value.code, capsys.readouterr().err, words.replace("{run}", re.escape(places["run"])))
+    after = listing(tmp_path, places["tmp"], places["run"])
+    assert {path for path in after if "__pycache__" not in path} == set(before) and all(after[path] == before[path] for path in before)
+    if name == "main":
+        assert compiled == [], "something was compiled before the mistake was found"
+    assert seconds < 10
+
+
+@pytest.mark.parametrize("index", [0, 19, 23, 29])
+def test_a_mistake_as_a_real_command(index, places, tmp_path):
+    name, arguments, words = MISTAKES[index]
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+    started = time.monotonic()
+    result = command(name, *(argument.format(**places) for argument in arguments), devices=8, cwd=tmp_path)
+    assert time.monotonic() - started < 10
+    check(result.returncode, result.stderr, words.replace("{run}", re.escape(places["run"])))
+
+
+def test_all_checkpoints_broken_is_said(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "2" / "data").rglob("*"):
+        if path.is_file():
+            path.write_text("{}")
+    result = command("evaluate", "--model", str(tmp_path / "run"))
+    assert result.returncode == 2 and "is broken" in result.stdout + result.stderr and "Traceback" not in result.stderr
+
+
+def test_no_such_platform():
+    environment = {"JAX_PLATFORMS": "tpuu"}
+    script = "import os, sys; os.environ.update(%r); from lm_jax import command, main; command.door(main.main)" % environment
+    import subprocess
+
+    line = [sys.executable, "-c", script, "--config", "experiments/quickstart.py:smoke"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    check(result.returncode, result.stderr, "no devices of JAX_PLATFORMS='tpuu'")
+
+
+def test_the_nearest_value_can_be_pasted():
+    """`--print_config` of what an error proposes works."""
+    result = command("main", SMOKE, "--print_config", "--config.model.norm=rmsnorm", cwd=ROOT)
+    assert result.returncode == 0 and "model.norm" in result.stdout and "command line" in result.stdout

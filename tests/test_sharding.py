@@ -1,0 +1,160 @@
+"""Sharded equals unsharded, accumulated equals whole; where every parameter lives is pinned."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import ROOT, tiny
+from lm_jax import verify
+from lm_jax.config import Mesh, UserError
+from lm_jax.data import pipeline
+from lm_jax.model import transformer
+from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight, stored
+
+MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2)}
+CONFIG = dict(
+    model__dropout=0.1, model__positions="rotary", model__num_kv_heads=4, data__global_batch_size=32,
+    optimizer__learning_rate=0.05, optimizer__name="sgd",
+)  # fmt: skip
+
+
+class Uneven(pipeline.Stream):
+    """Rows with very different numbers of targets: a mean of means would not agree."""
+
+    def row(self, i):
+        row = super().row(i)
+        return row | {"loss_mask": row["loss_mask"] * (np.arange(64) < 1 + (i * 37) % 64)}
+
+
+def mesh_of(sizes, devices):
+    return make_mesh(Mesh(*sizes), devices[: int(np.prod(sizes))])
+
+
+@pytest.fixture(scope="module")
+def traces(corpus, eight):
+    made = {}
+
+    def get(mesh: str, accumulation: int, **changes) -> verify.Trace:
+        key = mesh, accumulation, *changes.items()
+        if key not in made:
+            config = tiny(**CONFIG | changes, train__microbatch_rows=32 // accumulation)
+            stream = Uneven(corpus.splits["train"], 64, 0)
+            made[key] = verify.trace(config, corpus.tokenizer.num_pieces, stream, mesh_of(MESHES[mesh], eight), 2)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sharded_and_accumulated_agree(traces, mesh, accumulation):
+    expected, found = traces("1", 1), traces(mesh, accumulation)
+    assert found.digest == expected.digest, "initial parameters are not bitwise equal"
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(expected.parameters), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_adamw_agrees_too(traces):
+    expected = traces("1", 1, optimizer__name="adamw", optimizer__learning_rate=1e-3)
+    found = traces("2x2x2", 2, optimizer__name="adamw", optimizer__learning_rate=1e-3)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+
+
+def test_dropout_was_on(traces):
+    assert traces("1", 1).losses != traces("1", 1, model__dropout=0.0).losses
+
+
+SPECIFICATIONS = """
+block_0/attention/key/bias layers,kv_heads,head_dim -,tensor,-
+block_0/attention/key/kernel layers,model,kv_heads,head_dim -,fsdp,tensor,-
+block_0/attention/output/bias layers,model -,fsdp
+block_0/attention/output/kernel layers,heads,head_dim,model -,tensor,-,fsdp
+block_0/attention/query/bias layers,heads,head_dim -,tensor,-
+block_0/attention/query/kernel layers,model,heads,head_dim -,fsdp,tensor,-
+block_0/attention/value/bias layers,kv_heads,head_dim -,tensor,-
+block_0/attention/value/kernel layers,model,kv_heads,head_dim -,fsdp,tensor,-
+block_0/attention_norm/bias layers,model -,fsdp
+block_0/attention_norm/scale layers,model -,fsdp
+block_0/mlp/down/bias layers,model -,fsdp
+block_0/mlp/down/kernel layers,mlp,model -,tensor,fsdp
+block_0/mlp/gate/bias layers,mlp -,tensor
+block_0/mlp/gate/kernel layers,model,mlp -,fsdp,tensor
+block_0/mlp/up/bias layers,mlp -,tensor
+block_0/mlp/up/kernel layers,model,mlp -,fsdp,tensor
+block_0/mlp_norm/bias layers,model -,fsdp
+block_0/mlp_norm/scale layers,model -,fsdp
+embedding/table vocab,model tensor,fsdp
+norm/bias model fsdp
+norm/scale model fsdp
+positions/table positions,model -,fsdp
+unembedding/table vocab,model tensor,fsdp
+"""
+
+
+def test_where_every_parameter_lives_is_pinned():
+    config = tiny(model__gated=True, model__tie_embedding=False)
+    declarations = transformer.build(config.model, 500, 64).declarations
+    found = [
+        f"{'/'.join(path)} {','.join(declared.axes)} {','.join(axis or '-' for axis in stored(declared.axes))}"
+        for path, declared in declarations.items()
+    ]
+    assert sorted(found) == SPECIFICATIONS.split("\n")[1:-1]
+
+
+def test_state_is_made_where_it_lives(corpus, eight):
+    """Every array of the fresh state has the layout of the table; the devices hold an eighth of what fsdp splits."""
+    from lm_jax.train_state import fresh, make_program
+
+    program = make_program(tiny(), corpus.tokenizer.num_pieces)
+    with jax.set_mesh(mesh_of((1, 8, 1), eight)):
+        state = jax.jit(lambda: fresh(program))()
+    kernel = state.parameters["block_0"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    moments = [x for x in jax.tree.leaves(state.optimizer_state) if x.shape == kernel.shape]
+    assert moments and all(x.addressable_shards[0].data.size * 8 == x.size for x in moments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "words"),
+    [
+        (dict(model__num_heads=6, model__num_kv_heads=6, model__head_dim=16), Mesh(1, 1, 4), ["num_heads = 6", "nearest size that does is 8"]),
+        (dict(model__num_kv_heads=2), Mesh(1, 1, 4), ["num_kv_heads = 2", "tensor that does is 2"]),
+        (dict(model__model_dim=60), Mesh(1, 8, 1), ["model_dim = 60", "64"]),
+        (dict(data__global_batch_size=12, train__microbatch_rows=4), Mesh(8, 1, 1), ["global_batch_size = 12", "16"]),
+        (dict(train__microbatch_rows=4), Mesh(8, 1, 1), ["microbatch_rows = 4", "8"]),
+    ],
+)
+def test_preflight_names_what_does_not_divide(changes, mesh, words):
+    config = dataclasses.replace(tiny(**changes), mesh=mesh)
+    with pytest.raises(UserError) as error:
+        preflight(config, 512, mesh_shape(mesh, 8))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_mesh_sizes_multiply_to_the_devices():
+    assert mesh_shape(Mesh(-1, 2, 2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for mesh, words in ((Mesh(3, -1, 1), "no whole rest of 8"), (Mesh(4, 4, 1), "is 16 devices, here are 8")):
+        with pytest.raises(UserError, match=words):
+            mesh_shape(mesh, 8)
+
+
+def test_legal_meshes_are_all_that_preflight_accepts():
+    found = [tuple(sizes.values()) for sizes in legal_meshes(tiny(), 512, 8)]
+    assert (1, 8, 1) in found and (2, 2, 2) in found and (1, 2, 4) in found
+    assert (1, 1, 8) not in found  # four heads
+    assert len(found) == len(set(found)) == 9
+
+
+def test_the_table_prints_itself(eight):
+    table = parameter_table(transformer.build(tiny().model, 500, 64).declarations, mesh_of((1, 4, 2), eight))
+    line = next(line for line in table.split("\n") if line.startswith("block_0/mlp/up/kernel"))
+    assert line.split() == "block_0/mlp/up/kernel 2 x 64 x 128 layers, model, mlp -, fsdp, tensor 8.0".split()
+
+
+def test_model_files_name_no_mesh_axis():
+    for path in (ROOT / "lm_jax" / "model").glob("*.py"):
+        text = path.read_text()
+        assert not any(f'"{axis}"' in text for axis in ("data", "fsdp", "tensor")), path

@@ -1,0 +1,314 @@
+"""The loop: it learns, it can be killed anywhere and goes on to the bit, and what it wrote can be read back."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import ROOT, command, tiny
+from lm_jax import checkpoint, metrics
+from lm_jax import config as configs
+from lm_jax.config import Mesh
+from lm_jax.data import pipeline
+from lm_jax.sharding import make_mesh
+from lm_jax.train_state import fresh, make_program
+from lm_jax.train_step import compile_step
+
+# Dropout, two microbatches a step, an evaluation and several checkpoints: everything that a resumed run must get right.
+STEPS = 12
+ARGUMENTS = [
+    "--config", "experiments/quickstart.py:smoke", f"--config.train.num_steps={STEPS}", "--config.train.microbatch_rows=4",
+    "--config.model.dropout=0.1", "--config.checkpoint.every=3", "--config.evaluate.every=4", "--config.evaluate.prompt=",
+]  # fmt: skip
+
+
+def lines_of(workdir) -> list[dict]:
+    """The metrics, without what depends on the clock."""
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in metrics.read(workdir)]
+
+
+def final_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
+    """Every array of the last checkpoint: parameters and optimizer state."""
+    found = checkpoint.locate(str(workdir))
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+        state, data = checkpoint.restore(found.workdir, found.step, make_program(found.config, found.tokenizer.num_pieces))
+    assert data == checkpoint.DataState(found.step, 8 * found.step)
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def assert_same_run(workdir, reference) -> None:
+    assert lines_of(workdir) == lines_of(reference)
+    for a, b in zip(final_arrays(workdir), final_arrays(reference), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> pathlib.Path:
+    """The run that nobody interrupts."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    result = command("main", *ARGUMENTS, "--workdir", str(workdir))
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def start(workdir, *more: str) -> subprocess.Popen:
+    line = [sys.executable, "-u", "-m", "lm_jax.main", *ARGUMENTS, "--workdir", str(workdir), *more]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int, also: float = 0.0) -> None:
+    """Until the metrics have `step` (and `also` seconds more), or the process has ended."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and sum('"train/loss"' in line for line in path.read_text().split("\n")) >= step:
+            break
+        time.sleep(0.002)
+    time.sleep(also)
+
+
+def test_sigkill_then_the_same_command_is_the_uninterrupted_run(reference, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for_step(process, workdir, step=8)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert [line for line in lines_of(workdir) if "final/loss" in line] == []
+    result = command("main", *ARGUMENTS, "--workdir", str(workdir), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "resumed at step" in result.stdout or "removed" in result.stdout
+    assert_same_run(workdir, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(reference, tmp_path, number):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for_step(process, workdir, step=2)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert "the same command goes on from there" in out and "Traceback" not in out
+    saved = checkpoint.complete_steps(workdir / "checkpoints")[-1]
+    assert 2 <= saved < STEPS
+    if number == signal.SIGTERM:
+        result = command("main", *ARGUMENTS, "--workdir", str(workdir), cwd=ROOT)
+        assert result.returncode == 0 and f"resumed at step {saved}" in result.stdout
+        assert_same_run(workdir, reference)
+
+
+def test_a_finished_run_prints_its_result_and_changes_nothing(reference):
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file() and path.name not in ("log.txt", "lock")}
+    result = command("main", *ARGUMENTS, "--workdir", str(reference), cwd=ROOT)
+    assert result.returncode == 0 and "this run is finished: final/loss" in result.stdout
+    assert all(path.stat().st_mtime_ns == time_before for path, time_before in before.items())
+
+
+def test_an_event_file_holds_every_scalar_of_the_metrics(reference):
+    events = EventAccumulator(str(reference / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    lines = metrics.read(reference)
+    expected = {(line["step"], name): value for line in lines for name, value in line.items() if name != "step"}
+    found = {(event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    assert found.keys() == expected.keys() and len(found) > 50
+    np.testing.assert_allclose(list(found.values()), [expected[key] for key in found], rtol=1e-6)
+    assert {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "perf/tokens_per_second", "perf/mfu",
+            "perf/step_seconds", "eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= {name for _, name in found}  # fmt: skip
+    text = events.Tensors("config")[0].tensor_proto.string_val[0].decode()
+    assert "model.dropout = 0.1" in text
+    assert "_hparams_/session_start_info" in events.Tags()["tensors"]
+
+
+def test_samples_are_in_the_event_file(finished):
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    assert [event.step for event in events.Tensors("sample")] == [0, 1, 2]
+
+
+def test_the_metrics_have_no_hole_and_count_tokens(reference):
+    lines = [line for line in metrics.read(reference) if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["train/tokens"] for line in lines] == [8 * 64 * step for step in range(1, STEPS + 1)]
+    assert [line["step"] for line in metrics.read(reference) if "eval/loss" in line] == [4, 8, 12]
+
+
+def test_the_config_is_kept_with_where_values_came_from(reference):
+    saved = json.loads((reference / "config.json").read_text())
+    assert saved["config"]["train.microbatch_rows"] == 4
+    assert saved["origins"]["model.dropout"] == {"from": "command line", "default": 0.0, "file": 0.0}
+    assert saved["origins"]["model.num_layers"]["from"] == "file"
+
+
+def test_retention_keeps_the_newest(reference):
+    assert checkpoint.complete_steps(reference / "checkpoints") == [9, 12]
+    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["12", "9"]
+
+
+@pytest.fixture
+def copy(reference, tmp_path) -> pathlib.Path:
+    subprocess.run(["cp", "-r", str(reference), str(tmp_path / "copy")], check=True)
+    return tmp_path / "copy"
+
+
+def damage(step: pathlib.Path) -> pathlib.Path:
+    """Flips one bit of the largest file."""
+    path = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+    return path
+
+
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(copy, reference):
+    damage(copy / "checkpoints" / "12")
+    result = command("main", *ARGUMENTS, "--workdir", str(copy), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint 12 is broken" in result.stdout and "resumed at step 9" in result.stdout
+    assert (copy / "checkpoints" / "12.broken").exists()
+    assert_same_run(copy, reference)
+
+
+def fault_in(folder: pathlib.Path) -> str:
+    return checkpoint.fault(checkpoint.epath.Path(folder))
+
+
+def test_every_kind_of_damage_is_found(copy):
+    step = copy / "checkpoints" / "9"
+    manifest = (step / "MANIFEST.json").read_text()
+    assert fault_in(step) == ""
+    (step / "more").write_text("x")
+    assert fault_in(step) == "more is not as it was written"
+    (step / "more").unlink()
+    (step / "MANIFEST.json").write_text(manifest.replace('"format": 1', '"format": 7'))
+    assert "format 7" in fault_in(step)
+    (step / "MANIFEST.json").write_text(manifest[:50])
+    assert "cannot be read" in fault_in(step)
+    (step / "MANIFEST.json").write_text(manifest)
+    path = damage(step)
+    assert fault_in(step) == f"{path.relative_to(step)} is not as it was written"
+    path.unlink()
+    assert fault_in(step) == f"{path.relative_to(step)} is missing"
+
+
+def test_a_step_that_was_never_finished_is_removed(copy):
+    torn = copy / "checkpoints" / "12"
+    (torn / "MANIFEST.json").unlink()
+    (copy / "checkpoints" / "15.orbax-checkpoint-tmp").mkdir()
+    said = []
+    checkpoint.clean(checkpoint.epath.Path(copy), said.append)
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["9"] and len(said) == 2
+
+
+def test_a_second_run_in_the_workdir_is_refused(copy):
+    import fcntl
+
+    with open(copy / "lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = command("main", *ARGUMENTS, "--workdir", str(copy), cwd=ROOT)
+    assert result.returncode == 2 and "another run is at work" in result.stderr
+
+
+def test_init_from_starts_from_the_parameters_of_another_run(reference, tmp_path):
+    more = ["--workdir", str(tmp_path / "run"), f"--config.train.init_from={reference}", "--config.log.every=1"]
+    result = command("main", *ARGUMENTS, *more, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    first, last = lines_of(tmp_path / "run")[0], lines_of(reference)[-1]
+    assert first["step"] == 1 and abs(first["train/loss"] - last["final/loss"]) < 0.5
+    assert lines_of(reference)[0]["train/loss"] - first["train/loss"] > 0.5
+
+
+def test_one_batch_is_learnt_by_heart(corpus):
+    """To under 0.1 nats a token: the gradient reaches everything and the update goes down."""
+    config = tiny(train__num_steps=150, optimizer__decay_over=150, optimizer__warmup=10, optimizer__learning_rate=1e-2,
+                  optimizer__weight_decay=0.0)  # fmt: skip
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    stream = pipeline.Stream(corpus.splits["train"], 64, 0)
+    with jax.set_mesh(mesh):
+        batch = next(pipeline.batches(stream, mesh, 0, 1, 8))
+        program = make_program(config, corpus.tokenizer.num_pieces)
+        state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=True)
+        losses = []
+        for _ in range(150):
+            state, found = one_step(state, 1, iter([batch]), lambda done: False)
+            losses.append(float(found["train/loss"]))
+    assert abs(losses[0] - np.log(corpus.tokenizer.num_pieces)) < 0.1, "an untrained model knows nothing"
+    assert losses[-1] < 0.1
+
+
+def test_a_given_up_step_leaves_the_state_as_it_was(corpus):
+    config = dataclasses.replace(tiny(), train=dataclasses.replace(tiny().train, microbatch_rows=4))
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    stream = pipeline.Stream(corpus.splits["train"], 64, 0)
+    with jax.set_mesh(mesh):
+        program = make_program(config, corpus.tokenizer.num_pieces)
+        state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=False)
+        before = jax.tree.map(np.asarray, state)
+        assert one_step(state, 2, pipeline.batches(stream, mesh, 0, 2, 4), lambda done: True) is None
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert one_step(state, 2, pipeline.batches(stream, mesh, 0, 2, 4), lambda done: False) is not None
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "experiments").glob("*.py")))
+def test_smoke_of_every_experiment_runs_two_steps(name, tmp_path):
+    result = command("main", "--config", f"experiments/{name}:smoke", "--workdir", str(tmp_path / "run"), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in metrics.read(tmp_path / "run") if "train/loss" in line] == [1, 2]
+    for words in ("parameters", "this machine: cpu", "sample at step 0", "gzip -9", "xz -9", "next:", "done in"):
+        assert words in result.stdout
+
+
+def test_a_run_goes_on_on_another_mesh(reference, tmp_path):
+    """Saved on one device, finished on 2x2x2: the same rows, losses to 1e-5."""
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for_step(process, workdir, step=6)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    result = command("main", *ARGUMENTS, *mesh, "--workdir", str(workdir), devices=8, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    found, expected = lines_of(workdir), lines_of(reference)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+
+
+@pytest.mark.proof
+def test_many_kills_at_any_moment(reference, tmp_path):
+    """SIGKILL after every step, and at random moments of start-up, saving and the end: LM_JAX_KILLS of them."""
+    kills, chance = int(os.environ.get("LM_JAX_KILLS", "100")), random.Random(0)
+    done, round_number = 0, 0
+    while done < kills:
+        workdir = tmp_path / f"run-{round_number}"
+        round_number += 1
+        for _ in range(chance.randint(2, 6)):
+            process = start(workdir)
+            if done % 2:
+                wait_for_step(process, workdir, step=done % STEPS, also=chance.uniform(0, 0.3))
+            else:
+                time.sleep(chance.uniform(0, 15))
+            process.kill()
+            process.wait()
+            done += 1
+        result = command("main", *ARGUMENTS, "--workdir", str(workdir), cwd=ROOT)
+        assert result.returncode == 0, (round_number, result.stderr)
+        assert_same_run(workdir, reference)
+        print(f"{done} kills, {round_number} runs: all as the uninterrupted one", flush=True)
+
+
+def test_shrink_keeps_what_an_experiment_is_about():
+    config = configs.default_config()
+    config.model.num_heads, config.model.num_kv_heads, config.model.window = 32, 8, (0, 128)
+    small = configs.resolve(configs.shrink(config)).model
+    assert (small.num_heads, small.num_kv_heads, small.window, small.num_layers) == (4, 1, (0, 16), 4)
