@@ -53,7 +53,10 @@ def items(state: TrainState, data: DataState) -> dict[str, Any]:
 
 def _named(tree) -> dict[str, Any]:
     """Any pytree as {path: leaf}, so that what is on disk does not depend on a library's classes."""
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): x
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def steps_folder(workdir: epath.Path) -> epath.Path:
@@ -178,7 +181,9 @@ def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bo
             (folder / str(step)).rename(folder / f"{step}.broken")
     broken = list(folder.glob("*.broken")) if folder.exists() else []
     if steps or broken:
-        raise UserError(f"no checkpoint in {folder} is whole; remove the folder to start over, or restore it from a copy")
+        raise UserError(
+            f"no checkpoint in {folder} is whole; remove the folder to start over, or restore it from a copy"
+        )
     return None
 
 
@@ -223,12 +228,16 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 def check_resume(workdir: epath.Path, saved: dict[str, Any], config: Config, facts: dict[str, str]) -> list[str]:
     """Lines on what changed since the run was started. Raises UserError for what a run must keep."""
     changed = difference(saved["config"], flatten(config))
-    fixed = {path: values for path, values in changed.items() if path not in leaves() or leaves()[path].metadata["fixed"]}
+    fixed = {
+        path: values for path, values in changed.items() if path not in leaves() or leaves()[path].metadata["fixed"]
+    }
     if fixed:
         shown = [f"config.{path}: {old!r} there, {new!r} here" for path, (old, new) in list(fixed.items())[:3]]
         more = f" (+{len(fixed) - 3} more)" * (len(fixed) > 3)
         lines = "\n".join(shown)
-        raise UserError(f"{workdir} holds a run with another config:\n{lines}{more}\nuse another --workdir, or its config")
+        raise UserError(
+            f"{workdir} holds a run with another config:\n{lines}{more}\nuse another --workdir, or its config"
+        )
     for fact, value in facts.items():
         if saved.get(fact) != value:
             raise UserError(f"{workdir} holds a run on other data: {fact} {saved.get(fact)!r} there, {value!r} here")
@@ -258,7 +267,9 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     elif re.fullmatch(r"\d+", wanted) and int(wanted) in steps:
         step = int(wanted)
         if problem := fault(workdir / "checkpoints" / wanted):
-            raise UserError(f"--model {model}: {problem}; whole are {', '.join(str(s) for s in steps if s != step) or 'none'}")
+            raise UserError(
+                f"--model {model}: {problem}; whole are {', '.join(str(s) for s in steps if s != step) or 'none'}"
+            )
     else:
         raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
     config = resolve(unflatten(read_config(workdir)["config"]))

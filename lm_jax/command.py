@@ -21,12 +21,17 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one plain line with the nearest flag, and which takes every flag once."""
 
     def __init__(self, name: str, doc: str | None):
-        super().__init__(f"python -m {name}", description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            f"python -m {name}",
+            description=doc,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
-    def parse_args(self, arguments=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, arguments=None, namespace=None):
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             flag = rest[0].split("=")[0]
@@ -59,7 +64,9 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         code = 130
     except Exception:
         traceback.print_exc()
-        print("lm_jax: a fault of ours or of the machine, not of yours; the same command resumes the run", file=sys.stderr)
+        print(
+            "lm_jax: a fault of ours or of the machine, not of yours; the same command resumes the run", file=sys.stderr
+        )
         code = EXIT_FAULT
     sys.stdout.flush()
     sys.exit(code)
@@ -101,8 +108,14 @@ def find_experiment(place: str) -> tuple[str, str]:
             return os.path.abspath(candidate), variant
     folder = os.path.dirname(path) or "."
     folder = folder if os.path.isdir(folder) else os.path.join(clone, "experiments")
-    near = [os.path.join(os.path.relpath(folder), name) for name in sorted(os.listdir(folder)) if name.endswith(".py")] if os.path.isdir(folder) else []
-    missing = "" if os.path.isdir(os.path.join(clone, "experiments")) else "; experiments come with a clone of the repository"
+    near = (
+        [os.path.join(os.path.relpath(folder), name) for name in sorted(os.listdir(folder)) if name.endswith(".py")]
+        if os.path.isdir(folder)
+        else []
+    )
+    missing = (
+        "" if os.path.isdir(os.path.join(clone, "experiments")) else "; experiments come with a clone of the repository"
+    )
     raise UserError(f"--config {place}: no such file{nearest(path, near)}{missing}")
 
 
@@ -120,11 +133,12 @@ def experiment_config(place: str) -> ml_collections.ConfigDict:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise UserError(f"--config {place}: the file has no get_config()")
-        variants = getattr(module, "VARIANTS", ())
-        if variant and variant != "smoke" and variant not in variants:
-            raise UserError(f"--config {place}: no variant {variant!r}; there is {', '.join((*variants, 'smoke'))}{nearest(variant, (*variants, 'smoke'))}")
+        variants = (*getattr(module, "VARIANTS", ()), "smoke")
+        if variant and variant not in variants:
+            near = nearest(variant, variants)
+            raise UserError(f"--config {place}: no variant {variant!r}; there is {', '.join(variants)}{near}")
         takes_variant = inspect.signature(module.get_config).parameters
-        config = module.get_config(variant) if takes_variant and variant in variants else module.get_config()
+        config = module.get_config(variant) if takes_variant and variant != "smoke" else module.get_config()
     except UserError:
         raise
     except Exception as error:  # whatever a user's file may raise: its place and its first line
@@ -146,7 +160,11 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     from_file = experiment_config(place)
     flat = flatten(from_file.to_dict())
     given = {path: parse_value(path, text) for path, text in overrides.items()}
-    origins = {path: {"from": "file", "default": defaults.get(path)} for path in flat if path in defaults and flat[path] != defaults[path]}
+    origins = {
+        path: {"from": "file", "default": defaults.get(path)}
+        for path in flat
+        if path in defaults and flat[path] != defaults[path]
+    }
     for path in given:
         origins[path] = {"from": "command line", "default": defaults[path], "file": flat[path]}
     for path, value in given.items():

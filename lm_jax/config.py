@@ -92,7 +92,11 @@ class Optimizer:
 class Train:
     num_steps: Length = knob(1000, "steps, or tokens or epochs with their unit", low=1, fixed=False)
     microbatch_rows: int | str = knob(
-        "auto", "rows in one pass of the model, over all devices; auto = what fits", choices=("auto",), low=1, fixed=False
+        "auto",
+        "rows in one pass of the model, over all devices; auto = what fits",
+        choices=("auto",),
+        low=1,
+        fixed=False,
     )
     seed: int = knob(0, "of initialisation and dropout", low=0)
     init_from: str = knob("", "MODEL whose parameters a fresh run starts from", fixed=False)
@@ -136,7 +140,7 @@ class Config:
     log: Log = Log()
 
 
-SECTIONS = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+SECTIONS: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Config)}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -149,9 +153,9 @@ def leaves() -> dict[str, dataclasses.Field]:
     return {f"{name}.{field.name}": field for name, kind in SECTIONS.items() for field in dataclasses.fields(kind)}
 
 
-def flatten(config) -> dict[str, Any]:
+def flatten(config: Any) -> dict[str, Any]:
     """{"section.name": value} of a ConfigDict, a nested dict or a Config."""
-    nested = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    nested = dataclasses.asdict(config) if isinstance(config, Config) else config
     return {f"{section}.{name}": value for section in nested for name, value in nested[section].items()}
 
 
@@ -176,7 +180,10 @@ def check_key(path: str) -> None:
     section, _, name = path.partition(".")
     if section not in SECTIONS:
         raise UserError(f"config.{path}: no section {section!r}{nearest(path, leaves())}")
-    near = nearest(path, leaves()) or f"; {section} has: {', '.join(f.name for f in dataclasses.fields(SECTIONS[section]))}"
+    near = (
+        nearest(path, leaves())
+        or f"; {section} has: {', '.join(f.name for f in dataclasses.fields(SECTIONS[section]))}"
+    )
     raise UserError(f"config.{path}: {section} has no {name!r}{near}" if name else f"config.{path} is a section{near}")
 
 
@@ -265,7 +272,9 @@ def _check_together(config: Config) -> None:
         if large % small:
             fitting = [n for n in range(1, large + 1) if large % n == 0]
             near = min(fitting, key=lambda n: abs(n - small))
-            raise UserError(f"config.{small_name} = {small} does not divide {large_name} = {large}; the nearest is {near}")
+            raise UserError(
+                f"config.{small_name} = {small} does not divide {large_name} = {large}; the nearest is {near}"
+            )
 
     divides("model.num_kv_heads", model.num_kv_heads, "num_heads", model.num_heads)
     if model.num_layers % len(model.window):
@@ -323,5 +332,5 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{path: (old, new)} of the leaves that differ between two flat configs, compared as JSON would keep them."""
-    same = lambda a, b: json.dumps(a) == json.dumps(b)  # noqa: E731  (tuples and lists are the same on disk)
+    same = lambda a, b: json.dumps(a) == json.dumps(b)  # tuples and lists are the same on disk
     return {p: (old.get(p), new.get(p)) for p in sorted({*old, *new}) if not same(old.get(p), new.get(p))}

@@ -21,7 +21,14 @@ PEAK = {
     ("H200", "bfloat16"): 989.4e12,
     ("A100", "bfloat16"): 312e12,
 }
-KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
 TYPICAL_MFU = 0.4  # of a recipe like this on an accelerator, for the times in the header
 
 
@@ -43,15 +50,19 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
     """
     model, length = config.model, config.data.sequence_length
     total = sum(math.prod(declared.shape) for declared in declarations.values())
-    is_lookup = lambda path: path[0] == "positions" or (path[0] == "embedding" and not model.tie_embedding)  # noqa: E731
-    matrix = sum(math.prod(d.shape) for path, d in declarations.items() if d.inputs and d.outputs and not is_lookup(path))
+    is_lookup = lambda path: path[0] == "positions" or (path[0] == "embedding" and not model.tie_embedding)
+    matrix = sum(
+        math.prod(d.shape) for path, d in declarations.items() if d.inputs and d.outputs and not is_lookup(path)
+    )
     per_window = {w: w * length - w * (w - 1) / 2 if 0 < w < length else length * length / 2 for w in set(model.window)}
     pairs = sum(per_window[w] for w in model.window) * model.num_layers / len(model.window)
     attention = 12 * model.num_heads * model.head_dim * pairs / length
     return Costs(total, matrix, declarations["embedding", "table"].shape[0], 6 * matrix + attention)
 
 
-def bytes_by_class(config: Config, costs: Costs, rows: int, sizes: dict[str, int], accumulates: bool) -> dict[str, float]:
+def bytes_by_class(
+    config: Config, costs: Costs, rows: int, sizes: dict[str, int], accumulates: bool
+) -> dict[str, float]:
     """Bytes on one device: state, gradients, what the backward pass reads again, logits. `rows` is one microbatch.
 
     Layer by layer, a token keeps: inputs of the norms and products (6 model, 2 heads + 2 kv heads), the MLP's hidden layer
@@ -140,7 +151,7 @@ def total_flops(config: Config, costs: Costs, ramp: Ramp) -> tuple[float, float]
 
 
 def duration(seconds: float) -> str:
-    """"43 s", "3 min", "4.7 days", "54 years"."""
+    """ "43 s", "3 min", "4.7 days", "54 years"."""
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (129600, 3600, "hours"), (3e7, 86400, "days")):
         if seconds < limit:
             value = seconds / unit

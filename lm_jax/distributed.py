@@ -48,7 +48,9 @@ def workdir_lock(workdir: epath.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir") from None
+            raise UserError(
+                f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir"
+            ) from None
         yield
 
 

@@ -43,7 +43,9 @@ class Evaluator:
         self.mesh, self.size = mesh, size
         self._sums = jax.jit(functools.partial(batch_sums, graph, bytes_per_piece))
 
-    def __call__(self, parameters: dict, rows: pipeline.Held, num_rows: int = 0, watch: Callable = lambda done, of: None):
+    def __call__(
+        self, parameters: dict, rows: pipeline.Held, num_rows: int = 0, watch: Callable = lambda done, of: None
+    ):
         """Totals over the first `num_rows` rows (0: all). `watch(done, of)` is called after every batch."""
         wanted = min(num_rows or rows.num_rows, rows.num_rows)
         limited = pipeline.First(rows, wanted)
@@ -56,7 +58,11 @@ class Evaluator:
 
 def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batch: dict) -> tuple[jax.Array, ...]:
     loss = loss_sum(graph, parameters, batch)
-    sizes_BT = jnp.asarray(bytes_per_piece, jnp.float32).at[batch["targets"]].get(out_sharding=jax.typeof(batch["targets"]).sharding)
+    sizes_BT = (
+        jnp.asarray(bytes_per_piece, jnp.float32)
+        .at[batch["targets"]]
+        .get(out_sharding=jax.typeof(batch["targets"]).sharding)
+    )
     return loss, batch["loss_mask"].sum(), (sizes_BT * batch["loss_mask"]).sum()
 
 
@@ -64,7 +70,9 @@ def main(arguments: list[str]) -> int:
     parser = command.Parser("lm_jax.evaluate", __doc__)
     parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time on a device; the result does not depend on it")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="rows at a time on a device; the result does not depend on it"
+    )
     flags = parser.parse_args(arguments)
     if flags.batch_size < 1:
         parser.error(f"--batch_size {flags.batch_size}: at least 1")
@@ -74,7 +82,9 @@ def main(arguments: list[str]) -> int:
     mesh = make_mesh(Mesh(), devices)
     corpus = shards.open_corpus(found.config.data, say)
     command.check_tokenizer(found, corpus)
-    rows = pipeline.held_rows(corpus.splits[flags.split], flags.split, found.config.data.sequence_length, corpus.tokenizer.document_id)
+    rows = pipeline.held_rows(
+        corpus.splits[flags.split], flags.split, found.config.data.sequence_length, corpus.tokenizer.document_id
+    )
     with jax.set_mesh(mesh):
         graph, parameters = checkpoint.load_parameters(found)
         size = flags.batch_size * batch_shards(dict(mesh.shape))

@@ -52,13 +52,13 @@ def empty_caches(graph: Graph, batch: int, slots: int) -> list[Cache]:
     """Zeros [L / period, B, S, G, K] for each block of the period, on the mesh that is set."""
     config = graph.config
     shape = (config.num_layers // len(config.window), batch, slots, config.num_kv_heads, config.head_dim)
-    layout = computed(("layers", "batch", "length", "kv_heads", "head_dim"))
-    layout = None if jax.sharding.get_abstract_mesh().empty else layout
-    zeros = lambda: jnp.full(shape, 0, config.compute_dtype, out_sharding=layout)  # noqa: E731
+    zeros = lambda: constrain(
+        jnp.zeros(shape, config.compute_dtype), "layers", "batch", "length", "kv_heads", "head_dim"
+    )
     return [Cache(zeros(), zeros()) for _ in config.window]
 
 
-def prefill(graph: Graph, parameters, tokens_BP, lengths_B, slots: int) -> tuple[jax.Array, list[Cache]]:
+def prefill(graph: Graph, parameters, tokens_BP, lengths_B, slots: int):
     """Logits [B, V] after each prompt's last token, and the caches."""
     batch, length = tokens_BP.shape
     positions_BP = constrain(jnp.broadcast_to(jnp.arange(length)[None], (batch, length)), "batch", "length")
@@ -81,7 +81,9 @@ def last_logits(model, hidden_B1D: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "slots", "limit", "document_id"))
-def decode(graph: Graph, parameters, tokens_BP, lengths_B, sampling: Sampling, slots: int, limit: int, document_id: int):
+def decode(
+    graph: Graph, parameters, tokens_BP, lengths_B, sampling: Sampling, slots: int, limit: int, document_id: int
+):
     """int32 [B, limit] new tokens, `document_id` from the end of each text on. One program: nothing returns to the host."""
     logits_BV, caches = prefill(graph, parameters, tokens_BP, lengths_B, slots)
     batch = tokens_BP.shape[0]
@@ -107,7 +109,7 @@ def decode(graph: Graph, parameters, tokens_BP, lengths_B, sampling: Sampling, s
     first_B = draw(logits_BV, 0)
     start = jnp.full((batch, limit), document_id, jnp.int32, out_sharding=jax.typeof(tokens_BP).sharding)
     carry = (jnp.int32(1), put(start, first_B, 0), first_B, caches)
-    going = lambda carry: (carry[0] < limit) & jnp.any(carry[2] != document_id)  # noqa: E731
+    going = lambda carry: (carry[0] < limit) & jnp.any(carry[2] != document_id)
     return jax.lax.while_loop(going, body, carry)[1]
 
 
@@ -115,7 +117,9 @@ def generate(
     graph: Graph, parameters: dict, tokenizer: Tokenizer, prompts: list[str], limit: int, sampling: Sampling
 ) -> list[str]:
     """The continuation of each prompt, at most `limit` tokens. Raises UserError where that is more than the model sees."""
-    encoded = [np.concatenate([[tokenizer.document_id], tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
+    encoded = [
+        np.concatenate([[tokenizer.document_id], tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts
+    ]
     longest = max(map(len, encoded))
     room = graph.sequence_length - longest
     if limit > room:
@@ -123,13 +127,13 @@ def generate(
             f"the prompt is {longest} tokens and the model sees {graph.sequence_length}: --max_new_tokens {limit} is too many"
             + (f", at most {room}" if room > 0 else "; shorten the prompt")
         )
-    up = lambda n: min(-(-n // BUCKET) * BUCKET, graph.sequence_length)  # noqa: E731
+    up = lambda n: min(-(-n // BUCKET) * BUCKET, graph.sequence_length)
     width, slots = up(longest), up(longest + limit)
     mesh = jax.sharding.get_mesh()
     shards = batch_shards(dict(mesh.shape))
     rows = encoded + encoded[:1] * (-len(encoded) % shards)
     tokens_BP = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
-    lay = lambda x: jax.device_put(x, jax.NamedSharding(mesh, computed(("batch", "length")[: x.ndim])))  # noqa: E731
+    lay = lambda x: jax.device_put(x, jax.NamedSharding(mesh, computed(("batch", "length")[: x.ndim])))
     lengths_B = np.array([len(row) for row in rows], np.int32)
     rounded = min(-(-limit // BUCKET) * BUCKET, slots - longest)
     out = decode(graph, parameters, lay(tokens_BP), lay(lengths_B), sampling, slots, rounded, tokenizer.document_id)
@@ -150,7 +154,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--top_p", type=float, default=0.95, help="1 = off")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
-    bounds = {"max_new_tokens": (1, 1e6), "temperature": (0, 100), "top_k": (0, 1e6), "top_p": (0, 1), "seed": (0, 2**32 - 1)}
+    bounds = {
+        "max_new_tokens": (1, 1e6),
+        "temperature": (0, 100),
+        "top_k": (0, 1e6),
+        "top_p": (0, 1),
+        "seed": (0, 2**32 - 1),
+    }
     for name, (low, high) in bounds.items():
         if not low <= getattr(flags, name) <= high:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")

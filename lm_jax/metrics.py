@@ -58,7 +58,9 @@ class Writer:
 
     def hyper_parameters(self, flat: dict[str, Any]) -> None:
         """The HParams tab, and the config as text."""
-        plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flat.items()}
+        plain = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flat.items()
+        }
         self._add(0, hparams.hparams_pb(plain))
         self.text(0, "config", "\n".join(f"    {name} = {value!r}" for name, value in flat.items()))
 

@@ -22,7 +22,9 @@ class Ramp:
 
     def step_at(self, row: int) -> int:
         """The smallest number of steps that consume at least `row` rows."""
-        return next(first + math.ceil((row - start) / rows) for first, start, rows in reversed(self.stages) if row >= start)
+        return next(
+            first + math.ceil((row - start) / rows) for first, start, rows in reversed(self.stages) if row >= start
+        )
 
 
 def make_ramp(config: Config) -> Ramp:
@@ -32,7 +34,9 @@ def make_ramp(config: Config) -> Ramp:
         return Ramp(((0, 0, full),))
     number, unit = parse_length(length)
     if unit == "epochs":
-        raise UserError(f"config.data.batch_ramp = ({start}, {length!r}): give the length of the ramp in tokens or steps")
+        raise UserError(
+            f"config.data.batch_ramp = ({start}, {length!r}): give the length of the ramp in tokens or steps"
+        )
     mean = (start + full) / 2
     total_rows = number * mean if unit == "steps" else number / config.data.sequence_length
     stages, step, row, sizes = [], 0, 0, full // start
@@ -54,7 +58,7 @@ def to_steps(length: Length, config: Config, ramp: Ramp, rows_per_epoch: float) 
 
 def with_steps(config: Config, ramp: Ramp, rows_per_epoch: float) -> Config:
     """The same config with every length of time in steps ("30 min" of checkpoints stays)."""
-    steps = lambda length: to_steps(length, config, ramp, rows_per_epoch)  # noqa: E731
+    steps = lambda length: to_steps(length, config, ramp, rows_per_epoch)
     num_steps = steps(config.train.num_steps)
     optimizer = dataclasses.replace(
         config.optimizer,
@@ -66,7 +70,9 @@ def with_steps(config: Config, ramp: Ramp, rows_per_epoch: float) -> Config:
         config,
         optimizer=optimizer,
         train=dataclasses.replace(config.train, num_steps=num_steps),
-        checkpoint=config.checkpoint if in_minutes else dataclasses.replace(config.checkpoint, every=steps(config.checkpoint.every)),
+        checkpoint=config.checkpoint
+        if in_minutes
+        else dataclasses.replace(config.checkpoint, every=steps(config.checkpoint.every)),
         evaluate=dataclasses.replace(config.evaluate, every=steps(config.evaluate.every)),
         log=dataclasses.replace(config.log, every=steps(config.log.every)),
     )

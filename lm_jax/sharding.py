@@ -129,7 +129,12 @@ def preflight(config: Config, vocab_size: int, sizes: dict[str, int]) -> None:
         ("model.mlp_dim", model.mlp_dim, "tensor", sizes["tensor"]),
         ("the padded vocabulary", vocab_size, "tensor", sizes["tensor"]),
         ("model.model_dim", model.model_dim, "fsdp", sizes["fsdp"]),
-        ("data.batch_ramp[0]" if data.batch_ramp[0] else "data.global_batch_size", smallest, "data x fsdp", batch_shards(sizes)),
+        (
+            "data.batch_ramp[0]" if data.batch_ramp[0] else "data.global_batch_size",
+            smallest,
+            "data x fsdp",
+            batch_shards(sizes),
+        ),
         ("train.microbatch_rows", smallest if rows == "auto" else int(rows), "data x fsdp", batch_shards(sizes)),
     ]
     for name, size, axis, shards in checks:
@@ -164,4 +169,6 @@ def parameter_table(declarations: dict, mesh: jax.sharding.Mesh) -> str:
         shape, axes = " x ".join(map(str, declared.shape)), ", ".join(declared.axes)
         rows.append(("/".join(path), shape, axes, spec, f"{size / 1024:,.1f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

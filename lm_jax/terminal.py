@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from typing import IO
 
 from etils import epath
 
@@ -21,7 +22,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self.start = time.monotonic()
-        self._log = None
+        self._log: IO[str] | None = None
         self._kept: list[str] = []
         self._last_progress = 0.0
         self._open_line = False
@@ -80,7 +81,11 @@ def header(config: Config, name: str, counted: costs.Costs, corpus: Corpus, ramp
     num_units = len(os.sched_getaffinity(0)) if device.platform == "cpu" else num_devices
     what = f"{costs.device_name(device)} x{num_units}"
     share = 0.6 if device.platform == "cpu" else costs.TYPICAL_MFU
-    mine = f"this machine: {what}, about {costs.duration(flops / (flops_here * share))}" if flops_here else f"{what}, time unknown"
+    mine = (
+        f"this machine: {what}, about {costs.duration(flops / (flops_here * share))}"
+        if flops_here
+        else f"{what}, time unknown"
+    )
     others = [("v5e-8", 8 * costs.PEAK["v5e", "bfloat16"]), ("H200", costs.PEAK["H200", "bfloat16"])]
     times = [f"{other}: {costs.duration(flops / (peak * costs.TYPICAL_MFU))}" for other, peak in others]
     lines.append(" · ".join([mine, *times]))

@@ -139,7 +139,11 @@ def find_init(program: Program, say: terminal.Terminal) -> checkpoint.Located | 
     except UserError as error:
         raise UserError(f"config.train.init_from: {error}") from None
     mine, theirs = program.graph.declarations, checkpoint.graph_of(found).declarations
-    differing = [path for path in {*mine, *theirs} if path not in mine or path not in theirs or mine[path].shape != theirs[path].shape]
+    differing = [
+        path
+        for path in {*mine, *theirs}
+        if path not in mine or path not in theirs or mine[path].shape != theirs[path].shape
+    ]
     if differing:
         names = ", ".join(sorted("/".join(path) for path in differing)[:3])
         raise UserError(f"config.train.init_from = {place!r}: {len(differing)} parameters differ: {names}")
@@ -164,7 +168,9 @@ def starting_point(
 
 def already_done(workdir: epath.Path, say: terminal.Terminal) -> int:
     last = [line for line in metrics.read(workdir) if "final/loss" in line][-1:]
-    result = ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
+    result = (
+        ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
+    )
     say(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
     return 0
 
@@ -269,7 +275,9 @@ class StepLog:
         )
 
     def _left(self, step: int, tokens: float) -> float:
-        total = (self.this.ramp.cursor(self.this.num_steps) - self.this.ramp.cursor(self.first)) * self.this.config.data.sequence_length
+        total = (
+            self.this.ramp.cursor(self.this.num_steps) - self.this.ramp.cursor(self.first)
+        ) * self.this.config.data.sequence_length
         return max(0.0, total - tokens)
 
     def done(self, step: int, rows: int, device_metrics: dict) -> None:
@@ -314,7 +322,7 @@ def make_evaluation(this: Run) -> tuple[Evaluator, pipeline.Held] | None:
 def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *prefixes: str) -> float:
     """Bits per byte of the first `num_rows` validation rows (0: all), written under each prefix."""
     evaluator, rows = evaluation
-    watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")  # noqa: E731
+    watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
     totals = evaluator(this.state.parameters, rows, num_rows, watch)
     values = {name: value for prefix in prefixes for name, value in totals.metrics(prefix).items()}
     writer.scalars(this.data.step, values)
@@ -361,20 +369,18 @@ def compare_with_compressors(corpus: shards.Corpus, bits_per_byte: float) -> str
     if split.num_bytes > 16e6:
         return line
     text = corpus.tokenizer.decode(split.tokens).encode()
-    of = lambda compressed: 8 * len(compressed) / max(1, len(text))  # noqa: E731
+    of = lambda compressed: 8 * len(compressed) / max(1, len(text))
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 
 
 def next_commands(this: Run, experiment: str) -> str:
-    longer = 4 * this.num_steps
+    longer = f"--config.train.num_steps={4 * this.num_steps} --workdir {this.workdir}-longer"
     return "\n".join(
         [
             f"done in {costs.duration(time.monotonic() - this.started)}; next:",
-            f"  longer     python -m lm_jax.main --config {experiment} --config.train.num_steps={longer} --workdir {this.workdir}-longer",
+            f"  longer     python -m lm_jax.main --config {experiment} {longer}",
             f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"',
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
             f"  look       tensorboard --logdir {os.path.dirname(os.path.abspath(this.workdir))}",
         ]
     )
-
-

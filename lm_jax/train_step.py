@@ -35,7 +35,7 @@ def zeros(parameters: dict) -> Sums:
 def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
     """`sums` with one more microbatch (None: nothing yet)."""
     drop = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
-    of = lambda parameters: loss_sum(program.graph, parameters, batch, drop)  # noqa: E731
+    of = lambda parameters: loss_sum(program.graph, parameters, batch, drop)
     loss, gradients = jax.value_and_grad(of)(state.parameters)
     new = Sums(gradients, loss, batch["loss_mask"].sum())
     return new if sums is None else jax.tree.map(jnp.add, sums, new)

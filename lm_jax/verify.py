@@ -1,6 +1,6 @@
 """Every legal mesh of the devices at hand agrees: the same initial bits, the same losses; `--show` prints the table.
 
-    python -m lm_jax.verify --config experiments/quickstart.py:smoke        (JAX_NUM_CPU_DEVICES=8 for eight fake devices)
+python -m lm_jax.verify --config experiments/quickstart.py:smoke        (JAX_NUM_CPU_DEVICES=8 for eight fake devices)
 """
 
 import dataclasses
@@ -39,7 +39,9 @@ def trace(config: Config, num_pieces: int, stream: pipeline.Stream, mesh: jax.sh
     program = make_program(config, num_pieces)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: fresh(program))()
-        digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.parameters))).hexdigest()
+        digest = hashlib.sha256(
+            b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.parameters))
+        ).hexdigest()
         one_step = compile_step(program, mesh, one_microbatch=size == rows)
         batches = pipeline.batches(stream, mesh, 0, num_steps * rows // size, size)
         losses = []
@@ -52,7 +54,9 @@ def trace(config: Config, num_pieces: int, stream: pipeline.Stream, mesh: jax.sh
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("lm_jax.verify", __doc__)
-    parser.add_argument("--config", required=True, action=command.Once, help="an experiment file, file.py:variant; it is executed")
+    parser.add_argument(
+        "--config", required=True, action=command.Once, help="an experiment file, file.py:variant; it is executed"
+    )
     parser.add_argument("--show", action="store_true", help="only print the parameters on the config's mesh")
     parser.add_argument("--num_steps", type=int, default=3)
     flags = parser.parse_args(rest)
@@ -66,14 +70,20 @@ def main(arguments: list[str]) -> int:
     config = with_steps(config, make_ramp(config), len(corpus.splits["train"].tokens) / config.data.sequence_length)
     if flags.show:
         preflight(config, vocab_size, preflight_sizes)
-        say(parameter_table(make_program(config, corpus.tokenizer.num_pieces).graph.declarations, make_mesh(config.mesh, here)))
+        say(
+            parameter_table(
+                make_program(config, corpus.tokenizer.num_pieces).graph.declarations, make_mesh(config.mesh, here)
+            )
+        )
         return 0
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
     meshes = list(legal_meshes(config, vocab_size, len(here)))
     if not meshes:
         preflight(config, vocab_size, preflight_sizes)
         raise UserError(f"no mesh of {len(here)} devices is legal for {flags.config}")
-    say(f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices, {flags.num_steps} steps each, float32")
+    say(
+        f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices, {flags.num_steps} steps each, float32"
+    )
     stream = pipeline.Stream(corpus.splits["train"], config.data.sequence_length, config.data.seed)
     first, agree = None, True
     for sizes in meshes:
@@ -84,7 +94,9 @@ def main(arguments: list[str]) -> int:
         agree &= same
         axes = " ".join(f"{axis} {size}" for axis, size in sizes.items())
         losses = " ".join(f"{loss:.6f}" for loss in found.losses)
-        say(f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {'agrees' if same else 'DIFFERS'}")
+        say(
+            f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {'agrees' if same else 'DIFFERS'}"
+        )
     say(f"all agree to {TOLERANCE:.0e}" if agree else "not all meshes agree")
     return 0 if agree else command.EXIT_FAULT
 

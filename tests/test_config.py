@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-
 from conftest import ROOT, tiny
+
 from lm_jax import command
 from lm_jax.config import Config, UserError, default_config, flatten, leaves, parse_length, resolve
 from lm_jax.ramp import make_ramp, to_steps

@@ -7,8 +7,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-
 from conftest import tiny
+
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import pipeline, shards, sources, tokenizer
 from lm_jax.sharding import make_mesh
@@ -49,7 +49,20 @@ def test_every_document_is_decoded_to_the_bytes_it_was_read_from(corpus):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "\n\n", "\t\tx", "a  b   c", "▁▁ a▁b", "<|endoftext|>", "naïve 中文 🙂\u200b", "\r\n", "\x00\x01", "<0x41>", " \n \n"],
+    [
+        "",
+        " ",
+        "\n\n",
+        "\t\tx",
+        "a  b   c",
+        "▁▁ a▁b",
+        "<|endoftext|>",
+        "naïve 中文 🙂\u200b",
+        "\r\n",
+        "\x00\x01",
+        "<0x41>",
+        " \n \n",
+    ],
 )
 def test_any_text_survives_the_tokenizer(corpus, text):
     assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
@@ -121,7 +134,7 @@ def test_held_rows_cover_every_token_once(sizes):
     split = tiny_split(sizes)
     held = pipeline.Held(split, 8, document_id=9999)
     rows = [held.row(i) for i in range(held.num_rows)]
-    kept = lambda name: np.concatenate([row[name][row["loss_mask"] > 0] for row in rows])  # noqa: E731
+    kept = lambda name: np.concatenate([row[name][row["loss_mask"] > 0] for row in rows])
     np.testing.assert_array_equal(kept("tokens"), split.tokens)
     np.testing.assert_array_equal(kept("targets"), [*split.tokens[1:], 9999])
     assert all((row["segment_ids"][row["loss_mask"] == 0] == 0).all() for row in rows)
@@ -155,7 +168,12 @@ def folder(tmp_path, monkeypatch):
 
 def test_bad_input_is_left_out_and_said(folder):
     said = []
-    data = tiny(data__source=str(folder), data__tokenizer="sentencepiece:400", data__validation_fraction=0.0, data__test_fraction=0.0).data
+    data = tiny(
+        data__source=str(folder),
+        data__tokenizer="sentencepiece:400",
+        data__validation_fraction=0.0,
+        data__test_fraction=0.0,
+    ).data
     corpus = shards.open_corpus(data, said.append)
     assert corpus.manifest["left_out"] == {"empty": 1, "duplicates": 1, "not_utf8": [str(folder / "photo.jpg")]}
     assert corpus.splits["train"].num_documents == 7

@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-
 from conftest import command, tiny
+
 from lm_jax.config import Mesh
 from lm_jax.data import pipeline, shards
 from lm_jax.evaluate import Evaluator
@@ -20,10 +20,15 @@ from lm_jax.sharding import make_mesh
 def held(corpus) -> pipeline.Held:
     """37 documents, cut to at most 200 tokens each, so that rows start and end inside documents."""
     split = corpus.splits["train"]
-    documents = [split.tokens[start : min(start + 200, end)] for start, end in zip(split.offsets[:37], split.offsets[1:38], strict=True)]
+    documents = [
+        split.tokens[start : min(start + 200, end)]
+        for start, end in zip(split.offsets[:37], split.offsets[1:38], strict=True)
+    ]
     offsets = np.cumsum([0, *map(len, documents)])
     num_bytes = sum(corpus.tokenizer.bytes_per_piece[document].sum() for document in documents)
-    return pipeline.Held(shards.Split(np.concatenate(documents), offsets, int(num_bytes)), 64, corpus.tokenizer.document_id)
+    return pipeline.Held(
+        shards.Split(np.concatenate(documents), offsets, int(num_bytes)), 64, corpus.tokenizer.document_id
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,9 @@ def test_a_part_of_the_rows(corpus, graph, held):
 def test_the_command_prints_one_object(finished):
     found = {}
     for batch, devices in ((1, 1), (8, 8)):
-        result = command("evaluate", "--model", str(finished), "--split", "test", "--batch_size", str(batch), devices=devices)
+        result = command(
+            "evaluate", "--model", str(finished), "--split", "test", "--batch_size", str(batch), devices=devices
+        )
         assert result.returncode == 0, result.stderr
         found[devices] = json.loads(result.stdout.strip().split("\n")[-1])
     assert found[1]["split"] == "test" and found[1]["step"] == 2

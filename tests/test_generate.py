@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import command, tiny
+
 from lm_jax.config import Mesh, UserError
 from lm_jax.generate import Sampling, generate, sample
 from lm_jax.model import transformer
@@ -31,7 +31,9 @@ def test_samples_have_the_model_s_frequencies():
 
 def test_top_k_and_top_p_cut_the_tail():
     np.testing.assert_allclose(draw(top_k=2), [2 / 3, 1 / 3, 0, 0, 0], atol=0.03)
-    np.testing.assert_allclose(draw(top_p=0.76), np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9, atol=0.03)  # the piece that crosses stays
+    np.testing.assert_allclose(
+        draw(top_p=0.76), np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9, atol=0.03
+    )  # the piece that crosses stays
     np.testing.assert_array_equal(draw(top_p=0.01), [1, 0, 0, 0, 0])
     np.testing.assert_array_equal(draw(temperature=0.0), [1, 0, 0, 0, 0])
     np.testing.assert_array_equal(draw(top_k=1), [1, 0, 0, 0, 0])
@@ -78,7 +80,7 @@ def test_a_prompt_s_text_does_not_depend_on_its_neighbours(model):
 
 def test_a_seed_gives_the_same_text_on_any_mesh(model, eight):
     graph, parameters, tokenizer = model
-    run = lambda parameters, seed: generate(graph, parameters, tokenizer, PROMPTS[:2], 16, Sampling(seed=seed))  # noqa: E731
+    run = lambda parameters, seed: generate(graph, parameters, tokenizer, PROMPTS[:2], 16, Sampling(seed=seed))
     first = run(parameters, 0)
     assert run(parameters, 0) == first and run(parameters, 1) != first and first[0] != first[1]
 
@@ -102,7 +104,17 @@ def test_more_than_the_model_sees_is_refused(model):
 
 
 def test_the_command_prints_prompts_and_continuations(finished):
-    arguments = ("generate", "--model", str(finished), "--prompt", "def ", "--prompt", "class ", "--max_new_tokens", "8")
+    arguments = (
+        "generate",
+        "--model",
+        str(finished),
+        "--prompt",
+        "def ",
+        "--prompt",
+        "class ",
+        "--max_new_tokens",
+        "8",
+    )
     first, again = command(*arguments), command(*arguments)
     assert first.returncode == 0, first.stderr
     assert first.stdout == again.stdout and first.stdout.startswith("def ") and "\n\nclass " in first.stdout

@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
-
 from conftest import tiny
+
 from lm_jax.config import Mesh
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program

@@ -3,13 +3,14 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 
 import jax
 import pytest
-
 from conftest import ROOT, command
+
 from lm_jax import command as commands
 from lm_jax import evaluate, generate, main, verify
 
@@ -34,7 +35,11 @@ MISTAKES = [
     ("main", [SMOKE, "--config.model.model_dim=50", "--config.model.head_dim=0"], "the next that does is 52"),
     ("main", [SMOKE, "--config.model.num_kv_heads=3"], "does not divide num_heads = 4; the nearest is"),
     ("main", [SMOKE, "--config.mesh.tensor=8"], "num_heads = 4 does not divide over mesh axis tensor = 8"),
-    ("main", [SMOKE, "--config.data.global_batch_size=12", "--config.train.microbatch_rows=4"], "nearest size that does is 16"),
+    (
+        "main",
+        [SMOKE, "--config.data.global_batch_size=12", "--config.train.microbatch_rows=4"],
+        "nearest size that does is 16",
+    ),
     ("main", [SMOKE, "--config.mesh.data=16"], "is 16 devices, here are 8"),
     ("main", [SMOKE, "--config.data.source={tmp}/nowhere"], "no such folder"),
     ("main", [SMOKE, "--config.data.source={tmp}/empty"], "holds no text"),
@@ -44,7 +49,11 @@ MISTAKES = [
     ("main", [SMOKE, "--workdir={tmp}/file"], "is a file|not a folder"),
     ("main", [SMOKE, "--config.train.init_from={tmp}/nowhere"], "is not a run"),
     ("main", ["--config={tmp}/broken.py"], "broken.py line 2: NameError: name 'undefined' is not defined"),
-    ("main", ["--config={tmp}/typo.py"], 'typo.py line 5: KeyError: Key "learning_rat" .* Did you mean "learning_rate"'),
+    (
+        "main",
+        ["--config={tmp}/typo.py"],
+        'typo.py line 5: KeyError: Key "learning_rat" .* Did you mean "learning_rate"',
+    ),
     ("evaluate", ["--model", "{run}x"], "is not a run.*did you mean {run}?"),
     ("evaluate", ["--model", "{run}@7"], "no step '7'; the run has 2"),
     ("evaluate", ["--model", "{run}", "--split", "tets"], "choose from"),
@@ -85,19 +94,27 @@ def check(code: int, error: str, words: str) -> None:
     assert words in error or re.search(words, error), f"expected {words!r} in:\n{error}"
 
 
-@pytest.mark.parametrize(("name", "arguments", "words"), MISTAKES, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    MISTAKES,
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
+)
 def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
     before, started = listing(tmp_path, places["tmp"], places["run"]), time.monotonic()
     with pytest.raises(SystemExit) as stopped:
         commands.door(COMMANDS[name], [argument.format(**places) for argument in arguments])
     seconds = time.monotonic() - started
     check(stopped.value.code, capsys.readouterr().err, words.replace("{run}", re.escape(places["run"])))
     after = listing(tmp_path, places["tmp"], places["run"])
-    assert {path for path in after if "__pycache__" not in path} == set(before) and all(after[path] == before[path] for path in before)
+    assert {path for path in after if "__pycache__" not in path} == set(before) and all(
+        after[path] == before[path] for path in before
+    )
     if name == "main":
         assert compiled == [], "something was compiled before the mistake was found"
     assert seconds < 10
@@ -123,10 +140,9 @@ def test_all_checkpoints_broken_is_said(finished, tmp_path):
 
 
 def test_no_such_platform():
-    environment = {"JAX_PLATFORMS": "tpuu"}
-    script = "import os, sys; os.environ.update(%r); from lm_jax import command, main; command.door(main.main)" % environment
-    import subprocess
-
+    script = (
+        "import os; os.environ['JAX_PLATFORMS'] = 'tpuu'; from lm_jax import command, main; command.door(main.main)"
+    )
     line = [sys.executable, "-c", script, "--config", "experiments/quickstart.py:smoke"]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     check(result.returncode, result.stderr, "no devices of JAX_PLATFORMS='tpuu'")

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import tiny
+
 from lm_jax.data import pipeline
 from lm_jax.generate import empty_caches, filled, prefill
 from lm_jax.loss import token_losses
@@ -106,7 +106,7 @@ def test_unrolled_scanned_and_recomputed_are_the_same(kind):
     def value_and_gradient(**changes):
         model = dataclasses.replace(graph.config, **changes)
         other = transformer.build(model, 500, LENGTH)
-        loss = lambda parameters: token_losses(logits(other, parameters, tokens, context), tokens).sum()  # noqa: E731
+        loss = lambda parameters: token_losses(logits(other, parameters, tokens, context), tokens).sum()
         return jax.jit(jax.value_and_grad(loss))(parameters)
 
     expected = value_and_gradient(unroll=True, remat="none")
@@ -124,7 +124,7 @@ def test_attention_backends_agree(window):
     context = Context(positions, segments)
 
     def run(backend):
-        weigh = lambda q, k, v: (attention.attend(q, k, v, context, context, window, backend) * jnp.cos(q)).sum()  # noqa: E731
+        weigh = lambda q, k, v: (attention.attend(q, k, v, context, context, window, backend) * jnp.cos(q)).sum()
         return jax.jit(jax.value_and_grad(weigh, (0, 1, 2)))(q, k, v)
 
     for a, b in zip(jax.tree.leaves(run("xla")), jax.tree.leaves(run("chunked")), strict=True):
@@ -177,7 +177,7 @@ def test_residual_outputs_start_smaller():
 def test_dropout_of_a_row_depends_on_nothing_but_the_row():
     """The same row has the same mask in any batch; another step, layer or name has another."""
     root = jax.random.key(0)
-    bits = lambda *arguments: np.asarray(jax.vmap(jax.random.bits)(row_keys(root, *arguments)))  # noqa: E731
+    bits = lambda *arguments: np.asarray(jax.vmap(jax.random.bits)(row_keys(root, *arguments)))
     rows = jnp.arange(8, dtype=jnp.uint32)
     together = bits("mlp", 3, 1, rows)
     np.testing.assert_array_equal(together[4:6], bits("mlp", 3, 1, rows[4:6]))

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from conftest import tiny
+
 from lm_jax.config import leaves
 from lm_jax.model import transformer
 from lm_jax.optimizer import decays, make_optimizer, schedule
@@ -55,7 +55,9 @@ def test_decay_is_for_matrices_and_tables():
 
 @pytest.mark.parametrize("name", RULES)
 def test_decay_shrinks_only_what_is_masked(name):
-    config = tiny(optimizer__name=name, optimizer__weight_decay=0.5, optimizer__warmup=0, optimizer__schedule="constant")
+    config = tiny(
+        optimizer__name=name, optimizer__weight_decay=0.5, optimizer__warmup=0, optimizer__schedule="constant"
+    )
     rule = make_optimizer(config.optimizer, {"kernel": True, "scale": False})
     tree = {"kernel": jnp.ones(3), "scale": jnp.ones(3)}
     changes, _ = rule.update(jax.tree.map(jnp.zeros_like, tree), rule.init(tree), tree)
@@ -96,11 +98,15 @@ def test_sgd_with_momentum_follows_its_formula():
 
 
 def test_the_schedule_rises_falls_and_stays():
-    config = tiny(optimizer__learning_rate=1.0, optimizer__warmup=10, optimizer__decay_over=110, optimizer__decay_to=0.1)
+    config = tiny(
+        optimizer__learning_rate=1.0, optimizer__warmup=10, optimizer__decay_over=110, optimizer__decay_to=0.1
+    )
     rate = schedule(config.optimizer)
     np.testing.assert_allclose(rate(0), 0.1, rtol=1e-6)  # the first update already moves
     np.testing.assert_allclose(rate(9), 1.0)
     np.testing.assert_allclose(rate(59), 0.1 + 0.9 * 0.5, rtol=1e-5)  # half of the cosine
     np.testing.assert_allclose([rate(109), rate(1000)], 0.1, rtol=1e-5)
-    constant = schedule(tiny(optimizer__schedule="constant", optimizer__learning_rate=1.0, optimizer__warmup=10).optimizer)
+    constant = schedule(
+        tiny(optimizer__schedule="constant", optimizer__learning_rate=1.0, optimizer__warmup=10).optimizer
+    )
     np.testing.assert_allclose([constant(4), constant(9), constant(1000)], [0.5, 1, 1])

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-
 from conftest import ROOT, tiny
+
 from lm_jax import verify
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import pipeline
@@ -120,7 +120,11 @@ def test_state_is_made_where_it_lives(corpus, eight):
 @pytest.mark.parametrize(
     ("changes", "mesh", "words"),
     [
-        (dict(model__num_heads=6, model__num_kv_heads=6, model__head_dim=16), Mesh(1, 1, 4), ["num_heads = 6", "nearest size that does is 8"]),
+        (
+            dict(model__num_heads=6, model__num_kv_heads=6, model__head_dim=16),
+            Mesh(1, 1, 4),
+            ["num_heads = 6", "nearest size that does is 8"],
+        ),
         (dict(model__num_kv_heads=2), Mesh(1, 1, 4), ["num_kv_heads = 2", "tensor that does is 2"]),
         (dict(model__model_dim=60), Mesh(1, 8, 1), ["model_dim = 60", "64"]),
         (dict(data__global_batch_size=12, train__microbatch_rows=4), Mesh(8, 1, 1), ["global_batch_size = 12", "16"]),

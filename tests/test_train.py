@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT, command, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ROOT, command, tiny
 from lm_jax import checkpoint, metrics
 from lm_jax import config as configs
 from lm_jax.config import Mesh
@@ -34,14 +34,18 @@ ARGUMENTS = [
 
 def lines_of(workdir) -> list[dict]:
     """The metrics, without what depends on the clock."""
-    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in metrics.read(workdir)]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("perf/")} for line in metrics.read(workdir)
+    ]
 
 
 def final_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
     """Every array of the last checkpoint: parameters and optimizer state."""
     found = checkpoint.locate(str(workdir))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        state, data = checkpoint.restore(found.workdir, found.step, make_program(found.config, found.tokenizer.num_pieces))
+        state, data = checkpoint.restore(
+            found.workdir, found.step, make_program(found.config, found.tokenizer.num_pieces)
+        )
     assert data == checkpoint.DataState(found.step, 8 * found.step)
     return [np.asarray(x) for x in jax.tree.leaves(state)]
 
@@ -64,7 +68,9 @@ def reference(tmp_path_factory) -> pathlib.Path:
 def start(workdir, *more: str) -> subprocess.Popen:
     line = [sys.executable, "-u", "-m", "lm_jax.main", *ARGUMENTS, "--workdir", str(workdir), *more]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
 
 
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int, also: float = 0.0) -> None:
@@ -108,7 +114,11 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(reference, tmp_path, numbe
 
 
 def test_a_finished_run_prints_its_result_and_changes_nothing(reference):
-    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file() and path.name not in ("log.txt", "lock")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in reference.rglob("*")
+        if path.is_file() and path.name not in ("log.txt", "lock")
+    }
     result = command("main", *ARGUMENTS, "--workdir", str(reference), cwd=ROOT)
     assert result.returncode == 0 and "this run is finished: final/loss" in result.stdout
     assert all(path.stat().st_mtime_ns == time_before for path, time_before in before.items())

@@ -7,6 +7,7 @@ integer, the cursor: neither batch size, mesh, processes nor workers enter a row
 import functools
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -18,7 +19,7 @@ from lm_jax.config import UserError
 from lm_jax.data.shards import Split
 from lm_jax.sharding import computed
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # of numpy arrays
 
 
 def permutation(num: int, seed: int, epoch: int) -> np.ndarray:
@@ -93,7 +94,7 @@ def make_row(pieces: list[tuple[int, np.ndarray]], length: int, i: int) -> Batch
     segments = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.int32), sizes)[: len(tokens)]
     positions = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])[: len(tokens)]
     num = len(tokens) - 1
-    pad = lambda x: np.pad(x, (0, length - num))  # noqa: E731
+    pad = lambda x: np.pad(x, (0, length - num))
     return {
         "tokens": pad(tokens[:-1]),
         "targets": pad(tokens[1:]),
@@ -123,7 +124,10 @@ class Batches:
     def __getitem__(self, j) -> Batch:
         start = self.first + int(j) * self.size
         limit = getattr(self.rows, "num_rows", None)
-        made = [self.rows.row(start + i) if limit is None or start + i < limit else self._nothing(start + i) for i in self.local]
+        made = [
+            self.rows.row(start + i) if limit is None or start + i < limit else self._nothing(start + i)
+            for i in self.local
+        ]
         return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
     def _nothing(self, i: int) -> Batch:
@@ -139,7 +143,7 @@ def layout(mesh: jax.sharding.Mesh) -> NamedSharding:
 def abstract_batch(mesh: jax.sharding.Mesh, size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layouts of a batch, for compiling before there is one."""
     row = make_row([(0, np.zeros(length + 1, np.int32))], length, 0)
-    lay = lambda x: NamedSharding(mesh, computed(("batch", "length")[: 1 + x.ndim]))  # noqa: E731
+    lay = lambda x: NamedSharding(mesh, computed(("batch", "length")[: 1 + x.ndim]))
     return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=lay(x)) for name, x in row.items()}
 
 

@@ -112,7 +112,9 @@ def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> N
         raise UserError(f"config.data.source = {data.source!r} holds no text (UTF-8 files that are not empty)")
     num_bytes = {split: sum(len(text.encode()) for text in texts) for split, texts in ordered.items()}
     dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8"
-    say(f"corpus {data.source}: {sum(map(len, ordered.values())):,} documents, {sum(num_bytes.values()) / 1e6:.1f} MB{dropped}")
+    say(
+        f"corpus {data.source}: {sum(map(len, ordered.values())):,} documents, {sum(num_bytes.values()) / 1e6:.1f} MB{dropped}"
+    )
     for name in unreadable[:3]:
         say(f"not UTF-8, left out: {name}")
     if pieces:
@@ -139,7 +141,13 @@ def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> N
         np.save(os.path.join(draft, f"{split}.offsets.npy"), offsets)
         counts[split] = {"documents": len(texts), "tokens": len(tokens), "bytes": num_bytes[split]}
     files = {name: file_hash(os.path.join(draft, name)) for name in sorted(os.listdir(draft))}
-    manifest = {"format": FORMAT, "source": data.source, "tokenizer": trained.fingerprint, "counts": counts, "files": files}
+    manifest = {
+        "format": FORMAT,
+        "source": data.source,
+        "tokenizer": trained.fingerprint,
+        "counts": counts,
+        "files": files,
+    }
     manifest["left_out"] = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable}
     with open(os.path.join(draft, "manifest.json"), "w") as file:
         json.dump(manifest, file, indent=1)
@@ -157,7 +165,7 @@ def read(folder: str) -> Corpus:
         if not os.path.exists(path) or file_hash(path) != expected:
             state = "changed since it was built" if os.path.exists(path) else "missing"
             raise UserError(f"{path} is {state}; remove {folder} and it is built again")
-    load = lambda split, part: np.load(os.path.join(folder, f"{split}.{part}.npy"), mmap_mode="r")  # noqa: E731
+    load = lambda split, part: np.load(os.path.join(folder, f"{split}.{part}.npy"), mmap_mode="r")
     splits = {
         split: Split(load(split, "tokens"), np.asarray(load(split, "offsets")), manifest["counts"][split]["bytes"])
         for split in sources.SPLITS

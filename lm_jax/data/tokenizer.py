@@ -72,7 +72,9 @@ def num_pieces(setting: str) -> int:
             return 0
         raise UserError(f'config.data.tokenizer = {setting!r}: expected "sentencepiece:PIECES" or a .model file')
     if not pieces.isdigit() or not 300 <= int(pieces) <= 1_000_000:
-        raise UserError(f'config.data.tokenizer = {setting!r}: expected 300 to 1000000 pieces, such as "sentencepiece:2048"')
+        raise UserError(
+            f'config.data.tokenizer = {setting!r}: expected 300 to 1000000 pieces, such as "sentencepiece:2048"'
+        )
     return int(pieces)
 
 
@@ -108,5 +110,7 @@ def train(texts: Iterable[str], pieces: int) -> Tokenizer:
     except RuntimeError as error:
         largest = re.search(r"<= (\d+)", str(error))
         hint = f"; at most {largest[1]} for this text" if largest else ""
-        raise UserError(f"config.data.tokenizer: {pieces} pieces cannot be trained{hint}: {str(error).splitlines()[-1]}") from error
+        raise UserError(
+            f"config.data.tokenizer: {pieces} pieces cannot be trained{hint}: {str(error).splitlines()[-1]}"
+        ) from error
     return Tokenizer(model.getvalue())

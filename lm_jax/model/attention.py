@@ -48,7 +48,7 @@ def attend(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int,
     for start in range(0, num_queries, CHUNK):
         stop = min(start + CHUNK, num_queries)
         first = max(0, start - window + 1) // CHUNK * CHUNK if window else 0
-        part = lambda context, a, b: Context(*(x[:, a:b] for x in context))  # noqa: E731
+        part = lambda context, a, b: Context(*(x[:, a:b] for x in context))
         attend_chunk = jax.checkpoint(functools.partial(_attend, window=window))
         out.append(
             attend_chunk(

@@ -47,7 +47,7 @@ def make(declared: Declaration, path: tuple[str, ...], root: jax.Array, sharded:
     key = jax.random.fold_in(root, zlib.crc32("/".join(path).encode()))
     num_stacked = len(declared.layers)
     layout = stored(declared.axes[num_stacked:]) if sharded else None
-    create = lambda key: declared.initializer(key, declared.shape[num_stacked:], declared.dtype, layout)  # noqa: E731
+    create = lambda key: declared.initializer(key, declared.shape[num_stacked:], declared.dtype, layout)
     if not declared.layers:
         return create(key)
     return jax.vmap(create)(jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(declared.shape[0])))

@@ -58,7 +58,7 @@ class Block(nnx.Module):
     def __init__(self, config: Model, window: int):
         self.config = config
         output_stddev = config.init_scale / math.sqrt(2 * config.num_layers)
-        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)  # noqa: E731
+        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
         self.attention_norm, self.attention = norm(), Attention(config, window, output_stddev)
         self.mlp_norm, self.mlp = norm(), Mlp(config, output_stddev)
 
@@ -174,7 +174,7 @@ def _stacked(block: nnx.Module, num: int) -> nnx.Module:
     """The same module with every declared parameter repeated over a new leading dim of layers."""
     for _, variable in nnx.to_flat_state(nnx.state(block, nnx.Param)):
         one = variable.get_metadata("declared")
-        move = lambda dims: tuple(dim + 1 for dim in dims)  # noqa: E731
+        move = lambda dims: tuple(dim + 1 for dim in dims)
         stack = dataclasses.replace(
             one,
             shape=(num, *one.shape),
@@ -217,7 +217,9 @@ class Graph:
 
     def module(self, parameters: dict) -> Transformer:
         """The module with these parameters in place, to be called inside a traced function."""
-        return _merge(self.graph_and_state, parameters)
+        module = _merge(self.graph_and_state, parameters)
+        assert isinstance(module, Transformer)
+        return module
 
     def tree(self, of_declaration) -> dict:
         """A nested dict like the parameters, with `of_declaration(declared)` at each leaf."""
