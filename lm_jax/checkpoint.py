@@ -178,9 +178,9 @@ def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bo
             return step
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
         if quarantine:
-            (folder / str(step)).rename(folder / f"{step}.broken")
-    broken = list(folder.glob("*.broken")) if folder.exists() else []
-    if steps or broken:
+            number = len(list(folder.glob(f"{step}.broken*")))
+            (folder / str(step)).rename(folder / (f"{step}.broken" + f"-{number}" * bool(number)))
+    if has_steps(workdir):
         raise UserError(
             f"no checkpoint in {folder} is whole; remove the folder to start over, or restore it from a copy"
         )
@@ -213,6 +213,20 @@ def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], 
     draft = workdir / "config.json.draft"
     draft.write_text(json.dumps(content, indent=1))
     os.replace(draft, workdir / "config.json")
+
+
+def write_tokenizer(workdir: epath.Path, model: bytes) -> None:
+    """`tokenizer.model`, whole or not at all."""
+    path, draft = workdir / "tokenizer.model", workdir / "tokenizer.model.draft"
+    if not path.exists() or path.read_bytes() != model:
+        draft.write_bytes(model)
+        os.replace(draft, path)
+
+
+def has_steps(workdir: epath.Path) -> bool:
+    """Whether there is something that another config would lose: a finished checkpoint, whole or broken."""
+    folder = steps_folder(workdir)
+    return bool(complete_steps(folder)) or (folder.exists() and any(folder.glob("*.broken*")))
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
@@ -253,7 +267,8 @@ class Located(NamedTuple):
 
 def locate(model: str, say: Callable[[str], None] = print) -> Located:
     """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified. Raises UserError."""
-    place, _, wanted = model.partition("@")
+    place, _, wanted = (model, "", "") if (epath.Path(model) / "config.json").exists() else model.rpartition("@")
+    place, wanted = (place, wanted) if place else (wanted or model, "")
     workdir = epath.Path(place)
     if not (workdir / "config.json").exists():
         siblings = [str(path) for path in workdir.parent.glob("*") if (path / "config.json").exists()]
@@ -266,7 +281,7 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
         assert step is not None
     elif re.fullmatch(r"\d+", wanted) and int(wanted) in steps:
         step = int(wanted)
-        if problem := fault(workdir / "checkpoints" / wanted):
+        if problem := fault(workdir / "checkpoints" / str(step)):
             raise UserError(
                 f"--model {model}: {problem}; whole are {', '.join(str(s) for s in steps if s != step) or 'none'}"
             )

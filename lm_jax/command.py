@@ -139,6 +139,12 @@ def experiment_config(place: str) -> ml_collections.ConfigDict:
             raise UserError(f"--config {place}: no variant {variant!r}; there is {', '.join(variants)}{near}")
         takes_variant = inspect.signature(module.get_config).parameters
         config = module.get_config(variant) if takes_variant and variant != "smoke" else module.get_config()
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(
+                f"--config {place}: get_config() returned {type(config).__name__}, not a ConfigDict; return config"
+            )
+        if variant == "smoke":
+            resolve(config)  # a wrong value is answered by its name before it is shrunk
     except UserError:
         raise
     except Exception as error:  # whatever a user's file may raise: its place and its first line

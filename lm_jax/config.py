@@ -98,7 +98,7 @@ class Train:
         low=1,
         fixed=False,
     )
-    seed: int = knob(0, "of initialisation and dropout", low=0)
+    seed: int = knob(0, "of initialisation and dropout", low=0, high=2**32 - 1)
     init_from: str = knob("", "MODEL whose parameters a fresh run starts from", fixed=False)
 
 
@@ -120,7 +120,7 @@ class Checkpoint:
 class Evaluate:
     every: Length = knob(500, "between evaluations, also one at the end; 0 = only at the end", low=0, fixed=False)
     num_rows: int = knob(64, "validation rows each time (at the end: all); 0 = all", low=0, fixed=False)
-    prompt: str = knob("def ", 'start of the text samples; "" = none', fixed=False)
+    prompt: str = knob("class", 'start of the text samples; "" = none', fixed=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ def parse_value(path: str, text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text  # `_check` says what was expected
 
 
@@ -220,6 +220,9 @@ def _check(path: str, value: Any, kind: Any, metadata) -> Any:
         match = _LENGTH.fullmatch(value)
         if not match or match["unit"] not in units:
             raise refuse(f'expected steps as an integer, or a string such as "375M tokens" (units: {", ".join(units)})')
+        number, unit = parse_length(value)
+        if not number or (unit == "steps" and number != int(number)):
+            raise refuse("expected more than nothing" if not number else "expected whole steps")
         return value
     if number_or_name:
         kind = str if isinstance(value, str) else int

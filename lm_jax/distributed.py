@@ -43,7 +43,10 @@ def settle(tree):
 @contextlib.contextmanager
 def workdir_lock(workdir: epath.Path) -> Iterator[None]:
     """One run a workdir: the lock dies with its process. Raises UserError where another run holds it."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}; use another --workdir") from None
     with open(workdir / "lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
     temperature: float = 0.8
     top_k: int = 50
     top_p: float = 0.95
-    seed: int = 0
+    seed: int | np.uint32 = 0
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature, top_k, top_p) -> jax.Array:
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
     found = checkpoint.locate(flags.model, Terminal())
     with jax.set_mesh(make_mesh(Mesh(), distributed.devices())):
         graph, parameters = checkpoint.load_parameters(found)
-        sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+        sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, np.uint32(flags.seed))
         if flags.prompt:
             texts = generate(graph, parameters, found.tokenizer, flags.prompt, flags.max_new_tokens, sampling)
             print("\n\n".join(prompt + text for prompt, text in zip(flags.prompt, texts, strict=True)))

@@ -37,9 +37,10 @@ class Writer:
         os.replace(draft, workdir / "metrics.jsonl")
         self._file = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115  (closed by `close`)
         self._events = EventFileWriter(str(workdir / "tensorboard"))
-        if step:  # readers drop what earlier files say of later steps
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._events.add_event(event_pb2.Event(step=step + 1, session_log=start))
+        start = event_pb2.SessionLog(
+            status=event_pb2.SessionLog.START
+        )  # readers drop what earlier files say from here on
+        self._events.add_event(event_pb2.Event(step=step + 1 if step else 0, session_log=start))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         line = {"step": step} | {name: float(value) for name, value in values.items()}

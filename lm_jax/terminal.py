@@ -37,6 +37,7 @@ class Terminal:
         if self._open_line:
             sys.stdout.write("\r\x1b[K")
             self._open_line = False
+        self._last_progress = time.monotonic()
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
         for line in text.split("\n"):
@@ -102,7 +103,8 @@ def header(config: Config, name: str, counted: costs.Costs, corpus: Corpus, ramp
 
 
 def curve(points: list[tuple[int, float]], title: str, width: int = 60, height: int = 8) -> str:
-    """(step, value) as dots of braille-free text: a small plot for a terminal."""
+    """(step, value) as dots: a small plot for a terminal."""
+    points = [point for point in points if math.isfinite(point[1])]
     if len(points) < 2:
         return ""
     low, high = min(value for _, value in points), max(value for _, value in points)

@@ -83,7 +83,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     sizes = mesh_shape(config.mesh, len(here))
     if pieces := tokenizer.num_pieces(config.data.tokenizer):
         preflight(config, transformer.padded(pieces), sizes)
-    saved = checkpoint.read_config(workdir) if (workdir / "config.json").exists() else {}
+    saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
     with phases("data"):
         corpus = shards.open_corpus(config.data, say)
     ramp = make_ramp(config)
@@ -97,7 +97,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         program = program._replace(config=config)
     facts = {"tokenizer": corpus.tokenizer.fingerprint, "data": corpus.fingerprint}
     changes = checkpoint.check_resume(workdir, saved, config, facts) if saved else []
-    source = None if checkpoint.complete_steps(checkpoint.steps_folder(workdir)) else find_init(program, say)
+    source = None if saved else find_init(program, corpus, say)
     with phases("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
     say(terminal.header(config, name, counted, corpus, ramp, sizes, (here[0], peak)))
@@ -113,7 +113,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         if data.step >= int(config.train.num_steps):
             return already_done(workdir, say)
         checkpoint.write_config(workdir, config, origins, facts)
-        (workdir / "tokenizer.model").write_bytes(corpus.tokenizer.model)
+        checkpoint.write_tokenizer(workdir, corpus.tokenizer.model)
         this = Run(config, workdir, say, corpus, program, mesh, ramp, counted, peak, state, data)
         return train(this, facts, phases, stop, experiment)
 
@@ -129,7 +129,7 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
     return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
 
 
-def find_init(program: Program, say: terminal.Terminal) -> checkpoint.Located | None:
+def find_init(program: Program, corpus: shards.Corpus, say: terminal.Terminal) -> checkpoint.Located | None:
     """The model that `train.init_from` names. Raises UserError where there is none, or that lists what differs in shape."""
     place = program.config.train.init_from
     if not place:
@@ -137,7 +137,12 @@ def find_init(program: Program, say: terminal.Terminal) -> checkpoint.Located | 
     try:
         found = checkpoint.locate(place, say)
     except UserError as error:
-        raise UserError(f"config.train.init_from: {error}") from None
+        raise UserError(str(error).replace("--model", "config.train.init_from")) from None
+    if found.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+        mend = f"--config.data.tokenizer={found.workdir}/tokenizer.model"
+        raise UserError(
+            f"config.train.init_from = {place!r} has another tokenizer than this corpus; take it too: {mend}"
+        )
     mine, theirs = program.graph.declarations, checkpoint.graph_of(found).declarations
     differing = [
         path
@@ -253,15 +258,16 @@ class StepLog:
         self.first = this.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, this.data.step
         self.tokens = 0.0  # since this process started
-        self.busy, self.since = 0.0, time.monotonic()
+        self.since = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self):
         """Evaluations and saves do not count as time of steps."""
         start = time.monotonic()
         yield
-        self.mark += time.monotonic() - start
-        self.since += time.monotonic() - start
+        end = time.monotonic()
+        self.mark += end - max(start, self.mark)
+        self.since += end - start
 
     def inside(self, step: int, done: int, rows: int) -> None:
         this = self.this
@@ -293,10 +299,11 @@ class StepLog:
         if self.waiting is None:
             return
         (step, device_metrics), self.waiting = self.waiting, None
-        this, now = self.this, time.monotonic()
-        values = metrics.to_host(device_metrics)
+        this = self.this
+        values = metrics.to_host(device_metrics)  # waits for the step, on an accelerator
+        now = time.monotonic()
         values["train/tokens"] = float(this.ramp.cursor(step) * this.config.data.sequence_length)
-        seconds = max(time.monotonic() - self.mark, 1e-9)
+        seconds = max(now - self.mark, 1e-9)
         rate = (self.tokens - self.mark_tokens) / seconds
         values |= {"perf/tokens_per_second": rate, "perf/step_seconds": seconds / max(1, step - self.mark_step)}
         if this.peak_flops:
@@ -314,6 +321,9 @@ def make_evaluation(this: Run) -> tuple[Evaluator, pipeline.Held] | None:
     """What evaluates this run, None where it has no validation text."""
     split = this.corpus.splits["validation"]
     if not split.num_documents:
+        this.say(
+            "no evaluation: the validation split is empty; raise config.data.validation_fraction, or give more documents"
+        )
         return None
     rows = pipeline.Held(split, this.config.data.sequence_length, this.corpus.tokenizer.document_id)
     return Evaluator(this.program.graph, this.mesh, this.corpus.tokenizer.bytes_per_piece, this.microbatch), rows

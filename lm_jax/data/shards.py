@@ -68,7 +68,7 @@ def open_corpus(data: Data, say: Callable[[str], None] = lambda line: None) -> C
     if not pieces:
         identity.append(tokenizer.load(data.tokenizer).fingerprint)
     if data.source != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
-        identity.append([(name, len(text)) for name, text in sources.documents(source)])
+        identity.append([(name, hashlib.sha256(text).hexdigest()) for name, text in sources.documents(source)])
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     name = "python" if data.source == "python" else os.path.basename(source)
     folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")

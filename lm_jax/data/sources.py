@@ -24,7 +24,13 @@ def documents(place: str) -> Iterator[tuple[str, bytes]]:
     if not folder.is_dir():
         raise UserError(f"config.data.source = {place!r} is a file: give the folder of text files it stands in")
     for path in sorted(files_below(folder), key=str):
-        yield str(path), path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"config.data.source: {path} cannot be read: {error.strerror}; remove it, or mend it"
+            ) from None
+        yield str(path), content
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:
