@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class Saver:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._commit: concurrent.futures.Future | None = None
+        self.saved_at = time.monotonic()
 
     def save(self, state: TrainState, data: DataState) -> None:
         """Returns once the state is copied; the state's arrays may then be donated."""
@@ -82,6 +84,7 @@ class Saver:
             return
         if jax.default_backend() == "cpu":  # a CPU array on the host is a view, which the next step would write over
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        self.saved_at = time.monotonic()
         self._orbax.save(self.folder / str(data.step), args=ocp.args.Composite(**items(state, data)), force=True)
         self._commit = self._thread.submit(self._finish, data.step)
 

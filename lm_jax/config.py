@@ -126,6 +126,7 @@ class Evaluate:
 @dataclasses.dataclass(frozen=True)
 class Log:
     every: Length = knob(10, "between lines of metrics", low=1, fixed=False)
+    profile: int = knob(0, "step from which three are traced for XProf; 0 = none", low=0, fixed=False)
 
 
 @dataclasses.dataclass(frozen=True)

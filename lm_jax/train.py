@@ -18,6 +18,7 @@ from lm_jax.data import pipeline, shards, tokenizer
 from lm_jax.distributed import Stop, devices, workdir_lock
 from lm_jax.evaluate import Evaluator
 from lm_jax.generate import Sampling, generate
+from lm_jax.goodput import Goodput, traced
 from lm_jax.model import transformer
 from lm_jax.ramp import Ramp, make_ramp, with_steps
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
@@ -42,7 +43,7 @@ class Run:
     peak_flops: float
     state: TrainState
     data: checkpoint.DataState
-    started: float = dataclasses.field(default_factory=time.monotonic)
+    goodput: Goodput
 
     @property
     def microbatch(self) -> int:
@@ -53,43 +54,27 @@ class Run:
         return int(self.config.train.num_steps)
 
 
-class Phases:
-    """Seconds of start-up by phase, for the log."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        start = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
-
-    def __str__(self) -> str:
-        return "start-up: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-
-
 def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
     """Trains to the end, from wherever the workdir is. Returns the exit code. Raises UserError before it writes there.
 
     `experiment` is what `--config` named, `place` the workdir ("": runs/<experiment>[-<variant>]).
     """
     name = command.run_name(experiment)
-    say, phases, workdir = terminal.Terminal(), Phases(), epath.Path(place or f"runs/{name}")
+    say, goodput, workdir = terminal.Terminal(), Goodput(), epath.Path(place or f"runs/{name}")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
-    with phases("devices"):
+    with goodput("devices"):
         here = devices()
     sizes = mesh_shape(config.mesh, len(here))
     if pieces := tokenizer.num_pieces(config.data.tokenizer):
         preflight(config, transformer.padded(pieces), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
-    with phases("data"):
+    with goodput("data"):
         corpus = shards.open_corpus(config.data, say)
     ramp = make_ramp(config)
     config = with_steps(config, ramp, len(corpus.splits["train"].tokens) / config.data.sequence_length)
     preflight(config, transformer.padded(corpus.tokenizer.num_pieces), sizes)
-    with phases("plan"):
+    with goodput("plan"):
         mesh = make_mesh(config.mesh, here)
         program = make_program(config, corpus.tokenizer.num_pieces)
         counted = costs.count(config, program.graph.declarations)
@@ -98,7 +83,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     facts = {"tokenizer": corpus.tokenizer.fingerprint, "data": corpus.fingerprint}
     changes = checkpoint.check_resume(workdir, saved, config, facts) if saved else []
     source = None if saved else find_init(program, corpus, say)
-    with phases("peak"):
+    with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
     say(terminal.header(config, name, counted, corpus, ramp, sizes, (here[0], peak)))
     if dry_run:
@@ -108,14 +93,14 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         checkpoint.clean(workdir, say)
         for line in changes:
             say(line)
-        with phases("state"):
+        with goodput("state"):
             state, data = starting_point(program, workdir, source, say)
         if data.step >= int(config.train.num_steps):
             return already_done(workdir, say)
         checkpoint.write_config(workdir, config, origins, facts)
         checkpoint.write_tokenizer(workdir, corpus.tokenizer.model)
-        this = Run(config, workdir, say, corpus, program, mesh, ramp, counted, peak, state, data)
-        return train(this, facts, phases, stop, experiment)
+        this = Run(config, workdir, say, corpus, program, mesh, ramp, counted, peak, state, data, goodput)
+        return train(this, facts, stop, experiment)
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
@@ -180,72 +165,79 @@ def already_done(workdir: epath.Path, say: terminal.Terminal) -> int:
     return 0
 
 
-def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, experiment: str) -> int:
-    config, say = this.config, this.say
+def train(this: Run, facts: dict[str, str], stop: Stop, experiment: str) -> int:
+    config, say, goodput = this.config, this.say, this.goodput
     stream = pipeline.Stream(this.corpus.splits["train"], config.data.sequence_length, config.data.seed)
-    with phases("compile"):
+    with goodput("compile"):
         say.progress("compiling the step")
         one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
         one_step = compile_step(this.program, this.mesh, one_microbatch)
-    say(str(phases))
+    say(goodput.start_up())
     writer = metrics.Writer(this.workdir, this.data.step)
     saver = checkpoint.Saver(this.workdir, config, facts)
     if not this.data.step:
         writer.hyper_parameters(checkpoint.flatten(config))
-    evaluate = make_evaluation(this)
+    evaluation = make_evaluation(this)
     num = (this.ramp.cursor(this.num_steps) - this.ramp.cursor(this.data.step)) // this.microbatch
     batches = pipeline.batches(stream, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
+    batches = goodput.waiting(batches, "data wait")
     log = StepLog(this, writer)
     if this.data.step == 0:
         show_sample(this, writer)
-    saved_at = time.monotonic()
     # The order in the loop: dispatch step n, then write the metrics of step n - 1, so that the device never waits for
     # the host. What follows a step (evaluation, checkpoint) sees the state after it, and the lines before it are written.
-    for step in range(this.data.step, this.num_steps):
+    for step in traced(range(this.data.step, this.num_steps), config.log.profile, this.workdir / "profile", say):
         rows = this.ramp.rows(step)
 
         def watch(done: int, step: int = step, rows: int = rows) -> bool:
             log.inside(step, done * this.microbatch, rows)
             return stop.requested
 
-        outcome = one_step(this.state, rows // this.microbatch, batches, watch)
+        with jax.transfer_guard("disallow"):  # the host neither feeds nor reads the device unasked while it works
+            outcome = one_step(this.state, rows // this.microbatch, batches, watch)
         if outcome is None:
             break
         this.state = outcome[0]
         this.data = checkpoint.DataState(step + 1, this.data.cursor + rows, this.data.skipped)
         log.done(step + 1, rows, outcome[1])
         saver.poll()
-        with log.paused():
-            last = step + 1 == this.num_steps
-            every = int(config.evaluate.every)
-            if evaluate and every and (step + 1) % every == 0 and not last:
-                log.flush()
-                evaluate_now(this, evaluate, writer, config.evaluate.num_rows, "eval")
-            if step + 1 == this.num_steps // 2:
-                log.flush()
-                show_sample(this, writer)
-            number, unit = parse_length(config.checkpoint.every)
-            due = time.monotonic() - saved_at >= 60 * number if unit == "min" else (step + 1) % int(number) == 0
-            if due and not last:
-                log.flush()
-                writer.flush()
-                saver.save(this.state, this.data)
-                saved_at = time.monotonic()
+        if step + 1 < this.num_steps:
+            with log.paused():
+                between_steps(this, log, evaluation, writer, saver)
         if stop.requested:
             break
     log.flush()
     finished = this.data.step == this.num_steps
     if finished:
-        finish(this, evaluate, writer)
+        finish(this, evaluation, writer)
     writer.flush()
-    saver.save(this.state, this.data)
-    saver.close()
+    with goodput("checkpoint"):
+        saver.save(this.state, this.data)
+        saver.close()
     writer.close()
+    say(goodput.table())
     if not finished:
         say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
         return command.EXIT_PREEMPTED
     say(next_commands(this, experiment))
     return 0
+
+
+def between_steps(this: Run, log: "StepLog", evaluation, writer: metrics.Writer, saver: checkpoint.Saver) -> None:
+    """What is due after a step that is not the last: an evaluation, a sample half-way, a checkpoint."""
+    step, every = this.data.step, int(this.config.evaluate.every)
+    if evaluation and every and step % every == 0:
+        log.flush()
+        evaluate_now(this, evaluation, writer, this.config.evaluate.num_rows, "eval")
+    if step == this.num_steps // 2:
+        log.flush()
+        show_sample(this, writer)
+    number, unit = parse_length(this.config.checkpoint.every)
+    if time.monotonic() - saver.saved_at >= 60 * number if unit == "min" else step % int(number) == 0:
+        log.flush()
+        writer.flush()
+        with this.goodput("checkpoint"):
+            saver.save(this.state, this.data)
 
 
 class StepLog:
@@ -292,6 +284,8 @@ class StepLog:
         self.tokens += rows * self.this.config.data.sequence_length
         if step % self.every == 0 or step in (1, self.this.num_steps):
             self.waiting = (step, device_metrics)
+            if all(value.is_ready() for value in device_metrics.values()):  # on a CPU: nothing would wait
+                self.flush()
         else:
             self.inside(step, 0, rows)
 
@@ -333,7 +327,8 @@ def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *
     """Bits per byte of the first `num_rows` validation rows (0: all), written under each prefix."""
     evaluator, rows = evaluation
     watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
-    totals = evaluator(this.state.parameters, rows, num_rows, watch)
+    with this.goodput("evaluation"):
+        totals = evaluator(this.state.parameters, rows, num_rows, watch)
     values = {name: value for prefix in prefixes for name, value in totals.metrics(prefix).items()}
     writer.scalars(this.data.step, values)
     loss, bits_per_byte = (values[f"{prefixes[0]}/{name}"] for name in ("loss", "bits_per_byte"))
@@ -350,7 +345,10 @@ def show_sample(this: Run, writer: metrics.Writer) -> None:
     if limit < 1:
         this.say(f"no sample: config.evaluate.prompt leaves no room in {this.config.data.sequence_length} tokens")
         return
-    text = generate(this.program.graph, this.state.parameters, this.corpus.tokenizer, [prompt], limit, Sampling())[0]
+    with this.goodput("samples"):
+        text = generate(this.program.graph, this.state.parameters, this.corpus.tokenizer, [prompt], limit, Sampling())[
+            0
+        ]
     this.say(f"sample at step {this.data.step:,}:\n" + "\n".join(f"  | {line}" for line in (prompt + text).split("\n")))
     writer.text(this.data.step, "sample", "\n".join(f"    {line}" for line in (prompt + text).split("\n")))
 
@@ -387,7 +385,7 @@ def next_commands(this: Run, experiment: str) -> str:
     longer = f"--config.train.num_steps={4 * this.num_steps} --workdir {this.workdir}-longer"
     return "\n".join(
         [
-            f"done in {costs.duration(time.monotonic() - this.started)}; next:",
+            f"done in {costs.duration(time.monotonic() - this.goodput.start)}; next:",
             f"  longer     python -m lm_jax.main --config {experiment} {longer}",
             f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"',
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",

@@ -4,6 +4,7 @@ The microbatches of a step are separate calls of one compiled program: the batch
 of many minutes shows how far it is, and Ctrl-C waits for a microbatch, not for a step.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -93,9 +94,9 @@ def compile_step(program: Program, mesh: jax.sharding.Mesh, one_microbatch: bool
         return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
 
     if one_microbatch:
-        whole = compiled(lambda state, batch: train_step(program, state, batch), state, batch, donate=0)
+        whole = compiled(functools.partial(train_step, program), state, batch, donate=0)
         return CompiledStep(whole, None, None, None)
     sums = laid_out(jax.eval_shape(zeros, state.parameters))
-    add = compiled(lambda state, sums, batch: accumulate(program, state, sums, batch), state, sums, batch, donate=1)
-    finish = compiled(lambda state, sums: update(program, state, sums), state, sums, donate=0)
+    add = compiled(functools.partial(accumulate, program), state, sums, batch, donate=1)
+    finish = compiled(functools.partial(update, program), state, sums, donate=0)
     return CompiledStep(None, compiled(zeros, state.parameters, donate=()), add, finish)

@@ -22,7 +22,7 @@ train.num_steps train.microbatch_rows train.seed train.init_from
 mesh.data mesh.fsdp mesh.tensor
 checkpoint.every checkpoint.keep_last checkpoint.keep_every
 evaluate.every evaluate.num_rows evaluate.prompt
-log.every
+log.every log.profile
 """
 
 
