@@ -8,6 +8,7 @@ resume; (2) `train.init_from`: parameters only; (3) fresh.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -295,7 +296,9 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
 
 
 def graph_of(located: Located) -> transformer.Graph:
-    return transformer.build(located.config.model, located.tokenizer.num_pieces, located.config.data.sequence_length)
+    """The model of a run. The attention backend was right where it was trained; here the best of this platform is."""
+    model = dataclasses.replace(located.config.model, attention="auto")
+    return transformer.build(model, located.tokenizer.num_pieces, located.config.data.sequence_length)
 
 
 def load_parameters(located: Located) -> tuple[transformer.Graph, dict]:

@@ -50,8 +50,18 @@ class Model:
     )
     dropout: float = knob(0.0, "dropped share of the embedding's and of each branch's output", low=0.0, high=0.9)
     init_scale: float = knob(0.02, "standard deviation of initial weights; residual outputs / sqrt(2 layers)", low=0.0)
-    attention: str = knob("auto", "attention backend", choices=("auto", "xla", "chunked"), fixed=False)
-    remat: str = knob("none", "recompute in the backward pass", choices=("none", "full"), fixed=False)
+    attention: str = knob(
+        "auto",
+        "backend; auto = the best that the platform has",
+        choices=("auto", "xla", "chunked", "cudnn", "splash"),
+        fixed=False,
+    )
+    remat: str = knob(
+        "none",
+        "what layers compute again in the backward pass: nothing, all but products, all but attention, all",
+        choices=("none", "dots", "names", "full"),
+        fixed=False,
+    )
     unroll: bool = knob(True, "layers as straight code (fast) or one scanned body (compile time flat)", fixed=False)
     compute_dtype: str = knob("float32", "of activations and matrix products", choices=("float32", "bfloat16"))
 
@@ -96,6 +106,12 @@ class Train:
         "rows in one pass of the model, over all devices; auto = what fits",
         choices=("auto",),
         low=1,
+        fixed=False,
+    )
+    z_loss: float = knob(
+        0.0,
+        "weight of log(softmax's denominator)^2 a token, which keeps logits near 0; PaLM: 1e-4",
+        low=0.0,
         fixed=False,
     )
     seed: int = knob(0, "of initialisation and dropout", low=0, high=2**32 - 1)

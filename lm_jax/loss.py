@@ -1,23 +1,131 @@
-"""Cross entropy as sums: losses and tokens are added up everywhere and divided once, by the global number of tokens."""
+"""Cross entropy as sums: losses and tokens are added up everywhere and divided once, by the global number of tokens.
+
+Shape suffixes: B batch, T length, D model, V vocabulary, N tokens of one device, C tokens of one chunk.
+"""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from lm_jax import sharding
 from lm_jax.model.attention import Context
 from lm_jax.model.transformer import Dropout, Graph
-from lm_jax.sharding import iota
+
+CHUNK = 1024  # tokens of a device whose logits exist at the same time
+SMALL = 2**22  # logits of a device up to which they are made all at once: as fast there, and the same bits as ever
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] in nats, float32 [B, T]; also where the vocabulary is split over devices."""
     logits_BTV = logits_BTV.astype(jnp.float32)
-    is_target_BTV = iota(logits_BTV.shape, "batch", "length", "vocab") == targets_BT[:, :, None]
+    is_target_BTV = sharding.iota(logits_BTV.shape, "batch", "length", "vocab") == targets_BT[:, :, None]
     return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
 
 
-def loss_sum(graph: Graph, parameters: dict, batch: dict, drop: Dropout | None = None) -> jax.Array:
+def loss_sum(graph: Graph, parameters: dict, batch: dict) -> jax.Array:
     """The sum of the masked token losses of a batch, float32 []."""
+    return objective(graph, parameters, batch)[1]
+
+
+def objective(
+    graph: Graph, parameters: dict, batch: dict, drop: Dropout | None = None, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """(what training minimises, the cross entropy in it): sums over the masked tokens of a batch, float32 [] each.
+
+    The objective adds z_loss * log(Z)^2 a token, Z the softmax's denominator (arXiv:2204.02311, section 5). Only the
+    objective has a gradient.
+    """
     model = graph.module(parameters)
     hidden_BTD, _ = model(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)
-    losses_BT = token_losses(model.logits(hidden_BTD), batch["targets"])
-    return (losses_BT * batch["loss_mask"]).sum()
+    num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.vocab_size // sharding.ways("vocab"))
+    if num_logits > SMALL:
+        arrays = hidden_BTD, model.output_table, batch["targets"], batch["loss_mask"]
+        return in_chunks(model.num_pieces, z_loss, *arrays)
+    logits_BTV = model.logits(hidden_BTD)
+    loss = (token_losses(logits_BTV, batch["targets"]) * batch["loss_mask"]).sum()
+    if not z_loss:
+        return loss, loss
+    log_total_BT = jax.nn.logsumexp(logits_BTV.astype(jnp.float32), axis=-1)
+    return loss + z_loss * (jnp.square(log_total_BT) * batch["loss_mask"]).sum(), loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def in_chunks(num_pieces: int, z_loss: float, hidden_BTD, table_VD, targets_BT, mask_BT) -> tuple[jax.Array, jax.Array]:
+    """`objective` from final hidden states and the output table as it is stored, `CHUNK` tokens of a device at a time.
+
+    The gradient of the logits is made beside them in the forward pass: three products a chunk, none of them twice, and
+    float32 [B, T, V] never exists. No token leaves its device; the table is gathered once and its gradient scattered once.
+    """
+    return _on_devices(num_pieces, z_loss, False, hidden_BTD, table_VD, targets_BT, mask_BT)[:2]
+
+
+def _forward(num_pieces: int, z_loss: float, hidden_BTD, table_VD, targets_BT, mask_BT):
+    *sums, of_hidden, of_table = _on_devices(num_pieces, z_loss, True, hidden_BTD, table_VD, targets_BT, mask_BT)
+    return tuple(sums), (of_hidden, of_table)
+
+
+def _backward(num_pieces: int, z_loss: float, gradients, cotangents):
+    of_hidden, of_table = gradients
+    return of_hidden * cotangents[0].astype(of_hidden.dtype), of_table * cotangents[0], None, None
+
+
+in_chunks.defvjp(_forward, _backward)
+
+
+def _on_devices(num_pieces: int, z_loss: float, with_gradients: bool, *arrays):
+    """(objective, cross entropy), and with gradients those of the hidden states [B, T, D] and of the table [V, D]."""
+    hidden, tokens = sharding.computed(("batch", "length", None)), sharding.computed(("batch", "length"))
+    table, scalar = sharding.stored(("vocab", "model")), sharding.computed(())
+    outputs = (scalar, scalar, hidden, table) if with_gradients else (scalar, scalar)
+    body = functools.partial(_on_a_device, num_pieces, z_loss, with_gradients)
+    return sharding.on_each_device(body, (hidden, table, tokens, tokens), outputs)(*arrays)
+
+
+def _on_a_device(num_pieces: int, z_loss: float, with_gradients: bool, hidden_BTD, table_VD, targets_BT, mask_BT):
+    table_VD = sharding.gathered(table_VD.astype(hidden_BTD.dtype), "vocab", "model")
+    num_chunks = math.ceil(targets_BT.size / CHUNK)
+    size = math.ceil(targets_BT.size / num_chunks)
+    filling = num_chunks * size - targets_BT.size  # tokens that are masked
+
+    def chunks(x, *shape):
+        x_N = x.reshape(-1, *shape)
+        return jnp.pad(x_N, [(0, filling)] + [(0, 0)] * len(shape)).reshape(num_chunks, size, *shape)
+
+    def add(sums, chunk):
+        new, of_hidden_CD = _chunk(num_pieces, z_loss, with_gradients, table_VD, *chunk)
+        return jax.tree.map(jnp.add, sums, new), of_hidden_CD
+
+    zeros: tuple[jax.Array, ...] = (jnp.zeros(()), jnp.zeros(()))
+    zeros += (jnp.zeros(table_VD.shape),) if with_gradients else ()
+    parts = chunks(hidden_BTD, hidden_BTD.shape[-1]), chunks(targets_BT), chunks(mask_BT)
+    sums, of_hidden = jax.lax.scan(add, zeros, parts)
+    totals = tuple(sharding.sum_over(x, "batch") for x in sums[:2])
+    if not with_gradients:
+        return totals
+    of_hidden_BTD = of_hidden.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)
+    return *totals, of_hidden_BTD, sharding.scattered(sums[2], "vocab", "model")
+
+
+def _chunk(num_pieces: int, z_loss: float, with_gradients: bool, table_VD, hidden_CD, target_C, mask_C):
+    """((objective, cross entropy, gradient of the table) of a chunk, gradient of its hidden states)."""
+    piece_V = sharding.part_index("vocab") * len(table_VD) + jnp.arange(len(table_VD))
+    logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
+    logits_CV = jnp.where(piece_V[None] < num_pieces, logits_CV, -1e9)  # padding of the vocabulary never wins
+    is_target_CV = piece_V[None] == target_C[:, None]
+    highest_C = sharding.max_over(logits_CV.max(-1), "vocab")
+    powers_CV = jnp.exp(logits_CV - highest_C[:, None])
+    total_C = sharding.sum_over(powers_CV.sum(-1), "vocab")
+    log_total_C = jnp.log(total_C) + highest_C
+    target_logit_C = sharding.sum_over(jnp.where(is_target_CV, logits_CV, 0).sum(-1), "vocab")
+    entropy = ((log_total_C - target_logit_C) * mask_C).sum()
+    sums = entropy + z_loss * (jnp.square(log_total_C) * mask_C).sum(), entropy
+    if not with_gradients:
+        return sums, None
+    slope_C = mask_C * (1 + 2 * z_loss * log_total_C) / total_C
+    of_logits_CV = powers_CV * slope_C[:, None] - jnp.where(is_target_CV, mask_C[:, None], 0)
+    of_logits_CV = of_logits_CV.astype(hidden_CD.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    of_hidden_CD = sharding.sum_over(product("CV,VD->CD", of_logits_CV, table_VD), "vocab")
+    return (*sums, product("CV,CD->VD", of_logits_CV, hidden_CD)), of_hidden_CD.astype(hidden_CD.dtype)

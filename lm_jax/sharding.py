@@ -5,7 +5,7 @@ every array is part of its type, so that a layout nobody asked for is an error w
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,78 @@ def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of `table` [vocab, model] for `ids` [batch, length], also where the vocabulary is split."""
     layout = computed(("batch", "length", None)) if _on_mesh() else None
     return table.at[ids].get(out_sharding=layout)
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes that split a computed value's logical axis; () off a mesh."""
+    names = TABLE[axis][1] or ()
+    return ((names,) if isinstance(names, str) else names) if _on_mesh() else ()
+
+
+def ways(axis: str) -> int:
+    """Into how many parts a computed value's logical axis is split."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes[name] for name in mesh_axes(axis))
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: what the program that is traced will run on."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def on_each_device(function: Callable, inputs: tuple, outputs) -> Callable:
+    """`function` of whole arrays whose body is run by every device on its own part of them (off a mesh: as it is).
+
+    The body sees plain arrays and speaks to other devices by the functions below.
+    """
+    if not _on_mesh():
+        return function
+
+    def laid_out_first(*arguments):
+        placed = jax.tree.map(jax.sharding.reshard, arguments, inputs)
+        return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)(*placed)
+
+    return laid_out_first
+
+
+def sum_over(x: jax.Array, axis: str) -> jax.Array:
+    """The sum of every device's `x` over the parts of a logical axis."""
+    names = mesh_axes(axis)
+    return jax.lax.psum(x, names) if names else x
+
+
+def max_over(x: jax.Array, axis: str) -> jax.Array:
+    names = mesh_axes(axis)
+    return jax.lax.pmax(x, names) if names else x
+
+
+def part_index(axis: str) -> jax.Array | int:
+    """Which part of a logical axis this device holds."""
+    names = mesh_axes(axis)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def gathered(parameter: jax.Array, *axes: str) -> jax.Array:
+    """A device's stored part of a parameter -> the part that it computes with."""
+    for dim, name in _scattered_dims(axes):
+        parameter = jax.lax.all_gather(parameter, name, axis=dim, tiled=True)
+    return parameter
+
+
+def scattered(gradient: jax.Array, *axes: str) -> jax.Array:
+    """The way back: a device's gradient of what `gathered` gave -> its stored part of the sum over the whole batch."""
+    rest = set(mesh_axes("batch"))
+    for dim, name in _scattered_dims(axes):
+        gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=dim, tiled=True)
+        rest.remove(name)
+    return jax.lax.psum(gradient, tuple(rest)) if rest else gradient
+
+
+def _scattered_dims(axes: tuple[str, ...]) -> list[tuple[int, str]]:
+    """(dim, mesh axis) of the dims that are split only while a parameter is stored."""
+    split = [(dim, TABLE[axis][0]) for dim, axis in enumerate(axes) if TABLE[axis][0] != TABLE[axis][1]]
+    return [(dim, name) for dim, name in split if name] if _on_mesh() else []
 
 
 def laid_out(shapes):

@@ -19,7 +19,7 @@ from lm_jax.distributed import Stop, devices, workdir_lock
 from lm_jax.evaluate import Evaluator
 from lm_jax.generate import Sampling, generate
 from lm_jax.goodput import Goodput, traced
-from lm_jax.model import transformer
+from lm_jax.model import attention, transformer
 from lm_jax.ramp import Ramp, make_ramp, with_steps
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.train_state import Program, TrainState, fresh, make_program
@@ -66,6 +66,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     with goodput("devices"):
         here = devices()
     sizes = mesh_shape(config.mesh, len(here))
+    attention.preflight(config.model, config.data.sequence_length, here[0].platform)
     if pieces := tokenizer.num_pieces(config.data.tokenizer):
         preflight(config, transformer.padded(pieces), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}

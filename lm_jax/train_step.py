@@ -14,7 +14,7 @@ import optax
 
 from lm_jax.data.pipeline import abstract_batch
 from lm_jax.distributed import settle
-from lm_jax.loss import loss_sum
+from lm_jax.loss import objective
 from lm_jax.model.transformer import Dropout
 from lm_jax.optimizer import schedule
 from lm_jax.sharding import laid_out
@@ -36,8 +36,8 @@ def zeros(parameters: dict) -> Sums:
 def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
     """`sums` with one more microbatch (None: nothing yet)."""
     drop = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
-    of = lambda parameters: loss_sum(program.graph, parameters, batch, drop)
-    loss, gradients = jax.value_and_grad(of)(state.parameters)
+    of = lambda parameters: objective(program.graph, parameters, batch, drop, program.config.train.z_loss)
+    (_, loss), gradients = jax.value_and_grad(of, has_aux=True)(state.parameters)
     new = Sums(gradients, loss, batch["loss_mask"].sum())
     return new if sums is None else jax.tree.map(jnp.add, sums, new)
 

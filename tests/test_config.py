@@ -18,7 +18,7 @@ data.source data.tokenizer data.sequence_length data.global_batch_size data.batc
 data.validation_fraction data.test_fraction
 optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup optimizer.decay_over optimizer.decay_to
 optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
-train.num_steps train.microbatch_rows train.seed train.init_from
+train.num_steps train.microbatch_rows train.z_loss train.seed train.init_from
 mesh.data mesh.fsdp mesh.tensor
 checkpoint.every checkpoint.keep_last checkpoint.keep_every
 evaluate.every evaluate.num_rows evaluate.prompt

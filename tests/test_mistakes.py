@@ -37,6 +37,11 @@ MISTAKES = [
     ("main", [SMOKE, "--config.mesh.tensor=8"], "num_heads = 4 does not divide over mesh axis tensor = 8"),
     (
         "main",
+        [SMOKE, "--config.model.attention=splash"],
+        "runs on a tpu, this is a cpu\n.*--config.model.attention=chunked",
+    ),
+    (
+        "main",
         [SMOKE, "--config.data.global_batch_size=12", "--config.train.microbatch_rows=4"],
         "nearest size that does is 16",
     ),
@@ -120,7 +125,7 @@ def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeyp
     assert seconds < 10
 
 
-@pytest.mark.parametrize("index", [0, 19, 23, 29])
+@pytest.mark.parametrize("index", [0, 20, 24, 30])
 def test_a_mistake_as_a_real_command(index, places, tmp_path):
     name, arguments, words = MISTAKES[index]
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))

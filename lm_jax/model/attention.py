@@ -9,10 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import Model, UserError
 from lm_jax.model.layers import Dense
-from lm_jax.sharding import constrain, einsum, reshape
+from lm_jax.sharding import computed, constrain, einsum, on_each_device, platform, reshape
 
 CHUNK = 256  # queries in one chunk of the chunked backend
 
@@ -31,25 +32,96 @@ class Cache(NamedTuple):
     values: jax.Array
 
 
+class Ability(NamedTuple):
+    """What a backend honours. All four honour segments, windows and grouped heads; they differ in the rest."""
+
+    platform: str = ""  # "" = any
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    head_multiple: int = 1  # that head_dim must be
+    largest_head: int = 1024
+    length_multiple: int = 1
+    cache: bool = False  # queries may be fewer than keys
+
+
+ABILITIES = {
+    "splash": Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128),
+    "cudnn": Ability("gpu", ("float16", "bfloat16"), head_multiple=8, largest_head=128, length_multiple=2),
+    "chunked": Ability(),
+    "xla": Ability(cache=True),
+}
+
+
+class Call(NamedTuple):
+    """What is asked of a backend, as far as it is known before anything is computed."""
+
+    platform: str
+    dtype: str
+    head_dim: int
+    num_queries: int
+    num_keys: int
+
+
+def refusal(backend: str, call: Call) -> str:
+    """What of a call a backend cannot honour, "" where it can all."""
+    able = ABILITIES[backend]
+    if able.platform not in ("", call.platform):
+        return f"runs on a {able.platform}, this is a {call.platform}"
+    if call.dtype not in able.dtypes:
+        return f"computes in {' or '.join(able.dtypes)}, model.compute_dtype is {call.dtype}"
+    if call.head_dim % able.head_multiple or call.head_dim > able.largest_head:
+        limit = f"a multiple of {able.head_multiple} up to {able.largest_head}"
+        return f"takes heads as wide as {limit}, model.head_dim is {call.head_dim}"
+    if call.num_queries % able.length_multiple:
+        return f"takes lengths that are a multiple of {able.length_multiple}, this one is {call.num_queries}"
+    if call.num_queries != call.num_keys and not able.cache:
+        return f"has no cache: {call.num_queries} queries, {call.num_keys} keys"
+    return ""
+
+
+def choose(backend: str, call: Call) -> str:
+    """The backend by name, `auto` by platform and length. Raises UserError where it cannot honour the call."""
+    able = [name for name in ABILITIES if not refusal(name, call)]
+    short = call.num_queries < 2 * CHUNK and "chunked" in able
+    if backend == "auto":
+        return next(name for name in able if not (short and name == "chunked"))
+    if backend not in able:
+        raise UserError(
+            f"config.model.attention = {backend!r} {refusal(backend, call)}\n"
+            f"the nearest backend that can is {able[0]}: --config.model.attention={able[0]}"
+        )
+    return backend
+
+
+def preflight(config: Model, sequence_length: int, platform: str) -> None:
+    """Raises UserError, before anything compiles, where the configured backend cannot train this model there."""
+    choose(config.attention, Call(platform, config.compute_dtype, config.head_dim, sequence_length, sequence_length))
+
+
 def attend(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, backend: str) -> jax.Array:
     """Causal softmax attention (arXiv:1706.03762) in segments and windows, heads in groups -> [B, T, H, K].
 
-    `xla` builds the whole square of logits. `chunked` takes `CHUNK` queries at a time against the keys before them and
-    recomputes the square in the backward pass; it relies on keys in the order of the queries and refuses anything else.
+    `xla` builds the whole square of logits. The others rely on keys in the order of the queries, so that a token sees no
+    later place, and need no square in the backward pass.
     """
-    num_queries, num_keys = q_BTHK.shape[1], k_BSGK.shape[1]
-    if backend == "auto":
-        backend = "chunked" if num_queries == num_keys and num_queries >= 2 * CHUNK else "xla"
-    if backend == "xla" or num_queries <= CHUNK:
-        return _attend(q_BTHK, k_BSGK, v_BSGK, queries, keys, window=window)
-    if num_queries != num_keys:
-        raise UserError(f"attention backend chunked: {num_queries} queries, {num_keys} keys: use xla with a cache")
+    head_dim, num_queries = q_BTHK.shape[-1], q_BTHK.shape[1]
+    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, head_dim, num_queries, k_BSGK.shape[1]))
+    if backend == "splash":
+        return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window)
+    of = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn}[backend]
+    return checkpoint_name(of(q_BTHK, k_BSGK, v_BSGK, queries, keys, window), "attended")
+
+
+def _chunked(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int) -> jax.Array:
+    """`CHUNK` queries at a time against the keys before them; the square of a chunk is made again in the backward pass."""
+    num_queries = q_BTHK.shape[1]
+    if num_queries <= CHUNK:
+        return _xla(q_BTHK, k_BSGK, v_BSGK, queries, keys, window)
     out = []
     for start in range(0, num_queries, CHUNK):
         stop = min(start + CHUNK, num_queries)
         first = max(0, start - window + 1) // CHUNK * CHUNK if window else 0
         part = lambda context, a, b: Context(*(x[:, a:b] for x in context))
-        attend_chunk = jax.checkpoint(functools.partial(_attend, window=window))
+        attend_chunk = jax.checkpoint(functools.partial(_xla, window=window))
         out.append(
             attend_chunk(
                 q_BTHK[:, start:stop],
@@ -62,16 +134,59 @@ def attend(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int,
     return jnp.concatenate(out, axis=1)
 
 
-def _attend(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int) -> jax.Array:
+def _cudnn(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, implementation="cudnn") -> jax.Array:
+    """cuDNN's flash attention. Its public form has no segment ids: segments and windows are a mask, two bytes a pair."""
+    fused = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=implementation)
+    seen = lambda queries, keys: _seen(queries, keys, window)[:, None]
+    on_a_device = lambda q, k, v, queries, keys: fused(q, k, v, mask=seen(queries, keys))
+    heads, tokens = _layouts()
+    inputs = (*heads, Context(tokens, tokens), Context(tokens, tokens))
+    return on_each_device(on_a_device, inputs, heads[0])(q_BTHK, k_BSGK, v_BSGK, queries, keys)
+
+
+def _splash(q_BTHK, k_BSGK, v_BSGK, context: Context, window: int, interpret: bool = False) -> jax.Array:
+    """The Pallas kernel that skips what no query of a block may see, forwards and backwards."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, on a TPU only
+
+    length, head_dim = q_BTHK.shape[1], q_BTHK.shape[3]
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    blocks = splash.BlockSizes(*8 * (block,))  # three products of the forward pass, five of the backward
+    mask = splash.LocalMask((length, length), (window - 1 if window else None, 0), 0)
+
+    def on_a_device(q_BTHK, k_BSGK, v_BSGK, ids_BT):
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask] * q_BTHK.shape[2]),
+            block_sizes=blocks,
+            residual_checkpoint_name="attended",
+            interpret=interpret,
+        )
+        rows = (x.swapaxes(1, 2) for x in (q_BTHK / head_dim**0.5, k_BSGK, v_BSGK))
+        return jax.vmap(kernel)(*rows, splash.SegmentIds(ids_BT, ids_BT)).swapaxes(1, 2)
+
+    heads, tokens = _layouts()
+    return on_each_device(on_a_device, (*heads, tokens), heads[0])(q_BTHK, k_BSGK, v_BSGK, context.segment_ids)
+
+
+def _layouts():
+    """Of queries, keys and values, and of what stands beside them, [B, T]."""
+    layouts = [computed(("batch", "length", heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
+    return layouts, computed(("batch", "length"))
+
+
+def _seen(queries: Context, keys: Context, window: int) -> jax.Array:
+    """Which keys each query sees, bool [B, T, S]."""
+    distance_BTS = queries.positions[:, :, None] - keys.positions[:, None, :]
+    seen_BTS = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (distance_BTS >= 0)
+    return seen_BTS & (distance_BTS < window) if window else seen_BTS
+
+
+def _xla(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int) -> jax.Array:
     batch, num_queries, num_heads, head_dim = q_BTHK.shape
     num_groups = k_BSGK.shape[2]
     shape = (batch, num_queries, num_groups, num_heads // num_groups, head_dim)
     q_BTGRK = reshape(q_BTHK / head_dim**0.5, shape, "batch", "length", "kv_heads", None, None)
     logits_BGRTS = einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, "batch", "kv_heads", None, None, None)
-    distance_BTS = queries.positions[:, :, None] - keys.positions[:, None, :]
-    seen_BTS = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (distance_BTS >= 0)
-    if window:
-        seen_BTS &= distance_BTS < window
+    seen_BTS = _seen(queries, keys, window)
     logits_BGRTS = jnp.where(seen_BTS[:, None, None], logits_BGRTS.astype(jnp.float32), jnp.finfo(jnp.float32).min / 2)
     weights_BGRTS = jax.nn.softmax(logits_BGRTS, axis=-1).astype(v_BSGK.dtype)
     out = einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK, "batch", "length", "kv_heads", None, None)
@@ -127,6 +242,8 @@ class Attention(nnx.Module):
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if turn is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
+        named = zip((q_BTHK, k_BTGK, v_BTGK), ("query", "key", "value"), strict=True)
+        q_BTHK, k_BTGK, v_BTGK = (checkpoint_name(x, name) for x, name in named)
         if cache is not None:
             assert cached is not None
             axes = ("batch", "length", "kv_heads", "head_dim")
@@ -137,4 +254,4 @@ class Attention(nnx.Module):
         else:
             cached, backend = context, self.config.attention
         out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context, cached, self.window, backend)
-        return self.output(out_BTHK), cache
+        return checkpoint_name(self.output(out_BTHK), "attention"), cache

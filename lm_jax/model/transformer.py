@@ -23,6 +23,17 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 
+# What a layer keeps for the backward pass beside its input; the rest is computed again. From most to least memory:
+# every product; what attention made, so that only the MLP's first half is done twice; nothing.
+_policies = jax.checkpoint_policies
+KEPT = {
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names("attended")
+    ),
+    "names": _policies.save_only_these_names("query", "key", "value", "attended", "attention"),
+    "full": _policies.nothing_saveable,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
@@ -124,7 +135,8 @@ class Transformer(nnx.Module):
             return constrain(x_BTD, "batch", "length", None), new_caches if caches else None
 
         num_periods = self.config.num_layers // self.period
-        body = jax.checkpoint(body) if self.config.remat == "full" else body
+        if self.config.remat != "none":  # unrolled, XLA would find the same expressions and keep them after all
+            body = jax.checkpoint(body, policy=KEPT[self.config.remat], prevent_cse=self.config.unroll)
         scanned = (jnp.arange(num_periods), stacks, caches)
         unroll = num_periods if self.config.unroll else 1
         x_BTD, caches = jax.lax.scan(body, x_BTD, scanned, unroll=unroll)
@@ -139,11 +151,15 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + sinusoids(positions_BT, self.config.model_dim).astype(dtype)
         return x_BTD
 
+    @property
+    def output_table(self) -> jax.Array:
+        """[V, D] as it is stored: a piece's logit is its row times the hidden state."""
+        return (self.unembedding or self.embedding).table[...]
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> logits [B, T, V] in the compute dtype; padding of the vocabulary never wins."""
         batch, length, dim = x_BTD.shape
-        table = (self.unembedding or self.embedding).table[...]
-        table_VD = constrain(table.astype(x_BTD.dtype), "vocab", "model")
+        table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")
         x_ND = reshape(x_BTD, (batch * length, dim), "tokens", None)
         logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab")
         logits_BTV = reshape(logits, (batch, length, self.vocab_size), "batch", "length", "vocab")

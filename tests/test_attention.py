@@ -1,0 +1,129 @@
+"""Every attention backend: equal where it runs, blind to other documents, refused by name where it cannot do the call."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+
+from lm_jax.config import Mesh, UserError
+from lm_jax.model import attention
+from lm_jax.model.attention import Call, Context
+from lm_jax.sharding import computed, make_mesh
+
+# As they are called, but for what only the accelerator has: cuDNN's arguments go to XLA, the TPU kernel is interpreted.
+HERE = {
+    "chunked": attention._chunked,
+    "cudnn": functools.partial(attention._cudnn, implementation="xla"),
+    "splash": lambda q, k, v, queries, keys, window: attention._splash(q, k, v, keys, window, interpret=True),
+}
+LENGTH, FIRST = 384, 150  # tokens in a row, and in its first document; 20 tokens of padding at its end
+
+
+def arrays(heads: int = 4, kv_heads: int = 2) -> tuple[jax.Array, ...]:
+    random = np.random.default_rng(1)
+    return tuple(jnp.asarray(random.normal(size=(2, LENGTH, n, 64)), jnp.float32) for n in (heads, kv_heads, kv_heads))
+
+
+def two_documents() -> Context:
+    lengths = [FIRST, LENGTH - FIRST - 20, 20]
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    rows = lambda x: jnp.asarray(np.broadcast_to(x, (2, LENGTH)), jnp.int32)
+    return Context(rows(positions), rows(np.repeat([1, 2, 0], lengths)))
+
+
+def run(backend, q, k, v, window: int):
+    """Value, and gradients of queries, keys and values."""
+    context = two_documents()
+    weigh = lambda q, k, v: (backend(q, k, v, context, context, window) * jnp.cos(q)).sum()
+    return jax.jit(jax.value_and_grad(weigh, (0, 1, 2)))(q, k, v)
+
+
+@pytest.mark.parametrize("window", [0, 40, 300])
+@pytest.mark.parametrize("name", HERE)
+def test_backends_agree(name, window):
+    """With the plain square: heads in groups, two documents and padding in a row, windows across chunks."""
+    expected, found = (run(backend, *arrays(), window) for backend in (attention._xla, HERE[name]))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["xla", *HERE])
+def test_no_document_sees_another(name):
+    """Other keys and values in the first document change no bit of the second's output."""
+    q, k, v = arrays()
+    backend = jax.jit(HERE.get(name, attention._xla), static_argnums=5)
+    context = two_documents()
+    out = backend(q, k, v, context, context, 0)
+    other = backend(q, k.at[:, :FIRST].add(1.0), v.at[:, :FIRST].multiply(-3.0), context, context, 0)
+    np.testing.assert_array_equal(out[:, FIRST:], other[:, FIRST:])
+    assert not np.array_equal(out[:, :FIRST], other[:, :FIRST])
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_a_kernel_runs_on_every_device_alone(name, eight):
+    """Rows and heads split over 2 x 2 devices, one group of heads each."""
+    with jax.set_mesh(make_mesh(Mesh(2, 1, 2), eight[:4])):
+        layouts = [computed(("batch", "length", heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
+        placed = [jax.device_put(x, layout) for x, layout in zip(arrays(), layouts, strict=True)]
+        tokens = computed(("batch", "length"))
+        context = Context(*(jax.device_put(x, tokens) for x in two_documents()))
+        found = jax.jit(lambda q, k, v: HERE[name](q, k, v, context, context, 0))(*placed)
+        assert jax.typeof(found).sharding.spec == layouts[0]
+    alone = HERE[name](*arrays(), two_documents(), two_documents(), 0)
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
+CALL = Call("cpu", "float32", 64, 1024, 1024)
+TPU, GPU = CALL._replace(platform="tpu", dtype="bfloat16"), CALL._replace(platform="gpu", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("backend", "call", "problem", "nearest"),
+    [
+        ("splash", CALL, "runs on a tpu, this is a cpu", "chunked"),
+        ("cudnn", CALL, "runs on a gpu, this is a cpu", "chunked"),
+        ("cudnn", TPU, "runs on a gpu, this is a tpu", "splash"),
+        ("cudnn", GPU._replace(dtype="float32"), "float16 or bfloat16, model.compute_dtype is float32", "chunked"),
+        ("cudnn", GPU._replace(head_dim=60), "a multiple of 8 up to 128, model.head_dim is 60", "chunked"),
+        ("cudnn", GPU._replace(head_dim=256), "up to 128, model.head_dim is 256", "chunked"),
+        ("splash", TPU._replace(head_dim=80), "a multiple of 64 up to 1024, model.head_dim is 80", "chunked"),
+        ("splash", TPU._replace(num_queries=1000, num_keys=1000), "multiple of 128, this one is 1000", "chunked"),
+        ("splash", TPU._replace(dtype="float16"), "computes in float32 or bfloat16", "chunked"),
+        ("chunked", CALL._replace(num_queries=1), "has no cache: 1 queries, 1024 keys", "xla"),
+    ],
+)
+def test_what_a_backend_cannot_honour_is_refused_by_name(backend, call, problem, nearest):
+    with pytest.raises(UserError) as error:
+        attention.choose(backend, call)
+    assert backend in str(error.value) and problem in str(error.value), error.value
+    assert str(error.value).endswith(f"--config.model.attention={nearest}")
+    assert attention.choose(nearest, call) == nearest
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (TPU, "splash"), (GPU, "cudnn"), (CALL, "chunked"), (CALL._replace(num_queries=256, num_keys=256), "xla"),
+        (TPU._replace(num_queries=1), "xla"), (GPU._replace(dtype="float32"), "chunked"),
+        (TPU._replace(head_dim=80), "chunked"), (TPU._replace(num_queries=64, num_keys=64), "xla"),
+    ],
+)  # fmt: skip
+def test_auto_is_the_best_of_the_platform(call, expected):
+    assert attention.choose("auto", call) == expected
+
+
+def test_preflight_asks_before_anything_compiles():
+    with pytest.raises(UserError, match="multiple of 128, this one is 64"):
+        attention.preflight(tiny(model__attention="splash", model__head_dim=64).model, 64, "tpu")
+
+
+@pytest.mark.device
+def test_cudnn_on_a_gpu():
+    q, k, v = (x.astype(jnp.bfloat16) for x in arrays())
+    for window in (0, 40):
+        found, expected = (run(backend, q, k, v, window)[1] for backend in (attention._cudnn, attention._xla))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.05, rtol=0.05)

@@ -1,0 +1,104 @@
+"""The loss in chunks is the plain one in value and gradient, on every mesh, and holds far less."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+
+from lm_jax import loss
+from lm_jax.config import Mesh
+from lm_jax.sharding import computed, make_mesh, stored
+from lm_jax.train_state import abstract, fresh, make_program
+from lm_jax.train_step import accumulate
+
+MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2)}
+PIECES, PADDED = 500, 512
+
+
+def mesh_of(name: str, devices) -> jax.sharding.Mesh:
+    return make_mesh(Mesh(*MESHES[name]), devices[: int(np.prod(MESHES[name]))])
+
+
+def arrays() -> tuple[np.ndarray, ...]:
+    """Hidden states [8, 60, 32], table [512, 32], targets, a mask with holes."""
+    random = np.random.default_rng(0)
+    hidden, table = random.normal(size=(8, 60, 32)), random.normal(size=(PADDED, 32)) / 32**0.5  # logits of order 1
+    mask = random.random((8, 60)) < 0.7
+    return (
+        *(x.astype(np.float32) for x in (hidden, table)),
+        random.integers(0, PIECES, (8, 60)),
+        mask.astype(np.float32),
+    )
+
+
+def plainly(hidden_BTD, table_VD, targets_BT, mask_BT, z_loss: float) -> jax.Array:
+    logits = hidden_BTD @ table_VD[:PIECES].T
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    entropy = log_total - jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
+    return ((entropy + z_loss * log_total**2) * mask_BT).sum()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_chunks_equal_the_whole(mesh, z_loss, eight, monkeypatch):
+    """To 1e-5, the vocabulary padded and split, 60 tokens a row in chunks of 7; twice the cotangent, twice the gradient."""
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    expected = jax.value_and_grad(plainly, (0, 1))(*arrays(), z_loss)
+
+    def in_chunks(hidden_BTD, table_VD, targets_BT, mask_BT):
+        objective, entropy = loss.in_chunks(PIECES, z_loss, hidden_BTD, table_VD, targets_BT, mask_BT)
+        return 2 * objective, entropy
+
+    layouts = computed(("batch", "length", None)), stored(("vocab", "model")), *[computed(("batch", "length"))] * 2
+    with jax.set_mesh(mesh_of(mesh, eight)):
+        placed = [jax.device_put(x, layout) for x, layout in zip(arrays(), layouts, strict=True)]
+        (found, entropy), gradients = jax.jit(jax.value_and_grad(in_chunks, (0, 1), has_aux=True))(*placed)
+        only_value = jax.jit(lambda *placed: loss.in_chunks(PIECES, z_loss, *placed))(*placed)
+    np.testing.assert_allclose([found / 2, entropy], only_value, rtol=1e-6)
+    np.testing.assert_allclose([found / 2, entropy], [expected[0], plainly(*arrays(), 0.0)], rtol=1e-5)
+    for a, b in zip(gradients, expected[1], strict=True):
+        np.testing.assert_allclose(a / 2, b, rtol=1e-5, atol=1e-5)
+    assert not np.asarray(gradients[1])[PIECES:].any(), "padding learns nothing"
+
+
+def a_batch(rows: int, length: int) -> dict:
+    """Shapes of a batch on the mesh that is set."""
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), computed(("batch", "length")))
+    of = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout)
+    integers = {name: of(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    return integers | {"loss_mask": of(jnp.float32)}
+
+
+def test_the_step_takes_the_loss_that_fits(eight, monkeypatch):
+    """Through the whole model: both forms give one gradient; the reported loss is the entropy without the z-loss."""
+    config = tiny(train__z_loss=0.1, model__unroll=False)
+    with jax.set_mesh(mesh_of("2x2x2", eight)):
+        program = make_program(config, PIECES)
+        state = jax.jit(lambda: fresh(program))()
+        random, shapes = np.random.default_rng(0), a_batch(8, 64)
+        batch = {
+            n: jax.device_put(random.integers(0, 2, x.shape).astype(x.dtype), x.sharding) for n, x in shapes.items()
+        }
+        found = []
+        for small in (0, 10**9):
+            monkeypatch.setattr(loss, "SMALL", small)
+            found.append(jax.jit(lambda state, batch: accumulate(program, state, None, batch))(state, batch))
+    assert 4 < float(found[0].loss / found[0].tokens) < np.log(PIECES) + 0.1  # the z-loss would add 3.9
+    for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_chunks_hold_less(eight, monkeypatch):
+    """Temporaries of the compiled gradient, 4,096 tokens of 8,192 pieces: whole logits are 128 MiB, a chunk's 32."""
+    config = tiny(data__sequence_length=512, model__num_layers=1)
+    temporaries = {}
+    with jax.set_mesh(mesh_of("1", eight)):
+        program = make_program(config, 8192)
+        state, batch = abstract(program), a_batch(8, 512)
+        for small in (0, 10**9):
+            monkeypatch.setattr(loss, "SMALL", small)
+            step = jax.jit(lambda state, batch: accumulate(program, state, None, batch)).lower(state, batch).compile()
+            temporaries[small] = step.memory_analysis().temp_size_in_bytes / 2**20
+    assert temporaries[0] < 0.5 * temporaries[10**9], temporaries
+    print(temporaries)

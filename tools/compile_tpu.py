@@ -1,0 +1,64 @@
+"""Does a train step fit a TPU that is not here? libtpu compiles it ahead of time on any machine (extra `[tpu]`):
+
+    python tools/compile_tpu.py --config experiments/gpt_125m.py --topology v5e:2x4 --config.mesh.data=1 --config.mesh.fsdp=-1
+
+The whole step (gradients of `train.microbatch_rows`, all rows where that is auto, and the update) as a run would compile it.
+Prints one line of JSON: GiB on each device, seconds, bytes of the collectives.
+"""
+
+import dataclasses
+import json
+import os
+import time
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}  # nobody is asked for a TPU
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from lm_jax import command  # noqa: E402
+from lm_jax.config import UserError  # noqa: E402
+from lm_jax.data.tokenizer import num_pieces  # noqa: E402
+from lm_jax.model import attention  # noqa: E402
+from lm_jax.model.transformer import padded  # noqa: E402
+from lm_jax.ramp import make_ramp, with_steps  # noqa: E402
+from lm_jax.sharding import make_mesh, mesh_shape, preflight  # noqa: E402
+from lm_jax.train_state import make_program  # noqa: E402
+from lm_jax.train_step import compile_step  # noqa: E402
+
+
+def main(arguments: list[str]) -> None:
+    overrides, rest = command.split_overrides(arguments)
+    parser = command.Parser("tools/compile_tpu.py", __doc__)
+    parser.add_argument("--config", required=True, action=command.Once)
+    parser.add_argument("--topology", required=True, help="such as v5e:2x4 or v5p:8x8x16")
+    flags = parser.parse_args(rest)
+    config, _ = command.load_config(flags.config, overrides)
+    config = with_steps(config, make_ramp(config), rows_per_epoch=1)
+    if config.train.microbatch_rows == "auto":
+        train = dataclasses.replace(config.train, microbatch_rows=config.data.global_batch_size)
+        config = dataclasses.replace(config, train=train)
+    devices, pieces = chips(flags.topology), num_pieces(config.data.tokenizer)
+    preflight(config, padded(pieces), mesh_shape(config.mesh, len(devices)))
+    attention.preflight(config.model, config.data.sequence_length, "tpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it is written for absent devices, but never read
+    mesh, start = make_mesh(config.mesh, devices), time.monotonic()
+    with jax.set_mesh(mesh):
+        step = compile_step(make_program(config, pieces), mesh, one_microbatch=True).whole
+    memory = step.memory_analysis()
+    sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp")}
+    sizes["peak"] = memory.peak_memory_in_bytes
+    result = {name: round(size / 2**30, 3) for name, size in sizes.items()}
+    print(json.dumps(result | {"seconds": round(time.monotonic() - start)}))
+
+
+def chips(topology: str) -> list[jax.Device]:
+    """The devices of a topology that libtpu knows. Raises UserError."""
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except Exception as error:  # libtpu's own, of many kinds
+        raise UserError(f"--topology {topology}: {str(error).splitlines()[0][:200]}\nsuch as v5e:2x4") from error
+
+
+if __name__ == "__main__":
+    command.door(main)
