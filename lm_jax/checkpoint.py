@@ -29,8 +29,7 @@ from lm_jax.data.shards import file_hash, flush
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.model import transformer
-from lm_jax.sharding import laid_out
-from lm_jax.train_state import Program, TrainState, abstract
+from lm_jax.train_state import Program, TrainState, abstract, make_program
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -302,9 +301,18 @@ def graph_of(located: Located) -> transformer.Graph:
 
 
 def load_parameters(located: Located) -> tuple[transformer.Graph, dict]:
-    """The model of a run and its parameters on the mesh that is set."""
-    graph = graph_of(located)
-    target = laid_out(jax.eval_shape(lambda: graph.init(jax.random.key(0), sharded=True)))
+    """The model of a run and its parameters on the mesh that is set: their average where the run keeps one."""
+    program = make_program(located.config, located.tokenizer.num_pieces)
+    target = abstract(program)
+    # Only the average of the optimizer's state is read: {"3.average.embedding.table": ..., ...}.
+    named = {name: x for name, x in _named(target.optimizer_state).items() if ".average." in name}
+    args = ocp.args.Composite(parameters=ocp.args.StandardRestore(target.parameters))
+    if named:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(named)
+        args = ocp.args.Composite(optimizer=ocp.args.PyTreeRestore(named, restore_args, partial_restore=True))
     with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as orbax:
-        arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(target))
-        return graph, orbax.restore(steps_folder(located.workdir) / str(located.step), args=arguments).parameters
+        found = orbax.restore(steps_folder(located.workdir) / str(located.step), args=args)
+    if not named:
+        return program.graph, found.parameters
+    average = [found.optimizer[name] for name in named]
+    return program.graph, jax.tree.unflatten(jax.tree.structure(target.parameters), average)

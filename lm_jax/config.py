@@ -85,9 +85,19 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    name: str = knob("adamw", "update rule; sgd has momentum beta1", choices=("adamw", "sgd"))
+    name: str = knob(
+        "adamw",
+        "update rule; adam: no decay; adafactor: rate times the parameter's size; muon: adamw but for the blocks' matrices; "
+        "sgd: momentum beta1",
+        choices=("adamw", "adam", "adafactor", "lion", "muon", "sgd"),
+    )
     learning_rate: float = knob(1e-3, "peak", low=0.0, fixed=False)
-    schedule: str = knob("cosine", "after the warm-up", choices=("cosine", "constant"), fixed=False)
+    schedule: str = knob(
+        "cosine",
+        "after the warm-up; inverse_square_root falls without end, warmup_stable_decay in the last fifth of decay_over",
+        choices=("cosine", "constant", "linear", "inverse_square_root", "warmup_stable_decay"),
+        fixed=False,
+    )
     warmup: Length = knob(100, "linear from 0 to the peak", low=0, fixed=False)
     decay_over: Length = knob(0, "length from step 0 to the end of the decay; 0 = train.num_steps", low=0, fixed=False)
     decay_to: float = knob(0.1, "final rate as a share of the peak", low=0.0, high=1.0, fixed=False)
@@ -96,6 +106,7 @@ class Optimizer:
     epsilon: float = knob(1e-8, "added to the root of the second moment", low=0.0, fixed=False)
     weight_decay: float = knob(0.1, "decoupled; only on parameters that are inside a product", low=0.0, fixed=False)
     clip_norm: float = knob(1.0, "largest global gradient norm; 0 = no clipping", low=0.0, fixed=False)
+    ema: float = knob(0.0, "decay of an average of the parameters, which is then the model; 0 = off", low=0.0, high=1.0)
 
 
 @dataclasses.dataclass(frozen=True)

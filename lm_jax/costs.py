@@ -29,6 +29,8 @@ KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
+# Copies of the parameters that an update rule keeps, at most: Muon's tables have two, Adafactor keeps rows and columns.
+MOMENTS = {"adamw": 2, "adam": 2, "muon": 2, "lion": 1, "sgd": 1, "adafactor": 0}
 TYPICAL_MFU = 0.4  # of a recipe like this on an accelerator, for the times in the header
 
 
@@ -71,7 +73,7 @@ def bytes_by_class(
     model, length = config.model, config.data.sequence_length
     act = jnp.dtype(config.model.compute_dtype).itemsize
     shards, tensor = sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
-    moments = 2 if config.optimizer.name == "adamw" else 1
+    moments = MOMENTS[config.optimizer.name] + (config.optimizer.ema > 0)
     tokens = math.ceil(rows / (sizes["data"] * sizes["fsdp"])) * length
     heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor
     layer = tokens * act * (6 * model.model_dim + heads + (3 + model.gated) * model.mlp_dim / tensor)

@@ -1,38 +1,161 @@
-"""Schedules and update rules from Optax, by name; which parameters decay is read from their declarations."""
+"""Schedules and update rules from Optax, by name. What a parameter maps from and to is read from its declaration, so that
+matrices decay, and Muon and Adafactor see the matrix of one layer, however its dims are stacked, split or sharded."""
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from lm_jax.config import Optimizer
 from lm_jax.model.layers import Declaration
+from lm_jax.sharding import automatic, stored_reshape
+
+STABLE_SHARE = 0.8  # of the whole length, before warmup_stable_decay decays (arXiv:2405.18392: the last fifth)
+MUON_RMS = 0.2  # of Muon's update, that of AdamW's: one learning rate and decay for both (arXiv:2502.16982)
 
 
 def schedule(config: Optimizer) -> optax.Schedule:
-    """Learning rate of update number n = 0, 1, ...: linear from 0 (not reached: n + 1), then cosine or constant.
+    """Learning rate of update number n = 0, 1, ...: linear from 0 (not reached: n + 1) to the peak, then as named.
 
-    `warmup` and `decay_over` are steps by now. Cosine as in arXiv:1608.03983 without restarts, down to `decay_to`.
+    `warmup` and `decay_over` are steps by now. Cosine as in arXiv:1608.03983 without restarts, down to `decay_to`; linear
+    to the same end; inverse square root: peak * sqrt(warmup / n) (arXiv:1706.03762); warm-up, stable, decay: the peak, then
+    linear in the last fifth (arXiv:2404.06395).
     """
-    peak, warmup = config.learning_rate, int(config.warmup)
+    peak, warmup, end = config.learning_rate, int(config.warmup), int(config.decay_over)
+    after_warmup = max(1, end - warmup)
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, after_warmup, config.decay_to)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, config.decay_to * peak, after_warmup)
+    elif config.schedule == "inverse_square_root":
+        start = max(1, warmup)
+        after = lambda count: peak * jnp.sqrt(start / jnp.maximum(start, count + warmup))
     else:
-        after = optax.cosine_decay_schedule(peak, max(1, int(config.decay_over) - warmup), config.decay_to)
+        assert config.schedule == "warmup_stable_decay", config.schedule
+        begin = max(0, round(STABLE_SHARE * end) - warmup)
+        after = optax.linear_schedule(peak, config.decay_to * peak, max(1, after_warmup - begin), begin)
     rise = optax.linear_schedule(0.0, peak, max(1, warmup))
     joined = optax.join_schedules([rise, after], [warmup])
     return lambda count: joined(count + 1)
 
 
-def decays(declared: Declaration) -> bool:
-    """Weight decay is for what stands inside a product: matrices and tables, not norms and biases."""
+def is_matrix(declared: Declaration) -> bool:
+    """What stands inside a product: matrices and tables, not norms and biases. These decay."""
     return bool(declared.inputs and declared.outputs)
 
 
-def make_optimizer(config: Optimizer, decay_mask: dict) -> optax.GradientTransformation:
-    """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule; on mean gradients."""
+def is_table(declared: Declaration) -> bool:
+    """A matrix that is read by id, or gives the logits: one side is the vocabulary or the positions."""
+    return is_matrix(declared) and not {"vocab", "positions"}.isdisjoint(declared.axes)
+
+
+class Average(NamedTuple):
+    """State of `average_of_parameters`."""
+
+    num_updates: jax.Array  # int32 []
+    average: dict  # like the parameters
+
+
+def average_of_parameters(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential average of the parameters after the update; the last of a chain. Changes no update.
+
+    The decay starts low, min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that the initial values are forgotten.
+    """
+
+    def update(changes, state, parameters):
+        count = state.num_updates.astype(jnp.float32)
+        share = 1 - jnp.minimum(decay, (1 + count) / (10 + count))
+        toward = lambda average, parameter, change: average + share * (parameter + change - average)
+        average = jax.tree.map(toward, state.average, parameters, changes)
+        return changes, Average(state.num_updates + 1, average)
+
+    init = lambda parameters: Average(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, parameters))
+    return optax.GradientTransformation(init, update)
+
+
+def per_layer(rule_of: Callable[[Declaration], optax.GradientTransformation], declared) -> optax.GradientTransformation:
+    """Every layer of every parameter by itself under `rule_of` its declaration: a matrix [inputs, outputs], or a vector.
+
+    `declared` is a tree of declarations like the parameters. The state has a rule's state at each of them, stacked over
+    layers. On a mesh the compiler lays out what happens inside a rule; what comes out lies as what went in.
+    """
+
+    def over_layers(one: Declaration, function):
+        return jax.vmap(function) if one.layers else function
+
+    def init(parameters):
+        state_of = lambda one, x: over_layers(one, rule_of(one).init)(as_matrix(one, x))
+        return jax.tree.map(state_of, declared, parameters)
+
+    def update(gradients, state, parameters):
+        def one_parameter(one: Declaration, gradient, state, parameter):
+            gradient, parameter = as_matrix(one, gradient), as_matrix(one, parameter)
+            function = over_layers(one, rule_of(one).update)
+            changes, state = automatic(function, (gradient, state), gradient, state, parameter)
+            return stored_reshape(changes, one.shape, one.axes), state
+
+        both = jax.tree.map(one_parameter, declared, gradients, state, parameters)
+        return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], declared, both) for i in range(2))
+
+    return optax.GradientTransformation(init, update)
+
+
+def as_matrix(declared: Declaration, x: jax.Array) -> jax.Array:
+    """What stands in a product as [layers, inputs, outputs], what does not as [layers, size]; `layers` only where stacked."""
+    num_layers = len(declared.layers)
+    groups = [declared.inputs, declared.outputs] if is_matrix(declared) else [tuple(range(num_layers, x.ndim))]
+    assert sum(groups, declared.layers) == tuple(range(x.ndim)), declared
+    shape = *x.shape[:num_layers], *(math.prod(x.shape[dim] for dim in dims) for dims in groups)
+    return stored_reshape(x, shape, (*declared.axes[:num_layers], *(declared.axes[dims[0]] for dims in groups)))
+
+
+def adafactor() -> optax.GradientTransformation:
+    """arXiv:1804.04235 without momentum: second moments of rows and columns, updates clipped, as large as the parameter."""
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+
+
+def muon(beta: float) -> optax.GradientTransformation:
+    """Momentum made orthogonal, of one matrix (github.com/KellerJordan/Muon), its entries as large as AdamW's."""
+
+    def as_large_as_adamw(changes, parameters):
+        return MUON_RMS * math.sqrt(max(changes.shape)) * changes
+
+    return optax.chain(optax.contrib.scale_by_muon(beta=beta), optax.stateless(as_large_as_adamw))
+
+
+def update_rule(config: Optimizer, declared) -> optax.GradientTransformation:
+    """The rule that `optimizer.name` names. Those that act on single numbers take stacked and sharded parameters as they are."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.name in ("adam", "adamw"):
+        return adam
+    if config.name == "lion":
+        return optax.scale_by_lion(config.beta1, config.beta2)
+    if config.name == "adafactor":
+        return per_layer(lambda one: adafactor(), declared)
+    if config.name == "muon":
+        hidden = lambda one: is_matrix(one) and not is_table(one)
+        return per_layer(lambda one: muon(config.beta1) if hidden(one) else adam, declared)
+    assert config.name == "sgd", config.name
+    return optax.trace(config.beta1)
+
+
+def make_optimizer(config: Optimizer, declared) -> optax.GradientTransformation:
+    """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; on mean gradients.
+
+    `declared` is a tree of declarations like the parameters.
+    """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    if config.name == "adamw":
-        rule = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
-    else:
-        assert config.name == "sgd", config.name
-        rule = optax.trace(config.beta1)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
-    return optax.chain(clip, rule, decay, optax.scale_by_learning_rate(schedule(config)))
+    decay = optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(is_matrix, declared))
+    parts = [clip, update_rule(config, declared)] + [decay] * (config.name != "adam")
+    average = [average_of_parameters(config.ema)] if config.ema else []
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config)), *average)
+
+
+def averaged(parameters: dict, optimizer_state: optax.OptState) -> dict:
+    """The parameters that are the model: their average where the optimizer keeps one."""
+    return optax.tree.get(optimizer_state, "average", default=parameters)

@@ -61,6 +61,19 @@ def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Arra
     return jnp.reshape(x, shape, out_sharding=computed(axes) if _on_mesh() else None)
 
 
+def stored_reshape(x: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    """`jnp.reshape` of something that lies as a parameter does, to the stored layout of `axes`."""
+    return jnp.reshape(x, shape, out_sharding=stored(axes) if _on_mesh() else None)
+
+
+def automatic(function, like, *arguments):
+    """`function(*arguments)` with the layouts inside left to the compiler; the result lies as `like` does."""
+    if not _on_mesh():
+        return function(*arguments)
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+    return jax.sharding.auto_axes(function, out_sharding=layouts)(*arguments)
+
+
 def iota(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
     """int32 indices along the last dim of `shape`, in the computed layout of `axes`."""
     layout = computed(axes) if _on_mesh() else None

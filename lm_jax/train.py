@@ -20,6 +20,7 @@ from lm_jax.evaluate import Evaluator
 from lm_jax.generate import Sampling, generate
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention, transformer
+from lm_jax.optimizer import averaged
 from lm_jax.ramp import Ramp, make_ramp, with_steps
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.train_state import Program, TrainState, fresh, make_program
@@ -48,6 +49,11 @@ class Run:
     @property
     def microbatch(self) -> int:
         return int(self.config.train.microbatch_rows)
+
+    @property
+    def parameters(self) -> dict:
+        """What is evaluated and sampled from."""
+        return averaged(self.state.parameters, self.state.optimizer_state)
 
     @property
     def num_steps(self) -> int:
@@ -329,7 +335,7 @@ def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *
     evaluator, rows = evaluation
     watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
     with this.goodput("evaluation"):
-        totals = evaluator(this.state.parameters, rows, num_rows, watch)
+        totals = evaluator(this.parameters, rows, num_rows, watch)
     values = {name: value for prefix in prefixes for name, value in totals.metrics(prefix).items()}
     writer.scalars(this.data.step, values)
     loss, bits_per_byte = (values[f"{prefixes[0]}/{name}"] for name in ("loss", "bits_per_byte"))
@@ -347,9 +353,7 @@ def show_sample(this: Run, writer: metrics.Writer) -> None:
         this.say(f"no sample: config.evaluate.prompt leaves no room in {this.config.data.sequence_length} tokens")
         return
     with this.goodput("samples"):
-        text = generate(this.program.graph, this.state.parameters, this.corpus.tokenizer, [prompt], limit, Sampling())[
-            0
-        ]
+        text = generate(this.program.graph, this.parameters, this.corpus.tokenizer, [prompt], limit, Sampling())[0]
     this.say(f"sample at step {this.data.step:,}:\n" + "\n".join(f"  | {line}" for line in (prompt + text).split("\n")))
     writer.text(this.data.step, "sample", "\n".join(f"    {line}" for line in (prompt + text).split("\n")))
 

@@ -8,7 +8,7 @@ import optax
 
 from lm_jax.config import Config
 from lm_jax.model import transformer
-from lm_jax.optimizer import decays, make_optimizer
+from lm_jax.optimizer import make_optimizer
 from lm_jax.sharding import laid_out
 
 
@@ -32,7 +32,7 @@ class Program(NamedTuple):
 
 def make_program(config: Config, num_pieces: int) -> Program:
     graph = transformer.build(config.model, num_pieces, config.data.sequence_length)
-    return Program(config, graph, make_optimizer(config.optimizer, graph.tree(decays)))
+    return Program(config, graph, make_optimizer(config.optimizer, graph.tree(lambda declared: declared)))
 
 
 def fresh(program: Program) -> TrainState:
