@@ -19,6 +19,8 @@ SAMPLE_BYTES = 8_000_000  # of text that a tokenizer is trained on
 class Tokenizer:
     """Text <-> int32 ids. `fingerprint` is the hash of the model file: equal sizes are not equal tokenizers."""
 
+    file_name = "tokenizer.model"  # under which `model` is kept beside shards and in a run
+
     def __init__(self, model: bytes):
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
