@@ -11,7 +11,11 @@ import json
 import os
 import time
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}  # nobody is asked for a TPU
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}  # nobody is asked for a TPU
 
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
