@@ -67,7 +67,8 @@ def bytes_by_class(
     """Bytes on one device: state, gradients, what the backward pass reads again, logits. `rows` is one microbatch.
 
     Layer by layer, a token keeps by `model.remat`: its input; by names also attention's result and branch, and the heads'
-    queries, keys and values; by dots also the MLP's products; by none also what norms, activations and residuals read.
+    queries, keys and values; by dots also the MLP's products; by none also what norms, activations and residuals read
+    (as compiled, docs/notebook.md).
     Attention's square is kept by the `xla` backend alone, else there is one chunk of it at a time.
     """
     model, length = config.model, config.data.sequence_length
@@ -77,7 +78,7 @@ def bytes_by_class(
     tokens = math.ceil(rows / (sizes["data"] * sizes["fsdp"])) * length
     heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
     kept = {
-        "none": 6 * model.model_dim + heads + (3 + model.gated) * hidden,
+        "none": 6 * model.model_dim + heads + (7 + model.gated) * hidden,  # GELU alone keeps five
         "dots": 2 * model.model_dim + heads + (1 + model.gated) * hidden,
         "names": 2 * model.model_dim + heads,
         "full": model.model_dim,
