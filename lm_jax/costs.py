@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import Config
+from lm_jax.loss import CHUNK, SMALL
 from lm_jax.model.layers import Declaration
 from lm_jax.ramp import Ramp
 
@@ -67,28 +68,35 @@ def bytes_by_class(
 ) -> dict[str, float]:
     """Bytes on one device: state, gradients, what the backward pass reads again, logits. `rows` is one microbatch.
 
-    Layer by layer, a token keeps: inputs of the norms and products (6 model, 2 heads + 2 kv heads), the MLP's hidden layer
-    before and after its activation; attention's square only in the `xla` backend, or one layer's chunk of it.
+    Layer by layer, a token keeps by `model.remat`: its input; by names also attention's result and branch, and the heads'
+    queries, keys and values; by dots also the MLP's products; by none also what norms, activations and residuals read
+    (as compiled, docs/notebook.md).
+    Attention's square is kept by the `xla` backend alone, else there is one chunk of it at a time.
     """
     model, length = config.model, config.data.sequence_length
     act = jnp.dtype(config.model.compute_dtype).itemsize
     shards, tensor = sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
     moments = MOMENTS[config.optimizer.name] + (config.optimizer.ema > 0)
     tokens = math.ceil(rows / (sizes["data"] * sizes["fsdp"])) * length
-    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor
-    layer = tokens * act * (6 * model.model_dim + heads + (3 + model.gated) * model.mlp_dim / tensor)
-    chunked = model.attention == "chunked" or (model.attention == "auto" and length >= 512)
+    heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
+    kept = {
+        "none": 6 * model.model_dim + heads + (7 + model.gated) * hidden,  # GELU alone keeps five
+        "dots": 2 * model.model_dim + heads + (1 + model.gated) * hidden,
+        "names": 2 * model.model_dim + heads,
+        "full": model.model_dim,
+    }
+    chunked = model.attention not in ("auto", "xla") or (model.attention == "auto" and length >= 512)
     square = tokens * length * model.num_heads / tensor * (act + 4)
-    if model.remat == "full":
-        kept = model.num_layers * tokens * act * model.model_dim + layer + square * (256 / length if chunked else 1)
-    else:
-        kept = model.num_layers * layer + (2 * square * 256 / length if chunked else model.num_layers * square)
-    logits = 3 * tokens * costs.vocab_size / tensor * 4
+    squares = 2 * square * 256 / length if chunked else square * (model.num_layers if model.remat == "none" else 1)
+    again = kept["none"] if model.remat != "none" else 0  # one layer computed again
+    width = costs.vocab_size / tensor
+    in_chunks = tokens * width > SMALL
+    logits = 4 * (3 * min(tokens, CHUNK) * width + width * model.model_dim) if in_chunks else 4 * 3 * tokens * width
     return {
         "parameters": 4 * costs.parameters / shards,
         "optimizer": 4 * moments * costs.parameters / shards,
         "gradients": 4 * costs.parameters / shards * (2 if accumulates else 1),
-        "activations": kept,
+        "activations": tokens * act * (model.num_layers * kept[model.remat] + again) + squares,
         "logits": logits,
     }
 

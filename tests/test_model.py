@@ -99,34 +99,23 @@ def test_a_window_is_as_wide_as_it_says():
     assert not np.array_equal(out[0, 40], inside[0, 40])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt3_banded"])
-def test_unrolled_scanned_and_recomputed_are_the_same(kind):
-    """Every level of recomputation, as straight code and as a scan: values and gradients to 1e-5 of the largest."""
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt3_banded", marks=pytest.mark.proof)])
+def test_recomputing_and_unrolling_change_nothing_but_memory(kind):
+    """Values and gradients agree to 1e-5; temporaries of the scanned gradient fall from level to level."""
     graph, parameters = make(kind)
-    tokens, context = random_tokens(2, LENGTH), whole(2)
+    tokens, memory, expected = random_tokens(8, LENGTH), {}, None
 
-    def value_and_gradient(remat: str, unroll: bool):
+    for unroll, remat in itertools.product((False, True), ("none", "dots", "names", "full")):
         other = transformer.build(dataclasses.replace(graph.config, remat=remat, unroll=unroll), 500, LENGTH)
-        loss = lambda parameters: token_losses(logits(other, parameters, tokens, context), tokens).mean()
-        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(parameters))
-
-    expected = value_and_gradient("none", True)
-    for remat, unroll in itertools.product(("none", "dots", "names", "full"), (True, False)):
-        for a, b in zip(value_and_gradient(remat, unroll), expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_each_level_of_recomputation_keeps_less():
-    """Temporaries of the compiled gradient fall from level to level, and only `none` computes nothing twice."""
-    memory, products = {}, {}
-    for remat in ("none", "dots", "names", "full"):
-        graph, parameters = make("llama", model__remat=remat, model__unroll=False, model__num_layers=8)
-        loss = lambda parameters, graph=graph: logits(graph, parameters, random_tokens(8, LENGTH), whole(8)).sum()
-        gradient = jax.jit(jax.grad(loss))
-        memory[remat] = gradient.lower(parameters).compile().memory_analysis().temp_size_in_bytes
-        products[remat] = str(jax.make_jaxpr(jax.grad(loss))(parameters)).count("dot_general")
-    assert memory["none"] > memory["dots"] > memory["names"] > memory["full"], memory
-    assert products["none"] < products["dots"] <= products["names"] < products["full"], products
+        loss = lambda parameters, model=other: (model.module(parameters)(tokens, whole(8))[0] ** 2).sum() / tokens.size
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(parameters).compile()
+        memory[unroll, remat] = compiled.memory_analysis().temp_size_in_bytes
+        found = jax.tree.leaves(compiled(parameters))
+        expected = expected or found
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=f"{remat} {unroll}")
+    levels = [memory[False, remat] for remat in ("none", "dots", "names", "full")]
+    assert levels == sorted(set(levels), reverse=True), memory
 
 
 @pytest.mark.parametrize("kind", KINDS)

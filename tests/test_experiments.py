@@ -1,0 +1,77 @@
+"""The sizes of GPT-3: counted, traced as whole steps on a mesh of no devices, and reached through their doors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from lm_jax import command, costs
+from lm_jax.data.pipeline import make_row
+from lm_jax.ramp import make_ramp, with_steps
+from lm_jax.sharding import AXES, constrain
+from lm_jax.train_state import fresh, make_program
+from lm_jax.train_step import train_step
+
+NAMED = {
+    "125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9, "13b": 13e9, "175b": 175e9,
+}  # fmt: skip
+DOORS = {row: f"experiments/gpt_{row.replace('.', '_')}.py" for row in NAMED}
+
+
+def traced(config) -> tuple:
+    """Shapes of the state before a whole step and of what it returns, on a mesh of 2 x 2 x 2 devices that do not exist."""
+    rows, length = 16, config.data.sequence_length
+    config = with_steps(config, make_ramp(config), rows_per_epoch=1)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
+    program = make_program(config, 50257)
+    one = make_row([(0, jnp.zeros(length + 1, jnp.int32))], length, 0)
+
+    def step():
+        batch = {name: jnp.zeros((rows, *x.shape), x.dtype) for name, x in one.items()}
+        batch = {name: constrain(x, *("batch", "length")[: x.ndim]) for name, x in batch.items()}
+        state = fresh(program)
+        return state, *train_step(program, state, batch)
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 2), AXES, (AxisType.Explicit,) * 3)):
+        return jax.eval_shape(step)
+
+
+@pytest.mark.parametrize("row", NAMED)
+def test_a_size_has_its_parameters_and_its_step_can_be_traced(row):
+    """Within 2% of the name at 50,257 pieces and 2,048 tokens; the state that comes out is laid out as it went in."""
+    config, _ = command.load_config(f"experiments/gpt3.py:{row}", {})
+    assert (config.data.sequence_length, config.data.tokenizer) == (2048, "sentencepiece:50257")
+    program = make_program(with_steps(config, make_ramp(config), 1), 50257)
+    counted = costs.count(config, program.graph.declarations).parameters
+    assert abs(counted / NAMED[row] - 1) < 0.02, counted
+    before, after, metrics = traced(config)
+    assert sum(x.size for x in jax.tree.leaves(before.parameters)) == counted
+    layout = lambda x: (x.shape, x.dtype, x.sharding.spec if x.sharding else PartitionSpec())
+    assert jax.tree.map(layout, before) == jax.tree.map(layout, after)
+    assert metrics["train/loss"].shape == ()
+
+
+@pytest.mark.parametrize("row", NAMED)
+def test_a_door_opens_on_its_row_and_shrinks(row):
+    assert command.load_config(DOORS[row], {})[0] == command.load_config(f"experiments/gpt3.py:{row}", {})[0]
+    small, _ = command.load_config(f"{DOORS[row]}:smoke", {})
+    assert (small.model.num_layers, small.model.window, small.train.num_steps) == (4, (0, 16), 2)
+
+
+def test_the_recipe_of_the_paper():
+    """What every row shares (appendix B), from the resolved config."""
+    for row in NAMED:
+        config, _ = command.load_config(DOORS[row], {})
+        optimizer = config.optimizer
+        assert (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == ("adamw", 0.9, 0.95, 1e-8)
+        assert (optimizer.clip_norm, optimizer.weight_decay, optimizer.decay_to) == (1.0, 0.1, 0.1)
+        assert (optimizer.warmup, optimizer.decay_over, optimizer.schedule) == ("375M tokens", "260B tokens", "cosine")
+        assert config.data.batch_ramp[0] * 2048 == 32768 and config.train.num_steps == "300B tokens"
+        assert config.model.window == (0, 256) and (ROOT / DOORS[row]).exists()
+
+
+def test_the_smallest_smoke_of_a_row_is_traced():
+    traced(command.load_config("experiments/gpt_13b.py:smoke", {})[0])
