@@ -16,7 +16,7 @@ from lm_jax import checkpoint, command, costs, metrics, terminal
 from lm_jax.config import Config, UserError, parse_length
 from lm_jax.data import mixture, pipeline
 from lm_jax.data.packing import Held
-from lm_jax.distributed import Stop, devices, workdir_lock
+from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.generate import Sampling, generate
 from lm_jax.model import transformer
@@ -84,6 +84,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         raise UserError(f"config.data.objective = {config.data.objective} needs an encoder; decoders take causal")
     with phases("devices"):
         here = devices()
+    say.silent = not leads()
     sizes = mesh_shape(config.mesh, len(here))
     if pieces := mixture.pieces_expected(config.data):
         preflight(config, transformer.padded(pieces), sizes)
@@ -108,16 +109,18 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     if dry_run:
         return 0
     with workdir_lock(workdir), jax.set_mesh(mesh), Stop().listening() as stop:
-        say.log_to(workdir / "log.txt")
-        checkpoint.clean(workdir, say)
+        if leads():
+            say.log_to(workdir / "log.txt")
+            checkpoint.clean(workdir, say)
         for line in changes:
             say(line)
         with phases("state"):
             state, data = starting_point(program, workdir, source, say)
         if data.step >= int(config.train.num_steps):
             return already_done(workdir, say)
-        checkpoint.write_config(workdir, config, origins, mixed.facts)
-        checkpoint.write_tokenizer(workdir, mixed.tokenizer.model)
+        if leads():
+            checkpoint.write_config(workdir, config, origins, mixed.facts)
+            checkpoint.write_tokenizer(workdir, mixed.tokenizer.model)
         this = Run(config, workdir, say, mixed, stream, program, mesh, ramp, counted, peak, state, data)
         return train(this, phases, stop, experiment)
 
@@ -163,7 +166,7 @@ def starting_point(
     program: Program, workdir: epath.Path, source: checkpoint.Located | None, say: terminal.Terminal
 ) -> tuple[TrainState, checkpoint.DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
-    if (step := checkpoint.newest_valid(workdir, say, quarantine=True)) is not None:
+    if step := agree((checkpoint.newest_valid(workdir, say, quarantine=True) or 0) if leads() else 0):
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
@@ -191,7 +194,7 @@ def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
         one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
         one_step = compile_step(this.program, this.mesh, one_microbatch)
     say(str(phases))
-    writer = metrics.Writer(this.workdir, this.data.step)
+    writer = metrics.Writer(this.workdir, this.data.step) if leads() else metrics.Nowhere()
     saver = checkpoint.Saver(this.workdir, config, this.mixed.facts)
     if not this.data.step:
         writer.hyper_parameters(checkpoint.flatten(config))
@@ -255,7 +258,7 @@ def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
 class StepLog:
     """Metrics of a step written one step later, speeds over the time since the last line, progress with what remains."""
 
-    def __init__(self, this: Run, writer: metrics.Writer):
+    def __init__(self, this: Run, writer: metrics.Writer | metrics.Nowhere):
         self.this, self.writer = this, writer
         self.waiting: tuple[int, dict] | None = None
         self.every = int(this.config.log.every)
@@ -331,7 +334,9 @@ def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
     return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch), rows
 
 
-def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *prefixes: str) -> float:
+def evaluate_now(
+    this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere, num_rows: int, *prefixes: str
+) -> float:
     """Bits per byte of the first `num_rows` validation rows (0: all) of each source, written under each prefix."""
     evaluator, rows = evaluation
     watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
@@ -343,9 +348,9 @@ def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *
     return bits_per_byte
 
 
-def show_sample(this: Run, writer: metrics.Writer) -> None:
+def show_sample(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
     prompt = this.config.evaluate.prompt
-    if not prompt:
+    if not prompt or jax.process_count() > 1:
         return
     room = this.config.data.sequence_length - len(this.mixed.tokenizer.encode(prompt)) - 1
     limit = min(SAMPLE_TOKENS, room)
@@ -357,7 +362,7 @@ def show_sample(this: Run, writer: metrics.Writer) -> None:
     writer.text(this.data.step, "sample", "\n".join(f"    {line}" for line in (prompt + text).split("\n")))
 
 
-def finish(this: Run, evaluation, writer: metrics.Writer) -> None:
+def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> None:
     """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors."""
     show_sample(this, writer)
     writer.flush()

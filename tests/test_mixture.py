@@ -139,7 +139,7 @@ def places(corpus, other, tmp_path, monkeypatch):
         write(tmp_path / name, corpus, made_up(200, seed), 1000)
     write(tmp_path / "other", other, made_up(20))
     write(tmp_path / "small", corpus, made_up(2))
-    write(tmp_path / "untrained", corpus, made_up(2), split="test")
+    write(tmp_path / "untrained", corpus, {"test": made_up(2)})
     return tmp_path
 
 
