@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,11 +23,12 @@ from etils import epath
 
 from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
-from lm_jax.data.shards import file_hash, flush
+from lm_jax.data.shards import file_hash, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.distributed import leads
 from lm_jax.model import transformer
+from lm_jax.places import set_aside, write_whole
 from lm_jax.sharding import laid_out
 from lm_jax.train_state import Program, TrainState, abstract
 
@@ -146,9 +146,7 @@ def write_part(folder: epath.Path) -> None:
         for name in (os.path.relpath(path, folder) for path in files_below(folder))
         if writer_of(name) == jax.process_index() and not os.path.basename(name).startswith("MANIFEST.")
     }
-    draft = folder / f"MANIFEST.p{jax.process_index()}.draft"
-    draft.write_text(json.dumps(mine))
-    os.replace(draft, part_of(folder, jax.process_index()))
+    write_whole(part_of(folder, jax.process_index()), json.dumps(mine).encode())
 
 
 def wait_for(path: epath.Path) -> None:
@@ -173,12 +171,8 @@ def written_files(folder: epath.Path) -> dict[str, dict[str, int | str]]:
 def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
     versions = {module.__name__: module.__version__ for module in (jax, ocp)} | {"lm_jax": __version__}
     manifest = {"format": FORMAT, **facts, "versions": versions, "files": written_files(folder)}
-    draft = folder / (MANIFEST + ".draft")
-    with open(draft, "w") as file:
-        json.dump(manifest, file, indent=1)
-        flush(file)
-    os.replace(draft, folder / MANIFEST)
-    for path in (folder, folder.parent):
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    for path in (folder, folder.parent) if not is_url(folder) else ():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -215,7 +209,7 @@ def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
         torn = path.name.isdigit() and not (path / MANIFEST).exists()
         if torn or "orbax-checkpoint-tmp" in path.name:
             say(f"removed {path.name}: a checkpoint that was never finished")
-            shutil.rmtree(path)
+            path.rmtree()
 
 
 def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bool) -> int | None:
@@ -229,7 +223,7 @@ def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bo
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
         if quarantine:
             number = len(list(folder.glob(f"{step}.broken*")))
-            (folder / str(step)).rename(folder / (f"{step}.broken" + f"-{number}" * bool(number)))
+            set_aside(folder / str(step), folder / (f"{step}.broken" + f"-{number}" * bool(number)))
     if has_steps(workdir):
         raise UserError(
             f"no checkpoint in {folder} is whole; remove the folder to start over, or restore it from a copy"
@@ -260,17 +254,14 @@ def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainStat
 def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], facts: dict[str, Any]) -> None:
     """`config.json`: the resolved values, and for each that is no default where it came from."""
     content = {"format": FORMAT, "config": flatten(config), "origins": origins, **facts}
-    draft = workdir / "config.json.draft"
-    draft.write_text(json.dumps(content, indent=1))
-    os.replace(draft, workdir / "config.json")
+    write_whole(workdir / "config.json", json.dumps(content, indent=1).encode())
 
 
 def write_tokenizer(workdir: epath.Path, model: bytes) -> None:
     """`tokenizer.model`, whole or not at all."""
-    path, draft = workdir / "tokenizer.model", workdir / "tokenizer.model.draft"
+    path = workdir / "tokenizer.model"
     if not path.exists() or path.read_bytes() != model:
-        draft.write_bytes(model)
-        os.replace(draft, path)
+        write_whole(path, model)
 
 
 def has_steps(workdir: epath.Path) -> bool:

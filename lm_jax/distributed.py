@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -12,7 +12,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lm_jax.config import UserError
-from lm_jax.data.shards import cache_folder
+from lm_jax.data.shards import cache_folder, is_url
+from lm_jax.places import leased
 
 
 def configure() -> None:
@@ -54,10 +55,14 @@ def settle(tree):
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: epath.Path) -> Iterator[None]:
+def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
     """One run a workdir: the lock, held by its leading process, dies with it. Raises UserError where another run holds it."""
     if not leads():
         yield
+        return
+    if is_url(workdir):
+        with leased(workdir, say):
+            yield
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)

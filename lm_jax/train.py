@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gzip
 import lzma
-import os
 import time
 from typing import Any
 
@@ -20,6 +19,7 @@ from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.generate import Sampling, generate
 from lm_jax.model import transformer
+from lm_jax.places import Desk
 from lm_jax.ramp import Ramp, make_ramp, with_steps
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.train_state import Program, TrainState, fresh, make_program
@@ -35,6 +35,7 @@ class Run:
     config: Config
     workdir: epath.Path
     say: terminal.Terminal
+    desk: Desk  # where metrics and log grow
     mixed: mixture.Mixture
     stream: mixture.Mixed
     program: Program
@@ -78,6 +79,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     """
     name = command.run_name(experiment)
     say, phases, workdir = terminal.Terminal(), Phases(), epath.Path(place or f"runs/{name}")
+    desk = Desk(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
     if config.data.objective != "causal":
@@ -108,20 +110,21 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     say(terminal.header(config, name, counted, mixed, ramp, sizes, (here[0], peak)))
     if dry_run:
         return 0
-    with workdir_lock(workdir), jax.set_mesh(mesh), Stop().listening() as stop:
+    with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop().listening() as stop:
         if leads():
-            say.log_to(workdir / "log.txt")
+            desk.fetch()
+            say.log_to(desk.folder / "log.txt")
             checkpoint.clean(workdir, say)
         for line in changes:
             say(line)
         with phases("state"):
             state, data = starting_point(program, workdir, source, say)
         if data.step >= int(config.train.num_steps):
-            return already_done(workdir, say)
+            return already_done(desk, say)
         if leads():
             checkpoint.write_config(workdir, config, origins, mixed.facts)
             checkpoint.write_tokenizer(workdir, mixed.tokenizer.model)
-        this = Run(config, workdir, say, mixed, stream, program, mesh, ramp, counted, peak, state, data)
+        this = Run(config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data)
         return train(this, phases, stop, experiment)
 
 
@@ -178,8 +181,8 @@ def starting_point(
     return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
 
 
-def already_done(workdir: epath.Path, say: terminal.Terminal) -> int:
-    last = [line for line in metrics.read(workdir) if "final/loss" in line][-1:]
+def already_done(desk: Desk, say: terminal.Terminal) -> int:
+    last = [line for line in metrics.read(desk.folder) if "final/loss" in line][-1:]
     result = (
         ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
     )
@@ -194,7 +197,7 @@ def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
         one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
         one_step = compile_step(this.program, this.mesh, one_microbatch)
     say(str(phases))
-    writer = metrics.Writer(this.workdir, this.data.step) if leads() else metrics.Nowhere()
+    writer = metrics.Writer(this.desk.folder, this.data.step) if leads() else metrics.Nowhere()
     saver = checkpoint.Saver(this.workdir, config, this.mixed.facts)
     if not this.data.step:
         writer.hyper_parameters(checkpoint.flatten(config))
@@ -236,6 +239,7 @@ def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
             if due and not last:
                 log.flush()
                 writer.flush()
+                this.desk.send()
                 saver.save(this.state, this.data)
                 saved_at = time.monotonic()
         if stop.requested:
@@ -245,14 +249,16 @@ def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
     if finished:
         finish(this, evaluate, writer)
     writer.flush()
+    this.desk.send()
     saver.save(this.state, this.data)
     saver.close()
     writer.close()
-    if not finished:
+    if finished:
+        say(next_commands(this, experiment))
+    else:
         say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
-        return command.EXIT_PREEMPTED
-    say(next_commands(this, experiment))
-    return 0
+    this.desk.send()
+    return 0 if finished else command.EXIT_PREEMPTED
 
 
 class StepLog:
@@ -366,7 +372,7 @@ def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> N
     """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors."""
     show_sample(this, writer)
     writer.flush()
-    lines = metrics.read(this.workdir)
+    lines = metrics.read(this.desk.folder)
     this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))
     if evaluation is None:
         return
@@ -398,6 +404,6 @@ def next_commands(this: Run, experiment: str) -> str:
             f"  longer     python -m lm_jax.main --config {experiment} {longer}",
             f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"',
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
-            f"  look       tensorboard --logdir {os.path.dirname(os.path.abspath(this.workdir))}",
+            f"  look       tensorboard --logdir {checkpoint.steps_folder(this.workdir).parent.parent}",
         ]
     )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_shards import made_up, write
 
 from lm_jax import checkpoint, metrics
@@ -111,8 +112,7 @@ def without_speeds(workdir) -> list[dict]:
 
 
 def check_resume(sources, tmp_path, num_processes: int) -> None:
-    """Two steps by several processes, two more by one, beside four steps by one."""
-    train(sources, tmp_path / "whole", 4)
+    """Two steps by several processes, two more by one; and what the several wrote."""
     train(sources, tmp_path / "run", 2, num_processes, devices=4)
     step = tmp_path / "run" / "checkpoints" / "2"
     parts = [json.loads((step / f"MANIFEST.p{k}.json").read_text()) for k in range(num_processes)]
@@ -122,10 +122,11 @@ def check_resume(sources, tmp_path, num_processes: int) -> None:
     assert "resumed at step 2, row 16" in said
     lines = without_speeds(tmp_path / "run")
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
-    losses = lambda place: [line["train/loss"] for line in without_speeds(place) if "train/loss" in line]
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
     last = [line for line in lines if "final/loss" in line][-1]
     assert {"final/books/loss", "final/code/bits_per_byte", "final/bits_per_byte"} <= last.keys()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"eval/books/loss", "eval/code/loss", "eval/code/bits_per_byte"} <= {*events.Tags()["scalars"]}
 
 
 def test_what_two_processes_saved_one_goes_on_with(sources, tmp_path):
@@ -135,5 +136,8 @@ def test_what_two_processes_saved_one_goes_on_with(sources, tmp_path):
 @pytest.mark.proof
 def test_what_four_processes_saved_one_goes_on_with(sources, tmp_path):
     check_resume(sources, tmp_path, 4)
+    train(sources, tmp_path / "whole", 4)
+    losses = lambda place: [line["train/loss"] for line in without_speeds(place) if "train/loss" in line]
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
     expected = stream_hash(sources, "split", devices=1, first=16, num=200)
     assert stream_hash(sources, "split", 4, MESHES["2x4"], 1, first=16, num=200) == expected

@@ -44,7 +44,7 @@ def show(mixed: mixture.Mixture, stream: mixture.Mixed, i: int, colours: bool) -
     epoch = j / stream.streams[source].rows_per_epoch
     used, segments = int((row["segment_ids"] > 0).sum()), int(row["segment_ids"].max())
     title = f"row {i:,}: {mixed.places[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
-    starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) | np.diff(row["loss_mask"], prepend=0))
+    starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0))
     text = []
     for start, stop in zip(starts, [*starts[1:], len(row["tokens"])], strict=True):
         if not row["segment_ids"][start]:

@@ -215,6 +215,10 @@ def cache_folder() -> str:
     return os.environ.get("LM_JAX_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lm_jax")
 
 
+def is_url(place) -> bool:
+    return "://" in str(place)
+
+
 def is_prepared(place: str) -> bool:
     """Whether a place holds shards, not raw text."""
     return place != "python" and (epath.Path(place) / MANIFEST).exists()
@@ -232,10 +236,10 @@ def open_corpus(
     """
     place = place or data.sources[0][0]
     if is_prepared(place):
-        return read(place, "prepare it again, or restore it from a copy")
+        return read(local_copy(place, say), "prepare it again, or restore it from a copy")
     pieces = 0 if given else tokenizer.num_pieces(data.tokenizer)
     given = given or (None if pieces else tokenizer.load(data.tokenizer))
-    source = place if place == "python" else os.path.abspath(place)
+    source = place if place == "python" or is_url(place) else os.path.abspath(place)
     by = given.fingerprint if given else data.tokenizer
     identity = [FORMAT, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
     if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
@@ -303,6 +307,27 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
     writer.close(source=place, left_out=left_out)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(draft, folder)
+
+
+def local_copy(place: str, say: Callable[[str], None]) -> str:
+    """The folder itself; of a URL a copy in the cache, made once, the manifest last. `read` checks it."""
+    if not is_url(place):
+        return place
+    url = epath.Path(place)
+    manifest = (url / MANIFEST).read_bytes()
+    folder = os.path.join(cache_folder(), "copies", f"{url.name}-{hashlib.sha256(manifest).hexdigest()[:12]}")
+    with writer_lock(folder + ".lock", say):
+        if not os.path.exists(os.path.join(folder, MANIFEST)):
+            os.makedirs(folder, exist_ok=True)
+            files = json.loads(manifest)["files"]
+            say(f"copying {place}: {sum(file['bytes'] for file in files.values()) / 1e6:,.1f} MB")
+            for name in files:
+                assert os.path.basename(name) == name
+                with (url / name).open("rb") as source, open(os.path.join(folder, name), "wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 22)
+            with open(os.path.join(folder, MANIFEST), "wb") as file:
+                file.write(manifest)
+    return folder
 
 
 def read(folder: str, mend: str) -> Corpus:
