@@ -23,7 +23,7 @@ from etils import epath
 
 from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
-from lm_jax.data.shards import file_hash, is_url
+from lm_jax.data.shards import check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.distributed import leads
@@ -341,6 +341,7 @@ class Located(NamedTuple):
 
 def locate(model: str, say: Callable[[str], None] = print) -> Located:
     """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified. Raises UserError."""
+    check_url("--model", model)
     place, _, wanted = (model, "", "") if (epath.Path(model) / "config.json").exists() else model.rpartition("@")
     place, wanted = (place, wanted) if place else (wanted or model, "")
     workdir = epath.Path(place)

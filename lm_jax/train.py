@@ -15,6 +15,7 @@ from lm_jax import checkpoint, command, costs, metrics, terminal
 from lm_jax.config import Config, UserError, parse_length
 from lm_jax.data import mixture, pipeline
 from lm_jax.data.packing import Held
+from lm_jax.data.shards import check_url
 from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.generate import Sampling, generate
@@ -78,6 +79,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     `experiment` is what `--config` named, `place` the workdir ("": runs/<experiment>[-<variant>]).
     """
     name = command.run_name(experiment)
+    check_url("--workdir", place)
     say, phases, workdir = terminal.Terminal(), Phases(), epath.Path(place or f"runs/{name}")
     desk = Desk(workdir)
     if workdir.exists() and not workdir.is_dir():

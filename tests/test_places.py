@@ -116,8 +116,7 @@ def lines_of(workdir) -> list[dict]:
 def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_path):
     documents = {"train": made_up(300), "validation": made_up(20, 5)}
     write(tmp_path / "text", corpus, documents, 1000)
-    for path in sorted((tmp_path / "text").iterdir(), key=lambda path: path.name == "manifest.json"):
-        (epath.Path(bucket) / "text" / path.name).write_bytes(path.read_bytes())
+    shards.publish(str(tmp_path / "text"), f"{bucket}/text")
     code, said = train(tmp_path / "local", tmp_path / "text")
     assert code == 0, said
     run, source = f"{bucket}/runs/x", f"{bucket}/text"

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -219,8 +220,16 @@ def is_url(place) -> bool:
     return "://" in str(place)
 
 
+def check_url(name: str, place) -> None:
+    """Raises UserError where the package that reads a URL is not installed."""
+    package = {"gs": "gcsfs", "s3": "s3fs"}.get(str(place).partition("://")[0], "") if is_url(place) else ""
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"{name} {place} needs the package {package}: pip install {package}")
+
+
 def is_prepared(place: str) -> bool:
     """Whether a place holds shards, not raw text."""
+    check_url("config.data.sources:", place)
     return place != "python" and (epath.Path(place) / MANIFEST).exists()
 
 
@@ -328,6 +337,13 @@ def local_copy(place: str, say: Callable[[str], None]) -> str:
             with open(os.path.join(folder, MANIFEST), "wb") as file:
                 file.write(manifest)
     return folder
+
+
+def publish(folder: str, url: str) -> None:
+    """Copies a corpus up to a URL, the manifest last: until it is there the URL holds no corpus."""
+    for name in (*read_manifest(folder, "prepare it again")["files"], MANIFEST):
+        with open(os.path.join(folder, name), "rb") as source, (epath.Path(url) / name).open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 22)
 
 
 def read(folder: str, mend: str) -> Corpus:
