@@ -10,8 +10,9 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-config ramp sharding data.sources data.tokenizer data.shards data.packing data.mixture data.objectives data.pipeline distributed
-model.layers model.attention model.transformer loss costs optimizer train_state train_step metrics goodput terminal checkpoint
+config ramp sharding data.sources data.tokenizer data.shards data.packing data.mixture data.objectives data.pipeline places
+distributed model.layers model.attention model.transformer loss costs optimizer train_state train_step metrics goodput terminal
+checkpoint
 command generate evaluate train main verify
 """.split()
 PERIPHERY = {"verify"}
