@@ -19,6 +19,9 @@ Weight = float | tuple[tuple[int, float], ...]  # of a source in the mixture; or
 Sources = tuple[tuple[str, Weight], ...]
 
 
+LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
+
+
 class UserError(ValueError):
     """What a user can mend: reaches the terminal as one to five plain lines, exit code 2."""
 
@@ -65,7 +68,9 @@ class Model:
         fixed=False,
     )
     unroll: bool = knob(True, "layers as straight code (fast) or one scanned body (compile time flat)", fixed=False)
-    compute_dtype: str = knob("float32", "of activations and matrix products", choices=("float32", "bfloat16"))
+    compute_dtype: str = knob(
+        "float32", "of activations and matrix products", choices=("float32", "bfloat16", "float16")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +129,11 @@ class Optimizer:
     weight_decay: float = knob(0.1, "decoupled; only on parameters that are inside a product", low=0.0, fixed=False)
     clip_norm: float = knob(1.0, "largest global gradient norm; 0 = no clipping", low=0.0, fixed=False)
     ema: float = knob(0.0, "decay of an average of the parameters, which is then the model; 0 = off", low=0.0, high=1.0)
+    loss_scale: int = knob(
+        0,
+        "first factor of the loss, a power of two; halves on overflow, doubles after 2,000 good steps; 0 = off",
+        low=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,6 +379,15 @@ def _check_together(config: Config) -> None:
         raise UserError(f"config.model.head_dim = {model.head_dim} must be even for {model.positions} positions")
     if model.positions == "sinusoidal" and model.model_dim % 2:
         raise UserError(f"config.model.model_dim = {model.model_dim} must be even for sinusoidal positions")
+    scale = config.optimizer.loss_scale
+    if scale & (scale - 1) or scale > LARGEST_LOSS_SCALE:
+        near = min(2 ** round(math.log2(scale)), LARGEST_LOSS_SCALE)
+        raise UserError(f"config.optimizer.loss_scale = {scale} is no power of two up to 2^24; the nearest is {near}")
+    if model.compute_dtype == "float16" and not scale:
+        raise UserError(
+            "config.model.compute_dtype = float16 without a loss scale: most gradients are too small for float16\n"
+            "add --config.optimizer.loss_scale=1024, or compute in bfloat16"
+        )
     if data.validation_fraction + data.test_fraction >= 0.9:
         raise UserError("config.data: validation_fraction + test_fraction leave less than a tenth for training")
     if data.batch_ramp[0]:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm_jax.config import Optimizer
+from lm_jax.config import LARGEST_LOSS_SCALE, Optimizer
 from lm_jax.model.layers import Declaration
 from lm_jax.sharding import automatic, stored_reshape
 
 STABLE_SHARE = 0.8  # of the whole length, before warmup_stable_decay decays (arXiv:2405.18392: the last fifth)
+GROW_AFTER = 2000  # finite gradients before the loss scale doubles
 MUON_RMS = 0.2  # of Muon's update, that of AdamW's: one learning rate and decay for both (arXiv:2502.16982)
 
 
@@ -144,16 +145,68 @@ def update_rule(config: Optimizer, declared) -> optax.GradientTransformation:
     return optax.trace(config.beta1)
 
 
-def make_optimizer(config: Optimizer, declared) -> optax.GradientTransformation:
+class Guarded(NamedTuple):
+    """State of `dynamic_loss_scale`, always finite."""
+
+    inner: optax.OptState
+    scale: jax.Array  # float32 []: what the loss is multiplied by before the next backward pass
+    good_steps: jax.Array  # int32 []: finite gradients since the scale last changed
+    skipped: jax.Array  # int32 []: updates that were not made
+    in_a_row: jax.Array  # int32 []: the last of these, at the smallest scale
+
+
+def dynamic_loss_scale(
+    inner: optax.GradientTransformation, initial: int = 1, largest: int = 1, grow_after: int = GROW_AFTER
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` on gradients of a loss that was multiplied by `state.scale` (arXiv:1710.03740, section 3.2).
+
+    A gradient that is not finite reaches neither parameters nor `inner`: the update is skipped and counted, the scale halves,
+    down to 1. After `grow_after` finite gradients in a row it doubles, up to `largest`. Powers of two change no bit of a
+    gradient. With the defaults the scale stays 1, and this is a guard against what is not finite.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(parameters):
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return Guarded(inner.init(parameters), jnp.asarray(initial, jnp.float32), zero(), zero(), zero())
+
+    def update(gradients, state, parameters=None, **extra):
+        if largest > 1:
+            gradients = jax.tree.map(lambda gradient: gradient / state.scale, gradients)
+        finite = jnp.isfinite(optax.tree.norm(gradients))
+        changes, changed = inner.update(gradients, state.inner, parameters, **extra)
+        # x + -0 is x to the last bit, also where x is -0.
+        changes = jax.tree.map(lambda change: jnp.where(finite, change, -0.0), changes)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state.inner)
+        good_steps = jnp.where(finite, state.good_steps + 1, 0)
+        grows = good_steps >= grow_after
+        scale = state.scale * jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
+        return changes, Guarded(
+            kept,
+            jnp.clip(scale, 1.0, float(largest)),
+            jnp.where(grows, 0, good_steps),
+            state.skipped + jnp.where(finite, 0, 1),
+            jnp.where(finite, 0, state.in_a_row + (state.scale <= 1.0)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def make_optimizer(config: Optimizer, declared) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; on mean gradients.
 
-    `declared` is a tree of declarations like the parameters.
+    `declared` is a tree of declarations like the parameters. All of it inside `dynamic_loss_scale`.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(is_matrix, declared))
     parts = [clip, update_rule(config, declared)] + [decay] * (config.name != "adam")
     average = [average_of_parameters(config.ema)] if config.ema else []
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config)), *average)
+    whole = optax.chain(*parts, optax.scale_by_learning_rate(schedule(config)), *average)
+    return (
+        dynamic_loss_scale(whole, config.loss_scale, LARGEST_LOSS_SCALE)
+        if config.loss_scale
+        else dynamic_loss_scale(whole)
+    )
 
 
 def averaged(parameters: dict, optimizer_state: optax.OptState) -> dict:

@@ -29,6 +29,7 @@ from lm_jax.train_state import Program, TrainState, fresh, make_program
 from lm_jax.train_step import compile_step
 
 SAMPLE_TOKENS = 96
+MOST_IN_A_ROW = 10  # gradients that are not finite, before the run stops
 
 
 @dataclasses.dataclass
@@ -223,9 +224,11 @@ def train(this: Run, stop: Stop, experiment: str) -> int:
         if step + 1 < this.num_steps:
             with log.paused():
                 between_steps(this, log, evaluation, writer, saver)
-        if stop.requested:
+        if stop.requested or log.hopeless:
             break
     log.flush()
+    if log.hopeless:
+        return give_up(this, saver, writer)
     finished = this.data.step == this.num_steps
     if finished:
         finish(this, evaluation, writer)
@@ -244,7 +247,7 @@ def train(this: Run, stop: Stop, experiment: str) -> int:
     return 0 if finished else command.EXIT_PREEMPTED
 
 
-def between_steps(this: Run, log: "StepLog", evaluation, writer, saver: checkpoint.Saver) -> None:
+def between_steps(this: Run, log: "StepLog", evaluation, writer: metrics.Writer | metrics.Nowhere, saver) -> None:
     """What is due after a step that is not the last: an evaluation, a sample half-way, a checkpoint."""
     step, every = this.data.step, int(this.config.evaluate.every)
     if evaluation and every and step % every == 0:
@@ -262,12 +265,32 @@ def between_steps(this: Run, log: "StepLog", evaluation, writer, saver: checkpoi
             saver.save(this.state, this.data)
 
 
+def give_up(this: Run, saver: checkpoint.Saver, writer: metrics.Writer | metrics.Nowhere) -> int:
+    """Leaves the checkpoints as they are: the parameters before these steps are finite, but near what breaks them."""
+    saver.close()
+    writer.close()
+    newest = max(checkpoint.complete_steps(saver.folder), default=0)
+    this.say(
+        f"stopped: {MOST_IN_A_ROW} gradients in a row were not finite (inf or NaN); none of them was applied\n"
+        f"the same command goes on from step {newest:,} and comes here again, unless something changes: a lower\n"
+        "config.optimizer.learning_rate, a smaller config.optimizer.clip_norm, or the text of the rows named above"
+    )
+    return command.EXIT_FAULT
+
+
 class StepLog:
-    """Metrics of a step written one step later, speeds over the time since the last line, progress with what remains."""
+    """Metrics of a step written one step later, speeds over the time since the last line, progress with what remains.
+
+    The device counts the steps whose gradient was not finite; the counts of all steps are read with the metrics of the next
+    line, which waits for them anyway.
+    """
 
     def __init__(self, this: Run, writer: metrics.Writer | metrics.Nowhere):
         self.this, self.writer = this, writer
         self.waiting: tuple[int, dict] | None = None
+        self.unread: list[tuple[int, dict]] = []  # the steps since the last line
+        self.skipped = float(this.state.optimizer_state.skipped)  # read once, before the loop
+        self.hopeless = False
         self.every = int(this.config.log.every)
         self.first = this.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, this.data.step
@@ -302,7 +325,9 @@ class StepLog:
 
     def done(self, step: int, rows: int, device_metrics: dict) -> None:
         """`step` updates are done (dispatched, on an accelerator)."""
-        self.flush()
+        if self.waiting:
+            self.flush()
+        self.unread.append((step, device_metrics))
         self.tokens += rows * self.this.config.data.sequence_length
         if step % self.every == 0 or step in (1, self.this.num_steps):
             self.waiting = (step, device_metrics)
@@ -311,7 +336,30 @@ class StepLog:
         else:
             self.inside(step, 0, rows)
 
+    def read_guard(self) -> None:
+        """Says which rows were skipped since the last line, and whether there is hope."""
+        names, first, last = ("train/skipped", "train/skipped_in_a_row"), 0, 0
+
+        def tell() -> None:
+            rows = f"{self.this.ramp.cursor(first - 1):,} to {self.this.ramp.cursor(last) - 1:,}"
+            steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+            self.this.say(f"{steps} skipped: the gradient of rows {rows} is not finite")
+
+        for step, device_metrics in self.unread:
+            skipped, in_a_row = metrics.to_host({name: device_metrics[name] for name in names}).values()
+            if skipped > self.skipped:
+                first, last = first or step, step
+            elif first:
+                tell()
+                first = 0
+            self.skipped = skipped
+            self.hopeless |= in_a_row >= MOST_IN_A_ROW
+        if first:
+            tell()
+        self.unread = []
+
     def flush(self) -> None:
+        self.read_guard()
         if self.waiting is None:
             return
         (step, device_metrics), self.waiting = self.waiting, None

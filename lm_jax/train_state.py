@@ -8,14 +8,14 @@ import optax
 
 from lm_jax.config import Config
 from lm_jax.model import transformer
-from lm_jax.optimizer import make_optimizer
+from lm_jax.optimizer import Guarded, make_optimizer
 from lm_jax.sharding import laid_out
 
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32 []: updates done
     parameters: dict
-    optimizer_state: optax.OptState
+    optimizer_state: Guarded
 
 
 class Program(NamedTuple):
@@ -23,7 +23,7 @@ class Program(NamedTuple):
 
     config: Config
     graph: transformer.Graph
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
 
     @property
     def root(self) -> jax.Array:

@@ -22,7 +22,7 @@ from lm_jax.train_state import Program, TrainState, abstract
 
 
 class Sums(NamedTuple):
-    """Over the microbatches of a step so far: gradients of the summed loss, the loss in nats, target tokens."""
+    """Over the microbatches of a step so far: the loss in nats times the loss scale, its gradients, target tokens."""
 
     gradients: dict
     loss: jax.Array
@@ -36,22 +36,31 @@ def zeros(parameters: dict) -> Sums:
 def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
     """`sums` with one more microbatch (None: nothing yet)."""
     drop = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
-    of = lambda parameters: objective(program.graph, parameters, batch, drop, program.config.train.z_loss)
+    scaled = batch | {"loss_mask": batch["loss_mask"] * state.optimizer_state.scale}
+    of = lambda parameters: objective(program.graph, parameters, scaled, drop, program.config.train.z_loss)
     (_, loss), gradients = jax.value_and_grad(of, has_aux=True)(state.parameters)
     new = Sums(gradients, loss, batch["loss_mask"].sum())
     return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
 
 def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer update on the mean gradient over the step's tokens -> the next state and float32 metrics."""
-    num_tokens = jnp.maximum(sums.tokens, 1)
+    """One optimizer update on the mean gradient over the step's tokens -> the next state and float32 metrics.
+
+    Where the gradient is not finite, nothing but the step and the counts of the guard changes.
+    """
+    num_tokens, before = jnp.maximum(sums.tokens, 1), state.optimizer_state
     gradients = jax.tree.map(lambda g: g / num_tokens, sums.gradients)
     changes, optimizer_state = program.optimizer.update(gradients, state.optimizer_state, state.parameters)
+    rate = schedule(program.config.optimizer)(state.step - before.skipped)
     metrics = {
-        "train/loss": sums.loss / num_tokens,
-        "train/grad_norm": optax.tree.norm(gradients),
-        "train/learning_rate": jnp.asarray(schedule(program.config.optimizer)(state.step), jnp.float32),
+        "train/loss": sums.loss / before.scale / num_tokens,
+        "train/grad_norm": optax.tree.norm(gradients) / before.scale,
+        "train/learning_rate": jnp.asarray(rate, jnp.float32),
+        "train/skipped": optimizer_state.skipped.astype(jnp.float32),
+        "train/skipped_in_a_row": optimizer_state.in_a_row.astype(jnp.float32),
     }
+    if program.config.optimizer.loss_scale:
+        metrics["train/loss_scale"] = before.scale
     return TrainState(state.step + 1, optax.apply_updates(state.parameters, changes), optimizer_state), metrics
 
 

@@ -18,6 +18,7 @@ data.sources data.tokenizer data.sequence_length data.global_batch_size data.bat
 data.seed data.num_workers data.validation_fraction data.test_fraction
 optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup optimizer.decay_over optimizer.decay_to
 optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm optimizer.ema
+optimizer.loss_scale
 train.num_steps train.microbatch_rows train.z_loss train.seed train.init_from
 mesh.data mesh.fsdp mesh.tensor
 checkpoint.every checkpoint.keep_last checkpoint.keep_every

@@ -27,6 +27,9 @@ MISTAKES = [
     ("main", [SMOKE, "--config.optimizer.learning_rate=fast"], "expected a float"),
     ("main", [SMOKE, "--config.model.num_layers=2.0"], "did you mean 2?"),
     ("main", [SMOKE, "--config.train.num_steps=3 weeks"], 'a string such as "375M tokens"'),
+    ("main", [SMOKE, "--config.model.compute_dtype=float16"], "add --config.optimizer.loss_scale=1024"),
+    ("main", [SMOKE, "--config.optimizer.loss_scale=1000"], "no power of two up to 2^24; the nearest is 1024"),
+    ("main", [SMOKE, "--config.optimizer.name=adamW"], "did you mean adamw?"),
     ("main", [SMOKE, "stray"], "unknown argument stray"),
     ("main", [SMOKE, "--wokdir=x"], "did you mean --workdir?"),
     ("main", [SMOKE, "--workdir=x", "--workdir=y"], "--workdir stands twice"),
@@ -140,7 +143,7 @@ def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeyp
     assert seconds < 10
 
 
-@pytest.mark.parametrize("index", [0, 20, 24, 30])
+@pytest.mark.parametrize("index", [0, 23, 27, 33])
 def test_a_mistake_as_a_real_command(index, places, tmp_path):
     name, arguments, words = MISTAKES[index]
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))

@@ -166,7 +166,8 @@ class Transformer(nnx.Module):
         if self.vocab_size == self.num_pieces:
             return logits_BTV
         real_BTV = iota(logits_BTV.shape, "batch", "length", "vocab") < self.num_pieces
-        return jnp.where(real_BTV, logits_BTV, jnp.asarray(-1e9, logits_BTV.dtype))
+        never = max(-1e9, float(jnp.finfo(logits_BTV.dtype).min))  # float16 ends at -65504
+        return jnp.where(real_BTV, logits_BTV, jnp.asarray(never, logits_BTV.dtype))
 
     def _split(self, index: int):
         """Block `index` of the period as (graph, state tree), and its stacked parameters as a plain dict for the scan."""

@@ -1,0 +1,191 @@
+"""What is not finite reaches neither parameters nor moments nor a checkpoint; float16 trains behind a scale that moves."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny
+from test_golden import batch
+from test_train import final_arrays, lines_of
+
+from lm_jax import checkpoint, command, evaluate, main, train
+from lm_jax.config import Mesh
+from lm_jax.data import pipeline
+from lm_jax.optimizer import dynamic_loss_scale
+from lm_jax.sharding import make_mesh
+from lm_jax.train_state import fresh, make_program
+from lm_jax.train_step import accumulate, compile_step
+
+
+def feed(rule, gradients, state=None, parameters=None):
+    """(parameters, state) after one update with each of `gradients`, numbers that a pair of parameters share."""
+    parameters = {"w": jnp.array([2.0, -0.0])} if parameters is None else parameters
+    state = rule.init(parameters) if state is None else state
+    for gradient in gradients:
+        changes, state = rule.update({"w": jnp.array([gradient, gradient / 2])}, state, parameters)
+        parameters = optax.apply_updates(parameters, changes)
+    return parameters, state
+
+
+def same_bits(a, b) -> bool:
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in leaves)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_skipped_update_never_was(bad):
+    rule = dynamic_loss_scale(optax.adam(0.1))
+    parameters, state = feed(rule, [bad])
+    assert same_bits(parameters, {"w": np.float32([2.0, -0.0])})
+    found, expected = feed(rule, [3.0, bad, bad, -1.0]), feed(rule, [3.0, -1.0])
+    assert same_bits(found[0], expected[0]) and same_bits(found[1].inner, expected[1].inner)
+    assert (int(found[1].skipped), int(expected[1].skipped)) == (2, 0)
+
+
+def test_the_scale_halves_and_doubles():
+    rule = dynamic_loss_scale(optax.sgd(0.1), initial=8, largest=16, grow_after=3)
+    parameters, state, found = None, None, []
+    for gradient in [1.0, np.inf, 1.0, 1.0, 1.0, 1.0, np.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]:
+        parameters, state = feed(rule, [gradient], state, parameters)
+        found.append(float(state.scale))
+    assert found == [8, 4, 4, 4, 8, 8, 4, 4, 4, 8, 8, 8, 16, 16, 16, 16]
+    assert int(state.skipped) == 2 and int(state.good_steps) == 0
+
+
+def test_overflow_counts_towards_the_end_only_at_the_smallest_scale():
+    rule = dynamic_loss_scale(optax.sgd(0.1), initial=4, largest=4)
+    parameters, state, found = None, None, []
+    for gradient in [np.inf, np.inf, np.inf, np.inf, 1.0, np.inf]:
+        parameters, state = feed(rule, [gradient], state, parameters)
+        found.append((float(state.scale), int(state.in_a_row)))
+    assert found == [(2, 0), (1, 0), (1, 1), (1, 2), (1, 0), (1, 1)]
+
+
+def test_a_power_of_two_changes_no_bit():
+    scaled = dynamic_loss_scale(optax.adam(0.1), initial=1024, largest=2**24)
+    gradients = np.random.RandomState(0).randn(20)
+    found, expected = feed(scaled, gradients * 1024), feed(dynamic_loss_scale(optax.adam(0.1)), gradients)
+    assert same_bits(found[0], expected[0])
+
+
+@pytest.fixture(scope="module")
+def one_device(eight):
+    mesh = make_mesh(Mesh(), eight[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def halves_of(whole):
+    return iter([{name: jnp.asarray(x[i : i + 2]) for name, x in whole.items()} for i in (0, 2)])
+
+
+def test_nan_in_a_batch_leaves_the_run_without_that_update(one_device):
+    """Four steps of two microbatches, NaN in the loss mask of one row of the second."""
+    program = make_program(tiny(train__microbatch_rows=2, optimizer__ema=0.9, optimizer__warmup=2), num_pieces=500)
+    start, one_step = jax.jit(lambda: fresh(program)), compile_step(program, one_device, one_microbatch=False)
+    whole = batch(1)
+    bad = whole | {"loss_mask": np.where(whole["row"][:, None] == 7, np.nan, whole["loss_mask"])}
+
+    def run(second):
+        """The last state; `second` is the batch of the second step, None leaves its update out."""
+        state = start()
+        for step in range(4):
+            if step == 1 and second is None:
+                state = state._replace(step=jnp.int32(2))
+            else:
+                state, found = one_step(state, 2, halves_of(second if step == 1 else batch(step)), lambda done: False)
+                assert float(found["train/skipped"]) == (step > 0 and second is bad)
+        return state
+
+    found, without = run(bad), run(None)
+    assert same_bits(found.parameters, without.parameters)
+    assert same_bits(found.optimizer_state.inner, without.optimizer_state.inner)
+    assert int(found.step) == 4 and int(found.optimizer_state.skipped) == 1
+    assert not same_bits(found.parameters, run(whole).parameters)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_half_precision_stays_near_float32(one_device, dtype, tolerance):
+    """Loss and gradient of a batch, the latter in relative norm; the gradient comes multiplied by the loss scale."""
+
+    def of(dtype, scale):
+        program = make_program(tiny(model__compute_dtype=dtype, optimizer__loss_scale=scale), num_pieces=500)
+        inputs = {name: jnp.asarray(x) for name, x in batch(0).items()}
+        sums = jax.jit(lambda: accumulate(program, fresh(program), None, inputs))()
+        return float(sums.loss) / scale, np.concatenate([np.ravel(x) for x in jax.tree.leaves(sums.gradients)]) / scale
+
+    (loss, gradient), (expected, exact) = of(dtype, 64), of("float32", 1)
+    np.testing.assert_allclose(loss, expected, rtol=tolerance)
+    assert np.linalg.norm(gradient - exact) < tolerance * np.linalg.norm(exact)
+
+
+SMOKE = [
+    "--config", "experiments/quickstart.py:smoke", "--config.evaluate.prompt=", "--config.evaluate.every=0",
+    "--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=1e-2", "--config.checkpoint.every=8",
+    "--config.mesh.data=1",
+]  # fmt: skip
+FLOAT16 = [*SMOKE, "--config.model.compute_dtype=float16", f"--config.optimizer.loss_scale={2**18}",
+           "--config.optimizer.ema=0.5"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """A float16 run of 24 steps whose loss scale is far too large at first."""
+    workdir = tmp_path_factory.mktemp("halves") / "run"
+    assert main.main([*FLOAT16, "--config.train.num_steps=24", "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def test_float16_overflows_then_learns(halves):
+    lines = [line for line in lines_of(halves) if "train/loss" in line]
+    skipped, scales = ([int(line[f"train/{name}"]) for line in lines] for name in ("skipped", "loss_scale"))
+    assert scales[0] == 2**18 and 2 <= skipped[-1] < 16
+    assert all(scale == 2**18 >> before for scale, before in zip(scales[1:], skipped, strict=False))
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.5
+    assert all(np.isfinite(x).all() for x in final_arrays(halves))
+    assert "skipped: the gradient of rows 0 to" in (halves / "log.txt").read_text()
+
+
+def test_float16_goes_on_to_the_bit(halves, tmp_path):
+    """Stopped after 6 steps, while the scale still falls, and resumed."""
+    workdir = ["--workdir", str(tmp_path / "run")]
+    assert main.main([*FLOAT16, "--config.train.num_steps=6", *workdir]) == 0
+    assert main.main([*FLOAT16, "--config.train.num_steps=24", *workdir]) == 0
+    training = lambda place: [line for line in lines_of(place) if "train/loss" in line]
+    assert json.dumps(training(tmp_path / "run")) == json.dumps(training(halves))  # as text: NaN is equal to itself
+    assert same_bits(final_arrays(tmp_path / "run"), final_arrays(halves))
+
+
+def test_the_average_is_the_model(halves, capsys):
+    """What the run evaluated at its end is what is loaded from its checkpoint, and it is not the last parameters."""
+    assert evaluate.main(["--model", str(halves)]) == 0
+    found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])["eval/loss"]
+    expected = next(line["final/loss"] for line in lines_of(halves) if "final/loss" in line)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    located = checkpoint.locate(str(halves))
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+        _, average = checkpoint.load_parameters(located)
+        program = make_program(located.config, located.tokenizer.num_pieces)
+        state, _ = checkpoint.restore(located.workdir, located.step, program)
+    assert same_bits(average, state.optimizer_state.inner[-1].average) and not same_bits(average, state.parameters)
+
+
+def test_nothing_but_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, capsys):
+    row = pipeline.Stream.row
+
+    def broken_from_row_40(stream, i):
+        found = row(stream, i)
+        return found | {"loss_mask": found["loss_mask"] * np.float32(np.nan if i >= 40 else 1)}
+
+    monkeypatch.setattr(pipeline.Stream, "row", broken_from_row_40)
+    more = ["--config.train.num_steps=50", "--config.log.every=4"]
+    workdir = tmp_path / "run"
+    assert main.main([*SMOKE, *more, "--workdir", str(workdir)]) == command.EXIT_FAULT
+    said = capsys.readouterr().out
+    assert "steps 6 to 8 skipped: the gradient of rows 40 to 63 is not finite" in said
+    assert f"stopped: {train.MOST_IN_A_ROW} gradients in a row were not finite" in said and "from step 16 " in said
+    assert len(lines_of(workdir)) <= 6, "it went on for long"
+    assert all(np.isfinite(x).all() for x in final_arrays(workdir))
