@@ -81,9 +81,9 @@ def bytes_by_class(
     heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
     kept = {
         "none": 6 * model.model_dim + heads + (7 + model.gated) * hidden,  # GELU alone keeps five
-        "dots": 2 * model.model_dim + heads + (1 + model.gated) * hidden,
-        "names": 2 * model.model_dim + heads,
-        "full": model.model_dim,
+        "dots": (1 + 1 / tensor) * model.model_dim + heads + (1 + model.gated) * hidden,
+        "names": (1 + 1 / tensor) * model.model_dim + heads,
+        "full": model.model_dim / tensor,
     }
     chunked = model.attention not in ("auto", "xla") or (model.attention == "auto" and length >= 512)
     square = tokens * length * model.num_heads / tensor * (act + 4)

@@ -68,7 +68,8 @@ def _forward(num_pieces: int, z_loss: float, hidden_BTD, table_VD, targets_BT, m
 
 def _backward(num_pieces: int, z_loss: float, gradients, cotangents):
     of_hidden, of_table = gradients
-    return of_hidden * cotangents[0].astype(of_hidden.dtype), of_table * cotangents[0], None, None
+    scaled = of_hidden.astype(jnp.float32) * cotangents[0]  # a loss scale may be more than float16 can hold
+    return scaled.astype(of_hidden.dtype), of_table * cotangents[0], None, None
 
 
 in_chunks.defvjp(_forward, _backward)

@@ -22,6 +22,7 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
     "length": (None, None),
     "tokens": (None, ("data", "fsdp")),  # batch and length as one dim
     "model": ("fsdp", None),
+    "kept": (None, "tensor"),  # the stream between layers, where the backward pass computes them again
     "heads": ("tensor", "tensor"),
     "kv_heads": ("tensor", "tensor"),
     "head_dim": (None, None),
@@ -214,6 +215,7 @@ def preflight(config: Config, vocab_size: int, sizes: dict[str, int]) -> None:
         ("model.mlp_dim", model.mlp_dim, "tensor", sizes["tensor"]),
         ("the padded vocabulary", vocab_size, "tensor", sizes["tensor"]),
         ("model.model_dim", model.model_dim, "fsdp", sizes["fsdp"]),
+        ("model.model_dim", model.model_dim, "tensor", 1 if model.remat == "none" else sizes["tensor"]),
         (
             "data.batch_ramp[0]" if data.batch_ramp[0] else "data.global_batch_size",
             smallest,

@@ -63,6 +63,14 @@ def test_adamw_agrees_too(traces):
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
 
 
+def test_recomputed_layers_agree_too(traces):
+    """What is kept between layers is split over `tensor` and gathered: one loss and one gradient."""
+    expected, found = traces("1", 1), traces("2x2x2", 1, model__remat="full")
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(expected.parameters), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_was_on(traces):
     assert traces("1", 1).losses != traces("1", 1, model__dropout=0.0).losses
 

@@ -123,24 +123,28 @@ class Transformer(nnx.Module):
         rotary = self.config.positions == "rotary"
         turn = rotation(context.positions, self.config.head_dim, self.config.rotary_base) if rotary else None
         graphs, stacks = zip(*(self._split(i) for i in range(self.period)), strict=True)
+        recomputed = self.config.remat != "none" and caches is None
+        # What is kept of the stream between layers is split over devices that all hold it, and gathered in every layer.
+        kept = "kept" if recomputed else None
 
         def body(x_BTD, scanned):
             step, layers, caches = scanned
+            x_BTD = constrain(x_BTD, "batch", "length", None) if recomputed else x_BTD
             new_caches = []
             for i, graph in enumerate(graphs):
                 block = _merge(graph, layers[i])
                 cache = caches[i] if caches else None
                 x_BTD, cache = block(x_BTD, context, turn, step * self.period + i, drop, cache, cached)
                 new_caches.append(cache)
-            return constrain(x_BTD, "batch", "length", None), new_caches if caches else None
+            return constrain(x_BTD, "batch", "length", kept), new_caches if caches else None
 
         num_periods = self.config.num_layers // self.period
-        if self.config.remat != "none":  # unrolled, XLA would find the same expressions and keep them after all
+        if recomputed:  # unrolled, XLA would find the same expressions and keep them after all
             body = jax.checkpoint(body, policy=KEPT[self.config.remat], prevent_cse=self.config.unroll)
         scanned = (jnp.arange(num_periods), stacks, caches)
         unroll = num_periods if self.config.unroll else 1
-        x_BTD, caches = jax.lax.scan(body, x_BTD, scanned, unroll=unroll)
-        return self.norm(x_BTD), caches
+        x_BTD, caches = jax.lax.scan(body, constrain(x_BTD, "batch", "length", kept), scanned, unroll=unroll)
+        return self.norm(constrain(x_BTD, "batch", "length", None)), caches
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.compute_dtype)

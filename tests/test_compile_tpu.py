@@ -1,0 +1,38 @@
+"""A train step for a TPU that is not here, compiled by libtpu (extra `[tpu]`)."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Twelve layers of 768, rows of 1,024 tokens, eight a device, everything recomputed: what others' numbers are given for.
+CASE = [
+    "--config", "experiments/gpt_125m.py", "--topology", "v5e:2x4", "--config.mesh.data=1", "--config.mesh.fsdp=-1",
+    "--config.model.window=(0,)", "--config.data.sequence_length=1024", "--config.data.tokenizer=sentencepiece:50304",
+    "--config.data.global_batch_size=64", "--config.data.batch_ramp=(0,0)", "--config.model.compute_dtype=bfloat16",
+    "--config.model.unroll=False",
+]  # fmt: skip
+
+
+def compile_tpu(*arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "tools/compile_tpu.py", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=None)
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu]'")
+@pytest.mark.parametrize(("remat", "limit"), [("full", 0.95 * 2.05), ("dots", 0.95 * 3.60)])
+def test_gpt_125m_on_eight_chips_with_splash_attention(remat, limit):
+    """GiB a device at most 0.95 of what MaxText's step takes; the Pallas kernels stand in the program."""
+    result = compile_tpu(*CASE, f"--config.model.remat={remat}")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.strip().split("\n")[-1])
+    assert found["peak"] <= limit and found["kernels"] >= 3, found
+
+
+def test_a_step_that_cannot_be_is_refused_before_libtpu_is_asked():
+    result = compile_tpu(*CASE, "--config.mesh.tensro=5")
+    assert result.returncode == 2 and "did you mean" in result.stderr
