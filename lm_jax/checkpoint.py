@@ -1,6 +1,6 @@
 """Checkpoints: Orbax writes, our manifest verifies; what is torn is removed, what is broken is set aside and said.
 
-    <workdir>/config.json  tokenizer.model  checkpoints/<step>/{parameters,optimizer,data}  checkpoints/<step>/MANIFEST.json
+    <workdir>/config.json  tokenizer.{model,json,bytes}  checkpoints/<step>/{parameters,optimizer,data}  .../MANIFEST.json
 
 The manifest is written last and durably: a step without one never was. Order of restore: (1) the workdir has a valid step:
 resume; (2) `train.init_from`: parameters only; (3) fresh.
@@ -25,7 +25,7 @@ from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
 from lm_jax.data.shards import file_hash, flush
 from lm_jax.data.sources import files_below
-from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.data.tokenizer import Tokenizer, load
 from lm_jax.model import transformer
 from lm_jax.sharding import laid_out
 from lm_jax.train_state import Program, TrainState, abstract
@@ -215,11 +215,11 @@ def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], 
     os.replace(draft, workdir / "config.json")
 
 
-def write_tokenizer(workdir: epath.Path, model: bytes) -> None:
-    """`tokenizer.model`, whole or not at all."""
-    path, draft = workdir / "tokenizer.model", workdir / "tokenizer.model.draft"
-    if not path.exists() or path.read_bytes() != model:
-        draft.write_bytes(model)
+def write_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
+    """The tokenizer's file under its own name, whole or not at all."""
+    path, draft = workdir / tokenizer.file_name, workdir / f"{tokenizer.file_name}.draft"
+    if not path.exists() or path.read_bytes() != tokenizer.model:
+        draft.write_bytes(tokenizer.model)
         os.replace(draft, path)
 
 
@@ -288,7 +288,7 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     else:
         raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
     config = resolve(unflatten(read_config(workdir)["config"]))
-    return Located(workdir, step, config, Tokenizer((workdir / "tokenizer.model").read_bytes()))
+    return Located(workdir, step, config, load(str(workdir)))
 
 
 def graph_of(located: Located) -> transformer.Graph:

@@ -60,7 +60,8 @@ class Model:
 class Data:
     source: str = knob("python", 'corpus: "python" = the interpreter\'s own library and manual, or a folder of text')
     tokenizer: str = knob(
-        "sentencepiece:2048", "sentencepiece:PIECES (trained on the source at first use) or a .model file"
+        "sentencepiece:2048",
+        "sentencepiece:PIECES or unigram:PIECES (trained on the source at first use), bytes, a tokenizer's file or folder",
     )
     sequence_length: int = knob(256, "tokens in a row", low=2)
     global_batch_size: int = knob(16, "rows in a step, over all devices", low=1, fixed=False)

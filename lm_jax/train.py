@@ -113,7 +113,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         if data.step >= int(config.train.num_steps):
             return already_done(workdir, say)
         checkpoint.write_config(workdir, config, origins, facts)
-        checkpoint.write_tokenizer(workdir, corpus.tokenizer.model)
+        checkpoint.write_tokenizer(workdir, corpus.tokenizer)
         this = Run(config, workdir, say, corpus, program, mesh, ramp, counted, peak, state, data)
         return train(this, facts, phases, stop, experiment)
 
@@ -139,7 +139,7 @@ def find_init(program: Program, corpus: shards.Corpus, say: terminal.Terminal) -
     except UserError as error:
         raise UserError(str(error).replace("--model", "config.train.init_from")) from None
     if found.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
-        mend = f"--config.data.tokenizer={found.workdir}/tokenizer.model"
+        mend = f"--config.data.tokenizer={found.workdir / found.tokenizer.file_name}"
         raise UserError(
             f"config.train.init_from = {place!r} has another tokenizer than this corpus; take it too: {mend}"
         )

@@ -1,6 +1,6 @@
 """Tokens on disk: memory-mapped `.npy` arrays with document offsets, a tokenizer and a manifest, built once.
 
-    <folder>/tokenizer.model  {train,validation,test}.tokens.npy  {...}.offsets.npy  manifest.json (written last)
+    <folder>/tokenizer.{model,json,bytes}  {train,validation,test}.tokens.npy  {...}.offsets.npy  manifest.json (written last)
 
 A document is its `<|endoftext|>` and its tokens; documents lie in the order of their content hashes.
 """
@@ -47,7 +47,7 @@ class Corpus:
 
     @functools.cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
-        return tokenizer.load(os.path.join(self.folder, "tokenizer.model"))
+        return tokenizer.load(self.folder)
 
     @property
     def fingerprint(self) -> str:
@@ -119,11 +119,11 @@ def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> N
         say(f"not UTF-8, left out: {name}")
     if pieces:
         say(f"training a tokenizer of {pieces:,} pieces")
-    trained = tokenizer.train(ordered["train"], pieces) if pieces else tokenizer.load(data.tokenizer)
+    trained = tokenizer.make(data.tokenizer, ordered["train"])
     draft = f"{folder}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     os.makedirs(draft)
-    with open(os.path.join(draft, "tokenizer.model"), "wb") as file:
+    with open(os.path.join(draft, trained.file_name), "wb") as file:
         file.write(trained.model)
     counts, start, done = {}, time.monotonic(), 0
     dtype = np.uint16 if trained.num_pieces <= 2**16 else np.uint32
