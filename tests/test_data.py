@@ -187,11 +187,11 @@ def test_a_corpus_is_built_once_and_checked_when_read(folder):
     first = shards.open_corpus(data)
     said = []
     assert shards.open_corpus(data, said.append).fingerprint == first.fingerprint and not said
-    tokens = pathlib.Path(first.folder) / "train.tokens.npy"
+    tokens = pathlib.Path(first.folder) / "train-00000.tokens.npy"
     raw = bytearray(tokens.read_bytes())
     raw[-1] ^= 1
     tokens.write_bytes(raw)
-    with pytest.raises(UserError, match=r"train.tokens.npy is changed since it was built; remove"):
+    with pytest.raises(UserError, match=r"train-00000.tokens.npy is changed since it was built; remove"):
         shards.open_corpus(data)
     (folder / "copy.py").write_text("something else")
     assert shards.open_corpus(data).fingerprint != first.fingerprint

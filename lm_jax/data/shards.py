@@ -1,20 +1,22 @@
-"""Tokens on disk: memory-mapped `.npy` arrays with document offsets, a tokenizer and a manifest, built once.
+"""Tokens on disk: memory-mapped `.npy` shards with document offsets, a tokenizer and a manifest that is written last.
 
-    <folder>/tokenizer.{model,json,bytes}  {train,validation,test}.tokens.npy  {...}.offsets.npy  manifest.json (written last)
+    <folder>/tokenizer.*  {train,validation,test}-00000.tokens.npy  ...-00000.offsets.npy  ...  manifest.json
 
-A document is its `<|endoftext|>` and its tokens; documents lie in the order of their content hashes.
+A document is its `<|endoftext|>` and its tokens. Whoever prepares text writes with `ShardWriter`; a folder that has a manifest
+is a place that a config can name. What a config names as raw text is built once into the cache, and read from there.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import numpy as np
@@ -23,20 +25,58 @@ from etils import epath
 from lm_jax.config import Data, UserError
 from lm_jax.data import sources, tokenizer
 
-FORMAT = 1
+FORMAT = 2
+PIPELINE = 1  # version of what turns documents into shards and shards into rows: other rows, other number
+MANIFEST = "manifest.json"
+SHARD_TOKENS = 2**27  # of a full shard
+
+
+class Joined:
+    """Token arrays of several shards read as one. A slice is a view where it lies in one shard, else a copy."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        start, stop, step = window.indices(len(self))
+        assert step == 1
+        first = max(0, int(np.searchsorted(self.starts, start, side="right")) - 1)
+        last = max(first, int(np.searchsorted(self.starts, stop, side="left")) - 1)
+        found = [
+            self.parts[k][max(0, start - int(self.starts[k])) : max(0, stop - int(self.starts[k]))]
+            for k in range(first, min(last + 1, len(self.parts)))
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.concatenate(self.parts).astype(dtype or self.dtype)
+
+    def __iter__(self) -> Iterator[int]:
+        for part in self.parts:
+            yield from map(int, part)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Documents d = tokens[offsets[d]:offsets[d + 1]]."""
 
-    tokens: np.ndarray  # [num_tokens] uint16 or uint32, memory-mapped
+    tokens: np.ndarray | Joined  # [num_tokens] uint16 or uint32, memory-mapped
     offsets: np.ndarray  # [num_documents + 1] int64
     num_bytes: int  # of text
+    place: tuple[str, str] | None = None  # (folder, name) on disk, None in memory
 
     @property
     def num_documents(self) -> int:
         return len(self.offsets) - 1
+
+    def __reduce__(self):  # worker processes map the files anew
+        if self.place:
+            return open_split, self.place
+        return Split, (self.tokens, self.offsets, self.num_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +87,7 @@ class Corpus:
 
     @functools.cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
-        return tokenizer.load(self.folder)
+        return tokenizer.load(os.path.join(self.folder, self.manifest["tokenizer_file"]))
 
     @property
     def fingerprint(self) -> str:
@@ -55,16 +95,138 @@ class Corpus:
         return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Growing:
+    """A one-dimensional `.npy` file that grows: numpy's header has room for any length."""
+
+    def __init__(self, path: str, dtype):
+        self.dtype, self.size = np.dtype(dtype), 0
+        self._file = open(path, "wb")  # noqa: SIM115  (closed by `close`)
+        self._header()
+        self._start = self._file.tell()
+
+    def _header(self) -> None:
+        self._file.seek(0)
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.size,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.asarray(values).astype(self.dtype).tobytes())
+        self.size += len(values)
+
+    def close(self) -> None:
+        self._header()
+        assert self._file.tell() == self._start
+        flush(self._file)
+        self._file.close()
+
+
+class ShardWriter:
+    """Streams documents into the shards of a folder in bounded memory; with `close` the folder is a corpus.
+
+        writer = ShardWriter(folder, tokenizer)
+        writer.add("train", tokenizer.encode(text), len(text.encode()))
+        writer.close(source="...", left_out={...})
+
+    A shard holds at most `shard_tokens` tokens, or one document that is longer. Shards that an earlier writer left
+    unfinished are removed.
+    """
+
+    def __init__(self, folder: str, tokens_of: tokenizer.Tokenizer, shard_tokens: int = SHARD_TOKENS):
+        self.folder, self.tokenizer, self.shard_tokens = folder, tokens_of, shard_tokens
+        os.makedirs(folder, exist_ok=True)
+        assert not os.path.exists(os.path.join(folder, MANIFEST)), f"{folder} is a corpus already"
+        for left in glob.glob(os.path.join(glob.escape(folder), "*.npy")):
+            os.remove(left)
+        self.dtype = np.dtype(np.uint16 if tokens_of.num_pieces <= 2**16 else np.uint32)
+        nothing = {"documents": 0, "tokens": 0, "bytes": 0, "shards": 0}
+        self.counts = {split: dict(nothing) for split in sources.SPLITS}  # of what is written so far
+        self._open: dict[str, tuple[Growing, Growing]] = {}
+
+    def add(self, split: str, ids: np.ndarray, num_bytes: int) -> None:
+        """One more document: the ids of its text (`<|endoftext|>` is put before them), and its bytes of UTF-8."""
+        if split in self._open and self._open[split][0].size + 1 + len(ids) > self.shard_tokens:
+            self._finish(split)
+        if split not in self._open:
+            stem = os.path.join(self.folder, f"{split}-{self.counts[split]['shards']:05}")
+            self._open[split] = Growing(f"{stem}.tokens.npy", self.dtype), Growing(f"{stem}.offsets.npy", np.int64)
+            self.counts[split]["shards"] += 1
+        tokens, offsets = self._open[split]
+        offsets.append(np.array([tokens.size]))
+        self.counts[split]["documents"] += 1
+        self.counts[split]["tokens"] += 1
+        tokens.append(np.array([self.tokenizer.document_id]))
+        self.extend(split, ids, num_bytes)
+
+    def extend(self, split: str, ids: np.ndarray, num_bytes: int) -> None:
+        """More of the document that was added to the split last, where it is too large to be encoded at once."""
+        ids = np.asarray(ids)
+        assert not len(ids) or 0 <= ids.min() <= ids.max() < self.tokenizer.num_pieces
+        self._open[split][0].append(ids)
+        self.counts[split]["tokens"] += len(ids)
+        self.counts[split]["bytes"] += num_bytes
+
+    def _finish(self, split: str) -> None:
+        tokens, offsets = self._open.pop(split)
+        offsets.append(np.array([tokens.size]))
+        tokens.close()
+        offsets.close()
+
+    def close(self, **facts) -> dict:
+        """Writes what is open, the tokenizer and last the manifest, with `facts` (JSON) beside counts and hashes."""
+        for split in list(self._open):
+            self._finish(split)
+        with open(os.path.join(self.folder, self.tokenizer.file_name), "wb") as file:
+            file.write(self.tokenizer.model)
+            flush(file)
+        names = [self.tokenizer.file_name, *shard_names(self.counts)]
+        manifest = {
+            "format": FORMAT,
+            "pipeline": PIPELINE,
+            **facts,
+            "tokenizer": self.tokenizer.fingerprint,
+            "tokenizer_file": self.tokenizer.file_name,
+            "counts": self.counts,
+            "files": {name: file_hash(os.path.join(self.folder, name)) for name in sorted(names)},
+        }
+        draft = os.path.join(self.folder, MANIFEST + ".draft")
+        with open(draft, "w") as file:
+            json.dump(manifest, file, indent=1)
+            flush(file)
+        os.replace(draft, os.path.join(self.folder, MANIFEST))
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        return manifest
+
+
+def shard_names(counts: dict[str, dict[str, int]]) -> list[str]:
+    """Names of the `.npy` files that a manifest with these counts has."""
+    return [
+        f"{split}-{number:05}.{part}.npy"
+        for split in sources.SPLITS
+        for number in range(counts[split]["shards"])
+        for part in ("tokens", "offsets")
+    ]
+
+
 def cache_folder() -> str:
     """Where what can be made again is kept: $LM_JAX_CACHE, else ~/.cache/lm_jax."""
     return os.environ.get("LM_JAX_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lm_jax")
 
 
+def is_prepared(place: str) -> bool:
+    """Whether a place holds shards, not raw text."""
+    return place != "python" and (epath.Path(place) / MANIFEST).exists()
+
+
 def open_corpus(data: Data, say: Callable[[str], None] = lambda line: None) -> Corpus:
     """The corpus of a config, built on first use: one process writes, others wait. Raises UserError."""
+    if is_prepared(data.source):
+        return read(data.source, "prepare it again, or restore it from a copy")
     pieces = tokenizer.num_pieces(data.tokenizer)
     source = data.source if data.source == "python" else os.path.abspath(data.source)
-    identity = [FORMAT, source, data.tokenizer, data.validation_fraction, data.test_fraction]
+    identity = [FORMAT, PIPELINE, source, data.tokenizer, data.validation_fraction, data.test_fraction]
     if not pieces:
         identity.append(tokenizer.load(data.tokenizer).fingerprint)
     if data.source != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
@@ -72,11 +234,11 @@ def open_corpus(data: Data, say: Callable[[str], None] = lambda line: None) -> C
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     name = "python" if data.source == "python" else os.path.basename(source)
     folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
-    if not os.path.exists(os.path.join(folder, "manifest.json")):
+    if not os.path.exists(os.path.join(folder, MANIFEST)):
         with writer_lock(folder + ".lock", say):
-            if not os.path.exists(os.path.join(folder, "manifest.json")):
+            if not os.path.exists(os.path.join(folder, MANIFEST)):
                 build(data, pieces, folder, say)
-    return read(folder)
+    return read(folder, f"remove {folder} and it is built again")
 
 
 @contextlib.contextmanager
@@ -93,7 +255,7 @@ def writer_lock(path: str, say: Callable[[str], None]):
 
 
 def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> None:
-    """Read, split, train the tokenizer on the training documents, tokenise, write; the manifest last."""
+    """Read, split, train the tokenizer on the training documents, tokenise, write; documents in the order of their hashes."""
     found: dict[str, dict[str, str]] = {split: {} for split in sources.SPLITS}
     unreadable, duplicates, empty = [], 0, 0
     for name, raw in sources.documents(data.source):
@@ -110,11 +272,9 @@ def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> N
     ordered = {split: [texts[digest] for digest in sorted(texts)] for split, texts in found.items()}
     if not ordered["train"]:
         raise UserError(f"config.data.source = {data.source!r} holds no text (UTF-8 files that are not empty)")
-    num_bytes = {split: sum(len(text.encode()) for text in texts) for split, texts in ordered.items()}
+    num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
     dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8"
-    say(
-        f"corpus {data.source}: {sum(map(len, ordered.values())):,} documents, {sum(num_bytes.values()) / 1e6:.1f} MB{dropped}"
-    )
+    say(f"corpus {data.source}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
     for name in unreadable[:3]:
         say(f"not UTF-8, left out: {name}")
     if pieces:
@@ -122,55 +282,82 @@ def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> N
     trained = tokenizer.make(data.tokenizer, ordered["train"])
     draft = f"{folder}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    os.makedirs(draft)
-    with open(os.path.join(draft, trained.file_name), "wb") as file:
-        file.write(trained.model)
-    counts, start, done = {}, time.monotonic(), 0
-    dtype = np.uint16 if trained.num_pieces <= 2**16 else np.uint32
+    writer, start, done = ShardWriter(draft, trained), time.monotonic(), 0
     for split, texts in ordered.items():
-        encoded = []
         for text in texts:
-            encoded.append(np.concatenate([[trained.document_id], trained.encode(text)]).astype(dtype))
+            writer.add(split, trained.encode(text), len(text.encode()))
             done += len(text)
             if time.monotonic() - start > 2:
                 start = time.monotonic()
-                say(f"tokenising: {100 * done / sum(num_bytes.values()):.0f}%")
-        tokens = np.concatenate(encoded) if encoded else np.zeros(0, dtype)
-        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        np.save(os.path.join(draft, f"{split}.tokens.npy"), tokens)
-        np.save(os.path.join(draft, f"{split}.offsets.npy"), offsets)
-        counts[split] = {"documents": len(texts), "tokens": len(tokens), "bytes": num_bytes[split]}
-    files = {name: file_hash(os.path.join(draft, name)) for name in sorted(os.listdir(draft))}
-    manifest = {
-        "format": FORMAT,
-        "source": data.source,
-        "tokenizer": trained.fingerprint,
-        "counts": counts,
-        "files": files,
-    }
-    manifest["left_out"] = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable}
-    with open(os.path.join(draft, "manifest.json"), "w") as file:
-        json.dump(manifest, file, indent=1)
-        flush(file)
+                say(f"tokenising: {100 * done / num_bytes:.0f}%")
+    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable}
+    writer.close(source=data.source, left_out=left_out)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(draft, folder)
 
 
-def read(folder: str) -> Corpus:
-    """Opens and verifies a built corpus. Raises UserError that names the file that is not as it was written."""
-    with open(os.path.join(folder, "manifest.json")) as file:
-        manifest = json.load(file)
+def read(folder: str, mend: str) -> Corpus:
+    """Opens and verifies a corpus. Raises UserError that names the file that is not as it was written, and the mend."""
+    manifest = read_manifest(folder, mend)
+    verify(folder, manifest, mend)
+    return Corpus(folder, manifest, {split: open_split(folder, split) for split in sources.SPLITS})
+
+
+def read_manifest(folder: str, mend: str) -> dict:
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path) as file:
+            manifest = json.load(file)
+        found, names = manifest["format"], [manifest["tokenizer_file"], *shard_names(manifest["counts"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} cannot be read as the manifest of a corpus; {mend}") from None
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found!r}, this version reads {FORMAT}; {mend}")
+    if sorted(names) != sorted(manifest["files"]):
+        raise UserError(f"{path}: its files are not those of its counts; {mend}")
+    return manifest
+
+
+def verify(folder: str, manifest: dict, mend: str) -> None:
+    """Every file is as it was written: hashed once, then known by size and time of change. Raises UserError."""
+    known_by = os.path.join(
+        cache_folder(), "verified", hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16] + ".json"
+    )
+    known = {}
+    with contextlib.suppress(OSError, ValueError):  # what is lost or torn here is hashed again
+        with open(known_by) as file:
+            known = json.load(file)
+    seen = {}
     for name, expected in manifest["files"].items():
         path = os.path.join(folder, name)
-        if not os.path.exists(path) or file_hash(path) != expected:
-            state = "changed since it was built" if os.path.exists(path) else "missing"
-            raise UserError(f"{path} is {state}; remove {folder} and it is built again")
-    load = lambda split, part: np.load(os.path.join(folder, f"{split}.{part}.npy"), mmap_mode="r")
-    splits = {
-        split: Split(load(split, "tokens"), np.asarray(load(split, "offsets")), manifest["counts"][split]["bytes"])
-        for split in sources.SPLITS
-    }
-    return Corpus(folder, manifest, splits)
+        if not os.path.exists(path):
+            raise UserError(f"{path} is missing; {mend}")
+        stat = os.stat(path)
+        if stat.st_size != expected["bytes"]:
+            raise UserError(
+                f"{path} is changed since it was built: {stat.st_size:,} bytes, not {expected['bytes']:,}; {mend}"
+            )
+        seen[name] = [stat.st_size, stat.st_mtime_ns, expected["sha256"]]
+        if known.get(name) != seen[name] and file_hash(path) != expected:
+            raise UserError(f"{path} is changed since it was built; {mend}")
+    if seen != known:
+        os.makedirs(os.path.dirname(known_by), exist_ok=True)
+        draft = f"{known_by}.{os.getpid()}"
+        with open(draft, "w") as file:
+            json.dump(seen, file)
+        os.replace(draft, known_by)
+
+
+def open_split(folder: str, name: str) -> Split:
+    """A split of a verified corpus, its tokens mapped."""
+    with open(os.path.join(folder, MANIFEST)) as file:
+        count = json.load(file)["counts"][name]
+    load = lambda k, part: np.load(os.path.join(folder, f"{name}-{k:05}.{part}.npy"), mmap_mode="r")
+    tokens = [load(k, "tokens") for k in range(count["shards"])] or [np.zeros(0, np.uint16)]
+    starts = np.cumsum([0, *map(len, tokens)])
+    offsets = [load(k, "offsets")[:-1] + starts[k] for k in range(count["shards"])]
+    joined = np.concatenate([*offsets, starts[-1:]])
+    return Split(tokens[0] if len(tokens) == 1 else Joined(tokens), joined, count["bytes"], (folder, name))
 
 
 def file_hash(path) -> dict[str, int | str]:

@@ -58,6 +58,8 @@ class SentencePiece:
 
     file_name = "tokenizer.model"
 
+    file_name = "tokenizer.model"  # under which `model` is kept beside shards and in a run
+
     def __init__(self, model: bytes):
         self.model, self.fingerprint = model, fingerprint(model)
         try:

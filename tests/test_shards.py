@@ -1,0 +1,136 @@
+"""Shards: many read as one, written in bounded memory, and never read where they are not as they were written."""
+
+import json
+import os
+import pathlib
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from lm_jax.config import UserError
+from lm_jax.data import shards
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def write(folder, corpus, documents, shard_tokens=shards.SHARD_TOKENS, split="train") -> pathlib.Path:
+    """A prepared folder of documents given as lists of ids."""
+    writer = shards.ShardWriter(str(folder), corpus.tokenizer, shard_tokens)
+    for ids in documents:
+        writer.add(split, np.array(ids, np.int32), num_bytes=len(ids))
+    writer.close(source="made up")
+    return folder
+
+
+def made_up(num: int, seed: int = 0) -> list[list[int]]:
+    random = np.random.RandomState(seed)
+    return [list(random.randint(2, 500, random.randint(0, 60))) for _ in range(num)]
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 50, 100, 10**6])
+def test_many_shards_read_as_one(corpus, cache, tmp_path, shard_tokens):
+    documents = made_up(40)
+    found = shards.read(str(write(tmp_path / "many", corpus, documents, shard_tokens)), "")
+    split, whole = found.splits["train"], [i for ids in documents for i in (corpus.tokenizer.document_id, *ids)]
+    assert found.manifest["counts"]["train"]["shards"] == (1 if shard_tokens == 10**6 else len(split.tokens.parts))
+    np.testing.assert_array_equal(np.asarray(split.tokens), whole)
+    for d, ids in enumerate(documents):
+        found_ids = split.tokens[int(split.offsets[d]) : int(split.offsets[d + 1])]
+        np.testing.assert_array_equal(found_ids, [corpus.tokenizer.document_id, *ids])
+    for start in range(0, len(whole), 7):
+        for size in (0, 1, 13, 300):
+            np.testing.assert_array_equal(split.tokens[start : start + size], whole[start : start + size])
+    sizes = [len(np.load(path)) for path in sorted((tmp_path / "many").glob("*.tokens.npy"))]
+    assert all(size <= max(shard_tokens, 61) for size in sizes) and sum(sizes) == len(whole)
+
+
+def test_a_document_may_come_in_parts(corpus, cache, tmp_path):
+    writer = shards.ShardWriter(str(tmp_path / "parts"), corpus.tokenizer, 10)
+    writer.add("train", np.arange(2, 9), 7)
+    writer.extend("train", np.arange(9, 40), 31)
+    writer.add("train", np.arange(2, 5), 3)
+    writer.close()
+    split = shards.read(str(tmp_path / "parts"), "").splits["train"]
+    assert split.num_documents == 2 and split.num_bytes == 41
+    np.testing.assert_array_equal(split.tokens[1:39], np.arange(2, 40))
+
+
+def test_a_worker_maps_the_files_anew(corpus, cache, tmp_path):
+    split = shards.read(str(write(tmp_path / "many", corpus, made_up(3000), 5000)), "").splits["train"]
+    packed = pickle.dumps(split)
+    assert len(packed) < 1000
+    np.testing.assert_array_equal(np.asarray(pickle.loads(packed).tokens), np.asarray(split.tokens))
+
+
+def test_an_unfinished_writer_leaves_no_corpus_and_the_next_one_starts_clean(corpus, cache, tmp_path):
+    writer = shards.ShardWriter(str(tmp_path / "x"), corpus.tokenizer, 50)
+    for ids in made_up(40):
+        writer.add("train", np.array(ids, np.int32), 1)
+    assert not shards.is_prepared(str(tmp_path / "x")) and len(list((tmp_path / "x").glob("*.npy"))) > 10
+    write(tmp_path / "x", corpus, made_up(2))
+    assert len(list((tmp_path / "x").glob("*.npy"))) == 2 and shards.is_prepared(str(tmp_path / "x"))
+
+
+def changed(path: pathlib.Path, how: str) -> None:
+    raw = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(raw[:-2])
+    elif how == "longer":
+        path.write_bytes(raw + b"\0\0")
+    else:
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "longer", "flipped"])
+@pytest.mark.parametrize("name", ["train-00001.tokens.npy", "train-00000.offsets.npy", "tokenizer.model"])
+def test_a_shard_that_is_not_as_written_is_refused_by_name(corpus, cache, tmp_path, name, how):
+    folder = write(tmp_path / "x", corpus, made_up(40), 500)
+    shards.read(str(folder), "")  # now it is known by size and time
+    changed(folder / name, how)
+    with pytest.raises(UserError, match=f"{name} is (missing|changed since it was built).*; prepare it again"):
+        shards.read(str(folder), "prepare it again")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"format": 2}', "cannot be read"),
+        ("FORMAT", "has format 9"),
+        ("FILES", "its files are not those of its counts"),
+    ],
+)
+def test_a_broken_manifest_is_refused(corpus, cache, tmp_path, content, words):
+    folder = write(tmp_path / "x", corpus, made_up(4))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if content == "FORMAT":
+        manifest["format"] = 9
+    elif content == "FILES":
+        del manifest["files"]["train-00000.tokens.npy"]
+    (folder / "manifest.json").write_text(json.dumps(manifest) if content.isupper() else content)
+    with pytest.raises(UserError, match=words):
+        shards.read(str(folder), "")
+
+
+def test_files_are_hashed_once_and_known_by_size_and_time(corpus, cache, tmp_path, monkeypatch):
+    folder, hashed = write(tmp_path / "x", corpus, made_up(4)), []
+    real = shards.file_hash
+    monkeypatch.setattr(shards, "file_hash", lambda path: hashed.append(os.path.basename(path)) or real(path))
+    shards.read(str(folder), "")
+    assert len(hashed) == 3
+    shards.read(str(folder), "")
+    assert len(hashed) == 3
+    os.utime(folder / "train-00000.tokens.npy")
+    shards.read(str(folder), "")
+    assert hashed[3:] == ["train-00000.tokens.npy"]
+    shutil.rmtree(tmp_path / "cache")
+    shards.read(str(folder), "")
+    assert len(hashed) == 7
