@@ -1,7 +1,7 @@
 """GPT-3 Small (arXiv:2005.14165, table 2.1 and appendix B): 125M parameters, 300B tokens.
 
     python -m lm_jax.main --config experiments/gpt_125m.py
-    python -m lm_jax.main --config experiments/gpt_125m.py --config.data.source=/path/to/folder/of/text
+    python -m lm_jax.main --config experiments/gpt_125m.py --config.data.sources=/path/to/folder/of/text
 
 Batch 0.5M tokens = 256 rows of 2,048, from 32k tokens = 16 rows over the first 4B tokens; warm-up over 375M tokens, cosine
 to 10% of the rate at 260B. Dense and banded attention alternate; the paper does not give the band's width, 256 is ours.

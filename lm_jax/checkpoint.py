@@ -32,6 +32,7 @@ from lm_jax.train_state import Program, TrainState, abstract
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+FACTS = ("pipeline", "tokenizer", "data")  # of the mixture, kept with every step; config.json has its shards too
 
 
 class DataState(NamedTuple):
@@ -68,7 +69,7 @@ def steps_folder(workdir: epath.Path) -> epath.Path:
 class Saver:
     """Saves in the background. `poll` raises what went wrong there; `wait` ends with the manifest on disk."""
 
-    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, str]):
+    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, Any]):
         self.folder, self.config, self.facts = steps_folder(workdir), config, facts
         self.folder.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -87,7 +88,7 @@ class Saver:
 
     def _finish(self, step: int) -> None:
         self._orbax.wait_until_finished()
-        write_manifest(self.folder / str(step), {"step": step, **self.facts})
+        write_manifest(self.folder / str(step), {"step": step} | {name: self.facts[name] for name in FACTS})
         self._retain()
 
     def _retain(self) -> None:
@@ -207,7 +208,7 @@ def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainStat
     return TrainState(step_array, found.parameters, optimizer_state), data
 
 
-def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], facts: dict[str, str]) -> None:
+def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], facts: dict[str, Any]) -> None:
     """`config.json`: the resolved values, and for each that is no default where it came from."""
     content = {"format": FORMAT, "config": flatten(config), "origins": origins, **facts}
     draft = workdir / "config.json.draft"
@@ -239,23 +240,56 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     return content
 
 
-def check_resume(workdir: epath.Path, saved: dict[str, Any], config: Config, facts: dict[str, str]) -> list[str]:
+def check_resume(workdir: epath.Path, saved: dict[str, Any], config: Config, facts: dict[str, Any]) -> list[str]:
     """Lines on what changed since the run was started. Raises UserError for what a run must keep."""
     changed = difference(saved["config"], flatten(config))
     fixed = {
         path: values for path, values in changed.items() if path not in leaves() or leaves()[path].metadata["fixed"]
     }
     if fixed:
-        shown = [f"config.{path}: {old!r} there, {new!r} here" for path, (old, new) in list(fixed.items())[:3]]
-        more = f" (+{len(fixed) - 3} more)" * (len(fixed) > 3)
-        lines = "\n".join(shown)
+        shown = [line for path, (old, new) in fixed.items() for line in describe(path, old, new)]
         raise UserError(
-            f"{workdir} holds a run with another config:\n{lines}{more}\nuse another --workdir, or its config"
+            f"{workdir} holds a run with another config:\n{few(shown)}\nuse another --workdir, or its config"
         )
-    for fact, value in facts.items():
-        if saved.get(fact) != value:
-            raise UserError(f"{workdir} holds a run on other data: {fact} {saved.get(fact)!r} there, {value!r} here")
+    if different := other_data(saved, facts):
+        raise UserError(f"{workdir} holds a run on other data:\n{few(different)}\nuse another --workdir, or its data")
     return [f"changed on resume: config.{path}: {old!r} -> {new!r}" for path, (old, new) in changed.items()]
+
+
+def few(lines: list[str]) -> str:
+    """The first three of them, and how many more there are."""
+    return "\n".join(lines[:3]) + f" (+{len(lines) - 3} more)" * (len(lines) > 3)
+
+
+def describe(path: str, old: Any, new: Any) -> list[str]:
+    """How a config value differs; for the mixture which source, and which weight."""
+    if path != "data.sources" or not old:
+        return [f"config.{path}: {old!r} there, {new!r} here"]
+    there, here = ({place: weight for place, weight in sources} for sources in (old, new))
+    weights = {place: (there.get(place, "none"), here.get(place, "none")) for place in {**there, **here}}
+    lines = [
+        f"config.{path}: weight of {place!r}: {a} there, {b} here"
+        for place, (a, b) in weights.items()
+        if json.dumps(a) != json.dumps(b)
+    ]
+    return lines or [f"config.{path}: the order of the sources"]
+
+
+def other_data(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """What a run was started on that is not what is here now: tokenizer, version, or shards by name."""
+    lines = [
+        f"{name} {saved.get(name)!r} there, {facts[name]!r} here"
+        for name in ("pipeline", "tokenizer")
+        if saved.get(name) != facts[name]
+    ]
+    for place, here in facts["shards"].items():
+        there = saved.get("shards", {}).get(place, {})
+        lines += [
+            f"{place}: {name} {there.get(name, 'none')} there, {here.get(name, 'none')} here"
+            for name in sorted({*there, *here})
+            if there.get(name) != here.get(name)
+        ]
+    return lines
 
 
 class Located(NamedTuple):

@@ -185,7 +185,9 @@ def run_name(place: str) -> str:
     return os.path.basename(path).removesuffix(".py") + (f"-{variant}" if variant else "")
 
 
-def check_tokenizer(found, corpus) -> None:
+def check_tokenizer(found, mixed) -> None:
     """Raises UserError where the corpus was tokenised by another tokenizer than the model's."""
-    if found.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
-        raise UserError(f"the corpus at {corpus.folder} was tokenised by another tokenizer than {found.workdir}'s")
+    if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
+        raise UserError(
+            f"the corpus {', '.join(mixed.places)} was tokenised by another tokenizer than {found.workdir}'s"
+        )

@@ -15,6 +15,8 @@ from typing import Any, get_args
 import ml_collections
 
 Length = int | str  # a number of steps, or a string with its unit: "375M tokens", "2 epochs", "30 min" (checkpoints)
+Weight = float | tuple[tuple[int, float], ...]  # of a source in the mixture; or ((first row, weight), ...), rising rows
+Sources = tuple[tuple[str, Weight], ...]
 
 
 class UserError(ValueError):
@@ -58,17 +60,32 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    source: str = knob("python", 'corpus: "python" = the interpreter\'s own library and manual, or a folder of text')
+    sources: Sources = knob(
+        (("python", 1.0),),
+        '((place, weight), ...): "python" = the interpreter\'s library and manual, a folder of text, or a prepared folder; '
+        "a weight is a share of the rows, or ((first row, weight), ...)",
+    )
     tokenizer: str = knob(
         "sentencepiece:2048",
-        "sentencepiece:PIECES or unigram:PIECES (trained on the source at first use), bytes, a tokenizer's file or folder",
+        "sentencepiece:PIECES or unigram:PIECES (trained on the first source at first use), bytes, a tokenizer's file or "
+        "folder; a prepared source brings its own",
     )
     sequence_length: int = knob(256, "tokens in a row", low=2)
     global_batch_size: int = knob(16, "rows in a step, over all devices", low=1, fixed=False)
     batch_ramp: tuple[int, Length] = knob(
         (0, 0), "(rows at the start, length over which they grow to the full batch); (0, 0) = off", low=0, fixed=False
     )
-    seed: int = knob(0, "order of the documents", low=0)
+    packing: str = knob(
+        "split",
+        "documents concatenated and split, or whole by best fit, those longer than a row cut or (best_fit_whole) refused",
+        choices=("split", "best_fit", "best_fit_whole"),
+    )
+    objective: str = knob(
+        "causal",
+        "what is predicted: the next token, masked tokens (BERT; or whole words), or spans (T5)",
+        choices=("causal", "masked", "masked_words", "span_corruption"),
+    )
+    seed: int = knob(0, "order of the documents, and what the objective hides", low=0)
     num_workers: int = knob(0, "processes that load rows; 0 = a thread", low=0, fixed=False)
     validation_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
     test_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
@@ -207,6 +224,8 @@ def _check(path: str, value: Any, kind: Any, metadata) -> Any:
     def refuse(expected: str) -> UserError:
         return UserError(f"config.{path} = {value!r}: {expected} ({metadata['meaning']})")
 
+    if kind == Sources:
+        return _check_sources(path, value)
     number_or_name = kind == int | str
     if get_args(kind) and not number_or_name:  # a tuple
         kinds = get_args(kind)
@@ -242,6 +261,39 @@ def _check(path: str, value: Any, kind: Any, metadata) -> Any:
         if limit is not None and not isinstance(value, (str, bool)) and wrong(value, limit):
             raise refuse(f"must be at {'least' if bound == 'low' else 'most'} {limit}")
     return value
+
+
+def _check_sources(path: str, value: Any) -> Sources:
+    """Canonical ((place, weight), ...); a bare string is one source with weight 1. Raises UserError."""
+    example = '(("books", 0.7), ("code", 0.3))'
+    found: list[tuple[str, Weight]] = []
+    for source in ((value, 1.0),) if isinstance(value, str) else value if isinstance(value, (tuple, list)) else ():
+        if not isinstance(source, (tuple, list)) or len(source) != 2 or not isinstance(source[0], str):
+            raise UserError(f"config.{path} = {value!r}: expected a place, or (place, weight) pairs such as {example}")
+        place, weight = source
+        stages = weight if isinstance(weight, (tuple, list)) else ((0, weight),)
+        for stage in stages:
+            number = lambda x, *kinds: type(x) in kinds and math.isfinite(x) and x >= 0
+            if not (isinstance(stage, (tuple, list)) and len(stage) == 2 and number(stage[0], int)) or not number(
+                stage[1], int, float
+            ):
+                raise UserError(
+                    f"config.{path}: weight {weight!r} of {place!r}: expected a number from 0 on, or ((first row, weight), ...)"
+                )
+        firsts = [first for first, _ in stages]
+        if not firsts or firsts != sorted(set(firsts)):
+            raise UserError(f"config.{path}: weight {weight!r} of {place!r}: the first rows of its stages must rise")
+        table = tuple((first, float(share)) for first, share in stages)
+        found.append((place, table if isinstance(weight, (tuple, list)) else table[0][1]))
+    places = [place for place, _ in found]
+    if not found or len(set(places)) < len(places):
+        problem = "a place stands twice" if found else "no source"
+        raise UserError(f"config.{path} = {value!r}: {problem}; expected a place, or pairs such as {example}")
+    tables = [weight if isinstance(weight, tuple) else ((0, weight),) for _, weight in found]
+    for row in sorted({0} | {first for table in tables for first, _ in table}):
+        if not any(next((share for first, share in reversed(table) if first <= row), 0) for table in tables):
+            raise UserError(f"config.{path} = {value!r}: no source has a weight from row {row:,} on")
+    return tuple(found)
 
 
 def resolve(config) -> Config:

@@ -24,7 +24,8 @@ def configure() -> None:
 def devices() -> list[jax.Device]:
     """All devices, after joining the other processes where there are some. Raises UserError where there is none."""
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+        number = lambda name: int(os.environ[name]) if name in os.environ else None  # unset: the cluster knows
+        jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
     try:
         return jax.devices()
     except RuntimeError as error:

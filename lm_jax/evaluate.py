@@ -12,7 +12,7 @@ import numpy as np
 
 from lm_jax import checkpoint, command, distributed
 from lm_jax.config import Mesh
-from lm_jax.data import pipeline, shards
+from lm_jax.data import mixture, packing, pipeline
 from lm_jax.distributed import settle
 from lm_jax.loss import loss_sum
 from lm_jax.model.transformer import Graph
@@ -36,6 +36,15 @@ class Totals(NamedTuple):
         }
 
 
+def by_source(totals: dict[str, Totals], prefix: str) -> dict[str, float]:
+    """Metrics of the whole, and where there are several sources of each: `eval/loss`, `eval/<source>/loss`, ..."""
+    whole = Totals(*(math.fsum(part) for part in zip(*totals.values(), strict=True)))
+    found = whole.metrics(prefix)
+    for source, part in totals.items() if len(totals) > 1 else ():
+        found |= part.metrics(f"{prefix}/{source}")
+    return found
+
+
 class Evaluator:
     """One compiled program that adds up a batch; a batch that is not full is padded with rows that count nothing."""
 
@@ -44,11 +53,11 @@ class Evaluator:
         self._sums = jax.jit(functools.partial(batch_sums, graph, bytes_per_piece))
 
     def __call__(
-        self, parameters: dict, rows: pipeline.Held, num_rows: int = 0, watch: Callable = lambda done, of: None
+        self, parameters: dict, rows: packing.Held, num_rows: int = 0, watch: Callable = lambda done, of: None
     ):
         """Totals over the first `num_rows` rows (0: all). `watch(done, of)` is called after every batch."""
         wanted = min(num_rows or rows.num_rows, rows.num_rows)
-        limited = pipeline.First(rows, wanted)
+        limited = packing.First(rows, wanted)
         parts = []
         for batch in pipeline.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
             parts.append(settle(self._sums(parameters, batch)))
@@ -80,18 +89,20 @@ def main(arguments: list[str]) -> int:
     found = checkpoint.locate(flags.model, say)
     devices = distributed.devices()
     mesh = make_mesh(Mesh(), devices)
-    corpus = shards.open_corpus(found.config.data, say)
-    command.check_tokenizer(found, corpus)
-    rows = pipeline.held_rows(
-        corpus.splits[flags.split], flags.split, found.config.data.sequence_length, corpus.tokenizer.document_id
-    )
+    mixed = mixture.open_mixture(found.config.data, say)
+    command.check_tokenizer(found, mixed)
+    rows = mixed.held(found.config.data, flags.split)
     with jax.set_mesh(mesh):
         graph, parameters = checkpoint.load_parameters(found)
         size = flags.batch_size * batch_shards(dict(mesh.shape))
-        evaluator = Evaluator(graph, mesh, corpus.tokenizer.bytes_per_piece, size)
-        totals = evaluator(parameters, rows, watch=lambda done, of: say.progress(f"row {done} of {of}"))
-    result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": rows.split.num_documents}
-    result |= {"tokens": int(totals.tokens), "bytes": int(totals.num_bytes)} | totals.metrics("eval")
+        evaluator = Evaluator(graph, mesh, mixed.tokenizer.bytes_per_piece, size)
+        watch = lambda done, of: say.progress(f"row {done} of {of}")
+        totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
+    documents = sum(held.split.num_documents for held in rows.values())
+    result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": documents}
+    result["tokens"] = sum(int(part.tokens) for part in totals.values())
+    result["bytes"] = sum(int(part.num_bytes) for part in totals.values())
+    result |= by_source(totals, "eval")
     say(json.dumps(result))
     return 0
 

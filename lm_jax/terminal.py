@@ -11,7 +11,7 @@ from etils import epath
 
 from lm_jax import costs
 from lm_jax.config import Config
-from lm_jax.data.shards import Corpus
+from lm_jax.data.mixture import Mixture, Shares
 from lm_jax.ramp import Ramp
 
 QUIET_SECONDS = 10  # between progress lines where the output is not a terminal
@@ -65,18 +65,14 @@ class Terminal:
         sys.stdout.flush()
 
 
-def header(config: Config, name: str, counted: costs.Costs, corpus: Corpus, ramp: Ramp, sizes: dict, here) -> str:
+def header(config: Config, name: str, counted: costs.Costs, mixed: Mixture, ramp: Ramp, sizes: dict, here) -> str:
     """What will be trained, on what, how long it takes here and elsewhere, and whether it fits. `here`: (device, FLOP/s)."""
     device, flops_here = here
     tokens, flops = costs.total_flops(config, counted, ramp)
     parameters = costs.short(counted.parameters)
-    train = corpus.manifest["counts"]["train"]
-    epochs = tokens / max(1, train["tokens"])
-    short_of_data = " (fine to try, not to train)" if epochs > 100 else ""
-    place = "embedded corpus" if config.data.source == "python" else config.data.source
     lines = [
         f"{name} · {parameters} parameters · {costs.short(tokens)} tokens = {flops:.1e} FLOP".replace("e+", "e"),
-        f"data: {place}, {costs.short(train['tokens'])} tokens, {epochs:,.1f} epochs{short_of_data}",
+        *data_lines(config, mixed, tokens),
     ]
     num_devices = math.prod(sizes.values())
     num_units = len(os.sched_getaffinity(0)) if device.platform == "cpu" else num_devices
@@ -100,6 +96,20 @@ def header(config: Config, name: str, counted: costs.Costs, corpus: Corpus, ramp
     if flops_here and flops / (flops_here * share) > 86400 and device.platform == "cpu":
         lines.append("on this machine try: python -m lm_jax.main      (quickstart, 3 minutes)")
     return "\n".join(lines)
+
+
+def data_lines(config: Config, mixed: Mixture, tokens: float) -> list[str]:
+    """One line a source: its tokens, its share of the rows, and how often it is seen."""
+    num_rows = int(tokens / config.data.sequence_length)
+    counts, lines = Shares([weight for _, weight in config.data.sources]).counts(num_rows), []
+    for place, corpus, rows in zip(mixed.places, mixed.corpora.values(), counts, strict=True):
+        size = corpus.manifest["counts"]["train"]["tokens"]
+        epochs = rows * config.data.sequence_length / max(1, size)
+        share = f"{100 * rows / max(1, num_rows):.1f}% of the rows, " * (len(counts) > 1)
+        short_of_data = " (fine to try, not to train)" if epochs > 100 else ""
+        name = "embedded corpus" if place == "python" else place
+        lines.append(f"data: {name}, {costs.short(size)} tokens, {share}{epochs:,.1f} epochs{short_of_data}")
+    return lines
 
 
 def curve(points: list[tuple[int, float]], title: str, width: int = 60, height: int = 8) -> str:

@@ -14,9 +14,10 @@ from etils import epath
 
 from lm_jax import checkpoint, command, costs, metrics, terminal
 from lm_jax.config import Config, UserError, parse_length
-from lm_jax.data import pipeline, shards, tokenizer
+from lm_jax.data import mixture, pipeline
+from lm_jax.data.packing import Held
 from lm_jax.distributed import Stop, devices, workdir_lock
-from lm_jax.evaluate import Evaluator
+from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.generate import Sampling, generate
 from lm_jax.model import transformer
 from lm_jax.ramp import Ramp, make_ramp, with_steps
@@ -34,7 +35,8 @@ class Run:
     config: Config
     workdir: epath.Path
     say: terminal.Terminal
-    corpus: shards.Corpus
+    mixed: mixture.Mixture
+    stream: mixture.Mixed
     program: Program
     mesh: jax.sharding.Mesh
     ramp: Ramp
@@ -78,29 +80,31 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     say, phases, workdir = terminal.Terminal(), Phases(), epath.Path(place or f"runs/{name}")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
+    if config.data.objective != "causal":
+        raise UserError(f"config.data.objective = {config.data.objective} needs an encoder; decoders take causal")
     with phases("devices"):
         here = devices()
     sizes = mesh_shape(config.mesh, len(here))
-    if pieces := tokenizer.num_pieces(config.data.tokenizer):
+    if pieces := mixture.pieces_expected(config.data):
         preflight(config, transformer.padded(pieces), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
     with phases("data"):
-        corpus = shards.open_corpus(config.data, say)
+        mixed = mixture.open_mixture(config.data, say)
+        stream = mixed.stream(config.data)
     ramp = make_ramp(config)
-    config = with_steps(config, ramp, len(corpus.splits["train"].tokens) / config.data.sequence_length)
-    preflight(config, transformer.padded(corpus.tokenizer.num_pieces), sizes)
+    config = with_steps(config, ramp, stream.rows_per_epoch)
+    preflight(config, transformer.padded(mixed.tokenizer.num_pieces), sizes)
     with phases("plan"):
         mesh = make_mesh(config.mesh, here)
-        program = make_program(config, corpus.tokenizer.num_pieces)
+        program = make_program(config, mixed.tokenizer.num_pieces)
         counted = costs.count(config, program.graph.declarations)
         config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
         program = program._replace(config=config)
-    facts = {"tokenizer": corpus.tokenizer.fingerprint, "data": corpus.fingerprint}
-    changes = checkpoint.check_resume(workdir, saved, config, facts) if saved else []
-    source = None if saved else find_init(program, corpus, say)
+    changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
+    source = None if saved else find_init(program, mixed, say)
     with phases("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
-    say(terminal.header(config, name, counted, corpus, ramp, sizes, (here[0], peak)))
+    say(terminal.header(config, name, counted, mixed, ramp, sizes, (here[0], peak)))
     if dry_run:
         return 0
     with workdir_lock(workdir), jax.set_mesh(mesh), Stop().listening() as stop:
@@ -112,10 +116,10 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             state, data = starting_point(program, workdir, source, say)
         if data.step >= int(config.train.num_steps):
             return already_done(workdir, say)
-        checkpoint.write_config(workdir, config, origins, facts)
-        checkpoint.write_tokenizer(workdir, corpus.tokenizer)
-        this = Run(config, workdir, say, corpus, program, mesh, ramp, counted, peak, state, data)
-        return train(this, facts, phases, stop, experiment)
+        checkpoint.write_config(workdir, config, origins, mixed.facts)
+        checkpoint.write_tokenizer(workdir, mixed.tokenizer)
+        this = Run(config, workdir, say, mixed, stream, program, mesh, ramp, counted, peak, state, data)
+        return train(this, phases, stop, experiment)
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
@@ -129,7 +133,7 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
     return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
 
 
-def find_init(program: Program, corpus: shards.Corpus, say: terminal.Terminal) -> checkpoint.Located | None:
+def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) -> checkpoint.Located | None:
     """The model that `train.init_from` names. Raises UserError where there is none, or that lists what differs in shape."""
     place = program.config.train.init_from
     if not place:
@@ -138,7 +142,7 @@ def find_init(program: Program, corpus: shards.Corpus, say: terminal.Terminal) -
         found = checkpoint.locate(place, say)
     except UserError as error:
         raise UserError(str(error).replace("--model", "config.train.init_from")) from None
-    if found.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+    if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
         mend = f"--config.data.tokenizer={found.workdir / found.tokenizer.file_name}"
         raise UserError(
             f"config.train.init_from = {place!r} has another tokenizer than this corpus; take it too: {mend}"
@@ -180,21 +184,21 @@ def already_done(workdir: epath.Path, say: terminal.Terminal) -> int:
     return 0
 
 
-def train(this: Run, facts: dict[str, str], phases: Phases, stop: Stop, experiment: str) -> int:
+def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
     config, say = this.config, this.say
-    stream = pipeline.Stream(this.corpus.splits["train"], config.data.sequence_length, config.data.seed)
     with phases("compile"):
         say.progress("compiling the step")
         one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
         one_step = compile_step(this.program, this.mesh, one_microbatch)
     say(str(phases))
     writer = metrics.Writer(this.workdir, this.data.step)
-    saver = checkpoint.Saver(this.workdir, config, facts)
+    saver = checkpoint.Saver(this.workdir, config, this.mixed.facts)
     if not this.data.step:
         writer.hyper_parameters(checkpoint.flatten(config))
     evaluate = make_evaluation(this)
     num = (this.ramp.cursor(this.num_steps) - this.ramp.cursor(this.data.step)) // this.microbatch
-    batches = pipeline.batches(stream, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
+    rows_left = mixture.Kept(this.stream, this.data.skipped)
+    batches = pipeline.batches(rows_left, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
     log = StepLog(this, writer)
     if this.data.step == 0:
         show_sample(this, writer)
@@ -317,24 +321,22 @@ class StepLog:
         )
 
 
-def make_evaluation(this: Run) -> tuple[Evaluator, pipeline.Held] | None:
-    """What evaluates this run, None where it has no validation text."""
-    split = this.corpus.splits["validation"]
-    if not split.num_documents:
-        this.say(
-            "no evaluation: the validation split is empty; raise config.data.validation_fraction, or give more documents"
-        )
+def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
+    """What evaluates this run and the rows of each source, None where it has no validation text."""
+    try:
+        rows = this.mixed.held(this.config.data, "validation")
+    except UserError as error:
+        this.say(f"no evaluation: {error}")
         return None
-    rows = pipeline.Held(split, this.config.data.sequence_length, this.corpus.tokenizer.document_id)
-    return Evaluator(this.program.graph, this.mesh, this.corpus.tokenizer.bytes_per_piece, this.microbatch), rows
+    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch), rows
 
 
 def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *prefixes: str) -> float:
-    """Bits per byte of the first `num_rows` validation rows (0: all), written under each prefix."""
+    """Bits per byte of the first `num_rows` validation rows (0: all) of each source, written under each prefix."""
     evaluator, rows = evaluation
     watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
-    totals = evaluator(this.state.parameters, rows, num_rows, watch)
-    values = {name: value for prefix in prefixes for name, value in totals.metrics(prefix).items()}
+    totals = {name: evaluator(this.state.parameters, held, num_rows, watch) for name, held in rows.items()}
+    values = {name: value for prefix in prefixes for name, value in by_source(totals, prefix).items()}
     writer.scalars(this.data.step, values)
     loss, bits_per_byte = (values[f"{prefixes[0]}/{name}"] for name in ("loss", "bits_per_byte"))
     this.say(f"step {this.data.step:>6,} validation loss {loss:.4f}, {bits_per_byte:.3f} bits/byte")
@@ -345,12 +347,12 @@ def show_sample(this: Run, writer: metrics.Writer) -> None:
     prompt = this.config.evaluate.prompt
     if not prompt:
         return
-    room = this.config.data.sequence_length - len(this.corpus.tokenizer.encode(prompt)) - 1
+    room = this.config.data.sequence_length - len(this.mixed.tokenizer.encode(prompt)) - 1
     limit = min(SAMPLE_TOKENS, room)
     if limit < 1:
         this.say(f"no sample: config.evaluate.prompt leaves no room in {this.config.data.sequence_length} tokens")
         return
-    text = generate(this.program.graph, this.state.parameters, this.corpus.tokenizer, [prompt], limit, Sampling())[0]
+    text = generate(this.program.graph, this.state.parameters, this.mixed.tokenizer, [prompt], limit, Sampling())[0]
     this.say(f"sample at step {this.data.step:,}:\n" + "\n".join(f"  | {line}" for line in (prompt + text).split("\n")))
     writer.text(this.data.step, "sample", "\n".join(f"    {line}" for line in (prompt + text).split("\n")))
 
@@ -364,21 +366,21 @@ def finish(this: Run, evaluation, writer: metrics.Writer) -> None:
     if evaluation is None:
         return
     num_rows = this.config.evaluate.num_rows
-    if 0 < num_rows < evaluation[1].num_rows:
+    if 0 < num_rows < max(held.num_rows for held in evaluation[1].values()):
         evaluate_now(this, evaluation, writer, num_rows, "eval")
         bits_per_byte = evaluate_now(this, evaluation, writer, 0, "final")
     else:
         bits_per_byte = evaluate_now(this, evaluation, writer, 0, "eval", "final")
-    this.say(compare_with_compressors(this.corpus, bits_per_byte))
+    this.say(compare_with_compressors(this.mixed, bits_per_byte))
 
 
-def compare_with_compressors(corpus: shards.Corpus, bits_per_byte: float) -> str:
+def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> str:
     """Bits per byte of the model beside gzip's and xz's on the same validation text, up to 16 MB of it."""
-    split = corpus.splits["validation"]
+    splits = [corpus.splits["validation"] for corpus in mixed.corpora.values()]
     line = f"validation text: yours {bits_per_byte:.2f} bits/byte"
-    if split.num_bytes > 16e6:
+    if sum(split.num_bytes for split in splits) > 16e6:
         return line
-    text = corpus.tokenizer.decode(split.tokens).encode()
+    text = "".join(mixed.tokenizer.decode(split.tokens) for split in splits).encode()
     of = lambda compressed: 8 * len(compressed) / max(1, len(text))
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 

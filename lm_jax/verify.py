@@ -12,7 +12,7 @@ import numpy as np
 
 from lm_jax import command, distributed
 from lm_jax.config import Config, Mesh, UserError
-from lm_jax.data import pipeline, shards
+from lm_jax.data import mixture, pipeline
 from lm_jax.model.transformer import padded
 from lm_jax.ramp import make_ramp, with_steps
 from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
@@ -31,7 +31,7 @@ class Trace(NamedTuple):
     parameters: dict
 
 
-def trace(config: Config, num_pieces: int, stream: pipeline.Stream, mesh: jax.sharding.Mesh, num_steps: int) -> Trace:
+def trace(config: Config, num_pieces: int, stream: pipeline.Rows, mesh: jax.sharding.Mesh, num_steps: int) -> Trace:
     """Trains `num_steps` from the start on `mesh`, with the full batch and the config's microbatches."""
     rows = config.data.global_batch_size
     size = rows if config.train.microbatch_rows == "auto" else int(config.train.microbatch_rows)
@@ -65,14 +65,15 @@ def main(arguments: list[str]) -> int:
     config, _ = command.load_config(flags.config, overrides)
     say, here = Terminal(), distributed.devices()
     preflight_sizes = mesh_shape(config.mesh, len(here))
-    corpus = shards.open_corpus(config.data, say)
-    vocab_size = padded(corpus.tokenizer.num_pieces)
-    config = with_steps(config, make_ramp(config), len(corpus.splits["train"].tokens) / config.data.sequence_length)
+    mixed = mixture.open_mixture(config.data, say)
+    stream = mixed.stream(config.data)
+    vocab_size = padded(mixed.tokenizer.num_pieces)
+    config = with_steps(config, make_ramp(config), stream.rows_per_epoch)
     if flags.show:
         preflight(config, vocab_size, preflight_sizes)
         say(
             parameter_table(
-                make_program(config, corpus.tokenizer.num_pieces).graph.declarations, make_mesh(config.mesh, here)
+                make_program(config, mixed.tokenizer.num_pieces).graph.declarations, make_mesh(config.mesh, here)
             )
         )
         return 0
@@ -84,10 +85,9 @@ def main(arguments: list[str]) -> int:
     say(
         f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices, {flags.num_steps} steps each, float32"
     )
-    stream = pipeline.Stream(corpus.splits["train"], config.data.sequence_length, config.data.seed)
     first, agree = None, True
     for sizes in meshes:
-        found = trace(config, corpus.tokenizer.num_pieces, stream, make_mesh(Mesh(**sizes), here), flags.num_steps)
+        found = trace(config, mixed.tokenizer.num_pieces, stream, make_mesh(Mesh(**sizes), here), flags.num_steps)
         first = first or found
         apart = max(abs(a - b) / abs(b) for a, b in zip(found.losses, first.losses, strict=True))
         same = found.digest == first.digest and apart <= TOLERANCE

@@ -10,9 +10,9 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-config ramp sharding data.sources data.tokenizer data.shards data.pipeline distributed model.layers model.attention
-model.transformer costs loss optimizer train_state train_step metrics terminal checkpoint command generate evaluate train main
-verify
+config ramp sharding data.sources data.tokenizer data.shards data.packing data.mixture data.objectives data.pipeline distributed
+model.layers model.attention model.transformer costs loss optimizer train_state train_step metrics terminal checkpoint
+command generate evaluate train main verify
 """.split()
 PERIPHERY = {"verify"}
 

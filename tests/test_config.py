@@ -14,8 +14,8 @@ LEAVES = """
 model.num_layers model.model_dim model.num_heads model.num_kv_heads model.head_dim model.mlp_dim model.positions
 model.rotary_base model.norm model.norm_epsilon model.activation model.gated model.bias model.tie_embedding model.window
 model.dropout model.init_scale model.attention model.remat model.unroll model.compute_dtype
-data.source data.tokenizer data.sequence_length data.global_batch_size data.batch_ramp data.seed data.num_workers
-data.validation_fraction data.test_fraction
+data.sources data.tokenizer data.sequence_length data.global_batch_size data.batch_ramp data.packing data.objective
+data.seed data.num_workers data.validation_fraction data.test_fraction
 optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup optimizer.decay_over optimizer.decay_to
 optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
 train.num_steps train.microbatch_rows train.seed train.init_from

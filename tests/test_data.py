@@ -169,7 +169,7 @@ def folder(tmp_path, monkeypatch):
 def test_bad_input_is_left_out_and_said(folder):
     said = []
     data = tiny(
-        data__source=str(folder),
+        data__sources=str(folder),
         data__tokenizer="sentencepiece:400",
         data__validation_fraction=0.0,
         data__test_fraction=0.0,
@@ -183,7 +183,7 @@ def test_bad_input_is_left_out_and_said(folder):
 
 
 def test_a_corpus_is_built_once_and_checked_when_read(folder):
-    data = tiny(data__source=str(folder), data__tokenizer="sentencepiece:400").data
+    data = tiny(data__sources=str(folder), data__tokenizer="sentencepiece:400").data
     first = shards.open_corpus(data)
     said = []
     assert shards.open_corpus(data, said.append).fingerprint == first.fingerprint and not said
@@ -203,7 +203,7 @@ def build_and_say(data, queue):
 
 
 def test_one_process_builds_and_the_others_wait(folder):
-    data = tiny(data__source=str(folder), data__tokenizer="sentencepiece:400").data
+    data = tiny(data__sources=str(folder), data__tokenizer="sentencepiece:400").data
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [context.Process(target=build_and_say, args=(data, queue)) for _ in range(3)]

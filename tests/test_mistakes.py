@@ -41,8 +41,9 @@ MISTAKES = [
         "nearest size that does is 16",
     ),
     ("main", [SMOKE, "--config.mesh.data=16"], "is 16 devices, here are 8"),
-    ("main", [SMOKE, "--config.data.source={tmp}/nowhere"], "no such folder"),
-    ("main", [SMOKE, "--config.data.source={tmp}/empty"], "holds no text"),
+    ("main", [SMOKE, "--config.data.source=x"], "did you mean data.sources?"),
+    ("main", [SMOKE, "--config.data.sources={tmp}/nowhere"], "no such folder"),
+    ("main", [SMOKE, "--config.data.sources={tmp}/empty"], "holds no text"),
     ("main", [SMOKE, "--config.data.tokenizer=gpt2"], 'expected "bytes", "sentencepiece:PIECES"'),
     ("main", [SMOKE, "--workdir={run}", "--config.model.num_layers=3"], "config.model.num_layers: 2 there, 3 here"),
     ("main", [SMOKE, "--workdir={run}", "--config.data.seed=3"], "use another --workdir"),
@@ -120,7 +121,7 @@ def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeyp
     assert seconds < 10
 
 
-@pytest.mark.parametrize("index", [0, 19, 23, 29])
+@pytest.mark.parametrize("index", [0, 20, 24, 30])
 def test_a_mistake_as_a_real_command(index, places, tmp_path):
     name, arguments, words = MISTAKES[index]
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))

@@ -45,7 +45,7 @@ def run(*arguments, **changes):
 
 def texts_of(folder) -> list[str]:
     """All documents of a corpus, in order."""
-    corpus = shards.open_corpus(tiny(data__source=str(folder)).data)
+    corpus = shards.open_corpus(tiny(data__sources=((str(folder), 1.0),)).data)
     found = []
     for name in sources.SPLITS:
         split = corpus.splits[name]
@@ -88,7 +88,7 @@ def test_every_document_is_in_the_corpus_or_in_the_report(raw):
 def test_splits_are_those_of_the_content(raw):
     place, _ = raw
     run(place, "raw")
-    corpus = shards.open_corpus(tiny(data__source=str(place / "out")).data)
+    corpus = shards.open_corpus(tiny(data__sources=((str(place / "out"), 1.0),)).data)
     for name, split in corpus.splits.items():
         for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
             assert sources.split_of(corpus.tokenizer.decode(split.tokens[start + 1 : end]), 0.1, 0.1)[0] == name

@@ -220,24 +220,33 @@ def is_prepared(place: str) -> bool:
     return place != "python" and (epath.Path(place) / MANIFEST).exists()
 
 
-def open_corpus(data: Data, say: Callable[[str], None] = lambda line: None) -> Corpus:
-    """The corpus of a config, built on first use: one process writes, others wait. Raises UserError."""
-    if is_prepared(data.source):
-        return read(data.source, "prepare it again, or restore it from a copy")
-    pieces = tokenizer.num_pieces(data.tokenizer)
-    source = data.source if data.source == "python" else os.path.abspath(data.source)
-    identity = [FORMAT, PIPELINE, source, data.tokenizer, data.validation_fraction, data.test_fraction]
-    if not pieces:
-        identity.append(tokenizer.load(data.tokenizer).fingerprint)
-    if data.source != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
+def open_corpus(
+    data: Data,
+    say: Callable[[str], None] = lambda line: None,
+    place: str = "",
+    given: tokenizer.Tokenizer | None = None,
+) -> Corpus:
+    """The corpus of a source of a config ("": the first), built on first use: one process writes, others wait.
+
+    Raw text is tokenised by `given`, where that is None as `data.tokenizer` says. Raises UserError.
+    """
+    place = place or data.sources[0][0]
+    if is_prepared(place):
+        return read(place, "prepare it again, or restore it from a copy")
+    pieces = 0 if given else tokenizer.num_pieces(data.tokenizer)
+    given = given or (None if pieces else tokenizer.load(data.tokenizer))
+    source = place if place == "python" else os.path.abspath(place)
+    by = given.fingerprint if given else data.tokenizer
+    identity = [FORMAT, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
+    if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
         identity.append([(name, hashlib.sha256(text).hexdigest()) for name, text in sources.documents(source)])
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    name = "python" if data.source == "python" else os.path.basename(source)
+    name = "python" if place == "python" else os.path.basename(source)
     folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
     if not os.path.exists(os.path.join(folder, MANIFEST)):
         with writer_lock(folder + ".lock", say):
             if not os.path.exists(os.path.join(folder, MANIFEST)):
-                build(data, pieces, folder, say)
+                build(data, place, given, folder, say)
     return read(folder, f"remove {folder} and it is built again")
 
 
@@ -254,11 +263,11 @@ def writer_lock(path: str, say: Callable[[str], None]):
         yield
 
 
-def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> None:
-    """Read, split, train the tokenizer on the training documents, tokenise, write; documents in the order of their hashes."""
+def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str, say: Callable[[str], None]) -> None:
+    """Read, split, train the tokenizer on the training documents (or take the one given), tokenise, write."""
     found: dict[str, dict[str, str]] = {split: {} for split in sources.SPLITS}
     unreadable, duplicates, empty = [], 0, 0
-    for name, raw in sources.documents(data.source):
+    for name, raw in sources.documents(place):
         text = sources.decode(name, raw)
         if text is None:
             unreadable.append(name)
@@ -271,19 +280,19 @@ def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> N
         found[split][digest] = text
     ordered = {split: [texts[digest] for digest in sorted(texts)] for split, texts in found.items()}
     if not ordered["train"]:
-        raise UserError(f"config.data.source = {data.source!r} holds no text (UTF-8 files that are not empty)")
+        raise UserError(f"config.data.sources: {place!r} holds no text (UTF-8 files that are not empty)")
     num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
     dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8"
-    say(f"corpus {data.source}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
+    say(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
     for name in unreadable[:3]:
         say(f"not UTF-8, left out: {name}")
-    if pieces:
-        say(f"training a tokenizer of {pieces:,} pieces")
-    trained = tokenizer.make(data.tokenizer, ordered["train"])
+    if not given:
+        say(f"training a tokenizer of {tokenizer.num_pieces(data.tokenizer):,} pieces")
+    trained = given or tokenizer.make(data.tokenizer, ordered["train"])
     draft = f"{folder}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     writer, start, done = ShardWriter(draft, trained), time.monotonic(), 0
-    for split, texts in ordered.items():
+    for split, texts in ordered.items():  # documents in the order of their hashes
         for text in texts:
             writer.add(split, trained.encode(text), len(text.encode()))
             done += len(text)
@@ -291,7 +300,7 @@ def build(data: Data, pieces: int, folder: str, say: Callable[[str], None]) -> N
                 start = time.monotonic()
                 say(f"tokenising: {100 * done / num_bytes:.0f}%")
     left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable}
-    writer.close(source=data.source, left_out=left_out)
+    writer.close(source=place, left_out=left_out)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(draft, folder)
 

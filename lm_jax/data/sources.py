@@ -20,15 +20,15 @@ def documents(place: str) -> Iterator[tuple[str, bytes]]:
         return
     folder = epath.Path(place)
     if not folder.exists():
-        raise UserError(f'config.data.source = {place!r}: no such folder; "python" is the corpus that is always here')
+        raise UserError(f'config.data.sources: {place!r}: no such folder; "python" is the corpus that is always here')
     if not folder.is_dir():
-        raise UserError(f"config.data.source = {place!r} is a file: give the folder of text files it stands in")
+        raise UserError(f"config.data.sources: {place!r} is a file: give the folder of text files it stands in")
     for path in sorted(files_below(folder), key=str):
         try:
             content = path.read_bytes()
         except OSError as error:
             raise UserError(
-                f"config.data.source: {path} cannot be read: {error.strerror}; remove it, or mend it"
+                f"config.data.sources: {path} cannot be read: {error.strerror}; remove it, or mend it"
             ) from None
         yield str(path), content
 

@@ -1,0 +1,120 @@
+"""What a row asks for besides its next tokens: masked tokens (BERT) or spans (T5), as pure functions of (row, key).
+
+A key is a Philox counter of (objective, seed, row) on the host: neither step, batch, mesh nor worker enters, so that a row is
+hidden in the same way wherever and whenever it is made. Segments of a packed row are treated each for itself.
+"""
+
+import zlib
+
+import numpy as np
+
+from lm_jax.data.packing import Batch
+
+Key = np.random.Philox
+
+
+def key(name: str, seed: int, row: int) -> Key:
+    """The random words of one row of one objective; `row` below 2**32, `seed` below 2**64."""
+    return np.random.Philox(key=zlib.crc32(name.encode()) << 96 | seed << 32 | int(row))
+
+
+def _uniform(key: Key, num: int) -> np.ndarray:
+    """float64 [num] in [0, 1), from words whose bits no numpy release may change."""
+    return (key.random_raw(num) >> np.uint64(11)) * 2.0**-53
+
+
+def masked(
+    row: Batch,
+    key: Key,
+    mask_id: int,
+    num_pieces: int,
+    special: tuple[int, ...] = (),
+    rate: float = 0.15,
+    starts_word: np.ndarray | None = None,
+) -> Batch:
+    """Masked language modelling (Devlin et al., arXiv:1810.04805, 3.1): `rate` of the tokens are chosen; of these 80% become
+    `mask_id`, 10% a random piece below `num_pieces`, 10% stay; each predicts what it was.
+
+    `special` ids are never chosen. With `starts_word` [num_pieces] bool, the pieces of a word are chosen together.
+    """
+    tokens, num = row["tokens"], len(row["tokens"])
+    first = np.arange(num)  # the position whose draw decides
+    if starts_word is not None:
+        begins = starts_word[tokens] | np.isin(tokens, special) | (np.diff(row["segment_ids"], prepend=0) != 0)
+        first = np.maximum.accumulate(np.where(begins, first, 0))
+    chance, fate = _uniform(key, num), _uniform(key, num)
+    replaced = (key.random_raw(num) % np.uint64(num_pieces)).astype(np.int32)
+    chosen = (chance[first] < rate) & (row["segment_ids"] > 0) & ~np.isin(tokens, special)
+    seen = np.where(chosen & (fate < 0.8), mask_id, np.where(chosen & (fate >= 0.9), replaced, tokens))
+    return row | {
+        "tokens": seen.astype(np.int32),
+        "targets": np.where(chosen, tokens, 0).astype(np.int32),
+        "loss_mask": chosen.astype(np.float32),
+    }
+
+
+def span_corruption(
+    row: Batch, key: Key, start_id: int, first_sentinel: int, rate: float = 0.15, mean_span: float = 3.0
+) -> Batch:
+    """Span corruption (Raffel et al., arXiv:1910.10683, 3.1.4): spans of about `mean_span` tokens are taken out, in all `rate` of
+    each segment.
+
+    The encoder (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) sees sentinel k = `first_sentinel` + k in the place
+    of span k; the decoder, which starts with `start_id`, predicts each sentinel, its span, and one last sentinel. Segments of
+    fewer than three tokens stay whole and predict nothing. Nothing becomes longer than the row was.
+    """
+    length = len(row["tokens"])
+    encoder: list[np.ndarray] = []
+    decoder: list[np.ndarray] = []
+    for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
+        tokens = row["tokens"][row["segment_ids"] == segment]
+        kept, hidden = _corrupt(tokens, key, first_sentinel, rate, mean_span)
+        encoder.append(kept)
+        decoder.append(hidden)
+    shifted = [np.concatenate([[start_id], part[:-1]]) if len(part) else part for part in decoder]
+    encoder_tokens, encoder_segments, encoder_positions = _lay_out(encoder, length)
+    targets, segments, positions = _lay_out(decoder, length)
+    return {
+        "encoder_tokens": encoder_tokens,
+        "encoder_segment_ids": encoder_segments,
+        "encoder_positions": encoder_positions,
+        "tokens": _lay_out(shifted, length)[0],
+        "targets": targets,
+        "loss_mask": (segments > 0).astype(np.float32),
+        "segment_ids": segments,
+        "positions": positions,
+        "row": row["row"],
+    }
+
+
+def _corrupt(
+    tokens: np.ndarray, key: Key, sentinel: int, rate: float, mean_span: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(what the encoder sees, what the decoder predicts) of one segment; kept and hidden spans take turns, kept first."""
+    num = len(tokens)
+    if num < 3:
+        return tokens, tokens[:0]
+    num_hidden = min(max(1, round(num * rate)), num - 1)
+    num_spans = min(max(1, round(num_hidden / mean_span)), num_hidden, num - num_hidden)
+    sizes = np.stack([_split(num - num_hidden, num_spans, key), _split(num_hidden, num_spans, key)], axis=1)
+    parts = np.split(tokens, np.cumsum(sizes.ravel())[:-1])
+    marks = [np.array([sentinel + k]) for k in range(num_spans + 1)]
+    kept = [x for k in range(num_spans) for x in (parts[2 * k], marks[k])]
+    hidden = [x for k in range(num_spans) for x in (marks[k], parts[2 * k + 1])]
+    return np.concatenate(kept), np.concatenate([*hidden, marks[-1]])
+
+
+def _split(total: int, num: int, key: Key) -> np.ndarray:
+    """Sizes of `num` parts of `total`, each at least 1, every way equally likely."""
+    cuts = np.sort(np.argsort(key.random_raw(total - 1), kind="stable")[: num - 1]) + 1
+    return np.diff(cuts, prepend=0, append=total)
+
+
+def _lay_out(parts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, segment ids, positions) of segments one after the other, padded to `length`; int32."""
+    out = np.zeros((3, length), np.int32)
+    start = 0
+    for segment, part in enumerate(parts, 1):
+        out[:, start : start + len(part)] = part, np.full(len(part), segment), np.arange(len(part))
+        start += len(part)
+    return out[0], out[1], out[2]

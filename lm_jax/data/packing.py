@@ -1,0 +1,209 @@
+"""Documents -> rows. Row i is a pure function of (documents, seed, i): every epoch has its own keyed permutation.
+
+Three ways: concatenated and split, every token a target once an epoch (`Stream`); whole documents by best fit, short rows padded
+(`BestFit`); held-out documents in their order (`Held`). A row stands in the batch contract of `lay_out`.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lm_jax.config import UserError
+from lm_jax.data.shards import PIPELINE, Split, cache_folder
+
+Batch = dict[str, Any]  # of numpy arrays
+
+
+def permutation(num: int, seed: int, epoch: int, of: str = "epoch") -> np.ndarray:
+    """A keyed permutation of range(num): the order of Philox words, whose bits no numpy release may change."""
+    key = int.from_bytes(hashlib.sha256(f"{of} {epoch} of seed {seed}".encode()).digest()[:16], "little")
+    return np.argsort(np.random.Philox(key=key).random_raw(num), kind="stable")
+
+
+class Stream:
+    """Concatenate-and-split over endless epochs: row i holds tokens [i * T, i * T + T] of all documents in order.
+
+    Every epoch has its own permutation of the documents; a row may hold the end of one epoch and the start of the next, so
+    that every token is a target exactly once an epoch.
+    """
+
+    def __init__(self, split: Split, sequence_length: int, seed: int):
+        self.split, self.sequence_length, self.seed = split, sequence_length, seed
+        self.tokens_per_epoch = len(split.tokens)
+        self.rows_per_epoch = self.tokens_per_epoch / sequence_length
+        self._epoch = functools.lru_cache(maxsize=2)(self._epoch)  # type: ignore[method-assign]
+
+    def __reduce__(self):  # for worker processes: the cache stays behind
+        return type(self), (self.split, self.sequence_length, self.seed)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents in this epoch's order, and where each starts in the epoch's tokens (one more: the end)."""
+        order = permutation(self.split.num_documents, self.seed, epoch)
+        return order, np.concatenate([[0], np.cumsum(np.diff(self.split.offsets)[order])])
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(document, its tokens there) for the endless stream's tokens [start, stop)."""
+        while start < stop:
+            epoch, place = divmod(start, self.tokens_per_epoch)
+            order, starts = self._epoch(epoch)
+            index = int(np.searchsorted(starts, place, side="right")) - 1
+            num = min(int(starts[index + 1]) - place, stop - start)
+            first = int(self.split.offsets[order[index]]) + place - int(starts[index])
+            yield int(order[index]), self.split.tokens[first : first + num]
+            start += num
+
+    def row(self, i: int) -> Batch:
+        start = i * self.sequence_length
+        return make_row(list(self.pieces(start, start + self.sequence_length + 1)), self.sequence_length, i)
+
+
+class BestFit:
+    """Whole documents packed into rows of T tokens by best-fit decreasing (Ding et al., arXiv:2404.10830), short rows padded.
+
+    A document that is longer than a row is cut into rows of its own and a rest that is packed, or refused where `cut` is False.
+    Which sizes share a row is planned once, for all epochs; an epoch permutes the documents of equal size, and the rows.
+    The last token of a document predicts `document_id`, as everywhere.
+    """
+
+    def __init__(self, split: Split, sequence_length: int, seed: int, document_id: int, cut: bool = True):
+        self.split, self.sequence_length, self.seed, self.document_id = split, sequence_length, seed, document_id
+        sizes = np.diff(split.offsets)
+        self.num_cut = int((sizes > sequence_length).sum())
+        if self.num_cut and not cut:
+            raise UserError(
+                f"{self.num_cut:,} documents are longer than a row of {sequence_length} tokens, the longest {sizes.max():,}:\n"
+                f"raise config.data.sequence_length, or take config.data.packing = best_fit, which cuts them"
+            )
+        self.document, self.first, self.size = pieces_of(sizes, sequence_length)
+        self.row_of = planned(self.size, sequence_length, keep=split.place is not None)
+        self.rows_per_epoch = int(self.row_of.max()) + 1
+        self.slots = np.argsort(self.row_of, kind="stable")  # slot k: the k-th largest piece; here by row
+        self.starts = np.searchsorted(self.row_of[self.slots], np.arange(self.rows_per_epoch + 1))
+        self._epoch = functools.lru_cache(maxsize=2)(self._epoch)  # type: ignore[method-assign]
+
+    def __reduce__(self):
+        return type(self), (self.split, self.sequence_length, self.seed, self.document_id)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The piece that each slot holds in this epoch, and the order of the rows."""
+        order = permutation(len(self.size), self.seed, epoch)
+        pieces = order[np.argsort(-self.size[order], kind="stable")]
+        return pieces, permutation(self.rows_per_epoch, self.seed, epoch, "rows of epoch")
+
+    def row(self, i: int) -> Batch:
+        epoch, place = divmod(i, self.rows_per_epoch)
+        pieces, rows = self._epoch(epoch)
+        slots = self.slots[self.starts[rows[place]] : self.starts[rows[place] + 1]]
+        tokens, targets = [], []
+        for piece in pieces[slots]:
+            start, end = self.split.offsets[self.document[piece] : self.document[piece] + 2].tolist()
+            start += int(self.first[piece])
+            stop = start + int(self.size[piece])
+            found = self.split.tokens[start : min(stop + 1, end)]
+            tokens.append(found[: stop - start])
+            targets.append(found[1:])
+            if stop == end:
+                targets.append(np.array([self.document_id], found.dtype))
+        sizes = [len(piece) for piece in tokens]
+        return lay_out(np.concatenate(tokens), np.concatenate(targets), sizes, self.sequence_length, i)
+
+
+def pieces_of(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents of these sizes as pieces of at most `length` tokens: (document, first token in it, size) of each."""
+    num = -(-sizes // length)
+    document = np.repeat(np.arange(len(sizes)), num)
+    first = (np.arange(len(document)) - np.repeat(np.cumsum(num) - num, num)) * length
+    return document, first, np.minimum(sizes[document] - first, length)
+
+
+def planned(size: np.ndarray, length: int, keep: bool) -> np.ndarray:
+    """`best_fit` of pieces in falling order of their sizes; kept in the cache, by hash, where `keep`."""
+    falling = -np.sort(-size)
+    key = hashlib.sha256(f"{PIPELINE} {length} ".encode() + falling.astype(np.int64).tobytes()).hexdigest()[:16]
+    path = os.path.join(cache_folder(), "packing", f"{key}.npy")
+    if keep and os.path.exists(path):
+        return np.load(path)
+    rows = best_fit(falling, length)
+    if keep:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        draft = f"{path}.{os.getpid()}.npy"
+        np.save(draft, rows)
+        os.replace(draft, path)
+    return rows
+
+
+def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
+    """The row of each piece, in falling order of sizes: the fullest row that has room for it, else a new one.
+
+    Bit r of `open_rows` says that some row has r tokens of room, so that the best one is found by one shift.
+    """
+    rows, num_rows, open_rows = np.empty(len(sizes), np.int64), 0, 0
+    with_room: list[list[int]] = [[] for _ in range(length + 1)]
+    for k, size in enumerate(sizes.tolist()):
+        fitting = open_rows >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                open_rows ^= 1 << room
+        else:
+            row, room, num_rows = num_rows, length, num_rows + 1
+        rows[k] = row
+        if room > size:
+            with_room[room - size].append(row)
+            open_rows |= 1 << (room - size)
+    return rows
+
+
+class Held:
+    """The rows of a held-out split: documents in order, the last row padded, every token a target exactly once."""
+
+    def __init__(self, split: Split, sequence_length: int, document_id: int):
+        self.split, self.sequence_length, self.document_id = split, sequence_length, document_id
+        self.num_rows = -(-len(split.tokens) // sequence_length)
+
+    def row(self, i: int) -> Batch:
+        offsets, start = self.split.offsets, i * self.sequence_length
+        stop = min(start + self.sequence_length + 1, len(self.split.tokens))
+        pieces, document = [], int(np.searchsorted(offsets, start, side="right")) - 1
+        while start < stop:
+            end = min(int(offsets[document + 1]), stop)
+            pieces.append((document, self.split.tokens[start:end]))
+            start, document = end, document + 1
+        if stop == len(self.split.tokens):  # what follows the last document
+            pieces.append((document, np.array([self.document_id], self.split.tokens.dtype)))
+        return make_row(pieces, self.sequence_length, i)
+
+
+def make_row(pieces: list[tuple[int, np.ndarray]], length: int, i: int) -> Batch:
+    """A row of the batch contract from up to length + 1 tokens: the last is a target only; what is short is padding."""
+    tokens = np.concatenate([piece for _, piece in pieces])[: length + 1]
+    return lay_out(tokens[:-1], tokens[1:], [len(piece) for _, piece in pieces], length, i)
+
+
+def lay_out(tokens: np.ndarray, targets: np.ndarray, sizes: list[int], length: int, i: int) -> Batch:
+    """Row i of the batch contract: at most `length` tokens and their targets, in segments of `sizes` (the last may reach
+    beyond the row); then padding."""
+    num, starts = len(tokens), np.cumsum([0, *sizes[:-1]])
+    segments = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)[:num]
+    positions = np.arange(num, dtype=np.int32) - starts.astype(np.int32)[segments - 1]
+    pad = lambda x: np.concatenate([x, np.zeros(length - num, x.dtype)]) if num < length else x
+    return {
+        "tokens": pad(tokens.astype(np.int32)),
+        "targets": pad(targets.astype(np.int32)),
+        "loss_mask": pad(np.ones(num, np.float32)),
+        "segment_ids": pad(segments),
+        "positions": pad(positions),
+        "row": np.uint32(i),
+    }
+
+
+class First:
+    """The first `num_rows` of held-out rows."""
+
+    def __init__(self, held: Held, num_rows: int):
+        self.sequence_length, self.num_rows, self.row = held.sequence_length, num_rows, held.row

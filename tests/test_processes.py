@@ -1,0 +1,86 @@
+"""The stream of a run does not know how it is computed: processes, meshes, workers, and where it was saved."""
+
+import hashlib
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_shards import made_up, write
+
+ROWS = 8  # of a global batch
+
+
+@pytest.fixture(scope="module")
+def sources(corpus, tmp_path_factory) -> dict[str, float]:
+    """Two prepared folders of several shards each, with their weights."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, num, seed in (("books", 300, 1), ("code", 150, 2)):
+        write(folder / name, corpus, made_up(num, seed), 3000)
+    return {str(folder / "books"): 0.7, str(folder / "code"): 0.3}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(line: list[str], num_processes: int, devices: int) -> list[subprocess.Popen]:
+    """A command as `num_processes` processes of one `jax.distributed` job, with `devices` in all."""
+    more = {"JAX_NUM_CPU_DEVICES": str(devices // num_processes), "PYTHONPATH": str(ROOT)}
+    if num_processes > 1:
+        more |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(num_processes)}
+    return [
+        subprocess.Popen(
+            line, env=os.environ | more | {"JAX_PROCESS_ID": str(k)} if num_processes > 1 else os.environ | more,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        )
+        for k in range(num_processes)
+    ]  # fmt: skip
+
+
+def outputs(processes: list[subprocess.Popen]) -> list[str]:
+    found = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(found)
+    return found
+
+
+def stream_hash(sources, packing, num_processes=1, mesh=(-1, 1, 1), num_workers=0, first=0, num=20, devices=8) -> str:
+    """sha256 over `num` global batches, put together from what the processes hold."""
+    arguments = json.dumps([list(sources.items()), packing, mesh, num_workers, first, num])
+    rows: dict[int, str] = {}
+    line = [sys.executable, str(ROOT / "tests" / "print_rows.py"), arguments]
+    for text in outputs(start(line, num_processes, devices)):
+        mine = json.loads(text.split("ROWS ")[1].split("\n")[0])
+        for row, digest in mine.items():
+            assert rows.setdefault(int(row), digest) == digest, "two processes hold different rows of one place"
+    assert sorted(rows) == list(range(first, first + num * ROWS))
+    return hashlib.sha256("".join(rows[row] for row in sorted(rows)).encode()).hexdigest()
+
+
+MESHES = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "4x2": (4, 1, 2), "2x2x2": (2, 2, 2)}
+# Each pair of (processes, mesh), (processes, workers), (mesh, workers) stands here once where the product is small.
+PAIRS = [(2, "2x4", 1, "split"), (2, "4x2", 0, "best_fit")]
+
+
+def test_two_processes_see_the_stream_of_one(sources):
+    expected = {way: stream_hash(sources, way, devices=1) for way in ("split", "best_fit")}
+    for num_processes, mesh, num_workers, way in PAIRS:
+        found = stream_hash(sources, way, num_processes, MESHES[mesh], num_workers)
+        assert found == expected[way], (num_processes, mesh, num_workers, way)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("way", ["split", "best_fit"])
+def test_every_product_of_processes_meshes_and_workers(sources, way):
+    """200 global batches each."""
+    expected = stream_hash(sources, way, devices=1, num=200)
+    for num_processes, mesh, num_workers in itertools.product((1, 2, 4), ("1x8", "2x4", "4x2"), (0, 1, 3)):
+        found = stream_hash(sources, way, num_processes, MESHES[mesh], num_workers, num=200)
+        print(f"{way} {num_processes} processes, mesh {mesh}, {num_workers} workers: {found[:16]}", flush=True)
+        assert found == expected
