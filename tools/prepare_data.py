@@ -1,4 +1,4 @@
-"""Raw text -> a corpus that `config.data.source` can name.
+"""Raw text -> a corpus that `config.data.sources` can name.
 
     python tools/prepare_data.py --output corpora/mine texts/*.jsonl.gz                      # exact duplicates dropped
     python tools/prepare_data.py --output corpora/web crawl/*.warc.gz --filters gopher c4 fineweb --scrub --duplicates minhash
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     lost = sum(entry["documents"] for stage in told["stages"] for entry in stage["dropped"].values())
     say(f"{told['in']['documents']:,} documents in, {lost:,} left out, {told['out']['documents']:,} out")
     say(f"{told['out']['tokens']:,} tokens, {told['out']['bytes'] / max(1, told['out']['tokens']):.2f} bytes a token")
-    say(f"report: {settings.output}/report.html; train: --config.data.source={settings.output}")
+    say(f"report: {settings.output}/report.html; train: --config.data.sources={settings.output}")
     return 0
 
 

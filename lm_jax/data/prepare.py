@@ -16,11 +16,13 @@ import dataclasses
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -274,3 +276,19 @@ def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counte
     }
     report.check(told)
     return told
+
+
+def texts_of(places: tuple[str, ...], text_key: str, on_bad_record: str) -> Iterator[str]:
+    """The texts of raw places as they are read, and the training documents of prepared ones. Raises UserError."""
+    raw = tuple(place for place in places if not (os.path.isdir(place) and shards.is_prepared(place)))
+    for place in sorted({*places} - {*raw}):
+        corpus = shards.read(place, "prepare it again")
+        split = corpus.splits["train"]
+        for start, end in itertools.pairwise(split.offsets):
+            yield corpus.tokenizer.decode(split.tokens[start + 1 : end])
+    for file in readers.find(raw) if raw else ():
+        for record in readers.records(file.path, text_key):
+            if isinstance(record, readers.Document):
+                yield record.text
+            elif on_bad_record == "stop":
+                raise steps.bad_record(record)

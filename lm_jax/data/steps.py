@@ -80,11 +80,15 @@ class Read:
 
     def bad(self, record: Bad) -> None:
         if self.on_bad_record == "stop":
-            raise UserError(
-                f"{record.id}: {record.reason}\nmend it, or leave such records out and count them: --on_bad_record skip"
-            )
+            raise bad_record(record)
         self.tally.see("")
         self.tally.drop(f"bad record: {record.reason.partition(' (')[0]}", record.id, record.reason)
+
+
+def bad_record(record: Bad) -> UserError:
+    return UserError(
+        f"{record.id}: {record.reason}\nmend it, or leave such records out and count them: --on_bad_record skip"
+    )
 
 
 class Progress:

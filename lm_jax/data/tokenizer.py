@@ -21,10 +21,7 @@ from lm_jax.config import UserError
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
 SPACE = "\u2581"  # how SentencePiece writes a space; the character itself is spelled in bytes
 SAMPLE_BYTES = 8_000_000  # characters of text that a tokenizer is trained on
-TRAINED = {
-    "sentencepiece": "bpe",
-    "unigram": "unigram",
-}  # what stands before the colon of a setting: SentencePiece's name
+TRAINED = {"sentencepiece": "bpe", "unigram": "unigram"}  # kind of a setting: what SentencePiece calls it
 SETTINGS = (
     '"bytes", "sentencepiece:PIECES" (BPE), "unigram:PIECES", a tokenizer.model or tokenizer.json, or a folder with one'
 )
@@ -210,10 +207,10 @@ def num_pieces(setting: str) -> int:
     return int(pieces)
 
 
-def make(setting: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer of any setting, trained on the texts where it has to be. Raises UserError."""
+def make(setting: str, texts: Iterable[str], size: int = SAMPLE_BYTES) -> Tokenizer:
+    """The tokenizer of any setting, where it has to be trained then on `size` characters of the texts. Raises UserError."""
     pieces = num_pieces(setting)
-    return train(texts, pieces, TRAINED[setting.partition(":")[0]]) if pieces else load(setting)
+    return train(sample(texts, size), pieces, TRAINED[setting.partition(":")[0]]) if pieces else load(setting)
 
 
 def sample(texts: Iterable[str], size: int = SAMPLE_BYTES) -> list[str]:
@@ -249,7 +246,7 @@ def train(texts: Iterable[str], pieces: int, model_type: str = "bpe") -> Sentenc
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(sample(texts)),
+            sentence_iterator=lines(texts),
             model_writer=model,
             model_type=model_type,
             vocab_size=pieces,
