@@ -14,19 +14,16 @@ from conftest import tiny
 from lm_jax.config import UserError
 from lm_jax.data import clean, executors, overlap, prepare, readers, shards, sources
 
-NAMES = "Ada Grace Alan Edsger Barbara Donald Margaret Ken Radia Leslie".split()
-VERBS = "wrote read mended measured described compared answered counted sorted drew".split()
-THINGS = "letter proof table engine garden bridge number method picture record".split()
+WORDS = """the of to and with that have be a in for over under before after letter proof table engine garden bridge number
+method picture record wrote read mended measured compared answered counted sorted drew slowly early often never once green
+small heavy quiet river station window paper morning winter friend teacher sailor doctor question story reason answer""".split()
 
 
 def story(seed: int, sentences: int = 12) -> str:
     """Text that filters for English take for prose, different for each seed."""
     pick = random.Random(seed)
-    one = lambda: (
-        f"{pick.choice(NAMES)} {pick.choice(VERBS)} the {pick.choice(THINGS)} that {pick.choice(NAMES)} had with "
-        f"{pick.randrange(1000)} others, and {pick.choice(VERBS)} to be sure of a {pick.choice(THINGS)}."
-    )
-    return "\n".join(" ".join(one() for _ in range(2)) for _ in range(sentences // 2))
+    lines = [[" ".join(pick.choices(WORDS, k=14)).capitalize() + "." for _ in range(2)] for _ in range(sentences // 2)]
+    return "\n".join(map(" ".join, lines))
 
 
 def write(path: pathlib.Path, texts, key="text") -> None:
@@ -174,7 +171,7 @@ BAD = [
     ("x.jsonl", b'{"text": "good"}\n{"text": "' + b"x" * 2_000_000 + b'"}\n', "x.jsonl:2", "a line of more than 1 MB"),
     (
         "x.jsonl.gz",
-        gzip.compress(b'{"text": "good"}\n' + os.urandom(999))[:-400],
+        gzip.compress(b'{"text": "good"}\n' + random.Random(0).randbytes(999).hex().encode())[:-200],
         "x.jsonl.gz:1",
         "damaged or ends early",
     ),
@@ -196,7 +193,8 @@ def test_a_bad_record_stops_by_its_place_or_is_counted(tmp_path, monkeypatch, na
     assert "--on_bad_record skip" in str(error.value)
     told = run(tmp_path, name, "good.jsonl", on_bad_record="skip")
     assert sum(entry["documents"] for entry in told["stages"][0]["dropped"].values()) == 1
-    assert told["out"]["documents"] == told["in"]["documents"] - 1 == 30 + (b"good" in content and place[-1] != "z")
+    good = place.endswith(".gz:1") or (name == "x.jsonl" and b"good" in content)
+    assert told["out"]["documents"] == told["in"]["documents"] - 1 == 30 + good
 
 
 def test_a_byte_order_mark_and_a_long_line_are_no_mistakes(tmp_path):
@@ -251,7 +249,7 @@ def test_without_the_extra_its_flags_are_refused_with_the_mend(raw, monkeypatch,
 MUTATIONS = [
     lambda data, pick: data[: pick.randrange(len(data) + 1)],
     lambda data, pick: _at(data, pick, lambda i: data[:i] + bytes([pick.randrange(256)]) + data[i + 1 :]),
-    lambda data, pick: _at(data, pick, lambda i: data[:i] + os.urandom(0) + pick.randbytes(9) + data[i:]),
+    lambda data, pick: _at(data, pick, lambda i: data[:i] + pick.randbytes(9) + data[i:]),
     lambda data, pick: _at(data, pick, lambda i: data[:i] + data[i + pick.randrange(200) :]),
     lambda data, pick: _at(data, pick, lambda i: data[:i] + b"\n" * pick.randrange(3) + data[i:]),
     lambda data, pick: _at(data, pick, lambda i: data[:i] + b"\0" + data[i:]),
@@ -330,7 +328,7 @@ def test_a_giant_document_is_taken_apart_and_no_character_is_lost(tmp_path, monk
 def test_overlap_with_an_evaluation_set_is_found_and_can_be_left_out(tmp_path):
     question = "Which of the ten engineers answered the letter that came with a table and a garden yesterday?"
     texts = [story(seed) for seed in range(20)]
-    write(tmp_path / "x.jsonl", [*texts, f"Before. {question.upper()} After, too.", question[:30]])
+    write(tmp_path / "x.jsonl", [*texts, f"Xylophones. {question.upper()} Zebras, too.", question[:30]])
     write(tmp_path / "eval.jsonl", [question, "short one", story(999)], key="question")
     told = run(tmp_path, "x.jsonl", decontaminate=(str(tmp_path / "eval.jsonl"),))
     counted = {"items": 3, "too_short": 1, "found": 1, "documents": 1}
@@ -341,7 +339,7 @@ def test_overlap_with_an_evaluation_set_is_found_and_can_be_left_out(tmp_path):
         output=str(tmp_path / "cleaned"),
     )
     told = prepare.run(cleaned, lambda line: None)
-    assert told["out"]["documents"] == 21 and not any("AFTER" in text.upper() for text in texts_of(cleaned.output))
+    assert told["out"]["documents"] == 21 and not any("Zebras" in text for text in texts_of(cleaned.output))
     index, _ = overlap.evaluation_index((str(tmp_path / "eval.jsonl"),), "text")
     assert not any(set(clean.ngrams(text)) & index.keys() for text in texts_of(cleaned.output))
 
@@ -429,7 +427,7 @@ def test_planted_personal_data_does_not_survive(tmp_path):
 @needs_datatrove
 def test_of_near_duplicates_one_stays(tmp_path):
     texts = [story(seed, 30) for seed in range(25)]
-    nearly = [text.replace("letter", "letters", 1) + " The end." for text in texts[:5]]
+    nearly = [text + " The end." for text in texts[:5]]
     write(tmp_path / "x.jsonl", [*texts, *nearly])
     told = run(tmp_path, "x.jsonl", duplicates="minhash")
     found = texts_of(tmp_path / "out")

@@ -19,7 +19,7 @@ NGRAM = 13  # words: the length that GPT-3's authors took (arXiv:2005.14165, app
 _IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 _SENTENCE = re.compile(r"(?<=[.!?。！？…])[\"'”’)]*\s+|(?<=[。！？])|\n+")
-_PHONE = r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\) ?|\d{2,4}[ .-])\d{3,4}[ .-]\d{3,4}(?![\w.]|[-]\d)|(?<!\w)\+\d{9,14}(?!\w)"
+_PHONE = r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\) ?|\d{2,4}[ .-])\d{3,4}[ .-]\d{3,4}(?!\w|[.-]\d)|(?<!\w)\+\d{9,14}(?!\w)"
 _ADDRESS6 = r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])"
 
 
@@ -113,7 +113,9 @@ def _address6(match: re.Match) -> str:
         address = ipaddress.ip_address(match[0])
     except ValueError:
         return match[0]
-    return match[0] if address.is_unspecified or address.is_loopback else ADDRESS6
+    digits = match[0].replace(":", "")  # a::b of a programming language is no address
+    named = len(digits) >= 4 and any(digit.isdecimal() for digit in digits) and not address.is_loopback
+    return ADDRESS6 if named else match[0]
 
 
 def minhash(step: str, folder: str, dropped=None) -> list:

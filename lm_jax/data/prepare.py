@@ -171,9 +171,10 @@ def start(folder: str, plan: Plan, say: Say) -> None:
             fcntl.flock(busy, fcntl.LOCK_EX)
         return
     if os.path.exists(folder):
-        if os.listdir(folder) and not os.path.exists(path):
+        if {*os.listdir(folder)} - {"plan.json.draft"} and not os.path.exists(path):
             raise UserError(f"--work {folder} is not a work folder of ours and not empty; name another")
-        say(f"{folder} is of other text or settings: starting over")
+        if found is not None:
+            say(f"{folder} is of other text or settings: starting over")
         shutil.rmtree(folder)
     os.makedirs(folder)
     write_json(path, wanted)

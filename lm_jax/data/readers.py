@@ -144,7 +144,9 @@ def opened(path: str, seen: Callable[[int], None] = lambda num_bytes: None):
             return
         inner = _Heard(raw, seen)
         if path.lower().endswith(".gz") and kind_of(path) != "warc":
-            yield io.BufferedReader(gzip.GzipFile(fileobj=io.BufferedReader(inner)), 1 << 17)
+            yield gzip.GzipFile(
+                fileobj=io.BufferedReader(inner)
+            )  # a buffer around it would lose lines before a torn end
         elif path.lower().endswith(".zst"):
             yield io.BufferedReader(Zstandard(inner), 1 << 17)
         else:
