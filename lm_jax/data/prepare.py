@@ -33,7 +33,7 @@ from lm_jax.data.executors import Choice, Say, Stage, run_stage
 from lm_jax.data.report import Dropped, Tally
 
 VERSION = 1  # of what a plan means: another version does not go on with a work folder
-TASK_BYTES = 64_000_000  # of input that a task reads, and of text that it sorts
+TASK_BYTES = 16_000_000  # of input that a task reads, and of text that it sorts
 MOST_TASKS = 256  # so that there are at most MOST_TASKS ** 2 files between reading and gathering
 GROWS = 4  # text in a packed file, against its size
 
