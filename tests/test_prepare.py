@@ -97,6 +97,7 @@ def test_the_shards_do_not_depend_on_tasks_or_on_how_text_lies_in_files(raw, mon
     run(place, "raw", tokenizer="unigram:420")
     first = files_of(place / "out")
     monkeypatch.setattr(prepare, "TASK_BYTES", 3000)
+    monkeypatch.setattr(prepare, "BUCKET_BYTES", 3000)
     plan = prepare.make_plan(settings(place, "raw"))
     assert len(plan.tasks) == 3 and plan.buckets > 10
     prepare.run(prepare.dataclasses.replace(settings(place, "raw", tokenizer="unigram:420"), output=str(place / "b")))
@@ -116,6 +117,7 @@ class Killed(BaseException):
 def test_killed_anywhere_it_goes_on_to_the_same_shards(raw, monkeypatch, when):
     place, _ = raw
     monkeypatch.setattr(prepare, "TASK_BYTES", 6000)
+    monkeypatch.setattr(prepare, "BUCKET_BYTES", 6000)
     run(place, "raw")
     first = files_of(place / "out")
     again = prepare.dataclasses.replace(settings(place, "raw"), output=str(place / "again"))
@@ -144,6 +146,31 @@ def test_a_prepared_corpus_is_not_prepared_again_nor_written_over(raw):
     assert said == [f"{place}/out is prepared already"]
     with pytest.raises(UserError, match="holds a corpus of other text or settings"):
         run(place, "raw", normalise="none")
+
+
+def test_what_is_not_a_corpus_is_not_written_over(raw):
+    place, _ = raw
+    (place / "out").mkdir()
+    (place / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty, and no corpus of ours"):
+        run(place, "raw")
+    assert (place / "out" / "thesis.tex").read_text() == "years of work"
+    (place / "out" / "thesis.tex").unlink()
+    assert run(place, "raw")["out"]["documents"]
+
+
+def test_a_corpus_can_be_prepared_to_a_bucket(raw, monkeypatch):
+    place, _ = raw
+    monkeypatch.setenv("LM_JAX_CACHE", str(place / "cache"))
+    run(place, "raw")
+    there = prepare.dataclasses.replace(settings(place, "raw"), output="memory://bucket/corpus")
+    prepare.run(there, lambda line: None)
+    system, _ = prepare.fsspec.core.url_to_fs(there.output)
+    for name, content in files_of(place / "out").items():
+        assert system.cat_file(f"/bucket/corpus/{name}") == content
+    said = []
+    prepare.run(there, said.append)
+    assert said == ["memory://bucket/corpus is prepared already"]
 
 
 def test_changed_text_starts_over(raw, monkeypatch):
@@ -487,6 +514,7 @@ def test_every_executor_makes_the_same_shards(raw, monkeypatch, executor):
         pytest.importorskip("ray")
     place, _ = raw
     monkeypatch.setattr(prepare, "TASK_BYTES", 30_000)
+    monkeypatch.setattr(prepare, "BUCKET_BYTES", 30_000)
     run(place, "raw", **EVERYTHING)
     other = settings(place, "raw", executor=executor, **EVERYTHING | {"workers": 2})
     told = prepare.run(prepare.dataclasses.replace(other, output=str(place / executor)), lambda line: None)

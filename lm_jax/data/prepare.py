@@ -19,12 +19,14 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import fsspec
 import numpy as np
 
 from lm_jax.config import UserError
@@ -33,7 +35,8 @@ from lm_jax.data.executors import Choice, Say, Stage, run_stage
 from lm_jax.data.report import Dropped, Tally
 
 VERSION = 1  # of what a plan means: another version does not go on with a work folder
-TASK_BYTES = 16_000_000  # of input that a task reads, and of text that it sorts
+TASK_BYTES = 16_000_000  # of input that a task reads
+BUCKET_BYTES = 4_000_000  # of text that a task sorts, compares and tokenises
 MOST_TASKS = 256  # so that there are at most MOST_TASKS ** 2 files between reading and gathering
 GROWS = 4  # text in a packed file, against its size
 
@@ -59,7 +62,8 @@ class Settings(Choice):
 
     @property
     def folder(self) -> str:
-        return os.path.abspath(self.work or self.output.rstrip("/") + ".work")
+        here = os.path.join(shards.cache_folder(), "work", re.sub(r"\W+", "-", self.output))
+        return os.path.abspath(self.work or (here if "://" in self.output else self.output.rstrip("/") + ".work"))
 
     def identity(self) -> dict[str, Any]:
         fields = [field.name for field in dataclasses.fields(self)]
@@ -94,15 +98,18 @@ def make_plan(settings: Settings) -> Plan:
         tasks[-1].append(file.path)
         room -= file.size
     text = sum(file.size * (GROWS if file.path.endswith((".gz", ".zst", ".parquet")) else 1) for file in files)
-    return Plan(key, tasks, total, min(MOST_TASKS, -(-text // TASK_BYTES) or 1))
+    return Plan(key, tasks, total, min(MOST_TASKS, -(-text // BUCKET_BYTES) or 1))
 
 
 def run(settings: Settings, say: Say = print) -> dict[str, Any]:
     """Prepares the corpus, or goes on where an earlier run was stopped. Returns the report. Raises UserError."""
     check(settings)
     plan = make_plan(settings)
-    if os.path.exists(os.path.join(settings.output, shards.MANIFEST)):
+    system, target = fsspec.core.url_to_fs(settings.output)
+    if system.exists(f"{target}/{shards.MANIFEST}"):
         return already(settings, plan, say)
+    if "://" not in settings.output and system.exists(target) and system.ls(target):
+        raise UserError(f"--output {settings.output} is not empty, and no corpus of ours; name another")
     folder = settings.folder
     with shards.writer_lock(folder + ".lock", say):
         start(folder, plan, say)
@@ -112,10 +119,25 @@ def run(settings: Settings, say: Say = print) -> dict[str, Any]:
             run_stage(stage, os.path.join(folder, stage.name), settings, plan.num_bytes, say)
             seconds[stage.name] = round(time.monotonic() - began, 2)
         made = finish(settings, plan, folder, seconds)
+        publish(os.path.join(folder, "corpus"), settings.output)
     shutil.rmtree(folder)
     with contextlib.suppress(FileNotFoundError):
         os.remove(folder + ".lock")
     return made
+
+
+def publish(draft: str, output: str) -> None:
+    """The finished folder under its name: renamed, or copied to a bucket with the manifest last."""
+    system, target = fsspec.core.url_to_fs(output)
+    if "://" in output:
+        for name in sorted(os.listdir(draft), key=lambda name: (name == shards.MANIFEST, name)):
+            system.put_file(os.path.join(draft, name), f"{target}/{name}")
+        return
+    beside = f"{target}.draft"  # the work folder may lie on another file system
+    shutil.rmtree(beside, ignore_errors=True)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    shutil.move(draft, beside)
+    os.rename(beside, target)
 
 
 def check(settings: Settings) -> None:
@@ -146,8 +168,8 @@ def check(settings: Settings) -> None:
 
 def already(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
     try:
-        with open(os.path.join(settings.output, "report.json")) as file:
-            made = json.load(file)
+        system, target = fsspec.core.url_to_fs(settings.output)
+        made = json.loads(system.cat_file(f"{target}/report.json"))
     except (OSError, ValueError):
         made = {}
     if made.get("key") != plan.key:
@@ -228,7 +250,7 @@ def stages(settings: Settings, plan: Plan, folder: str) -> list[Stage]:
 
 def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float]) -> dict[str, Any]:
     """Copies the tokens into shards, writes the report beside them and the manifest last."""
-    draft = settings.output.rstrip("/") + ".draft"
+    draft = os.path.join(folder, "corpus")
     shutil.rmtree(draft, ignore_errors=True)
     made = tokenizer.load(os.path.join(folder, "tokenizer", "model"))
     writer, lengths = shards.ShardWriter(draft, made), Counter[int]()
@@ -247,8 +269,6 @@ def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float
         file.write(report.page(told))
     left_out = {reason: entry["documents"] for stage in told["stages"] for reason, entry in stage["dropped"].items()}
     writer.close(source=list(settings.sources), left_out=left_out, settings=told["settings"])
-    shutil.rmtree(settings.output, ignore_errors=True)
-    os.rename(draft, settings.output)
     return told
 
 
