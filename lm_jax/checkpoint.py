@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-import shutil
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,15 +23,18 @@ from etils import epath
 
 from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
-from lm_jax.data.shards import file_hash, flush
+from lm_jax.data.shards import check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import Tokenizer, load
+from lm_jax.distributed import leads
 from lm_jax.model import transformer
+from lm_jax.places import set_aside, write_whole
 from lm_jax.sharding import laid_out
 from lm_jax.train_state import Program, TrainState, abstract
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+PATIENCE = 600  # seconds that one process waits for a file of another
 FACTS = ("pipeline", "tokenizer", "data")  # of the mixture, kept with every step; config.json has its shards too
 
 
@@ -88,8 +91,13 @@ class Saver:
 
     def _finish(self, step: int) -> None:
         self._orbax.wait_until_finished()
-        write_manifest(self.folder / str(step), {"step": step} | {name: self.facts[name] for name in FACTS})
-        self._retain()
+        folder = self.folder / str(step)
+        if jax.process_count() > 1:
+            write_part(folder)
+        if leads():
+            write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS})
+            self._retain()
+        wait_for(folder / MANIFEST)  # so that all processes know the same steps
 
     def _retain(self) -> None:
         """Keeps the newest `keep_last` and every multiple of `keep_every`; runs after the new manifest is durable."""
@@ -117,19 +125,54 @@ class Saver:
 
 def files_of(folder: epath.Path) -> dict[str, dict[str, int | str]]:
     """{relative path: size and sha256} of every file of a step but its manifest."""
-    paths = sorted(path for path in files_below(folder) if path.name != MANIFEST)
+    paths = sorted(path for path in files_below(folder) if not path.name.startswith("MANIFEST."))
     return {os.path.relpath(path, folder): file_hash(path) for path in paths}
+
+
+def writer_of(path: str) -> int:
+    """The process that wrote a file of a step: Orbax keeps the arrays' parts of process k in `ocdbt.process_k`."""
+    found = re.search(r"ocdbt\.process_(\d+)", path)
+    return int(found[1]) if found else 0
+
+
+def part_of(folder: epath.Path, process: int) -> epath.Path:
+    return folder / f"MANIFEST.p{process}.json"
+
+
+def write_part(folder: epath.Path) -> None:
+    """`MANIFEST.p<k>.json`: hashes of what this process wrote, so that no process reads what the others did."""
+    mine = {
+        name: file_hash(folder / name)
+        for name in (os.path.relpath(path, folder) for path in files_below(folder))
+        if writer_of(name) == jax.process_index() and not os.path.basename(name).startswith("MANIFEST.")
+    }
+    write_whole(part_of(folder, jax.process_index()), json.dumps(mine).encode())
+
+
+def wait_for(path: epath.Path) -> None:
+    """Until another process has written it. The processes of a run share its workdir."""
+    start = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - start > PATIENCE:
+            raise TimeoutError(f"{path} was not written in {PATIENCE} s: is the workdir shared by all processes?")
+        time.sleep(0.05)
+
+
+def written_files(folder: epath.Path) -> dict[str, dict[str, int | str]]:
+    """`files_of`, joined from what the processes say that they wrote where there are several."""
+    if jax.process_count() == 1:
+        return files_of(folder)
+    parts = [part_of(folder, process) for process in range(jax.process_count())]
+    for part in parts:
+        wait_for(part)
+    return {name: file for part in parts for name, file in json.loads(part.read_text()).items()}
 
 
 def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
     versions = {module.__name__: module.__version__ for module in (jax, ocp)} | {"lm_jax": __version__}
-    manifest = {"format": FORMAT, **facts, "versions": versions, "files": files_of(folder)}
-    draft = folder / (MANIFEST + ".draft")
-    with open(draft, "w") as file:
-        json.dump(manifest, file, indent=1)
-        flush(file)
-    os.replace(draft, folder / MANIFEST)
-    for path in (folder, folder.parent):
+    manifest = {"format": FORMAT, **facts, "versions": versions, "files": written_files(folder)}
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    for path in (folder, folder.parent) if not is_url(folder) else ():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -166,7 +209,7 @@ def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
         torn = path.name.isdigit() and not (path / MANIFEST).exists()
         if torn or "orbax-checkpoint-tmp" in path.name:
             say(f"removed {path.name}: a checkpoint that was never finished")
-            shutil.rmtree(path)
+            path.rmtree()
 
 
 def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bool) -> int | None:
@@ -180,7 +223,7 @@ def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bo
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
         if quarantine:
             number = len(list(folder.glob(f"{step}.broken*")))
-            (folder / str(step)).rename(folder / (f"{step}.broken" + f"-{number}" * bool(number)))
+            set_aside(folder / str(step), folder / (f"{step}.broken" + f"-{number}" * bool(number)))
     if has_steps(workdir):
         raise UserError(
             f"no checkpoint in {folder} is whole; remove the folder to start over, or restore it from a copy"
@@ -211,17 +254,14 @@ def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainStat
 def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], facts: dict[str, Any]) -> None:
     """`config.json`: the resolved values, and for each that is no default where it came from."""
     content = {"format": FORMAT, "config": flatten(config), "origins": origins, **facts}
-    draft = workdir / "config.json.draft"
-    draft.write_text(json.dumps(content, indent=1))
-    os.replace(draft, workdir / "config.json")
+    write_whole(workdir / "config.json", json.dumps(content, indent=1).encode())
 
 
 def write_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
     """The tokenizer's file under its own name, whole or not at all."""
-    path, draft = workdir / tokenizer.file_name, workdir / f"{tokenizer.file_name}.draft"
+    path = workdir / tokenizer.file_name
     if not path.exists() or path.read_bytes() != tokenizer.model:
-        draft.write_bytes(tokenizer.model)
-        os.replace(draft, path)
+        write_whole(path, tokenizer.model)
 
 
 def has_steps(workdir: epath.Path) -> bool:
@@ -301,6 +341,7 @@ class Located(NamedTuple):
 
 def locate(model: str, say: Callable[[str], None] = print) -> Located:
     """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified. Raises UserError."""
+    check_url("--model", model)
     place, _, wanted = (model, "", "") if (epath.Path(model) / "config.json").exists() else model.rpartition("@")
     place, wanted = (place, wanted) if place else (wanted or model, "")
     workdir = epath.Path(place)

@@ -4,13 +4,16 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from lm_jax.config import UserError
-from lm_jax.data.shards import cache_folder
+from lm_jax.data.shards import cache_folder, is_url
+from lm_jax.places import leased
 
 
 def configure() -> None:
@@ -33,6 +36,16 @@ def devices() -> list[jax.Device]:
         raise UserError(f"no devices of JAX_PLATFORMS={platforms!r}: {str(error).splitlines()[0]}") from error
 
 
+def leads() -> bool:
+    """Whether this process is the one that writes what a run has once: log, metrics, config, and the manifest of a step."""
+    return jax.process_index() == 0
+
+
+def agree(number: int) -> int:
+    """The leading process' number, on every process; all wait for it."""
+    return int(multihost_utils.broadcast_one_to_all(np.int64(number))) if jax.process_count() > 1 else number
+
+
 def settle(tree):
     """Waits for `tree` where nothing may be in flight behind it: on CPU, whose fake devices deadlock in collectives.
 
@@ -42,8 +55,15 @@ def settle(tree):
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: epath.Path) -> Iterator[None]:
-    """One run a workdir: the lock dies with its process. Raises UserError where another run holds it."""
+def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
+    """One run a workdir: the lock, held by its leading process, dies with it. Raises UserError where another run holds it."""
+    if not leads():
+        yield
+        return
+    if is_url(workdir):
+        with leased(workdir, say):
+            yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

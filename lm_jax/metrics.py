@@ -78,6 +78,20 @@ class Writer:
         self._events.close()
 
 
+class Nowhere:
+    """What the processes of a run that do not lead write to."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+    def text(self, step: int, name: str, text: str) -> None: ...
+
+    def hyper_parameters(self, flat: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def to_host(metrics: dict) -> dict[str, float]:
     """Device scalars as floats: waits for the step that made them."""
     return {name: float(np.asarray(value)) for name, value in metrics.items()}

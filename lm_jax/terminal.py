@@ -27,6 +27,7 @@ class Terminal:
         self._last_progress = 0.0
         self._open_line = False
         self._live = sys.stdout.isatty()
+        self.silent = False  # for all processes of a run but one
 
     def log_to(self, path: epath.Path) -> None:
         self._log = open(path, "a")  # noqa: SIM115  (open for the life of the run)
@@ -34,6 +35,8 @@ class Terminal:
             self._keep(line)
 
     def __call__(self, text: str = "") -> None:
+        if self.silent:
+            return
         if self._open_line:
             sys.stdout.write("\r\x1b[K")
             self._open_line = False
@@ -53,7 +56,7 @@ class Terminal:
     def progress(self, text: str) -> None:
         """A state that will be overwritten: on a terminal five times a second, elsewhere a line now and then."""
         now = time.monotonic()
-        if now - self._last_progress < (0.2 if self._live else QUIET_SECONDS):
+        if self.silent or now - self._last_progress < (0.2 if self._live else QUIET_SECONDS):
             return
         self._last_progress = now
         if self._live:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gzip
 import lzma
-import os
 import time
 from typing import Any
 
@@ -16,10 +15,12 @@ from lm_jax import checkpoint, command, costs, metrics, terminal
 from lm_jax.config import Config, UserError, parse_length
 from lm_jax.data import mixture, pipeline
 from lm_jax.data.packing import Held
-from lm_jax.distributed import Stop, devices, workdir_lock
+from lm_jax.data.shards import check_url
+from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.generate import Sampling, generate
 from lm_jax.model import transformer
+from lm_jax.places import Desk
 from lm_jax.ramp import Ramp, make_ramp, with_steps
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.train_state import Program, TrainState, fresh, make_program
@@ -35,6 +36,7 @@ class Run:
     config: Config
     workdir: epath.Path
     say: terminal.Terminal
+    desk: Desk  # where metrics and log grow
     mixed: mixture.Mixture
     stream: mixture.Mixed
     program: Program
@@ -77,13 +79,16 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     `experiment` is what `--config` named, `place` the workdir ("": runs/<experiment>[-<variant>]).
     """
     name = command.run_name(experiment)
+    check_url("--workdir", place)
     say, phases, workdir = terminal.Terminal(), Phases(), epath.Path(place or f"runs/{name}")
+    desk = Desk(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
     if config.data.objective != "causal":
         raise UserError(f"config.data.objective = {config.data.objective} needs an encoder; decoders take causal")
     with phases("devices"):
         here = devices()
+    say.silent = not leads()
     sizes = mesh_shape(config.mesh, len(here))
     if pieces := mixture.pieces_expected(config.data):
         preflight(config, transformer.padded(pieces), sizes)
@@ -107,18 +112,21 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     say(terminal.header(config, name, counted, mixed, ramp, sizes, (here[0], peak)))
     if dry_run:
         return 0
-    with workdir_lock(workdir), jax.set_mesh(mesh), Stop().listening() as stop:
-        say.log_to(workdir / "log.txt")
-        checkpoint.clean(workdir, say)
+    with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop().listening() as stop:
+        if leads():
+            desk.fetch()
+            say.log_to(desk.folder / "log.txt")
+            checkpoint.clean(workdir, say)
         for line in changes:
             say(line)
         with phases("state"):
             state, data = starting_point(program, workdir, source, say)
         if data.step >= int(config.train.num_steps):
-            return already_done(workdir, say)
-        checkpoint.write_config(workdir, config, origins, mixed.facts)
-        checkpoint.write_tokenizer(workdir, mixed.tokenizer)
-        this = Run(config, workdir, say, mixed, stream, program, mesh, ramp, counted, peak, state, data)
+            return already_done(desk, say)
+        if leads():
+            checkpoint.write_config(workdir, config, origins, mixed.facts)
+            checkpoint.write_tokenizer(workdir, mixed.tokenizer)
+        this = Run(config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data)
         return train(this, phases, stop, experiment)
 
 
@@ -163,7 +171,7 @@ def starting_point(
     program: Program, workdir: epath.Path, source: checkpoint.Located | None, say: terminal.Terminal
 ) -> tuple[TrainState, checkpoint.DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
-    if (step := checkpoint.newest_valid(workdir, say, quarantine=True)) is not None:
+    if step := agree((checkpoint.newest_valid(workdir, say, quarantine=True) or 0) if leads() else 0):
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
@@ -175,8 +183,8 @@ def starting_point(
     return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
 
 
-def already_done(workdir: epath.Path, say: terminal.Terminal) -> int:
-    last = [line for line in metrics.read(workdir) if "final/loss" in line][-1:]
+def already_done(desk: Desk, say: terminal.Terminal) -> int:
+    last = [line for line in metrics.read(desk.folder) if "final/loss" in line][-1:]
     result = (
         ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
     )
@@ -191,7 +199,7 @@ def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
         one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
         one_step = compile_step(this.program, this.mesh, one_microbatch)
     say(str(phases))
-    writer = metrics.Writer(this.workdir, this.data.step)
+    writer = metrics.Writer(this.desk.folder, this.data.step) if leads() else metrics.Nowhere()
     saver = checkpoint.Saver(this.workdir, config, this.mixed.facts)
     if not this.data.step:
         writer.hyper_parameters(checkpoint.flatten(config))
@@ -233,6 +241,7 @@ def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
             if due and not last:
                 log.flush()
                 writer.flush()
+                this.desk.send()
                 saver.save(this.state, this.data)
                 saved_at = time.monotonic()
         if stop.requested:
@@ -242,20 +251,22 @@ def train(this: Run, phases: Phases, stop: Stop, experiment: str) -> int:
     if finished:
         finish(this, evaluate, writer)
     writer.flush()
+    this.desk.send()
     saver.save(this.state, this.data)
     saver.close()
     writer.close()
-    if not finished:
+    if finished:
+        say(next_commands(this, experiment))
+    else:
         say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
-        return command.EXIT_PREEMPTED
-    say(next_commands(this, experiment))
-    return 0
+    this.desk.send()
+    return 0 if finished else command.EXIT_PREEMPTED
 
 
 class StepLog:
     """Metrics of a step written one step later, speeds over the time since the last line, progress with what remains."""
 
-    def __init__(self, this: Run, writer: metrics.Writer):
+    def __init__(self, this: Run, writer: metrics.Writer | metrics.Nowhere):
         self.this, self.writer = this, writer
         self.waiting: tuple[int, dict] | None = None
         self.every = int(this.config.log.every)
@@ -331,7 +342,9 @@ def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
     return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch), rows
 
 
-def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *prefixes: str) -> float:
+def evaluate_now(
+    this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere, num_rows: int, *prefixes: str
+) -> float:
     """Bits per byte of the first `num_rows` validation rows (0: all) of each source, written under each prefix."""
     evaluator, rows = evaluation
     watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
@@ -343,9 +356,9 @@ def evaluate_now(this: Run, evaluation, writer: metrics.Writer, num_rows: int, *
     return bits_per_byte
 
 
-def show_sample(this: Run, writer: metrics.Writer) -> None:
+def show_sample(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
     prompt = this.config.evaluate.prompt
-    if not prompt:
+    if not prompt or jax.process_count() > 1:
         return
     room = this.config.data.sequence_length - len(this.mixed.tokenizer.encode(prompt)) - 1
     limit = min(SAMPLE_TOKENS, room)
@@ -357,11 +370,11 @@ def show_sample(this: Run, writer: metrics.Writer) -> None:
     writer.text(this.data.step, "sample", "\n".join(f"    {line}" for line in (prompt + text).split("\n")))
 
 
-def finish(this: Run, evaluation, writer: metrics.Writer) -> None:
+def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> None:
     """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors."""
     show_sample(this, writer)
     writer.flush()
-    lines = metrics.read(this.workdir)
+    lines = metrics.read(this.desk.folder)
     this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))
     if evaluation is None:
         return
@@ -393,6 +406,6 @@ def next_commands(this: Run, experiment: str) -> str:
             f"  longer     python -m lm_jax.main --config {experiment} {longer}",
             f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"',
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
-            f"  look       tensorboard --logdir {os.path.dirname(os.path.abspath(this.workdir))}",
+            f"  look       tensorboard --logdir {checkpoint.steps_folder(this.workdir).parent.parent}",
         ]
     )

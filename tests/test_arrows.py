@@ -11,7 +11,7 @@ from conftest import ROOT
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
 config ramp sharding data.sources data.tokenizer data.shards data.packing data.mixture data.objectives data.pipeline
-data.readers data.report data.clean data.overlap data.steps data.executors data.prepare distributed
+data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
 model.layers model.attention model.transformer costs loss optimizer train_state train_step metrics terminal checkpoint
 command generate evaluate train main verify
 """.split()

@@ -74,6 +74,22 @@ def test_a_wrong_value_is_refused_by_name(path, value, words):
     assert path in str(error.value) and words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("/a/text", (("/a/text", 1.0),)),
+        ([["a", 2], ["b", 0.5]], (("a", 2.0), ("b", 0.5))),
+        ((("a", ((0, 1), (1000, 0.5))), ("b", ((1000, 1),))), (("a", ((0, 1.0), (1000, 0.5))), ("b", ((1000, 1.0),)))),
+    ],
+)
+def test_sources_have_one_form(given, expected):
+    config = default_config()
+    config.data.sources = given
+    found = resolve(config)
+    assert found.data.sources == expected and hash(found)
+    assert resolve(dataclasses.asdict(found)) == found
+
+
 def test_lengths_have_units():
     assert parse_length("375M tokens") == (375e6, "tokens")
     assert parse_length("0.5 epochs") == (0.5, "epochs")

@@ -14,6 +14,7 @@ from test_shards import made_up, write
 from lm_jax import checkpoint
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import mixture, packing, pipeline, shards
+from lm_jax.evaluate import Totals, by_source
 from lm_jax.sharding import make_mesh
 
 positive = st.floats(0.01, 10)
@@ -139,7 +140,7 @@ def places(corpus, other, tmp_path, monkeypatch):
         write(tmp_path / name, corpus, made_up(200, seed), 1000)
     write(tmp_path / "other", other, made_up(20))
     write(tmp_path / "small", corpus, made_up(2))
-    write(tmp_path / "untrained", corpus, made_up(2), split="test")
+    write(tmp_path / "untrained", corpus, {"test": made_up(2)})
     return tmp_path
 
 
@@ -199,6 +200,15 @@ def test_names_are_short_and_different():
         "text-2",
         "text-3",
     ]
+
+
+def test_the_whole_is_the_sum_of_its_sources():
+    parts = {"books": Totals(30.0, 10.0, 40.0), "code": Totals(5.0, 10.0, 20.0)}
+    found = by_source(parts, "eval")
+    assert found["eval/loss"] == 35 / 20 and found["eval/books/loss"] == 3 and found["eval/code/loss"] == 0.5
+    np.testing.assert_allclose(found["eval/bits_per_byte"], 35 / 60 / np.log(2))
+    np.testing.assert_allclose(found["eval/code/bits_per_byte"], 5 / 20 / np.log(2))
+    assert by_source({"books": parts["books"]}, "eval") == parts["books"].metrics("eval")
 
 
 def refused(saved, data, mixed) -> str:

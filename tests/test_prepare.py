@@ -159,20 +159,6 @@ def test_what_is_not_a_corpus_is_not_written_over(raw):
     assert run(place, "raw")["out"]["documents"]
 
 
-def test_a_corpus_can_be_prepared_to_a_bucket(raw, monkeypatch):
-    place, _ = raw
-    monkeypatch.setenv("LM_JAX_CACHE", str(place / "cache"))
-    run(place, "raw")
-    there = prepare.dataclasses.replace(settings(place, "raw"), output="memory://bucket/corpus")
-    prepare.run(there, lambda line: None)
-    system, _ = prepare.fsspec.core.url_to_fs(there.output)
-    for name, content in files_of(place / "out").items():
-        assert system.cat_file(f"/bucket/corpus/{name}") == content
-    said = []
-    prepare.run(there, said.append)
-    assert said == ["memory://bucket/corpus is prepared already"]
-
-
 def test_changed_text_starts_over(raw, monkeypatch):
     place, _ = raw
     with monkeypatch.context() as patch:

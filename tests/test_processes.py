@@ -8,9 +8,14 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from etils import epath
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_shards import made_up, write
+
+from lm_jax import checkpoint, metrics
 
 ROWS = 8  # of a global batch
 
@@ -20,7 +25,8 @@ def sources(corpus, tmp_path_factory) -> dict[str, float]:
     """Two prepared folders of several shards each, with their weights."""
     folder = tmp_path_factory.mktemp("sources")
     for name, num, seed in (("books", 300, 1), ("code", 150, 2)):
-        write(folder / name, corpus, made_up(num, seed), 3000)
+        documents = {"train": made_up(num, seed), "validation": made_up(20, seed + 10)}
+        write(folder / name, corpus, documents, 3000)
     return {str(folder / "books"): 0.7, str(folder / "code"): 0.3}
 
 
@@ -45,7 +51,7 @@ def start(line: list[str], num_processes: int, devices: int) -> list[subprocess.
 
 
 def outputs(processes: list[subprocess.Popen]) -> list[str]:
-    found = [process.communicate(timeout=300)[0] for process in processes]
+    found = [process.communicate(timeout=150)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(found)
     return found
 
@@ -84,3 +90,54 @@ def test_every_product_of_processes_meshes_and_workers(sources, way):
         found = stream_hash(sources, way, num_processes, MESHES[mesh], num_workers, num=200)
         print(f"{way} {num_processes} processes, mesh {mesh}, {num_workers} workers: {found[:16]}", flush=True)
         assert found == expected
+
+
+TRAIN = [
+    "--config=experiments/quickstart.py:smoke", "--config.optimizer.decay_over=4", "--config.checkpoint.every=2",
+    "--config.evaluate.every=2", "--config.evaluate.prompt=", "--config.data.num_workers=1",
+]  # fmt: skip
+
+
+def train(sources, workdir, num_steps: int, num_processes: int = 1, devices: int = 1) -> str:
+    """The output of the leading process."""
+    given = f"--config.data.sources={tuple(sources.items())!r}"
+    line = [sys.executable, "-u", "-m", "lm_jax.main", *TRAIN, given, f"--workdir={workdir}"]
+    line.append(f"--config.train.num_steps={num_steps}")
+    return outputs(start(line, num_processes, devices))[0]
+
+
+def without_speeds(workdir) -> list[dict]:
+    lines = metrics.read(epath.Path(workdir))
+    return [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]
+
+
+def check_resume(sources, tmp_path, num_processes: int) -> None:
+    """Two steps by several processes, two more by one; and what the several wrote."""
+    train(sources, tmp_path / "run", 2, num_processes, devices=4)
+    step = tmp_path / "run" / "checkpoints" / "2"
+    parts = [json.loads((step / f"MANIFEST.p{k}.json").read_text()) for k in range(num_processes)]
+    joined = json.loads((step / "MANIFEST.json").read_text())["files"]
+    assert all(parts) and sum(map(len, parts)) == len(joined) and checkpoint.fault(epath.Path(step)) == ""
+    said = train(sources, tmp_path / "run", 4)
+    assert "resumed at step 2, row 16" in said
+    lines = without_speeds(tmp_path / "run")
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    last = [line for line in lines if "final/loss" in line][-1]
+    assert {"final/books/loss", "final/code/bits_per_byte", "final/bits_per_byte"} <= last.keys()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"eval/books/loss", "eval/code/loss", "eval/code/bits_per_byte"} <= {*events.Tags()["scalars"]}
+
+
+def test_what_two_processes_saved_one_goes_on_with(sources, tmp_path):
+    check_resume(sources, tmp_path, 2)
+
+
+@pytest.mark.proof
+def test_what_four_processes_saved_one_goes_on_with(sources, tmp_path):
+    check_resume(sources, tmp_path, 4)
+    train(sources, tmp_path / "whole", 4)
+    losses = lambda place: [line["train/loss"] for line in without_speeds(place) if "train/loss" in line]
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
+    expected = stream_hash(sources, "split", devices=1, first=16, num=200)
+    assert stream_hash(sources, "split", 4, MESHES["2x4"], 1, first=16, num=200) == expected

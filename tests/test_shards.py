@@ -18,11 +18,12 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))
 
 
-def write(folder, corpus, documents, shard_tokens=shards.SHARD_TOKENS, split="train") -> pathlib.Path:
-    """A prepared folder of documents given as lists of ids."""
+def write(folder, corpus, documents, shard_tokens=shards.SHARD_TOKENS) -> pathlib.Path:
+    """A prepared folder of documents given as lists of ids: to train on, or by split."""
     writer = shards.ShardWriter(str(folder), corpus.tokenizer, shard_tokens)
-    for ids in documents:
-        writer.add(split, np.array(ids, np.int32), num_bytes=len(ids))
+    for split, some in documents.items() if isinstance(documents, dict) else [("train", documents)]:
+        for ids in some:
+            writer.add(split, np.array(ids, np.int32), num_bytes=len(ids))
     writer.close(source="made up")
     return folder
 

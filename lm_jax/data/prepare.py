@@ -26,8 +26,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 import numpy as np
+from etils import epath
 
 from lm_jax.config import UserError
 from lm_jax.data import clean, overlap, readers, report, shards, sources, steps, tokenizer
@@ -63,7 +63,7 @@ class Settings(Choice):
     @property
     def folder(self) -> str:
         here = os.path.join(shards.cache_folder(), "work", re.sub(r"\W+", "-", self.output))
-        return os.path.abspath(self.work or (here if "://" in self.output else self.output.rstrip("/") + ".work"))
+        return os.path.abspath(self.work or (here if shards.is_url(self.output) else self.output.rstrip("/") + ".work"))
 
     def identity(self) -> dict[str, Any]:
         fields = [field.name for field in dataclasses.fields(self)]
@@ -104,11 +104,11 @@ def make_plan(settings: Settings) -> Plan:
 def run(settings: Settings, say: Say = print) -> dict[str, Any]:
     """Prepares the corpus, or goes on where an earlier run was stopped. Returns the report. Raises UserError."""
     check(settings)
+    shards.check_url("--output", settings.output)
     plan = make_plan(settings)
-    system, target = fsspec.core.url_to_fs(settings.output)
-    if system.exists(f"{target}/{shards.MANIFEST}"):
+    if shards.is_prepared(settings.output):
         return already(settings, plan, say)
-    if "://" not in settings.output and system.exists(target) and system.ls(target):
+    if not shards.is_url(settings.output) and os.path.exists(settings.output) and os.listdir(settings.output):
         raise UserError(f"--output {settings.output} is not empty, and no corpus of ours; name another")
     folder = settings.folder
     with shards.writer_lock(folder + ".lock", say):
@@ -128,11 +128,12 @@ def run(settings: Settings, say: Say = print) -> dict[str, Any]:
 
 def publish(draft: str, output: str) -> None:
     """The finished folder under its name: renamed, or copied to a bucket with the manifest last."""
-    system, target = fsspec.core.url_to_fs(output)
-    if "://" in output:
-        for name in sorted(os.listdir(draft), key=lambda name: (name == shards.MANIFEST, name)):
-            system.put_file(os.path.join(draft, name), f"{target}/{name}")
+    if shards.is_url(output):
+        for name in ("report.json", "report.html"):
+            (epath.Path(output) / name).write_text((epath.Path(draft) / name).read_text())
+        shards.publish(draft, output)
         return
+    target = os.path.abspath(output)
     beside = f"{target}.draft"  # the work folder may lie on another file system
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -168,8 +169,7 @@ def check(settings: Settings) -> None:
 
 def already(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
     try:
-        system, target = fsspec.core.url_to_fs(settings.output)
-        made = json.loads(system.cat_file(f"{target}/report.json"))
+        made = json.loads((epath.Path(settings.output) / "report.json").read_text())
     except (OSError, ValueError):
         made = {}
     if made.get("key") != plan.key:

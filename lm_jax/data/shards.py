@@ -12,6 +12,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -215,8 +216,20 @@ def cache_folder() -> str:
     return os.environ.get("LM_JAX_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lm_jax")
 
 
+def is_url(place) -> bool:
+    return "://" in str(place)
+
+
+def check_url(name: str, place) -> None:
+    """Raises UserError where the package that reads a URL is not installed."""
+    package = {"gs": "gcsfs", "s3": "s3fs"}.get(str(place).partition("://")[0], "") if is_url(place) else ""
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"{name} {place} needs the package {package}: pip install {package}")
+
+
 def is_prepared(place: str) -> bool:
     """Whether a place holds shards, not raw text."""
+    check_url("config.data.sources:", place)
     return place != "python" and (epath.Path(place) / MANIFEST).exists()
 
 
@@ -232,10 +245,10 @@ def open_corpus(
     """
     place = place or data.sources[0][0]
     if is_prepared(place):
-        return read(place, "prepare it again, or restore it from a copy")
+        return read(local_copy(place, say), "prepare it again, or restore it from a copy")
     pieces = 0 if given else tokenizer.num_pieces(data.tokenizer)
     given = given or (None if pieces else tokenizer.load(data.tokenizer))
-    source = place if place == "python" else os.path.abspath(place)
+    source = place if place == "python" or is_url(place) else os.path.abspath(place)
     by = given.fingerprint if given else data.tokenizer
     identity = [FORMAT, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
     if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
@@ -303,6 +316,34 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
     writer.close(source=place, left_out=left_out)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(draft, folder)
+
+
+def local_copy(place: str, say: Callable[[str], None]) -> str:
+    """The folder itself; of a URL a copy in the cache, made once, the manifest last. `read` checks it."""
+    if not is_url(place):
+        return place
+    url = epath.Path(place)
+    manifest = (url / MANIFEST).read_bytes()
+    folder = os.path.join(cache_folder(), "copies", f"{url.name}-{hashlib.sha256(manifest).hexdigest()[:12]}")
+    with writer_lock(folder + ".lock", say):
+        if not os.path.exists(os.path.join(folder, MANIFEST)):
+            os.makedirs(folder, exist_ok=True)
+            files = json.loads(manifest)["files"]
+            say(f"copying {place}: {sum(file['bytes'] for file in files.values()) / 1e6:,.1f} MB")
+            for name in files:
+                assert os.path.basename(name) == name
+                with (url / name).open("rb") as source, open(os.path.join(folder, name), "wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 22)
+            with open(os.path.join(folder, MANIFEST), "wb") as file:
+                file.write(manifest)
+    return folder
+
+
+def publish(folder: str, url: str) -> None:
+    """Copies a corpus up to a URL, the manifest last: until it is there the URL holds no corpus."""
+    for name in (*read_manifest(folder, "prepare it again")["files"], MANIFEST):
+        with open(os.path.join(folder, name), "rb") as source, (epath.Path(url) / name).open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 22)
 
 
 def read(folder: str, mend: str) -> Corpus:

@@ -1,0 +1,152 @@
+"""A place is a path or a URL. On a URL nothing is renamed, appended, locked by flock or mapped; what is done instead is here.
+
+A file is one object, written whole; a run writes its log, metrics and TensorBoard at a local desk, which is copied up at every
+checkpoint and at the end; its lock is an object that only one can create, with a lease that must be renewed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import fsspec.config
+from etils import epath
+
+from lm_jax.config import UserError
+from lm_jax.data.shards import cache_folder, flush, is_url
+from lm_jax.data.sources import files_below
+
+LEASE = 30.0  # seconds that a lock on a URL holds without being renewed
+fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others write to a bucket, too
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """A file that is there whole and durably, or not at all."""
+    if is_url(path):
+        path.write_bytes(content)
+        return
+    draft = f"{path}.draft"
+    with open(draft, "wb") as file:
+        file.write(content)
+        flush(file)
+    os.replace(draft, path)
+
+
+def set_aside(folder: epath.Path, to: epath.Path) -> None:
+    """Renames a folder; on a URL copies it and removes what was copied."""
+    if not is_url(folder):
+        folder.rename(to)
+        return
+    for path in files_below(folder):
+        (to / os.path.relpath(path, folder)).write_bytes(path.read_bytes())
+    folder.rmtree()
+
+
+class Desk:
+    """The local folder where a run writes what grows: `folder`, the workdir itself where that is local."""
+
+    NAMES = ("metrics.jsonl", "log.txt")  # what a run on another machine goes on with
+
+    def __init__(self, workdir: epath.Path):
+        self.workdir, self.folder = workdir, workdir
+        self._sent: dict[str, tuple[int, int]] = {}
+        if is_url(workdir):
+            name = hashlib.sha256(str(workdir).encode()).hexdigest()[:12]
+            self.folder = epath.Path(cache_folder()) / "runs" / f"{workdir.name}-{name}"
+
+    def fetch(self) -> None:
+        """Starts from what the URL has."""
+        if self.folder == self.workdir:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        for name in self.NAMES:
+            if (self.workdir / name).exists():
+                (self.folder / name).write_bytes((self.workdir / name).read_bytes())
+
+    def send(self) -> None:
+        """Copies up, whole, every file that changed since it was sent."""
+        if self.folder == self.workdir:
+            return
+        for path in files_below(self.folder):
+            name, stat = os.path.relpath(path, self.folder), os.stat(path)
+            if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
+                (self.workdir / name).write_bytes(path.read_bytes())
+                self._sent[name] = stat.st_size, stat.st_mtime_ns
+
+
+class Lease:
+    """`<url>/lock`: created on the condition that there is none, renewed on the condition that it is still ours."""
+
+    def __init__(self, workdir: epath.Path):
+        import tensorstore
+
+        self.workdir = workdir
+        self._store = tensorstore.KvStore.open(f"{str(workdir).rstrip('/')}/").result()
+        self._over = threading.Event()
+        self._generation = b""
+
+    def _write(self, expected: bytes) -> bool:
+        """Writes our name where the object's generation is as expected."""
+        name = {"host": socket.gethostname(), "pid": os.getpid(), "until": time.time() + LEASE}
+        stamp = self._store.write("lock", json.dumps(name).encode(), if_equal=expected).result()
+        self._generation = stamp.generation
+        return bool(stamp.generation)
+
+    def take(self, say: Callable[[str], None]) -> None:
+        """Raises UserError where another run renews the lock; waits for a lease that nobody renews."""
+        start, first = time.monotonic(), b""
+        while True:
+            found = self._store.read("lock").result()
+            free = found.state == "missing" or _expired(found.value)
+            if free and self._write(found.stamp.generation):
+                return
+            first = first or found.stamp.generation
+            if found.stamp.generation != first or time.monotonic() - start > 2 * LEASE:
+                raise UserError(
+                    f"another run is at work in {self.workdir}: {found.value.decode()}\n"
+                    f"wait for it, stop it, or use another --workdir"
+                )
+            say(f"{self.workdir} is locked by a run that may be dead: waiting for its lease of {LEASE:.0f} s")
+            time.sleep(LEASE / 6)
+
+    def renew(self) -> None:
+        while not self._over.wait(LEASE / 3):
+            if not self._write(self._generation):  # this run slept past its lease: it must not write any more
+                os.write(2, b"\nlm_jax: another run took the lock of the workdir: leaving\n")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def give_back(self, thread: threading.Thread) -> None:
+        self._over.set()
+        thread.join()
+        self._store.write("lock", None, if_equal=self._generation).result()
+
+
+def _expired(value: bytes) -> bool:
+    """Whether nobody renews a lock: its lease is over, or its process on this machine is dead."""
+    try:
+        holder = json.loads(value)
+        if holder["host"] == socket.gethostname() and not os.path.exists(f"/proc/{holder['pid']}"):
+            return True
+        return holder["until"] < time.time()
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+@contextlib.contextmanager
+def leased(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
+    """The lock of a workdir on a URL."""
+    lease = Lease(workdir)
+    lease.take(say)
+    thread = threading.Thread(target=lease.renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        lease.give_back(thread)

@@ -1,0 +1,67 @@
+"""What is shown is what is trained on: `tools/inspect_data.py`."""
+
+import importlib.util
+import re
+
+import pytest
+from conftest import ROOT, tiny
+from test_shards import made_up, write
+
+from lm_jax import command
+from lm_jax.data import mixture
+
+spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools" / "inspect_data.py")
+assert spec and spec.loader
+inspect_data = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(inspect_data)
+
+CONFIG = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
+
+
+@pytest.fixture
+def sources(corpus, tmp_path):
+    for name, seed in (("books", 1), ("code", 2)):
+        write(tmp_path / name, corpus, made_up(300, seed))
+    return ((str(tmp_path / "books"), 0.75), (str(tmp_path / "code"), 0.25))
+
+
+def test_a_step_is_shown_row_by_row(sources, capsys):
+    data = tiny(data__sources=sources).data
+    inspect_data.main([*CONFIG, f"--config.data.sources={sources!r}", "--step=3", "--rows=0"])
+    shown = capsys.readouterr().out
+    mixed = mixture.open_mixture(data)
+    stream = mixed.stream(data)
+    titles = re.findall(r"^row (\d+): (\S+), its row (\d+)", shown, re.MULTILINE)
+    assert [int(i) for i, _, _ in titles] == list(range(24, 32))  # 8 rows a step
+    for i, place, j in titles:
+        source, expected = stream.shares.locate(int(i))
+        assert (place, int(j)) == (sources[source][0], expected)
+    row = stream.row(24)
+    assert mixed.tokenizer.decode(row["tokens"]) in shown.replace("¦", "")
+    assert shown.count("¦") >= sum(int((stream.row(i)["positions"] == 0).sum()) for i in range(24, 32))
+
+
+def test_what_is_not_trained_on_is_marked(sources):
+    data = tiny(data__sources=sources).data
+    mixed = mixture.open_mixture(data)
+    stream = mixed.stream(data)
+    row = stream.row(0)
+    row["loss_mask"][10:20] = 0
+    stream.row = lambda i: row
+    text = inspect_data.show(mixed, stream, 0, colours=False)[1]
+    assert f"[{mixed.tokenizer.decode(row['tokens'][10:20])}]" in text.replace("¦", "").replace("][", "")
+    assert "\x1b[90m" in inspect_data.show(mixed, stream, 0, colours=True)[1]
+
+
+def test_statistics_are_counted_against_the_weights(sources, capsys):
+    inspect_data.main([*CONFIG, f"--config.data.sources={sources!r}", "--statistics=25"])
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert lines[0] == "rows 0 to 200"
+    found = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert found["books"][:3] == ["0.7500", "0.7500", "+0.00%"] and found["code"][:2] == ["0.2500", "0.2500"]
+    assert int(found["books"][3].replace(",", "")) == 150 * 64
+
+
+def test_a_negative_step_is_refused():
+    with pytest.raises(command.UserError, match="at least 0"):
+        inspect_data.main([*CONFIG, "--step=-1"])

@@ -1,0 +1,154 @@
+"""A workdir and shards in a bucket: the same run, killed and gone on with, to the bit; one run a workdir.
+
+The bucket is an emulator on localhost (`pip install gcp-storage-emulator`, extra `gcs`); without it the proof is skipped.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from etils import epath
+from test_processes import free_port
+from test_shards import made_up, write
+
+from lm_jax import metrics, places
+from lm_jax.data import shards
+
+EMULATOR = shutil.which("gcp-storage-emulator", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = epath.Path(tmp_path / "x")
+    places.write_whole(path, b"one")
+    places.write_whole(path, b"two")
+    assert path.read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
+    desk = places.Desk(epath.Path(tmp_path))
+    desk.fetch()
+    desk.send()
+    assert desk.folder == epath.Path(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("holder", "over"),
+    [
+        ({"host": "elsewhere", "pid": 1, "until": time.time() + 1000}, False),
+        ({"host": "elsewhere", "pid": 1, "until": time.time() - 1}, True),
+        ({"host": places.socket.gethostname(), "pid": 2**22 + 1, "until": time.time() + 1000}, True),
+        ({"host": places.socket.gethostname(), "pid": os.getpid(), "until": time.time() + 1000}, False),
+        ("half a lo", True),
+    ],
+)
+def test_a_lock_is_over_with_its_lease_or_its_process(holder, over):
+    assert places._expired(json.dumps(holder).encode()) == over
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """`gs://lmtest` in memory, and the environment in which a process sees it."""
+    port = free_port()
+    line = [EMULATOR, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=lmtest"]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    settings = {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+    os.environ.update(settings)
+    time.sleep(3)
+    yield "gs://lmtest"
+    process.terminate()
+    process.wait()
+    for name in settings:
+        del os.environ[name]
+
+
+STEPS = 12
+TRAIN = [
+    "--config=experiments/quickstart.py:smoke", f"--config.train.num_steps={STEPS}", "--config.checkpoint.every=3",
+    "--config.evaluate.every=6", "--config.evaluate.prompt=",
+]  # fmt: skip
+
+
+def train(workdir, source, kill_after: int = 0) -> tuple[int, str]:
+    """(exit code, output) of the command; SIGKILL once the output has the step `kill_after`."""
+    line = [
+        sys.executable,
+        "-u",
+        "-m",
+        "lm_jax.main",
+        *TRAIN,
+        f"--workdir={workdir}",
+        f"--config.data.sources={source}",
+    ]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        line, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said = []
+    for text in process.stdout:
+        said.append(text)
+        if kill_after and text.startswith("step") and int(text.split()[1]) >= kill_after:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    return process.wait(), "".join(said)
+
+
+def lines_of(workdir) -> list[dict]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith("perf/")} for line in metrics.read(epath.Path(str(workdir)))
+    ]
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(EMULATOR is None, reason="gcp-storage-emulator is not installed")
+def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_path):
+    documents = {"train": made_up(300), "validation": made_up(20, 5)}
+    write(tmp_path / "text", corpus, documents, 1000)
+    shards.publish(str(tmp_path / "text"), f"{bucket}/text")
+    code, said = train(tmp_path / "local", tmp_path / "text")
+    assert code == 0, said
+    run, source = f"{bucket}/runs/x", f"{bucket}/text"
+    code, said = train(run, source, kill_after=8)
+    assert code == -signal.SIGKILL and "copying gs://" in said
+    code, said = train(run, source)
+    assert code == 0 and "resumed at step" in said, said
+    assert lines_of(run) == lines_of(tmp_path / "local")
+    for step in ("9", "12"):
+        manifest = lambda place, step=step: json.loads(
+            (epath.Path(f"{place}/checkpoints/{step}/MANIFEST.json")).read_text()
+        )
+        here, there = manifest(tmp_path / "local"), manifest(run)
+        assert here["data"] == there["data"]
+    assert any((epath.Path(run) / "tensorboard").iterdir()) and "resumed" in (epath.Path(run) / "log.txt").read_text()
+    result = subprocess.run(
+        [sys.executable, "-m", "lm_jax.evaluate", "--model", run], capture_output=True, text=True, cwd=ROOT
+    )
+    last = [line for line in lines_of(run) if "final/loss" in line][-1]
+    found = json.loads(result.stdout.strip().split("\n")[-1])
+    np.testing.assert_allclose(found["eval/loss"], last["final/loss"], rtol=1e-6)
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(EMULATOR is None, reason="gcp-storage-emulator is not installed")
+def test_one_run_a_bucket(bucket, monkeypatch):
+    monkeypatch.setattr(places, "LEASE", 2.0)
+    workdir = epath.Path(f"{bucket}/runs/locked")
+    said = []
+    with places.leased(workdir, said.append):
+        with pytest.raises(shards.UserError, match="another run is at work"), places.leased(workdir, said.append):
+            pass
+    with places.leased(workdir, said.append):
+        assert "locked by a run that may be dead" in said[0]
+    assert not (workdir / "lock").exists()

@@ -1,0 +1,82 @@
+"""What the model is trained on: `python tools/inspect_data.py --config experiments/quickstart.py --step 100`.
+
+Each row of the step as text: tokens that are trained on in green, others grey; `¦` where a document starts; its source.
+`--statistics 1000` counts instead, over that many steps: rows, tokens and epochs by source against the weights.
+"""
+
+import sys
+
+import numpy as np
+
+from lm_jax import command
+from lm_jax.data import mixture
+from lm_jax.ramp import make_ramp, with_steps
+
+TRAINED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[1;35m", "\x1b[0m"
+
+
+def main(arguments: list[str]) -> int:
+    overrides, rest = command.split_overrides(arguments)
+    parser = command.Parser("tools/inspect_data.py", __doc__)
+    parser.add_argument("--config", required=True, action=command.Once, help="an experiment file; it is executed")
+    parser.add_argument("--step", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=4, help="rows of the step to show; 0 = all")
+    parser.add_argument("--statistics", type=int, default=0, help="count over this many steps from --step on")
+    flags = parser.parse_args(rest)
+    if min(flags.step, flags.rows, flags.statistics) < 0:
+        parser.error("--step, --rows and --statistics are at least 0")
+    config, _ = command.load_config(flags.config, overrides)
+    mixed = mixture.open_mixture(config.data)
+    stream, ramp = mixed.stream(config.data), make_ramp(config)
+    config = with_steps(config, ramp, stream.rows_per_epoch)
+    first, last = ramp.cursor(flags.step), ramp.cursor(flags.step + max(1, flags.statistics))
+    if flags.statistics:
+        print("\n".join(statistics(mixed, stream, first, last)))
+        return 0
+    for i in range(first, min(last, first + flags.rows) if flags.rows else last):
+        print("\n".join(show(mixed, stream, i, sys.stdout.isatty())))
+    return 0
+
+
+def show(mixed: mixture.Mixture, stream: mixture.Mixed, i: int, colours: bool) -> list[str]:
+    """A row as a line on what it is and its text. Without colours, what is not trained on stands in [brackets]."""
+    row, (source, j) = stream.row(i), stream.shares.locate(i)
+    epoch = j / stream.streams[source].rows_per_epoch
+    used, segments = int((row["segment_ids"] > 0).sum()), int(row["segment_ids"].max())
+    title = f"row {i:,}: {mixed.places[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
+    starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0))
+    text = []
+    for start, stop in zip(starts, [*starts[1:], len(row["tokens"])], strict=True):
+        if not row["segment_ids"][start]:
+            continue
+        new = start == 0 or row["segment_ids"][start] != row["segment_ids"][start - 1]
+        trained, part = row["loss_mask"][start] > 0, mixed.tokenizer.decode(row["tokens"][start:stop])
+        border = ("¦" if row["positions"][start] == 0 else "") * bool(new)
+        if colours:
+            text.append(f"{BORDER}{border}{TRAINED if trained else OTHER}{part}{PLAIN}")
+        else:
+            text.append(border + (part if trained else f"[{part}]"))
+    return [title, "".join(text), ""]
+
+
+def statistics(mixed: mixture.Mixture, stream: mixture.Mixed, first: int, last: int) -> list[str]:
+    """A table by source: its weight at the first of the rows, and what the rows [first, last) are made of, read one by one."""
+    names = list(mixed.corpora)
+    rows, trained, documents = (dict.fromkeys(names, 0) for _ in range(3))
+    for i in range(first, last):
+        row, name = stream.row(i), names[stream.shares.locate(i)[0]]
+        rows[name] += 1
+        trained[name] += int(row["loss_mask"].sum())
+        documents[name] += int(row["segment_ids"].max())
+    stage = stream.shares.weights[max(k for k, row in enumerate(stream.shares.firsts) if row <= first)]
+    lines = [f"rows {first:,} to {last:,}", f"{'source':<20}  weight    rows  off by  targets  segments a row"]
+    for k, name in enumerate(names):
+        weight, share = float(stage[k] / sum(stage)), rows[name] / (last - first)
+        off = f"{100 * (share / weight - 1):+.2f}%" if weight else "-"
+        each = documents[name] / max(1, rows[name])
+        lines.append(f"{name:<20}  {weight:6.4f}  {share:6.4f}  {off:>6}  {trained[name]:>7,}  {each:.2f}")
+    return lines
+
+
+if __name__ == "__main__":
+    command.door(main)
