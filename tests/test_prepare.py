@@ -6,10 +6,14 @@ import json
 import os
 import pathlib
 import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import ROOT, tiny
+from test_processes import free_port
 
 from lm_jax.config import UserError
 from lm_jax.data import clean, executors, overlap, prepare, readers, shards, sources
@@ -251,9 +255,8 @@ def test_a_wrong_setting_is_refused_by_its_flag(raw, changes, words):
     "changes", [{"filters": ("c4",)}, {"scrub": True}, {"duplicates": "minhash"}, {"executor": "ray"}], ids=str
 )
 def test_without_the_extra_its_flags_are_refused_with_the_mend(raw, monkeypatch, changes):
-    monkeypatch.setitem(
-        prepare.os.sys.modules if hasattr(prepare.os, "sys") else __import__("sys").modules, "datatrove", None
-    )
+    for module in [name for name in sys.modules if name.startswith("datatrove.")] + ["datatrove"]:
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"pip install 'lm_jax\[prep\]'"):
         run(raw[0], "raw", **changes)
     assert run(raw[0], "raw", workers=0)["out"]["documents"]
@@ -515,6 +518,53 @@ def test_a_mistake_comes_back_from_every_executor(raw, executor):
     (place / "raw" / "one.jsonl").write_text('{"text": "good"}\n{"text": "half')
     with pytest.raises(UserError, match="one.jsonl:2: not JSON"):
         run(place, "raw", executor=executor, workers=2, scrub=True)
+
+
+@pytest.mark.proof
+def test_a_corpus_is_prepared_from_a_bucket_to_a_bucket(raw):
+    """An emulator of a bucket on this machine, as in test_places."""
+    emulator = os.path.join(os.path.dirname(sys.executable), "gcp-storage-emulator")
+    if not os.path.exists(emulator):
+        pytest.skip("needs gcp-storage-emulator and gcsfs")
+    place, _ = raw
+    url = f"http://127.0.0.1:{free_port()}"
+    line = [
+        emulator,
+        "start",
+        "--host=127.0.0.1",
+        f"--port={url.rpartition(':')[2]}",
+        "--in-memory",
+        "--default-bucket=b",
+    ]
+    seen = {
+        "STORAGE_EMULATOR_HOST": url,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "LM_JAX_CACHE": str(place / "cache"),
+    }
+    script = (
+        "import sys; from etils import epath; from lm_jax.data import prepare\n"
+        "from_, to = sys.argv[1:]\n"
+        "for path in epath.Path(from_).glob('**/*.jsonl'):\n"
+        "    epath.Path(f'gs://b/raw/{path.name}').write_text(path.read_text())\n"
+        "given = dict(sources=('gs://b/raw/*.jsonl',), output='gs://b/out', tokenizer='bytes', workers=1)\n"
+        "told = [prepare.run(prepare.Settings(**given), print) for _ in range(2)]\n"
+        "for path in epath.Path('gs://b/out').iterdir(): (epath.Path(to) / path.name).write_bytes(path.read_bytes())\n"
+    )
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(3)
+        (place / "copy").mkdir()
+        line = [sys.executable, "-c", script, str(place / "raw"), str(place / "copy")]
+        result = subprocess.run(line, env=os.environ | seen | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "gs://b/out is prepared already" in result.stdout
+    finally:
+        process.terminate()
+        process.wait()
+    (place / "raw" / "three.txt").unlink()
+    run(place, "raw", validation_fraction=0.02, test_fraction=0.02)
+    found, wanted = files_of(place / "copy"), files_of(place / "out")
+    assert {name for name in wanted if found[name] != wanted[name]} == {"manifest.json"}  # which names the source
 
 
 SBATCH = """#!/bin/sh
