@@ -29,10 +29,8 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--output {flags.output}: name a file that is not there yet and ends in .model")
     say = Terminal()
     texts = prepare.texts_of(tuple(flags.sources), flags.text_key, flags.on_bad_record)
-    try:
+    with tokenizer.named("--kind and --pieces:"):
         made = tokenizer.make(f"{flags.kind}:{flags.pieces}", texts, flags.characters)
-    except UserError as error:
-        raise UserError(str(error).replace("config.data.tokenizer", "--kind, --pieces")) from None
     with open(f"{flags.output}.draft", "wb") as file:
         file.write(made.model)
     os.replace(f"{flags.output}.draft", flags.output)

@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -66,10 +67,8 @@ class Settings(Choice):
         return os.path.abspath(self.work or (here if shards.is_url(self.output) else self.output.rstrip("/") + ".work"))
 
     def identity(self) -> dict[str, Any]:
-        fields = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in fields[fields.index("on_bad_record") + 1 :]} | {
-            "sources": self.sources
-        }
+        names = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in ("sources", *names[names.index("on_bad_record") + 1 :])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,8 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Which files each task reads. Raises UserError where a place holds none."""
     files = readers.find(settings.sources)
-    tokens = "" if tokenizer.num_pieces(settings.tokenizer) else tokenizer.load(settings.tokenizer).fingerprint
+    with tokenizer.named("--tokenizer"):
+        tokens = "" if tokenizer.num_pieces(settings.tokenizer) else tokenizer.load(settings.tokenizer).fingerprint
     evaluation = [file.key for file in readers.find(settings.decontaminate)] if settings.decontaminate else []
     identity = [VERSION, shards.PIPELINE, settings.identity(), files, tokens, evaluation]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -156,13 +156,16 @@ def check(settings: Settings) -> None:
         raise UserError("--validation_fraction and --test_fraction leave less than a tenth for training")
     if settings.remove_contaminated and not settings.decontaminate:
         raise UserError("--remove_contaminated needs --decontaminate FILE...")
-    if settings.filters:
-        clean.require("--filters")
-    for flag, wanted in (("scrub", settings.scrub), ("duplicates minhash", settings.duplicates == "minhash")):
+    for flag, wanted in (
+        ("filters", settings.filters),
+        ("scrub", settings.scrub),
+        ("duplicates minhash", settings.duplicates == "minhash"),
+        (f"executor {settings.executor}", settings.executor != "local"),
+    ):
         if wanted:
             clean.require(f"--{flag}")
-    if settings.executor != "local":
-        clean.require(f"--executor {settings.executor}")
+    if settings.executor == "ray" and not importlib.util.find_spec("ray"):
+        raise UserError("--executor ray needs the package ray: pip install 'lm_jax[ray]'")
     if settings.executor == "slurm" and not settings.slurm_partition:
         raise UserError("--executor slurm needs --slurm_partition NAME")
 

@@ -211,7 +211,7 @@ def _checked(record: Document | Bad) -> Iterator[Document | Bad]:
     number, rest = 0, record.text
     while rest:
         part = rest[: cut(rest)]
-        yield Document(part, f"{record.id}#{number}")
+        yield Document(part, f"{record.id}#{number}", metadata={"piece": number})
         number, rest = number + 1, rest[len(part) :]
 
 
@@ -240,11 +240,12 @@ def _text(where: Where, file, _: str) -> Iterator[Document | Bad]:
             return
         while len(waiting) > PIECE:
             part = waiting[: cut(waiting)]
-            yield Document(part, f"{where.path}#{number}")
+            yield Document(part, f"{where.path}#{number}", metadata={"piece": number})
             line, number, waiting = line + part.count("\n"), number + 1, waiting[len(part) :]
         if not block:
             break
-    yield Document(waiting, f"{where.path}#{number}" if number else where.path)
+    name, facts = (f"{where.path}#{number}", {"piece": number}) if number else (where.path, {})
+    yield Document(waiting, name, metadata=facts)
 
 
 def _jsonl(where: Where, file, text_key: str) -> Iterator[Document | Bad]:

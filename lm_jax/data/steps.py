@@ -74,7 +74,7 @@ class Read:
                     self.bad(record)
                 else:
                     self.tally.see(record.text)
-                    self.tally.pieces += "#" in record.id.rpartition("/")[2]
+                    self.tally.pieces += "piece" in record.metadata
                     yield record
             progress.end_of_file()
 
@@ -207,10 +207,8 @@ class Train:
         self.folder, self.buckets, self.setting, self.fractions = folder, buckets, setting, fractions
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> None:
-        try:
+        with tokenizer.named("--tokenizer"):
             made = tokenizer.make(self.setting, self.texts())
-        except UserError as error:
-            raise UserError(str(error).replace("config.data.tokenizer =", "--tokenizer")) from None
         with task_file(os.path.join(self.folder, "tokenizer", "model", made.file_name), "wb") as file:
             file.write(made.model)
 

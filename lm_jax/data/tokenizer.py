@@ -4,6 +4,7 @@ A tokenizer is what `Tokenizer` says. `load` opens one from a file or from a fol
 Face model), `train` makes one. Text is data: a special token's name that stands in a text is encoded as text.
 """
 
+import contextlib
 import hashlib
 import heapq
 import io
@@ -205,6 +206,15 @@ def num_pieces(setting: str) -> int:
     if not pieces.isdigit() or not 300 <= int(pieces) <= 1_000_000:
         raise UserError(f'config.data.tokenizer = {setting!r}: expected 300 to 1000000 pieces, such as "{kind}:2048"')
     return int(pieces)
+
+
+@contextlib.contextmanager
+def named(flag: str):
+    """Mistakes about a tokenizer that a command's own flag names, not a config."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub("config.data.tokenizer( =)?", flag, str(error))) from None
 
 
 def make(setting: str, texts: Iterable[str], size: int = SAMPLE_BYTES) -> Tokenizer:
