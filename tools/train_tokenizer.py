@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--output {flags.output}: name a file that is not there yet and ends in .model")
     say = Terminal()
     texts = prepare.texts_of(tuple(flags.sources), flags.text_key, flags.on_bad_record)
-    with tokenizer.named("--kind and --pieces:"):
+    with tokenizer.named("--kind and --pieces"):
         made = tokenizer.make(f"{flags.kind}:{flags.pieces}", texts, flags.characters)
     with open(f"{flags.output}.draft", "wb") as file:
         file.write(made.model)
