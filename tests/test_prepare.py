@@ -542,9 +542,9 @@ def test_a_corpus_is_prepared_from_a_bucket_to_a_bucket(raw):
         "LM_JAX_CACHE": str(place / "cache"),
     }
     script = (
-        "import sys; from etils import epath; from lm_jax.data import prepare\n"
+        "import pathlib, sys; from etils import epath; from lm_jax.data import prepare\n"
         "from_, to = sys.argv[1:]\n"
-        "for path in epath.Path(from_).glob('**/*.jsonl'):\n"
+        "for path in pathlib.Path(from_).glob('**/*.jsonl'):\n"
         "    epath.Path(f'gs://b/raw/{path.name}').write_text(path.read_text())\n"
         "given = dict(sources=('gs://b/raw/*.jsonl',), output='gs://b/out', tokenizer='bytes', workers=1)\n"
         "told = [prepare.run(prepare.Settings(**given), print) for _ in range(2)]\n"

@@ -268,7 +268,7 @@ def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float
         raise UserError("no training document is left: give more text, or fewer filters")
     told = describe(settings, plan, folder, writer, lengths, seconds)
     write_json(os.path.join(draft, "report.json"), told)
-    with open(os.path.join(draft, "report.html"), "w") as file:
+    with open(os.path.join(draft, "report.html"), "w", encoding="utf-8") as file:
         file.write(report.page(told))
     left_out = {reason: entry["documents"] for stage in told["stages"] for reason, entry in stage["dropped"].items()}
     writer.close(source=list(settings.sources), left_out=left_out, settings=told["settings"])

@@ -53,7 +53,7 @@ def task_file(path: str, mode: str = "w"):
     """A file that is there whole or not at all, even where two processes write it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     draft = f"{path}.{os.getpid()}.draft"
-    with open(draft, mode) as file:
+    with open(draft, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
     os.replace(draft, path)
 
@@ -153,7 +153,7 @@ def save_tally(tally: Tally, folder: str, stage: str, rank: int) -> None:
 
 
 def lines_of(path: str) -> Iterator[list[str]]:
-    with open(path, newline="\n") as file:
+    with open(path, encoding="utf-8", newline="\n") as file:
         for line in file:
             yield json.loads(line)
 
