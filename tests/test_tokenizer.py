@@ -1,6 +1,7 @@
 """Every tokenizer gives back every byte of every script, and text cannot spell a special token."""
 
 import hashlib
+import json
 import os
 import pathlib
 
@@ -108,6 +109,15 @@ def test_half_a_character_is_not_lost_silently(one):
 def test_pieces_beyond_the_vocabulary_and_the_mark_are_no_text(one):
     ids = [one.document_id, *one.encode("ab"), one.num_pieces, one.num_pieces + 5]  # a padded model may draw them
     assert one.decode(ids) == "ab"
+
+
+def test_a_name_is_encoded_as_if_there_were_no_such_token():
+    tokenizers = pytest.importorskip("tokenizers")
+    described = json.loads(byte_level())
+    described["added_tokens"] = []
+    plain = tokenizers.Tokenizer.from_str(json.dumps(described | {"truncation": None}))
+    text = "say <|endoftext|>, </s> or <|im_start|>user"
+    assert tokenizer.HuggingFace(byte_level()).encode(text).tolist() == plain.encode(text).ids
 
 
 def test_a_name_in_the_words_of_a_unigram_model_is_taken_apart():
