@@ -144,9 +144,8 @@ def opened(path: str, seen: Callable[[int], None] = lambda num_bytes: None):
             return
         inner = _Heard(raw, seen)
         if path.lower().endswith(".gz") and kind_of(path) != "warc":
-            yield gzip.GzipFile(
-                fileobj=io.BufferedReader(inner)
-            )  # a buffer around it would lose lines before a torn end
+            # With a buffer around it, whole lines before a torn end would be lost.
+            yield gzip.GzipFile(fileobj=io.BufferedReader(inner))
         elif path.lower().endswith(".zst"):
             yield io.BufferedReader(Zstandard(inner), 1 << 17)
         else:
