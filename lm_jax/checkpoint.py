@@ -1,6 +1,6 @@
 """Checkpoints: Orbax writes, our manifest verifies; what is torn is removed, what is broken is set aside and said.
 
-    <workdir>/config.json  tokenizer.model  checkpoints/<step>/{parameters,optimizer,data}  checkpoints/<step>/MANIFEST.json
+    <workdir>/config.json  tokenizer.{model,json,bytes}  checkpoints/<step>/{parameters,optimizer,data}  .../MANIFEST.json
 
 The manifest is written last and durably: a step without one never was. Order of restore: (1) the workdir has a valid step:
 resume; (2) `train.init_from`: parameters only; (3) fresh.
@@ -26,7 +26,7 @@ from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
 from lm_jax.data.shards import check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
-from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.data.tokenizer import Tokenizer, load
 from lm_jax.distributed import leads
 from lm_jax.model import transformer
 from lm_jax.places import set_aside, write_whole
@@ -259,11 +259,11 @@ def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], 
     write_whole(workdir / "config.json", json.dumps(content, indent=1).encode())
 
 
-def write_tokenizer(workdir: epath.Path, model: bytes) -> None:
-    """`tokenizer.model`, whole or not at all."""
-    path = workdir / "tokenizer.model"
-    if not path.exists() or path.read_bytes() != model:
-        write_whole(path, model)
+def write_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
+    """The tokenizer's file under its own name, whole or not at all."""
+    path = workdir / tokenizer.file_name
+    if not path.exists() or path.read_bytes() != tokenizer.model:
+        write_whole(path, tokenizer.model)
 
 
 def has_steps(workdir: epath.Path) -> bool:
@@ -365,7 +365,7 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     else:
         raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
     config = resolve(unflatten(read_config(workdir)["config"]))
-    return Located(workdir, step, config, Tokenizer((workdir / "tokenizer.model").read_bytes()))
+    return Located(workdir, step, config, load(str(workdir)))
 
 
 def graph_of(located: Located) -> transformer.Graph:

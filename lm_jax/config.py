@@ -82,7 +82,8 @@ class Data:
     )
     tokenizer: str = knob(
         "sentencepiece:2048",
-        "sentencepiece:PIECES (trained on the first source at first use) or a .model file; a prepared source brings its own",
+        "sentencepiece:PIECES or unigram:PIECES (trained on the first source at first use), bytes, a tokenizer's file or "
+        "folder; a prepared source brings its own",
     )
     sequence_length: int = knob(256, "tokens in a row", low=2)
     global_batch_size: int = knob(16, "rows in a step, over all devices", low=1, fixed=False)

@@ -118,7 +118,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             return already_done(desk, say)
         if leads():
             checkpoint.write_config(workdir, config, origins, mixed.facts)
-            checkpoint.write_tokenizer(workdir, mixed.tokenizer.model)
+            checkpoint.write_tokenizer(workdir, mixed.tokenizer)
         this = Run(config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput)
         return train(this, stop, experiment)
 
@@ -144,7 +144,7 @@ def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) 
     except UserError as error:
         raise UserError(str(error).replace("--model", "config.train.init_from")) from None
     if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
-        mend = f"--config.data.tokenizer={found.workdir}/tokenizer.model"
+        mend = f"--config.data.tokenizer={found.workdir / found.tokenizer.file_name}"
         raise UserError(
             f"config.train.init_from = {place!r} has another tokenizer than this corpus; take it too: {mend}"
         )

@@ -1,6 +1,6 @@
 """Tokens on disk: memory-mapped `.npy` shards with document offsets, a tokenizer and a manifest that is written last.
 
-    <folder>/tokenizer.model  {train,validation,test}-00000.tokens.npy  ...-00000.offsets.npy  ...  manifest.json
+    <folder>/tokenizer.*  {train,validation,test}-00000.tokens.npy  ...-00000.offsets.npy  ...  manifest.json
 
 A document is its `<|endoftext|>` and its tokens. Whoever prepares text writes with `ShardWriter`; a folder that has a manifest
 is a place that a config can name. What a config names as raw text is built once into the cache, and read from there.
@@ -301,7 +301,7 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
         say(f"not UTF-8, left out: {name}")
     if not given:
         say(f"training a tokenizer of {tokenizer.num_pieces(data.tokenizer):,} pieces")
-    trained = given or tokenizer.train(ordered["train"], tokenizer.num_pieces(data.tokenizer))
+    trained = given or tokenizer.make(data.tokenizer, ordered["train"])
     draft = f"{folder}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     writer, start, done = ShardWriter(draft, trained), time.monotonic(), 0

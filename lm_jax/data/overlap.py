@@ -1,0 +1,83 @@
+"""Contamination: what of an evaluation set stands in the text, found by runs of 13 words and told for each set."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+
+from lm_jax.config import UserError
+from lm_jax.data import clean, readers
+from lm_jax.data.readers import Bad, Document
+from lm_jax.data.report import Tally
+
+
+class Overlap:
+    """Runs of NGRAM words that evaluation sets hold too: found, and what holds one left out where that is wanted."""
+
+    def __init__(self, tally: Tally, places: tuple[str, ...], text_key: str, remove: bool):
+        self.tally, self.places, self.text_key, self.remove = tally, places, text_key, remove
+        self.index: dict[str, list[tuple[str, int]]] = {}
+
+    def __call__(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        self.index = self.index or evaluation_index(self.places, self.text_key)[0]
+        for document in data:
+            items = {item for ngram in clean.ngrams(document.text) for item in self.index.get(ngram, ())}
+            for place in sorted({place for place, _ in items}):
+                entry = self.tally.found.setdefault(place, {"documents": 0, "items": []})
+                entry["documents"] += 1
+                entry["items"] = sorted({*entry["items"], *(number for at, number in items if at == place)})
+            if items and self.remove:
+                self.tally.drop(f"contaminated: {min(place for place, _ in items)}", document.id, document.text)
+            else:
+                yield document
+
+
+def evaluation_index(places: tuple[str, ...], text_key: str) -> tuple[dict, dict[str, dict[str, int]]]:
+    """({n-gram: [(set, item)]}, {set: items and how many of them are too short}). All strings of a JSON record count."""
+    index: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    sizes = {}
+    for file in readers.find(places):
+        short = number = 0
+        for number, text in enumerate(evaluation_items(file.path, text_key), 1):
+            found = clean.ngrams(text)
+            short += not found
+            for ngram in set(found):
+                index[ngram].append((file.path, number))
+        sizes[file.path] = {"items": number, "too_short": short}
+    return dict(index), sizes
+
+
+def evaluation_items(path: str, text_key: str) -> Iterator[str]:
+    """The text of each item: of a JSON record all its strings, so that a question and its answer are one."""
+    if readers.kind_of(path) != "jsonl":
+        for record in readers.records(path, text_key):
+            if isinstance(record, Bad):
+                raise UserError(f"--decontaminate {record.id}: {record.reason}")
+            yield record.text
+        return
+    with readers.opened(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"--decontaminate {path}:{number}: not JSON ({error})") from None
+            yield "\n".join(strings(found))
+
+
+def strings(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
+def summary(places: tuple[str, ...], text_key: str, tally: Tally) -> dict[str, dict[str, int]]:
+    """For each evaluation set: items, those too short to tell, those found in the text, documents that hold one."""
+    if not places:
+        return {}
+    _, sizes = evaluation_index(places, text_key)
+    found = {name: tally.found.get(name, {"documents": 0, "items": []}) for name in sizes}
+    return {
+        name: {**size, "found": len(found[name]["items"]), "documents": found[name]["documents"]}
+        for name, size in sizes.items()
+    }

@@ -1,0 +1,333 @@
+"""Files -> records: JSONL, text, Parquet, web pages and archives of them, packed or not, on disk or behind a URL.
+
+Every record of a file is given back, as a document or as what is wrong with it and where: nothing is lost in silence. That is
+why these are not datatrove's readers, which log a broken line and go on.
+"""
+
+import codecs
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import fsspec
+
+from lm_jax.config import UserError
+from lm_jax.data import sources
+
+PIECE = (
+    1_000_000  # characters of the longest document: a longer one is taken apart, so that no stage holds more at once
+)
+LINE_BYTES = 64_000_000  # of the longest line of JSON that is parsed
+HF_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")  # what is read of a data set's repository
+
+
+@dataclasses.dataclass
+class Document:
+    """A text and where it stands; the attributes are those that datatrove's blocks read."""
+
+    text: str
+    id: str  # "file", "file:line" or "file#piece"
+    media: list = dataclasses.field(default_factory=list)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Bad(NamedTuple):
+    """A record that is no text: where it stands and what is wrong with it."""
+
+    id: str
+    reason: str
+
+
+class File(NamedTuple):
+    path: str  # or URL
+    size: int  # bytes
+    key: str  # changes with the content
+
+
+class Damaged(ValueError):
+    """A compressed file that ends early or is not what its name says."""
+
+
+DAMAGE = (Damaged, EOFError, gzip.BadGzipFile, zlib.error)
+
+
+def find(places: tuple[str, ...]) -> list[File]:
+    """The files of places (files, folders, globs, URLs of fsspec, "hf:OWNER/NAME"), in order. Raises UserError."""
+    found: dict[str, File] = {}
+    for place in places:
+        if place == "python":
+            found[place] = File(
+                place, 13_000_000, hashlib.sha256(repr(list(sources.documents("python"))).encode()).hexdigest()
+            )
+            continue
+        url = f"hf://datasets/{place[3:]}" if place.startswith("hf:") and "//" not in place else place
+        try:
+            system, inside = fsspec.core.url_to_fs(url)
+            paths = _below(system, inside)
+            if url != place:
+                paths = [path for path in paths if path.endswith(HF_FILES)]
+            for path in paths:
+                name = path if "file" in system.protocol else system.unstrip_protocol(path)
+                found[name] = File(name, system.size(path), system.ukey(path))
+        except (ImportError, ValueError) as error:  # a protocol whose package is not here, or that nobody knows
+            raise UserError(f"{place}: {error}") from None
+        except OSError as error:
+            raise UserError(f"{place} cannot be read: {error}") from None
+        if not paths:
+            raise UserError(f"{place}: no such file, folder or pattern")
+    return [found[name] for name in sorted(found)]
+
+
+def _below(system, path: str) -> list[str]:
+    """Files that a path, a folder or a pattern names."""
+    matching = system.glob(path) if re.search(r"[*?\[]", path) and not system.exists(path) else [path]
+    return [file for match in matching if system.exists(match) for file in sorted(system.find(match))]
+
+
+def kind_of(path: str) -> str:
+    """How a file is read: jsonl, parquet, html, warc, python or text, by its name without .gz and .zst."""
+    suffix = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
+    by_suffix = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".html": "html"}
+    return {**by_suffix, ".htm": "html", ".warc": "warc", ".wet": "warc"}.get(
+        suffix, "python" if path == "python" else "text"
+    )
+
+
+class Zstandard(io.RawIOBase):
+    """The content of a .zst file; raises Damaged where it ends early (the package's own reader just stops)."""
+
+    def __init__(self, file):
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError("a .zst file needs the package zstandard: pip install 'lm_jax[prep]'") from None
+        self._file, self._package = file, zstandard
+        self._frame, self._ready, self._fed = zstandard.ZstdDecompressor().decompressobj(), b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            rest = self._frame.unused_data if self._frame.eof else b""
+            block = rest or self._file.read(1 << 17)
+            if not block:
+                if self._fed and not self._frame.eof:
+                    raise Damaged("the file ends inside a frame")
+                return 0
+            if self._frame.eof:
+                self._frame = self._package.ZstdDecompressor().decompressobj()
+            self._fed = True
+            try:
+                self._ready = self._frame.decompress(block)
+            except self._package.ZstdError as error:
+                raise Damaged(str(error)) from None
+        num = min(len(buffer), len(self._ready))
+        buffer[:num], self._ready = self._ready[:num], self._ready[num:]
+        return num
+
+
+@contextlib.contextmanager
+def opened(path: str, seen: Callable[[int], None] = lambda num_bytes: None):
+    """The bytes of a file, .gz and .zst undone (not of WARC, whose reader wants to). `seen` hears how far the file is read."""
+    with fsspec.open(path, "rb") as raw:
+        if kind_of(path) == "parquet":  # read by its own index
+            yield raw
+            return
+        inner = _Heard(raw, seen)
+        if path.lower().endswith(".gz") and kind_of(path) != "warc":
+            # With a buffer around it, whole lines before a torn end would be lost.
+            yield gzip.GzipFile(fileobj=io.BufferedReader(inner))
+        elif path.lower().endswith(".zst"):
+            yield io.BufferedReader(Zstandard(inner), 1 << 17)
+        else:
+            yield io.BufferedReader(inner, 1 << 17)
+
+
+class _Heard(io.RawIOBase):
+    def __init__(self, file, seen: Callable[[int], None]):
+        self._file, self._seen, self._num = file, seen, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        block = self._file.read(len(buffer))
+        buffer[: len(block)] = block
+        self._num += len(block)
+        self._seen(self._num)
+        return len(block)
+
+
+class Where:
+    """The line that a reader has come to; 0 where a file has none."""
+
+    def __init__(self, path: str):
+        self.path, self.line = path, 0
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}" if self.line else self.path
+
+
+def records(
+    path: str, text_key: str = "text", seen: Callable[[int], None] = lambda n: None
+) -> Iterator[Document | Bad]:
+    """Every record of a file, in order, none lost: a document of at most PIECE characters, or what is wrong with it."""
+    if path == "python":
+        for name, content in sources.documents("python"):
+            yield from _whole(f"python/{name}", content)
+        return
+    where = Where(path)
+    read = {"jsonl": _jsonl, "parquet": _parquet, "html": _html, "warc": _warc, "text": _text}[kind_of(path)]
+    try:
+        with opened(path, seen) as file:
+            for record in read(where, file, text_key):
+                yield from _checked(record)
+    except DAMAGE as error:
+        yield Bad(str(where), f"the file is damaged or ends early ({error})")
+    except (OSError, ImportError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _checked(record: Document | Bad) -> Iterator[Document | Bad]:
+    """The record in pieces, or what is wrong with its text."""
+    if isinstance(record, Document):
+        if "\0" in record.text:
+            record = Bad(record.id, "holds a NUL character (a binary file?)")
+        elif re.search("[\ud800-\udfff]", record.text):
+            record = Bad(record.id, "holds half a surrogate pair, which is no character")
+    if isinstance(record, Bad) or len(record.text) <= PIECE:
+        yield record
+        return
+    number, rest = 0, record.text
+    while rest:
+        part = rest[: cut(rest)]
+        yield Document(part, f"{record.id}#{number}", metadata={"piece": number})
+        number, rest = number + 1, rest[len(part) :]
+
+
+def cut(text: str) -> int:
+    """Where a text is cut to at most PIECE characters: after a line, else after a space, else anywhere."""
+    if len(text) <= PIECE:
+        return len(text)
+    return text.rfind("\n", PIECE // 2, PIECE) + 1 or text.rfind(" ", PIECE // 2, PIECE) + 1 or PIECE
+
+
+def _whole(name: str, content: bytes) -> Iterator[Document | Bad]:
+    text = sources.decode(name, content)
+    yield from _checked(Bad(name, "not UTF-8") if text is None else Document(text, name))
+
+
+def _text(where: Where, file, _: str) -> Iterator[Document | Bad]:
+    """A text file is a document; of a long one a piece at a time is held."""
+    decoder, waiting, line, number = codecs.getincrementaldecoder("utf-8-sig")(), "", 1, 0
+    while True:
+        block = file.read(PIECE)
+        try:
+            waiting += decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            where.line = line + waiting.count("\n") + error.object[: error.start].count(b"\n")
+            yield Bad(str(where), "not UTF-8")
+            return
+        while len(waiting) > PIECE:
+            part = waiting[: cut(waiting)]
+            yield Document(part, f"{where.path}#{number}", metadata={"piece": number})
+            line, number, waiting = line + part.count("\n"), number + 1, waiting[len(part) :]
+        if not block:
+            break
+    name, facts = (f"{where.path}#{number}", {"piece": number}) if number else (where.path, {})
+    yield Document(waiting, name, metadata=facts)
+
+
+def _jsonl(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
+    while line := file.readline(LINE_BYTES + 1):
+        where.line += 1
+        if len(line) > LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(1 << 20)
+            yield Bad(str(where), f"a line of more than {LINE_BYTES // 10**6} MB; give so long a text as a text file")
+        elif line.strip():
+            yield _json(where, line.removeprefix(codecs.BOM_UTF8) if where.line == 1 else line, text_key)
+
+
+def _json(where: Where, line: bytes, text_key: str) -> Document | Bad:
+    try:
+        found = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Bad(str(where), f"not UTF-8 (byte {error.start + 1} of the line)")
+    except (ValueError, RecursionError) as error:
+        return Bad(str(where), f"not JSON ({error})")
+    if not isinstance(found, dict) or not isinstance(found.get(text_key), str):
+        has = ", ".join(list(found)[:5]) if isinstance(found, dict) else type(found).__name__
+        return Bad(str(where), f"no string under {text_key!r} (--text_key; it has: {has[:100]})")
+    return Document(found[text_key], str(where))
+
+
+def _needs(package: str, what: str):
+    try:
+        return __import__(package, fromlist=["_"])
+    except ImportError:
+        raise UserError(f"{what} needs the package {package.split('.')[0]}: pip install 'lm_jax[prep]'") from None
+
+
+def _parquet(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
+    """Rows count as lines; a group of rows is held at a time."""
+    parquet = _needs("pyarrow.parquet", "a Parquet file")
+    from pyarrow import ArrowException
+
+    try:
+        table = parquet.ParquetFile(file)
+        if text_key not in table.schema_arrow.names:
+            has = ", ".join(table.schema_arrow.names[:5])
+            yield Bad(where.path, f"no column {text_key!r} (--text_key; it has: {has[:100]})")
+            return
+        for batch in table.iter_batches(256, columns=[text_key]):
+            for value in batch.column(0).to_pylist():
+                where.line += 1
+                yield Document(value, str(where)) if isinstance(value, str) else Bad(str(where), "not a string")
+    except ArrowException as error:
+        raise Damaged(str(error).splitlines()[0][:100]) from None
+
+
+def _html(where: Where, file, _: str) -> Iterator[Document | Bad]:
+    content = file.read(LINE_BYTES + 1)
+    if len(content) > LINE_BYTES:
+        yield Bad(where.path, f"a page of more than {LINE_BYTES // 10**6} MB")
+    else:
+        yield Document(page_text(content), where.path)
+
+
+def page_text(content: bytes) -> str:
+    """The main text of a web page, "" where there is none.
+
+    Called here and not through datatrove's block, which gives up after a second (of whichever machine) and forgets
+    lines that it saw on the pages before: then a page's text would depend on more than the page.
+    """
+    trafilatura = _needs("trafilatura", "a web page")
+    return trafilatura.extract(content, include_comments=False, favor_precision=True, deduplicate=False) or ""
+
+
+def _warc(where: Where, file, _: str) -> Iterator[Document | Bad]:
+    """Pages (responses of HTML) and WET texts (conversions); requests, images and the like are no documents."""
+    archiveiterator = _needs("warcio.archiveiterator", "a WARC file")
+    from warcio.exceptions import ArchiveLoadFailed
+
+    try:
+        for record in archiveiterator.ArchiveIterator(file):
+            where.line += 1
+            name = f"{where}:{record.rec_headers.get_header('WARC-Target-URI') or ''}"
+            kind = (record.http_headers and record.http_headers.get_header("Content-Type")) or ""
+            if record.rec_type == "conversion":
+                yield from _whole(name, record.content_stream().read())
+            elif record.rec_type == "response" and "html" in kind:
+                yield Document(page_text(record.content_stream().read()), name)
+    except ArchiveLoadFailed as error:
+        raise Damaged(str(error).splitlines()[0][:100]) from None

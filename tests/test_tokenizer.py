@@ -1,0 +1,181 @@
+"""Every tokenizer gives back every byte of every script, and text cannot spell a special token."""
+
+import hashlib
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lm_jax import checkpoint
+from lm_jax.config import UserError
+from lm_jax.data import tokenizer
+
+CHINESE = """\
+人工智能模型从文本中学习：它读到一个词，然后猜下一个词。“你好，世界！”他说（声音很轻）。
+价格是￥１２８．００；折扣为２０％——真的吗？是的……请看《说明》第３章、第【４】节。
+简体中文与繁體中文都應該完整保留，標點「全形」也一樣。
+"""
+OTHERS = (
+    "日本語のテスト。한국어 문장. Привет, мир! שלום עולם. مرحبا بالعالم। नमस्ते दुनिया। Γειά σου Κόσμε· ภาษาไทย 🙂👩‍👩‍👧"
+)
+CODE = "def f(x):\n\treturn 'né▁e' * x  #  two  spaces\n"
+AWKWARD = [
+    "",
+    " ",
+    "\n\n",
+    "▁▁ a▁b",
+    "<|endoftext|>",
+    "</s>",
+    "[SEP] [CLS]",
+    "\x00\x01",
+    "<0x41>",
+    "\r\n",
+    " \n \n",
+    "\u200b",
+]
+
+
+def library() -> list[str]:
+    folder = pathlib.Path(os.__file__).parent
+    return [(folder / name).read_text() for name in ("argparse.py", "ast.py", "calendar.py", "csv.py", "difflib.py")]
+
+
+def byte_level() -> bytes:
+    """A byte-level BPE as Hugging Face keeps one, with the special tokens of a chat model."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([*library(), CHINESE], trainer)
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "</s>"])
+    made.enable_truncation(8)  # a file may ask for it; a corpus must not lose text to it
+    return made.to_str().encode()
+
+
+@pytest.fixture(scope="module")
+def made():
+    texts = [*library(), CHINESE]
+    return {
+        "bpe": tokenizer.make("sentencepiece:600", texts),
+        "unigram": tokenizer.make("unigram:600", texts),
+        "bytes": tokenizer.make("bytes", []),
+    }
+
+
+@pytest.fixture(params=["bpe", "unigram", "bytes", "hugging_face"])
+def one(request, made) -> tokenizer.Tokenizer:
+    if request.param == "hugging_face" and request.param not in made:
+        made[request.param] = tokenizer.HuggingFace(byte_level())
+    return made[request.param]
+
+
+@pytest.mark.parametrize("text", [CHINESE, OTHERS, CODE, *AWKWARD, CODE * 50 + CHINESE * 50])
+def test_text_of_every_script_comes_back(one, text):
+    ids = one.encode(text)
+    assert one.decode(ids) == text
+    assert ids.dtype == np.int32 and one.bytes_per_piece[ids].sum() == len(text.encode())
+    assert one.document_id not in ids, "a text spelled the mark between documents"
+
+
+def test_any_text_comes_back(one):
+    @settings(max_examples=150, deadline=None)
+    @given(st.text())
+    @example("▁")
+    def check(text):
+        assert one.decode(one.encode(text)) == text
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_chinese_has_no_unknown_piece(made, kind):
+    unknown = made[kind]._processor.unk_id()
+    assert unknown not in made[kind].encode(CHINESE + OTHERS)
+    assert made["bytes"].encode("，").tolist() == [0xEF, 0xBC, 0x8C]
+
+
+def test_half_a_character_is_not_lost_silently(one):
+    ids = one.encode("€")
+    if len(ids) > 1:
+        assert one.decode(ids[:1]) == "\ufffd"
+
+
+def test_pieces_beyond_the_vocabulary_and_the_mark_are_no_text(one):
+    ids = [one.document_id, *one.encode("ab"), one.num_pieces, one.num_pieces + 5]  # a padded model may draw them
+    assert one.decode(ids) == "ab"
+
+
+def test_a_name_is_encoded_as_if_there_were_no_such_token():
+    tokenizers = pytest.importorskip("tokenizers")
+    described = json.loads(byte_level())
+    described["added_tokens"] = []
+    plain = tokenizers.Tokenizer.from_str(json.dumps(described | {"truncation": None}))
+    text = "say <|endoftext|>, </s> or <|im_start|>user"
+    assert tokenizer.HuggingFace(byte_level()).encode(text).tolist() == plain.encode(text).ids
+
+
+def test_a_name_in_the_words_of_a_unigram_model_is_taken_apart():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = [("<unk>", 0.0), ("</s>", -0.1), *((c, -5.0) for c in "</s>abc ")]
+    described = tokenizers.Tokenizer(tokenizers.models.Unigram(words, 0))
+    described.add_special_tokens(["</s>"])
+    described.decoder = tokenizers.decoders.Fuse()
+    made = tokenizer.HuggingFace(described.to_str().encode())
+    assert made.encode("a</s>b").tolist() == [made._tokenizer.token_to_id(c) for c in "a</s>b"]
+    assert made.decode(made.encode("a</s>b</s></s>")) == "a</s>b</s></s>"
+
+
+def test_the_sample_is_the_smallest_hashes_whatever_the_order():
+    texts = [f"{i} " * (i % 50 + 1) for i in range(500)]
+    ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    kept = tokenizer.sample(iter(texts), 5000)
+    assert kept == ordered[: len(kept)] == tokenizer.sample(reversed(texts), 5000)
+    assert sum(map(len, kept)) > 5000 >= sum(map(len, kept[:-1]))
+
+
+def test_long_lines_are_trained_on_in_pieces():
+    line = CHINESE.replace("\n", "") * 100
+    pieces = list(tokenizer.lines([line + "\n\nshort"]))
+    assert "".join(pieces) == line + "short" and max(len(piece.encode()) for piece in pieces) <= 4192
+
+
+def test_training_is_a_function_of_the_texts(made):
+    again = tokenizer.make("unigram:600", [CHINESE, *reversed(library())])
+    assert again.fingerprint == made["unigram"].fingerprint != made["bpe"].fingerprint
+
+
+def test_a_run_and_a_corpus_keep_the_file_under_its_name(one, tmp_path):
+    place = checkpoint.epath.Path(tmp_path)
+    checkpoint.write_tokenizer(place, one)
+    assert [path.name for path in place.iterdir()] == [one.file_name]
+    found = tokenizer.load(str(tmp_path))
+    assert type(found) is type(one) and found.fingerprint == one.fingerprint
+    assert tokenizer.load(str(place / one.file_name)).model == one.model
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.json", b"{", "not a tokenizer.json"),
+        ("x.json", b"[]", "not a tokenizer.json"),
+        ("x.bytes", b"lm_jax bytes 2\n", "not the byte tokenizer"),
+        ("x.model", b"", "the file is empty"),
+        ("x.model", bytes(range(256)), "not a SentencePiece model"),
+        ("folder/readme", b"", "none of tokenizer.model, tokenizer.bytes, tokenizer.json"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_by_its_place(tmp_path, name, content, words):
+    if name.endswith("json"):
+        pytest.importorskip("tokenizers")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    place = str(tmp_path / name.removesuffix("/readme"))
+    with pytest.raises(UserError, match=words) as error:
+        tokenizer.load(place)
+    assert place in str(error.value)

@@ -1,0 +1,44 @@
+"""A SentencePiece tokenizer from any text, raw or prepared, in bounded memory.
+
+    python tools/train_tokenizer.py --output tokenizer.model --kind unigram --pieces 32768 texts/*.jsonl.gz
+    python tools/train_tokenizer.py --output tokenizer.model corpora/mine              # a prepared corpus: its training split
+
+The sample is the documents with the smallest content hashes: the same whatever the order of files. Text of every script comes
+back to the byte: what has no piece is spelled in bytes.
+"""
+
+import os
+
+from lm_jax import command
+from lm_jax.config import UserError
+from lm_jax.data import prepare, tokenizer
+from lm_jax.terminal import Terminal
+
+
+def main(arguments: list[str]) -> int:
+    parser = command.Parser("tools/train_tokenizer.py", __doc__)
+    parser.add_argument("sources", nargs="+", help='files, folders, patterns, URLs, "python", or a prepared corpus')
+    parser.add_argument("--output", required=True, help="the file to write, such as tokenizer.model")
+    parser.add_argument("--kind", default="sentencepiece", choices=tuple(tokenizer.TRAINED), help="BPE, or unigram")
+    parser.add_argument("--pieces", default="32768", help="size of the vocabulary")
+    parser.add_argument("--text_key", default="text", help="of JSON records and Parquet columns")
+    parser.add_argument("--on_bad_record", default="stop", choices=("stop", "skip"))
+    parser.add_argument("--characters", type=int, default=tokenizer.SAMPLE_BYTES, help="of text that it is trained on")
+    flags = parser.parse_args(arguments)
+    if not flags.output.endswith(".model") or os.path.exists(flags.output):
+        raise UserError(f"--output {flags.output}: name a file that is not there yet and ends in .model")
+    say = Terminal()
+    texts = prepare.texts_of(tuple(flags.sources), flags.text_key, flags.on_bad_record)
+    with tokenizer.named("--kind and --pieces"):
+        made = tokenizer.make(f"{flags.kind}:{flags.pieces}", texts, flags.characters)
+    with open(f"{flags.output}.draft", "wb") as file:
+        file.write(made.model)
+    os.replace(f"{flags.output}.draft", flags.output)
+    say(
+        f"{flags.output}: {made.num_pieces:,} pieces, {made.fingerprint}; use it: --config.data.tokenizer={flags.output}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    command.door(main)
