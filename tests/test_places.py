@@ -113,7 +113,8 @@ def lines_of(workdir) -> list[dict]:
 
 @pytest.mark.proof
 @pytest.mark.skipif(EMULATOR is None, reason="gcp-storage-emulator is not installed")
-def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_path):
+def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))  # nothing was copied before
     documents = {"train": made_up(300), "validation": made_up(20, 5)}
     write(tmp_path / "text", corpus, documents, 1000)
     shards.publish(str(tmp_path / "text"), f"{bucket}/text")
@@ -121,7 +122,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_
     assert code == 0, said
     run, source = f"{bucket}/runs/x", f"{bucket}/text"
     code, said = train(run, source, kill_after=8)
-    assert code == -signal.SIGKILL and "copying gs://" in said
+    assert code == -signal.SIGKILL and "copying gs://" in said, said
     code, said = train(run, source)
     assert code == 0 and "resumed at step" in said, said
     assert lines_of(run) == lines_of(tmp_path / "local")

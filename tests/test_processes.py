@@ -129,6 +129,7 @@ def check_resume(sources, tmp_path, num_processes: int) -> None:
     assert {"eval/books/loss", "eval/code/loss", "eval/code/bits_per_byte"} <= {*events.Tags()["scalars"]}
 
 
+@pytest.mark.proof  # two minutes, nearly all of them waiting
 def test_what_two_processes_saved_one_goes_on_with(sources, tmp_path):
     check_resume(sources, tmp_path, 2)
 
