@@ -41,10 +41,11 @@ def run(backend, q, k, v, window: int):
     return jax.jit(jax.value_and_grad(weigh, (0, 1, 2)))(q, k, v)
 
 
-@pytest.mark.parametrize("window", [0, 40, 300])
+@pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("name", HERE)
-def test_backends_agree(name, window):
-    """With the plain square: heads in groups, two documents and padding in a row, windows across chunks."""
+def test_backends_agree(name, window, monkeypatch):
+    """With the plain square: heads in groups, two documents and padding in a row, windows that leave whole chunks out."""
+    monkeypatch.setattr(attention, "CHUNK", 128)
     expected, found = (run(backend, *arrays(), window) for backend in (attention._xla, HERE[name]))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
