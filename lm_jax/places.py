@@ -82,35 +82,47 @@ class Desk:
 
 
 class Lease:
-    """`<url>/lock`: created on the condition that there is none, renewed on the condition that it is still ours."""
+    """`<url>/lock/<number>`: an object that only one can create; the highest number holds the lock while its lease is renewed.
+
+    Taking over from a run that is dead is creating the next number: no object is ever written by two.
+    """
 
     def __init__(self, workdir: epath.Path):
         import tensorstore
 
-        self.workdir = workdir
-        self._store = tensorstore.KvStore.open(f"{str(workdir).rstrip('/')}/").result()
+        self.workdir, self.number = workdir, 0
+        self._store = tensorstore.KvStore.open(f"{str(workdir).rstrip('/')}/lock/").result()
         self._over = threading.Event()
-        self._generation = b""
 
-    def _write(self, expected: bytes) -> bool:
-        """Writes our name where the object's generation is as expected."""
-        name = {"host": socket.gethostname(), "pid": os.getpid(), "until": time.time() + LEASE}
-        stamp = self._store.write("lock", json.dumps(name).encode(), if_equal=expected).result()
-        self._generation = stamp.generation
-        return bool(stamp.generation)
+    def _numbers(self) -> list[int]:
+        folder = self.workdir / "lock"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+    def _mine(self) -> bytes:
+        return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "until": time.time() + LEASE}).encode()
+
+    def _create(self, number: int) -> bool:
+        """Whether this process is the one that created the object (generation-match 0)."""
+        missing = self._store.read(str(number)).result()
+        if missing.state != "missing":
+            return False
+        return bool(self._store.write(str(number), self._mine(), if_equal=missing.stamp.generation).result().generation)
 
     def take(self, say: Callable[[str], None]) -> None:
         """Raises UserError where another run renews the lock; waits for a lease that nobody renews."""
         start, first = time.monotonic(), b""
         while True:
-            found = self._store.read("lock").result()
-            free = found.state == "missing" or _expired(found.value)
-            if free and self._write(found.stamp.generation):
+            numbers = self._numbers()
+            holder = self._store.read(str(numbers[-1])).result().value if numbers else b""
+            if _expired(holder) and self._create(numbers[-1] + 1 if numbers else 0):
+                self.number = numbers[-1] + 1 if numbers else 0
+                for number in numbers:
+                    self._store.write(str(number), None).result()
                 return
-            first = first or found.stamp.generation
-            if found.stamp.generation != first or time.monotonic() - start > 2 * LEASE:
+            first = first or holder
+            if holder != first or time.monotonic() - start > 2 * LEASE:
                 raise UserError(
-                    f"another run is at work in {self.workdir}: {found.value.decode()}\n"
+                    f"another run is at work in {self.workdir}: {holder.decode()}\n"
                     f"wait for it, stop it, or use another --workdir"
                 )
             say(f"{self.workdir} is locked by a run that may be dead: waiting for its lease of {LEASE:.0f} s")
@@ -118,18 +130,19 @@ class Lease:
 
     def renew(self) -> None:
         while not self._over.wait(LEASE / 3):
-            if not self._write(self._generation):  # this run slept past its lease: it must not write any more
+            if self._numbers()[-1:] != [self.number]:  # this run slept past its lease: it must not write any more
                 os.write(2, b"\nlm_jax: another run took the lock of the workdir: leaving\n")
                 os.kill(os.getpid(), signal.SIGKILL)
+            self._store.write(str(self.number), self._mine()).result()
 
     def give_back(self, thread: threading.Thread) -> None:
         self._over.set()
         thread.join()
-        self._store.write("lock", None, if_equal=self._generation).result()
+        self._store.write(str(self.number), None).result()
 
 
 def _expired(value: bytes) -> bool:
-    """Whether nobody renews a lock: its lease is over, or its process on this machine is dead."""
+    """Whether a lock is held no more: there is none, its lease is over, or its process on this machine is dead."""
     try:
         holder = json.loads(value)
         if holder["host"] == socket.gethostname() and not os.path.exists(f"/proc/{holder['pid']}"):

@@ -45,7 +45,7 @@ def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
         ({"host": "elsewhere", "pid": 1, "until": time.time() - 1}, True),
         ({"host": places.socket.gethostname(), "pid": 2**22 + 1, "until": time.time() + 1000}, True),
         ({"host": places.socket.gethostname(), "pid": os.getpid(), "until": time.time() + 1000}, False),
-        ("half a lo", True),
+        ("no object", True),
     ],
 )
 def test_a_lock_is_over_with_its_lease_or_its_process(holder, over):
@@ -151,4 +151,7 @@ def test_one_run_a_bucket(bucket, monkeypatch):
             pass
     with places.leased(workdir, said.append):
         assert "locked by a run that may be dead" in said[0]
-    assert not (workdir / "lock").exists()
+    (workdir / "lock" / "7").write_text(json.dumps({"host": "elsewhere", "pid": 1, "until": time.time() - 1}))
+    with places.leased(workdir, said.append):
+        assert [path.name for path in (workdir / "lock").iterdir()] == ["8"]
+    assert not list((workdir / "lock").glob("*"))

@@ -188,18 +188,22 @@ def make_row(pieces: list[tuple[int, np.ndarray]], length: int, i: int) -> Batch
 def lay_out(tokens: np.ndarray, targets: np.ndarray, sizes: list[int], length: int, i: int) -> Batch:
     """Row i of the batch contract: at most `length` tokens and their targets, in segments of `sizes` (the last may reach
     beyond the row); then padding."""
-    num, starts = len(tokens), np.cumsum([0, *sizes[:-1]])
-    segments = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)[:num]
-    positions = np.arange(num, dtype=np.int32) - starts.astype(np.int32)[segments - 1]
-    pad = lambda x: np.concatenate([x, np.zeros(length - num, x.dtype)]) if num < length else x
-    return {
-        "tokens": pad(tokens.astype(np.int32)),
-        "targets": pad(targets.astype(np.int32)),
-        "loss_mask": pad(np.ones(num, np.float32)),
-        "segment_ids": pad(segments),
-        "positions": pad(positions),
-        "row": np.uint32(i),
-    }
+    num, start = len(tokens), 0
+    ints = np.zeros((4, length), np.int32)
+    ints[0, :num], ints[1, :num] = tokens, targets
+    for segment, size in enumerate(sizes, 1):
+        stop = min(start + size, num)
+        ints[2, start:stop], ints[3, start:stop] = segment, count_to(length)[: stop - start]
+        start = stop
+    loss_mask = np.zeros(length, np.float32)
+    loss_mask[:num] = 1
+    names = ("tokens", "targets", "segment_ids", "positions")
+    return dict(zip(names, ints, strict=True)) | {"loss_mask": loss_mask, "row": np.uint32(i)}
+
+
+@functools.cache
+def count_to(length: int) -> np.ndarray:
+    return np.arange(length, dtype=np.int32)
 
 
 class First:

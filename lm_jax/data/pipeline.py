@@ -4,6 +4,9 @@ Our code computes which tokens a row holds (`packing`, `mixture`); Grain runs th
 only state is an integer, the cursor: neither batch size, mesh, processes nor workers enter a row.
 """
 
+import os
+import threading
+import time
 from collections.abc import Iterator
 
 import grain
@@ -60,6 +63,18 @@ def local_rows(mesh: jax.sharding.Mesh, size: int, length: int) -> tuple[int, ..
     return tuple(sorted({row for rows, _ in held for row in range(size)[rows]}))  # type: ignore[misc]
 
 
+def end_with_parent(index: int, count: int) -> None:
+    """In a worker: leaves within a second of the process that started it, however that ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def batches(
     rows: Rows, mesh: jax.sharding.Mesh, first: int, num: int, size: int, num_workers: int = 0
 ) -> Iterator[dict[str, jax.Array]]:
@@ -70,7 +85,8 @@ def batches(
     )
     if num_workers:
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which our own parser leaves alone
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=end_with_parent)
     place = {row: index for index, row in enumerate(local)}
     for batch in dataset:
         yield {name: _on_mesh(value, mesh, size, place) for name, value in batch.items()}

@@ -402,7 +402,10 @@ def open_split(folder: str, name: str) -> Split:
     """A split of a verified corpus, its tokens mapped."""
     with open(os.path.join(folder, MANIFEST)) as file:
         count = json.load(file)["counts"][name]
-    load = lambda k, part: np.load(os.path.join(folder, f"{name}-{k:05}.{part}.npy"), mmap_mode="r")
+    path = lambda k, part: os.path.join(folder, f"{name}-{k:05}.{part}.npy")
+    load = lambda k, part: np.asarray(
+        np.load(path(k, part), mmap_mode="r")
+    )  # a plain view: slices of a memmap are slow
     tokens = [load(k, "tokens") for k in range(count["shards"])] or [np.zeros(0, np.uint16)]
     starts = np.cumsum([0, *map(len, tokens)])
     offsets = [load(k, "offsets")[:-1] + starts[k] for k in range(count["shards"])]
