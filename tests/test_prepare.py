@@ -1,5 +1,6 @@
 """Preparing: every document is in the corpus or in the report, and the shards are the same however they were made."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -566,6 +567,30 @@ def test_a_corpus_is_prepared_from_a_bucket_to_a_bucket(raw):
     run(place, "raw", validation_fraction=0.02, test_fraction=0.02)
     found, wanted = files_of(place / "copy"), files_of(place / "out")
     assert {name for name in wanted if found[name] != wanted[name]} == {"manifest.json"}  # which names the source
+
+
+@needs_datatrove
+@pytest.mark.proof
+def test_killed_as_a_real_command_it_goes_on_and_leaves_no_orphan(raw):
+    place, _ = raw
+    write(place / "raw" / "more.jsonl", [story(seed, 30) for seed in range(1000, 3000)])
+    run(place, "raw", scrub=True, duplicates="minhash", validation_fraction=0.02, test_fraction=0.02)
+    arguments = ["--tokenizer=bytes", "--scrub", "--duplicates=minhash", "--workers=2"]
+    line = [sys.executable, "tools/prepare_data.py", "--output", str(place / "b"), str(place / "raw"), *arguments]
+    pick = random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen(
+            line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(pick.uniform(3, 12))
+        process.kill()
+        process.wait()
+    subprocess.run(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+    assert files_of(place / "b") == files_of(place / "out")
+    time.sleep(2)
+    names = [path.read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [name for name in names if str(place / "b").encode() in name]
 
 
 SBATCH = """#!/bin/sh

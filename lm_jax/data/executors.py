@@ -6,6 +6,7 @@ that it reaches the terminal as it is from wherever the task ran.
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import os
 import shutil
@@ -120,6 +121,22 @@ def raise_mistake(folder: str) -> None:
             raise UserError(file.read())
 
 
+@functools.cache
+def end_forks_with_us() -> None:
+    """A forked child leaves within a second of this process, however that ended.
+
+    The server that datatrove's local executor forks would stay for ever, and with it the locks that it inherited.
+    """
+
+    def watch() -> None:
+        parent = os.getppid()
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    os.register_at_fork(after_in_child=lambda: threading.Thread(target=watch, daemon=True).start())
+
+
 def execute(steps: list, stage: Stage, place: str, choice: Choice, workers: int, mistakes: str) -> None:
     """Hands the tasks to datatrove's executor and waits for their marks."""
     clean.quiet()
@@ -128,6 +145,7 @@ def execute(steps: list, stage: Stage, place: str, choice: Choice, workers: int,
         if choice.executor == "local":
             from datatrove.executor import LocalPipelineExecutor
 
+            end_forks_with_us()
             LocalPipelineExecutor(steps, stage.tasks, workers, place).run()
         elif choice.executor == "ray":
             import ray
