@@ -15,6 +15,7 @@ import ml_collections
 from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
 
 EXIT_USER, EXIT_FAULT, EXIT_PREEMPTED = 2, 70, 75
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +71,17 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         code = EXIT_FAULT
     sys.stdout.flush()
     sys.exit(code)
+
+
+def with_huge_pages() -> None:
+    """Starts this process once more, with memory from glibc in huge pages; where it has them, or is not Linux, nothing.
+
+    XLA takes a step's memory anew for every step on a CPU, and a fault for every 4 KiB of it costs a quarter of the time
+    (docs/notebook.md). A tunable of glibc can only be set before a process starts.
+    """
+    if sys.platform == "linux" and HUGE_PAGES.split("=")[0] not in os.environ.get("GLIBC_TUNABLES", ""):
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def ask(prompt: str) -> str:

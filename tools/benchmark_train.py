@@ -5,6 +5,7 @@ round. A machine that others use is not measured: a busy one slows PyTorch far m
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,10 @@ class Contender:
     def __init__(self, name: str, shape: str):
         self.name = name
         line = [sys.executable, __file__, "worker", name, shape]
-        self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        huge = {"GLIBC_TUNABLES": command.HUGE_PAGES}  # as `lm_jax.main` has it; the peer gets it, too
+        self.process = subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | huge
+        )
         self.first = self.answer()["seconds"]
 
     def answer(self) -> dict:

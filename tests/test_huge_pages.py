@@ -1,0 +1,32 @@
+"""Training starts with memory in huge pages, once, and keeps what it was told."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPT = """
+import os, sys
+from lm_jax import command
+command.with_huge_pages()
+print(os.getpid(), os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_the_process_starts_once_more_as_itself(before, expected):
+    environment = os.environ | {"GLIBC_TUNABLES": before, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", SCRIPT, "--flag", "a b"]
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True)
+    out, _ = process.communicate(timeout=60)
+    assert out.split() == [str(process.pid), expected, "--flag", "a", "b"]
