@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str, doc: str | None):
         super().__init__(
-            f"python -m {name}",
+            f"python {name}" if name.endswith(".py") else f"python -m {name}",
             description=doc,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -189,6 +190,14 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
         section, name = path.split(".")
         from_file[section][name] = value
     return resolve(from_file), origins
+
+
+def as_given(place: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
+    """The command that trains this, to paste; without its workdir and number of steps."""
+    values = flatten(config)
+    given = [path for path, origin in origins.items() if origin["from"] == "command line" and path != "train.num_steps"]
+    flags = [f"--config.{path}={shlex.quote(str(values[path]))}" for path in given]
+    return " ".join(["python -m lm_jax.main --config", place, *flags])
 
 
 def run_name(place: str) -> str:

@@ -70,7 +70,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
 
     `experiment` is what `--config` named, `place` the workdir ("": runs/<experiment>[-<variant>]).
     """
-    name = command.run_name(experiment)
+    name, given = command.run_name(experiment), command.as_given(experiment, config, origins)
     check_url("--workdir", place)
     say, goodput, workdir = terminal.Terminal(), Goodput(), epath.Path(place or f"runs/{name}")
     desk = Desk(workdir)
@@ -120,7 +120,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             checkpoint.write_config(workdir, config, origins, mixed.facts)
             checkpoint.write_tokenizer(workdir, mixed.tokenizer)
         this = Run(config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput)
-        return train(this, stop, experiment)
+        return train(this, stop, given)
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
@@ -185,7 +185,8 @@ def already_done(desk: Desk, say: terminal.Terminal) -> int:
     return 0
 
 
-def train(this: Run, stop: Stop, experiment: str) -> int:
+def train(this: Run, stop: Stop, given: str) -> int:
+    """Trains from where `this` is; `given` is the command that does it. Returns the exit code."""
     config, say, goodput = this.config, this.say, this.goodput
     with goodput("compile"):
         say.progress("compiling the step")
@@ -240,7 +241,7 @@ def train(this: Run, stop: Stop, experiment: str) -> int:
     writer.close()
     say(goodput.table())
     if finished:
-        say(next_commands(this, experiment))
+        say(next_commands(this, given))
     else:
         say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
     this.desk.send()
@@ -449,12 +450,12 @@ def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> st
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 
 
-def next_commands(this: Run, experiment: str) -> str:
+def next_commands(this: Run, given: str) -> str:
     longer = f"--config.train.num_steps={4 * this.num_steps} --workdir {this.workdir}-longer"
     return "\n".join(
         [
             f"done in {costs.duration(time.monotonic() - this.goodput.start)}; next:",
-            f"  longer     python -m lm_jax.main --config {experiment} {longer}",
+            f"  longer     {given} {longer}",
             f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"',
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
             f"  look       tensorboard --logdir {checkpoint.steps_folder(this.workdir).parent.parent}",

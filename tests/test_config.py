@@ -1,6 +1,7 @@
 """The config is an interface: its leaves are frozen here, and what `resolve` refuses is listed."""
 
 import dataclasses
+import shlex
 
 import pytest
 from conftest import ROOT, tiny
@@ -135,3 +136,20 @@ def test_overrides_remember_where_values_come_from():
     assert origins["optimizer.learning_rate"]["from"] == "command line"
     assert origins["model.model_dim"]["from"] == "file"
     assert set(origins) < set(flatten(config))
+
+
+def test_the_command_to_paste_trains_the_same():
+    """With values that a shell would take apart, and without the number of steps, which the reader is to choose."""
+    overrides = {
+        "data.sources": "(('/a b', 0.7), ('python', 0.3))",
+        "model.window": "(0, 8)",
+        "train.num_steps": "7",
+        "model.norm": "rmsnorm",
+        "model.num_layers": "4",
+    }
+    config, origins = command.load_config("experiments/quickstart.py", overrides)
+    line = shlex.split(command.as_given("experiments/quickstart.py", config, origins))
+    assert line[:5] == ["python", "-m", "lm_jax.main", "--config", "experiments/quickstart.py"]
+    again, rest = command.split_overrides(line[5:])
+    assert not rest and "train.num_steps" not in again
+    assert command.load_config("experiments/quickstart.py", again | {"train.num_steps": "7"})[0] == config

@@ -125,7 +125,7 @@ def decoding(batch: int, smoke: bool) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("benchmark gpu", __doc__)
+    parser = command.Parser("tools/benchmark_gpu.py", __doc__)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--json", default="")
     flags = parser.parse_args(arguments)

@@ -171,7 +171,7 @@ def torch_step(shape, name: str):
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["worker"]:
         return worker(*arguments[1:])
-    parser = command.Parser("benchmark train", __doc__)
+    parser = command.Parser("tools/benchmark_train.py", __doc__)
     parser.add_argument("--shape", default="base", choices=tuple(SHAPES))
     parser.add_argument("--rounds", type=int, default=7)
     flags = parser.parse_args(arguments)

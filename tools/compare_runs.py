@@ -47,7 +47,7 @@ def table(runs: dict[str, list[dict]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("compare_runs", __doc__)
+    parser = command.Parser("tools/compare_runs.py", __doc__)
     parser.add_argument("runs", nargs="+", help="work folders, such as runs/quickstart")
     parser.add_argument("--picture", default="compare_runs.png")
     flags = parser.parse_args(arguments)
