@@ -12,7 +12,7 @@ from lm_jax import metrics, train
 from lm_jax.data import pipeline
 from lm_jax.goodput import Goodput, traced
 
-SMALL = dict(train__num_steps=4, evaluate__every=2, checkpoint__every=2, optimizer__warmup=1)
+SMALL = dict(train__num_steps=4, evaluate__every=2, evaluate__prompt="", checkpoint__every=2, optimizer__warmup=1)
 
 
 def run(workdir, **changes) -> int:
