@@ -77,8 +77,8 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
 def with_huge_pages() -> None:
     """Starts this process once more, with memory from glibc in huge pages; where it has them, or is not Linux, nothing.
 
-    XLA takes a step's memory anew for every step on a CPU, and a fault for every 4 KiB of it costs a quarter of the time
-    (docs/notebook.md). A tunable of glibc can only be set before a process starts.
+    XLA takes a step's memory anew for every step on a CPU: a fault for every 4 KiB of it is a sixth of a step's CPU time, half of
+    a small model's (docs/notebook.md). A tunable of glibc can only be set before a process starts.
     """
     if sys.platform == "linux" and HUGE_PAGES.split("=")[0] not in os.environ.get("GLIBC_TUNABLES", ""):
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
