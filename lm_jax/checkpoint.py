@@ -65,8 +65,7 @@ def _named(tree) -> dict[str, Any]:
 
 def steps_folder(workdir: epath.Path) -> epath.Path:
     """Where the steps of a run lie; absolute, as Orbax wants it."""
-    place = str(workdir)
-    return epath.Path(place if "://" in place else os.path.abspath(place)) / "checkpoints"
+    return (workdir if is_url(workdir) else epath.Path(os.path.abspath(workdir))) / "checkpoints"
 
 
 class Saver:
