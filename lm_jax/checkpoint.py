@@ -28,7 +28,7 @@ from lm_jax.data.shards import check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import Tokenizer, load
 from lm_jax.distributed import leads
-from lm_jax.model import transformer
+from lm_jax.model.graph import Graph, build
 from lm_jax.places import set_aside, write_whole
 from lm_jax.train_state import Program, TrainState, abstract, make_program
 
@@ -275,7 +275,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     """The content of `config.json`. Raises UserError where it cannot be read."""
     try:
         content = json.loads((workdir / "config.json").read_text())
-        content["config"].items()
+        content["config"] = flatten(Config()) | content["config"]  # a key that is younger than the run has its default
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{workdir / 'config.json'} is no config of a run; use another --workdir") from None
     return content
@@ -367,13 +367,13 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     return Located(workdir, step, config, load(str(workdir)))
 
 
-def graph_of(located: Located) -> transformer.Graph:
+def graph_of(located: Located) -> Graph:
     """The model of a run. The attention backend was right where it was trained; here the best of this platform is."""
     model = dataclasses.replace(located.config.model, attention="auto")
-    return transformer.build(model, located.tokenizer.num_pieces, located.config.data.sequence_length)
+    return build(model, located.tokenizer.num_pieces, located.config.data.sequence_length)
 
 
-def load_parameters(located: Located) -> tuple[transformer.Graph, dict]:
+def load_parameters(located: Located) -> tuple[Graph, dict]:
     """The model of a run and its parameters on the mesh that is set: their average where the run keeps one."""
     program = make_program(located.config, located.tokenizer.num_pieces)
     target = abstract(program)

@@ -18,7 +18,7 @@ Length = int | str  # a number of steps, or a string with its unit: "375M tokens
 Weight = float | tuple[tuple[int, float], ...]  # of a source in the mixture; or ((first row, weight), ...), rising rows
 Sources = tuple[tuple[str, Weight], ...]
 
-
+RECURRENT = ("rnn", "gru", "lstm")
 LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 
 
@@ -34,6 +34,11 @@ def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
+    kind: str = knob(
+        "transformer",
+        "decoder-only Transformer; or the recurrent baselines, num_layers cells model_dim wide",
+        choices=("transformer", *RECURRENT),
+    )
     num_layers: int = knob(4, "Transformer blocks", low=1)
     model_dim: int = knob(256, "width of the residual stream", low=1)
     num_heads: int = knob(4, "query heads", low=1)
@@ -346,7 +351,8 @@ def resolve(config) -> Config:
     nested = unflatten(checked)
     model = nested["model"]
     model["num_kv_heads"] = model["num_kv_heads"] or model["num_heads"]
-    if not model["head_dim"] and model["model_dim"] % model["num_heads"]:
+    heads = model["kind"] not in RECURRENT
+    if heads and not model["head_dim"] and model["model_dim"] % model["num_heads"]:
         wider = math.ceil(model["model_dim"] / model["num_heads"]) * model["num_heads"]
         raise UserError(
             f"config.model.model_dim = {model['model_dim']} does not divide into num_heads = {model['num_heads']} heads; "

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lm_jax.config import Config
 from lm_jax.loss import CHUNK, SMALL
 from lm_jax.model.layers import Declaration
+from lm_jax.model.recurrent import CELLS
 from lm_jax.ramp import Ramp
 
 # Dense peak of one chip in the compute dtype, FLOP/s, and its memory in bytes: the makers' data sheets.
@@ -49,7 +50,7 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
     """6 FLOPs a matrix parameter and token, and attention's 12 * head width a pair of tokens that see each other.
 
     The strict count of docs/benchmarks.md: no embedding lookup, softmax, norm, optimizer or recomputed FLOPs. Documents
-    packed in a row make less; the count takes rows as whole.
+    packed in a row make less; the count takes rows as whole. A recurrent model sees no pairs.
     """
     model, length = config.model, config.data.sequence_length
     total = sum(math.prod(declared.shape) for declared in declarations.values())
@@ -59,7 +60,7 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
     )
     per_window = {w: w * length - w * (w - 1) / 2 if 0 < w < length else length * length / 2 for w in set(model.window)}
     pairs = sum(per_window[w] for w in model.window) * model.num_layers / len(model.window)
-    attention = 12 * model.num_heads * model.head_dim * pairs / length
+    attention = 0 if model.kind in CELLS else 12 * model.num_heads * model.head_dim * pairs / length
     return Costs(total, matrix, declarations["embedding", "table"].shape[0], 6 * matrix + attention)
 
 
@@ -89,6 +90,10 @@ def bytes_by_class(
     square = tokens * length * model.num_heads / tensor * (act + 4)
     squares = 2 * square * 256 / length if chunked else square * (model.num_layers if model.remat == "none" else 1)
     again = kept["none"] if model.remat != "none" else 0  # one layer computed again
+    if model.kind in CELLS:  # for every token its gates twice, their activations, its states before and after
+        cell = CELLS[model.kind]
+        floats = (3 * cell.num_gates + 2 * cell.num_states + 1) * model.model_dim
+        kept, again, squares = dict.fromkeys(kept, floats * 4 / act) | {"full": float(model.model_dim)}, 0, 0
     width = costs.vocab_size / tensor
     in_chunks = tokens * width > SMALL
     logits = 4 * (3 * min(tokens, CHUNK) * width + width * model.model_dim) if in_chunks else 4 * 3 * tokens * width

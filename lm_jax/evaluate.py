@@ -15,7 +15,7 @@ from lm_jax.config import Mesh
 from lm_jax.data import mixture, packing, pipeline
 from lm_jax.distributed import settle
 from lm_jax.loss import loss_sum
-from lm_jax.model.transformer import Graph
+from lm_jax.model.graph import Graph
 from lm_jax.sharding import batch_shards, make_mesh
 from lm_jax.terminal import Terminal
 

@@ -14,9 +14,9 @@ import numpy as np
 from lm_jax import checkpoint, command, distributed
 from lm_jax.config import Mesh, UserError
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.model.attention import Cache, Context
+from lm_jax.model.attention import Context
+from lm_jax.model.graph import Graph
 from lm_jax.model.layers import row_keys
-from lm_jax.model.transformer import Graph
 from lm_jax.sharding import batch_shards, computed, constrain, make_mesh
 from lm_jax.terminal import Terminal
 
@@ -48,23 +48,13 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature, top_k, top_p) -
     return jnp.where(temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
 
 
-def empty_caches(graph: Graph, batch: int, slots: int) -> list[Cache]:
-    """Zeros [L / period, B, S, G, K] for each block of the period, on the mesh that is set."""
-    config = graph.config
-    shape = (config.num_layers // len(config.window), batch, slots, config.num_kv_heads, config.head_dim)
-    zeros = lambda: constrain(
-        jnp.zeros(shape, config.compute_dtype), "layers", "batch", "length", "kv_heads", "head_dim"
-    )
-    return [Cache(zeros(), zeros()) for _ in config.window]
-
-
 def prefill(graph: Graph, parameters, tokens_BP, lengths_B, slots: int):
     """Logits [B, V] after each prompt's last token, and the caches."""
     batch, length = tokens_BP.shape
     positions_BP = constrain(jnp.broadcast_to(jnp.arange(length)[None], (batch, length)), "batch", "length")
     context = Context(positions_BP, (positions_BP < lengths_B[:, None]).astype(jnp.int32))
     model = graph.module(parameters)
-    hidden, caches = model(tokens_BP, context, None, empty_caches(graph, batch, slots), filled(lengths_B, slots))
+    hidden, caches = model(tokens_BP, context, None, graph.empty_caches(batch, slots), filled(lengths_B, slots))
     last_BP = positions_BP == lengths_B[:, None] - 1
     hidden_B1D = jnp.where(last_BP[:, :, None], hidden, 0).sum(1, keepdims=True)
     return last_logits(model, hidden_B1D), caches

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax import sharding
-from lm_jax.model.attention import Context
-from lm_jax.model.transformer import Dropout, Graph
+from lm_jax.model.graph import Graph
+from lm_jax.model.layers import Dropout
 
 CHUNK = 1024  # tokens of a device whose logits exist at the same time
 SMALL = 2**22  # logits of a device up to which they are made all at once: as fast there, and the same bits as ever
@@ -38,7 +38,7 @@ def objective(
     objective has a gradient.
     """
     model = graph.module(parameters)
-    hidden_BTD, _ = model(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)
+    hidden_BTD = model.read(batch, drop)
     num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.vocab_size // sharding.ways("vocab"))
     if num_logits > SMALL:
         arrays = hidden_BTD, model.output_table, batch["targets"], batch["loss_mask"]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lm_jax.config import Config, UserError
+from lm_jax.config import RECURRENT, Config, UserError
 from lm_jax.config import Mesh as MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
@@ -28,6 +28,7 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
     "head_dim": (None, None),
     "mlp": ("tensor", "tensor"),
     "vocab": ("tensor", "tensor"),
+    "gates": (None, None),  # of a recurrent layer: every device of a tensor group holds them all
     "positions": (None, None),
     "layers": (None, None),
 }
@@ -208,14 +209,14 @@ def preflight(config: Config, vocab_size: int, sizes: dict[str, int]) -> None:
     """Raises UserError, before anything compiles, where a dim does not divide over the mesh."""
     model, data = config.model, config.data
     smallest = data.batch_ramp[0] or data.global_batch_size
-    rows = config.train.microbatch_rows
+    rows, recurrent = config.train.microbatch_rows, model.kind in RECURRENT
     checks = [
-        ("model.num_heads", model.num_heads, "tensor", sizes["tensor"]),
-        ("model.num_kv_heads", model.num_kv_heads, "tensor", sizes["tensor"]),
-        ("model.mlp_dim", model.mlp_dim, "tensor", sizes["tensor"]),
+        ("model.num_heads", model.num_heads, "tensor", 1 if recurrent else sizes["tensor"]),
+        ("model.num_kv_heads", model.num_kv_heads, "tensor", 1 if recurrent else sizes["tensor"]),
+        ("model.mlp_dim", model.mlp_dim, "tensor", 1 if recurrent else sizes["tensor"]),
         ("the padded vocabulary", vocab_size, "tensor", sizes["tensor"]),
         ("model.model_dim", model.model_dim, "fsdp", sizes["fsdp"]),
-        ("model.model_dim", model.model_dim, "tensor", 1 if model.remat == "none" else sizes["tensor"]),
+        ("model.model_dim", model.model_dim, "tensor", 1 if model.remat == "none" or recurrent else sizes["tensor"]),
         (
             "data.batch_ramp[0]" if data.batch_ramp[0] else "data.global_batch_size",
             smallest,

@@ -20,7 +20,8 @@ from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.generate import Sampling, generate
 from lm_jax.goodput import Goodput, traced
-from lm_jax.model import attention, transformer
+from lm_jax.model import attention
+from lm_jax.model.language_model import padded
 from lm_jax.optimizer import averaged
 from lm_jax.places import Desk
 from lm_jax.ramp import Ramp, make_ramp, with_steps
@@ -84,14 +85,14 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     sizes = mesh_shape(config.mesh, len(here))
     attention.preflight(config.model, config.data.sequence_length, here[0].platform)
     if pieces := mixture.pieces_expected(config.data):
-        preflight(config, transformer.padded(pieces), sizes)
+        preflight(config, padded(pieces), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
     with goodput("data"):
         mixed = mixture.open_mixture(config.data, say)
         stream = mixed.stream(config.data)
     ramp = make_ramp(config)
     config = with_steps(config, ramp, stream.rows_per_epoch)
-    preflight(config, transformer.padded(mixed.tokenizer.num_pieces), sizes)
+    preflight(config, padded(mixed.tokenizer.num_pieces), sizes)
     with goodput("plan"):
         mesh = make_mesh(config.mesh, here)
         program = make_program(config, mixed.tokenizer.num_pieces)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lm_jax.config import Config
-from lm_jax.model import transformer
+from lm_jax.model import graph as graphs
 from lm_jax.optimizer import Guarded, make_optimizer
 from lm_jax.sharding import laid_out
 
@@ -22,7 +22,7 @@ class Program(NamedTuple):
     """What does not change in a run: the model, the update rule, and the root of all random numbers."""
 
     config: Config
-    graph: transformer.Graph
+    graph: graphs.Graph
     optimizer: optax.GradientTransformationExtraArgs
 
     @property
@@ -31,7 +31,7 @@ class Program(NamedTuple):
 
 
 def make_program(config: Config, num_pieces: int) -> Program:
-    graph = transformer.build(config.model, num_pieces, config.data.sequence_length)
+    graph = graphs.build(config.model, num_pieces, config.data.sequence_length)
     return Program(config, graph, make_optimizer(config.optimizer, graph.tree(lambda declared: declared)))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from lm_jax import command, distributed
 from lm_jax.config import Config, Mesh, UserError
 from lm_jax.data import mixture, pipeline
-from lm_jax.model.transformer import padded
+from lm_jax.model.language_model import padded
 from lm_jax.ramp import make_ramp, with_steps
 from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
 from lm_jax.terminal import Terminal

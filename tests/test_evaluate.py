@@ -11,8 +11,8 @@ from lm_jax.config import Mesh
 from lm_jax.data import pipeline, shards
 from lm_jax.evaluate import Evaluator
 from lm_jax.loss import token_losses
-from lm_jax.model import transformer
 from lm_jax.model.attention import Context
+from lm_jax.model.graph import build
 from lm_jax.sharding import make_mesh
 
 
@@ -33,7 +33,7 @@ def held(corpus) -> pipeline.Held:
 
 @pytest.fixture(scope="module")
 def graph(corpus):
-    return transformer.build(tiny().model, corpus.tokenizer.num_pieces, 64)
+    return build(tiny().model, corpus.tokenizer.num_pieces, 64)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from conftest import command, tiny
 
 from lm_jax.config import Mesh, UserError
 from lm_jax.generate import Sampling, generate, sample
-from lm_jax.model import transformer
 from lm_jax.model.attention import Context
+from lm_jax.model.graph import build
 from lm_jax.sharding import make_mesh
 
 LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))
@@ -42,7 +42,7 @@ def test_top_k_and_top_p_cut_the_tail():
 @pytest.fixture(scope="module")
 def model(corpus):
     config = tiny(model__positions="rotary", model__init_scale=0.2)
-    graph = transformer.build(config.model, corpus.tokenizer.num_pieces, 64)
+    graph = build(config.model, corpus.tokenizer.num_pieces, 64)
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield graph, jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))(), corpus.tokenizer

@@ -10,8 +10,8 @@ from conftest import tiny
 
 from lm_jax.data import packing, shards
 from lm_jax.loss import loss_sum
-from lm_jax.model import transformer
 from lm_jax.model.attention import Context
+from lm_jax.model.graph import build
 
 LENGTH = 520  # more than one chunk of the chunked backend
 SIZES = [180, 300, 40]
@@ -20,7 +20,7 @@ SIZES = [180, 300, 40]
 @functools.cache
 def model(backend: str):
     config = tiny(model__attention=backend, model__window=(0, 100), data__sequence_length=LENGTH)
-    graph = transformer.build(config.model, num_pieces=500, sequence_length=LENGTH)
+    graph = build(config.model, num_pieces=500, sequence_length=LENGTH)
     return graph, jax.jit(lambda: graph.init(jax.random.key(0)))()
 
 

@@ -10,10 +10,10 @@ import pytest
 from conftest import tiny
 
 from lm_jax.data import pipeline
-from lm_jax.generate import empty_caches, filled, prefill
+from lm_jax.generate import filled, prefill
 from lm_jax.loss import token_losses
-from lm_jax.model import transformer
 from lm_jax.model.attention import Context
+from lm_jax.model.graph import build
 from lm_jax.model.layers import row_keys
 
 LLAMA = dict(
@@ -26,13 +26,14 @@ KINDS = {
     "gpt3_banded": dict(model__window=(0, 8), model__num_layers=4),
     "sinusoidal_relu": dict(model__positions="sinusoidal", model__activation="relu"),
     "no_positions": dict(model__positions="none", model__norm="rmsnorm"),
+    **{kind: dict(model__kind=kind, model__init_scale=0.2, model__positions="none") for kind in ("rnn", "gru", "lstm")},
 }
 LENGTH = 64
 
 
 def make(kind: str, **changes):
     config = tiny(**KINDS[kind], **changes)
-    graph = transformer.build(config.model, num_pieces=500, sequence_length=config.data.sequence_length)
+    graph = build(config.model, num_pieces=500, sequence_length=config.data.sequence_length)
     return graph, jax.jit(lambda: graph.init(jax.random.key(0)))()
 
 
@@ -83,7 +84,8 @@ def test_documents_of_a_row_do_not_see_each_other(kind):
     (_, one), gradient = jax.value_and_grad(second_loss, has_aux=True)(parameters, first)
     (_, other), gradient_of_other = jax.value_and_grad(second_loss, has_aux=True)(parameters, (first + 7) % 500)
     np.testing.assert_array_equal(one, other)
-    for a, b in zip(jax.tree.leaves(gradient["block_0"]), jax.tree.leaves(gradient_of_other["block_0"]), strict=True):
+    layers = next(name for name in gradient if name in ("block_0", "layers"))
+    for a, b in zip(jax.tree.leaves(gradient[layers]), jax.tree.leaves(gradient_of_other[layers]), strict=True):
         np.testing.assert_array_equal(a, b)
     alone = logits(graph, parameters, second, whole(1, 34))
     np.testing.assert_allclose(one, alone, atol=2e-5)
@@ -106,7 +108,7 @@ def test_recomputing_and_unrolling_change_nothing_but_memory(kind):
     tokens, memory, expected = random_tokens(8, LENGTH), {}, None
 
     for unroll, remat in itertools.product((False, True), ("none", "dots", "names", "full")):
-        other = transformer.build(dataclasses.replace(graph.config, remat=remat, unroll=unroll), 500, LENGTH)
+        other = build(dataclasses.replace(graph.config, remat=remat, unroll=unroll), 500, LENGTH)
         loss = lambda parameters, model=other: (model.module(parameters)(tokens, whole(8))[0] ** 2).sum() / tokens.size
         compiled = jax.jit(jax.value_and_grad(loss)).lower(parameters).compile()
         memory[unroll, remat] = compiled.memory_analysis().temp_size_in_bytes
@@ -140,7 +142,7 @@ def test_cached_decode_equals_full_forward(kind):
         out, caches = step(tokens[rows, lengths], lengths + 1, caches)
         np.testing.assert_allclose(out, full[rows, lengths], atol=1e-4)
         lengths = lengths + 1
-    assert empty_caches(graph, 2, LENGTH)[0].keys.shape == caches[0].keys.shape
+    assert jax.tree.map(jnp.shape, graph.empty_caches(2, LENGTH)) == jax.tree.map(jnp.shape, caches)
 
 
 def test_padding_of_the_vocabulary_never_wins():

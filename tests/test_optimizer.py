@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 
 from lm_jax.config import Mesh, leaves
-from lm_jax.model import transformer
+from lm_jax.model.graph import build
 from lm_jax.model.layers import Declaration, constant
 from lm_jax.optimizer import averaged, is_matrix, make_optimizer, schedule
 from lm_jax.sharding import make_mesh
@@ -39,7 +39,7 @@ def wide(name, **more):
     """A model whose matrices are large enough for Adafactor to factor: 128 on both sides."""
     wider = dict(model__model_dim=128, model__head_dim=32, optimizer__warmup=2, optimizer__decay_over=8)
     config = tiny(optimizer__name=name, **wider | more)
-    return config, transformer.build(config.model, 500, 64)
+    return config, build(config.model, 500, 64)
 
 
 def of_one_layer(stacked: Declaration) -> Declaration:
@@ -127,7 +127,7 @@ def test_muon_leaves_tables_norms_and_biases_to_adamw():
 
 def test_decay_is_for_matrices_and_tables():
     config = tiny(model__positions="learned")
-    mask = transformer.build(config.model, 500, 64).tree(is_matrix)
+    mask = build(config.model, 500, 64).tree(is_matrix)
     assert mask["embedding"]["table"] and mask["positions"]["table"]
     block = mask["block_0"]
     assert block["attention"]["query"]["kernel"] and block["mlp"]["down"]["kernel"]

@@ -10,7 +10,7 @@ from conftest import ROOT, tiny
 from lm_jax import verify
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import pipeline
-from lm_jax.model import transformer
+from lm_jax.model.graph import build
 from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight, stored
 
 MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2)}
@@ -104,7 +104,7 @@ unembedding/table vocab,model tensor,fsdp
 
 def test_where_every_parameter_lives_is_pinned():
     config = tiny(model__gated=True, model__tie_embedding=False)
-    declarations = transformer.build(config.model, 500, 64).declarations
+    declarations = build(config.model, 500, 64).declarations
     found = [
         f"{'/'.join(path)} {','.join(declared.axes)} {','.join(axis or '-' for axis in stored(declared.axes))}"
         for path, declared in declarations.items()
@@ -161,7 +161,7 @@ def test_legal_meshes_are_all_that_preflight_accepts():
 
 
 def test_the_table_prints_itself(eight):
-    table = parameter_table(transformer.build(tiny().model, 500, 64).declarations, mesh_of((1, 4, 2), eight))
+    table = parameter_table(build(tiny().model, 500, 64).declarations, mesh_of((1, 4, 2), eight))
     line = next(line for line in table.split("\n") if line.startswith("block_0/mlp/up/kernel"))
     assert line.split() == "block_0/mlp/up/kernel 2 x 64 x 128 layers, model, mlp -, fsdp, tensor 8.0".split()
 

@@ -24,7 +24,7 @@ from lm_jax import command  # noqa: E402
 from lm_jax.config import UserError  # noqa: E402
 from lm_jax.data.tokenizer import num_pieces  # noqa: E402
 from lm_jax.model import attention  # noqa: E402
-from lm_jax.model.transformer import padded  # noqa: E402
+from lm_jax.model.language_model import padded  # noqa: E402
 from lm_jax.ramp import make_ramp, with_steps  # noqa: E402
 from lm_jax.sharding import make_mesh, mesh_shape, preflight  # noqa: E402
 from lm_jax.train_state import make_program  # noqa: E402

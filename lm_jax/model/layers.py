@@ -65,6 +65,18 @@ def dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
     return jnp.where(keep_BTD, x_BTD / (1 - rate), 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Where the random numbers of dropout come from: root key, step, and the rows [B] of the training stream."""
+
+    root: jax.Array
+    step: jax.Array
+    row_B: jax.Array
+
+    def __call__(self, x_BTD: jax.Array, rate: float, name: str, layer: jax.Array | int = 0) -> jax.Array:
+        return dropout(x_BTD, rate, row_keys(self.root, f"dropout/{name}", self.step, layer, self.row_B))
+
+
 class Dense(nnx.Module):
     """Affine map from the last `len(inputs)` dims: [B, T, *inputs] -> [B, T, *outputs].
 
@@ -126,3 +138,35 @@ class Embedding(nnx.Module):
     def __call__(self, ids_BT: jax.Array, dtype) -> jax.Array:
         axes = self.table.get_metadata("declared").axes
         return take_rows(constrain(self.table[...].astype(dtype), *axes), ids_BT)
+
+
+def stacked(block: nnx.Module, num: int) -> nnx.Module:
+    """The same module with every declared parameter repeated over a new leading dim of layers."""
+    for _, variable in nnx.to_flat_state(nnx.state(block, nnx.Param)):
+        one = variable.get_metadata("declared")
+        move = lambda dims: tuple(dim + 1 for dim in dims)
+        stack = dataclasses.replace(
+            one,
+            shape=(num, *one.shape),
+            axes=("layers", *one.axes),
+            inputs=move(one.inputs),
+            outputs=move(one.outputs),
+            layers=(0,),
+        )
+        variable.set_metadata("declared", stack)
+        variable.set_raw_value(jax.ShapeDtypeStruct(stack.shape, stack.dtype))
+    return block
+
+
+def split(block: nnx.Module):
+    """A stacked block as (graph, state tree), and its parameters as a plain dict for a scan over layers."""
+    graph, state = nnx.split(block)
+    return (graph, state), nnx.to_pure_dict(state)
+
+
+def merge(graph_and_state, parameters: dict) -> nnx.Module:
+    graph, state = graph_and_state
+    # A copy of the containers, not of arrays: `replace_by_pure_dict` writes in place.
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, parameters)
+    return nnx.merge(graph, state)

@@ -1,10 +1,9 @@
-"""The decoder-only Transformer, and the seam between NNX modules and plain nested dicts of arrays.
+"""The decoder-only Transformer.
 
 Shape suffixes: B batch, T length, D model, F mlp, V vocabulary, L layers. Layers are stacked: the body of the scan is one
 *period* of the layer pattern (`config.window`), its parameters are [L / period, ...].
 """
 
-import dataclasses
 import math
 
 import jax
@@ -13,8 +12,9 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Attention, Cache, Context, Rotation, rotation
-from lm_jax.model.layers import Declaration, Dense, Embedding, Norm, dropout, make, row_keys
-from lm_jax.sharding import constrain, einsum, iota, reshape
+from lm_jax.model.language_model import LanguageModel
+from lm_jax.model.layers import Dense, Dropout, Embedding, Norm, merge, split, stacked
+from lm_jax.sharding import constrain
 
 ACTIVATIONS = {
     "gelu": jax.nn.gelu,
@@ -33,18 +33,6 @@ KEPT = {
     "names": _policies.save_only_these_names("query", "key", "value", "attended", "attention"),
     "full": _policies.nothing_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-    """Where the random numbers of dropout come from: root key, step, and the rows [B] of the training stream."""
-
-    root: jax.Array
-    step: jax.Array
-    row_B: jax.Array
-
-    def __call__(self, x_BTD: jax.Array, rate: float, name: str, layer: jax.Array | int = 0) -> jax.Array:
-        return dropout(x_BTD, rate, row_keys(self.root, f"dropout/{name}", self.step, layer, self.row_B))
 
 
 class Mlp(nnx.Module):
@@ -90,23 +78,27 @@ class Block(nnx.Module):
         return x_BTD + (drop(y_BTD, rate, "mlp", layer) if drop and rate else y_BTD), cache
 
 
-class Transformer(nnx.Module):
-    """Embedding, blocks, final norm, output table. `vocab_size` is padded by the caller; `num_pieces` of it are real."""
+class Transformer(LanguageModel):
+    """Embedding, blocks, final norm, output table."""
 
     def __init__(self, config: Model, num_pieces: int, sequence_length: int):
-        self.config, self.num_pieces, self.period = config, num_pieces, len(config.window)
-        self.vocab_size = padded(num_pieces)
-        self.embedding = Embedding(self.vocab_size, config.model_dim, "vocab", config.init_scale)
+        super().__init__(config, num_pieces, sequence_length)
+        self.period = len(config.window)
         learned = config.positions == "learned"
         self.positions = (
             Embedding(sequence_length, config.model_dim, "positions", config.init_scale / 2) if learned else None
         )
         for index, window in enumerate(config.window):
-            setattr(self, f"block_{index}", _stacked(Block(config, window), config.num_layers // self.period))
+            setattr(self, f"block_{index}", stacked(Block(config, window), config.num_layers // self.period))
         self.norm = Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
-        self.unembedding = (
-            None if config.tie_embedding else Embedding(self.vocab_size, config.model_dim, "vocab", config.init_scale)
-        )
+
+    @staticmethod
+    def empty_caches(config: Model, batch: int, slots: int) -> list[Cache]:
+        """Zeros [L / period, B, S, G, K] for each block of the period, on the mesh that is set."""
+        shape = (config.num_layers // len(config.window), batch, slots, config.num_kv_heads, config.head_dim)
+        axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+        zeros = lambda: constrain(jnp.zeros(shape, config.compute_dtype), *axes)
+        return [Cache(zeros(), zeros()) for _ in config.window]
 
     def __call__(
         self,
@@ -122,7 +114,7 @@ class Transformer(nnx.Module):
             x_BTD = drop(x_BTD, self.config.dropout, "embedding")
         rotary = self.config.positions == "rotary"
         turn = rotation(context.positions, self.config.head_dim, self.config.rotary_base) if rotary else None
-        graphs, stacks = zip(*(self._split(i) for i in range(self.period)), strict=True)
+        graphs, stacks = zip(*(split(getattr(self, f"block_{i}")) for i in range(self.period)), strict=True)
         recomputed = self.config.remat != "none" and caches is None
         # What is kept of the stream between layers is split over devices that all hold it, and gathered in every layer.
         kept = "kept" if recomputed else None
@@ -132,7 +124,7 @@ class Transformer(nnx.Module):
             x_BTD = constrain(x_BTD, "batch", "length", None) if recomputed else x_BTD
             new_caches = []
             for i, graph in enumerate(graphs):
-                block = _merge(graph, layers[i])
+                block = merge(graph, layers[i])
                 cache = caches[i] if caches else None
                 x_BTD, cache = block(x_BTD, context, turn, step * self.period + i, drop, cache, cached)
                 new_caches.append(cache)
@@ -155,102 +147,9 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + sinusoids(positions_BT, self.config.model_dim).astype(dtype)
         return x_BTD
 
-    @property
-    def output_table(self) -> jax.Array:
-        """[V, D] as it is stored: a piece's logit is its row times the hidden state."""
-        return (self.unembedding or self.embedding).table[...]
-
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Hidden states [B, T, D] -> logits [B, T, V] in the compute dtype; padding of the vocabulary never wins."""
-        batch, length, dim = x_BTD.shape
-        table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")
-        x_ND = reshape(x_BTD, (batch * length, dim), "tokens", None)
-        logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab")
-        logits_BTV = reshape(logits, (batch, length, self.vocab_size), "batch", "length", "vocab")
-        if self.vocab_size == self.num_pieces:
-            return logits_BTV
-        real_BTV = iota(logits_BTV.shape, "batch", "length", "vocab") < self.num_pieces
-        never = max(-1e9, float(jnp.finfo(logits_BTV.dtype).min))  # float16 ends at -65504
-        return jnp.where(real_BTV, logits_BTV, jnp.asarray(never, logits_BTV.dtype))
-
-    def _split(self, index: int):
-        """Block `index` of the period as (graph, state tree), and its stacked parameters as a plain dict for the scan."""
-        graph, state = nnx.split(getattr(self, f"block_{index}"))
-        return (graph, state), nnx.to_pure_dict(state)
-
-
-def padded(num_pieces: int) -> int:
-    """The vocabulary rounded up to a multiple of 128: whole tiles on every accelerator, divisible over `tensor`."""
-    return math.ceil(num_pieces / 128) * 128
-
 
 def sinusoids(positions_BT: jax.Array, dim: int) -> jax.Array:
     """Fixed positions (arXiv:1706.03762, section 3.5), sines then cosines -> float32 [B, T, D]."""
     frequency = 10_000.0 ** (-jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
     angle = positions_BT[:, :, None].astype(jnp.float32) * frequency[None, None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-
-def _stacked(block: nnx.Module, num: int) -> nnx.Module:
-    """The same module with every declared parameter repeated over a new leading dim of layers."""
-    for _, variable in nnx.to_flat_state(nnx.state(block, nnx.Param)):
-        one = variable.get_metadata("declared")
-        move = lambda dims: tuple(dim + 1 for dim in dims)
-        stack = dataclasses.replace(
-            one,
-            shape=(num, *one.shape),
-            axes=("layers", *one.axes),
-            inputs=move(one.inputs),
-            outputs=move(one.outputs),
-            layers=(0,),
-        )
-        variable.set_metadata("declared", stack)
-        variable.set_raw_value(jax.ShapeDtypeStruct(stack.shape, stack.dtype))
-    return block
-
-
-def _merge(graph_and_state, parameters: dict) -> nnx.Module:
-    graph, state = graph_and_state
-    # A copy of the containers, not of arrays: `replace_by_pure_dict` writes in place.
-    state = jax.tree.map(lambda leaf: leaf, state)
-    nnx.replace_by_pure_dict(state, parameters)
-    return nnx.merge(graph, state)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument of compiled functions
-class Graph:
-    """The seam: what a model is (`apply`) and what its parameters are (`declarations`), without any array."""
-
-    config: Model
-    sequence_length: int
-    graph_and_state: tuple
-    declarations: dict[tuple[str, ...], Declaration]
-
-    def init(self, root: jax.Array, sharded: bool = False) -> dict:
-        """Fresh parameters as a nested dict; under jit with `sharded`, each device makes only its shards."""
-        parameters: dict = {}
-        for path, declared in self.declarations.items():
-            node = parameters
-            for name in path[:-1]:
-                node = node.setdefault(name, {})
-            node[path[-1]] = make(declared, path, root, sharded)
-        return parameters
-
-    def module(self, parameters: dict) -> Transformer:
-        """The module with these parameters in place, to be called inside a traced function."""
-        module = _merge(self.graph_and_state, parameters)
-        assert isinstance(module, Transformer)
-        return module
-
-    def tree(self, of_declaration) -> dict:
-        """A nested dict like the parameters, with `of_declaration(declared)` at each leaf."""
-        flat = {path: of_declaration(declared) for path, declared in self.declarations.items()}
-        return nnx.traversals.unflatten_mapping(flat)
-
-
-def build(config: Model, num_pieces: int, sequence_length: int) -> Graph:
-    """The model of a config, for a tokenizer of `num_pieces` and rows of `sequence_length` tokens."""
-    graph, state = nnx.split(Transformer(config, num_pieces, sequence_length))
-    flat = nnx.to_flat_state(state)
-    declarations = {tuple(map(str, path)): variable.get_metadata("declared") for path, variable in flat}
-    return Graph(config, sequence_length, (graph, state), declarations)

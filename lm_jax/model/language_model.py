@@ -1,0 +1,61 @@
+"""What every language model has: a vocabulary with its two tables, and how it reads a batch.
+
+Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, V vocabulary.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm_jax.config import Model
+from lm_jax.model.attention import Context
+from lm_jax.model.layers import Dropout, Embedding
+from lm_jax.sharding import constrain, einsum, iota, reshape
+
+
+class LanguageModel(nnx.Module):
+    """Embedding and output table. `vocab_size` is padded; `num_pieces` of it are real."""
+
+    def __init__(self, config: Model, num_pieces: int, sequence_length: int):
+        self.config, self.num_pieces, self.vocab_size = config, num_pieces, padded(num_pieces)
+        self.sequence_length = sequence_length
+        table = lambda: Embedding(self.vocab_size, config.model_dim, "vocab", config.init_scale)
+        self.embedding, self.unembedding = table(), None if config.tie_embedding else table()
+
+    def __call__(self, tokens_BT: jax.Array, context: Context, drop: Dropout | None = None, caches=None, cached=None):
+        """int32 tokens [B, T] -> final hidden states [B, T, D], and the caches (None where there were none)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def empty_caches(config: Model, batch: int, slots: int):
+        """What `caches` is before the first token of `batch` texts of at most `slots` tokens."""
+        raise NotImplementedError
+
+    def read(self, batch: dict, drop: Dropout | None = None) -> jax.Array:
+        """A batch -> the hidden states [B, T, D] whose products with the output table are the logits of its targets."""
+        return self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)[0]
+
+    @property
+    def output_table(self) -> jax.Array:
+        """[V, D] as it is stored: a piece's logit is its row times the hidden state."""
+        return (self.unembedding or self.embedding).table[...]
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Hidden states [B, T, D] -> logits [B, T, V] in the compute dtype; padding of the vocabulary never wins."""
+        batch, length, dim = x_BTD.shape
+        table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")
+        x_ND = reshape(x_BTD, (batch * length, dim), "tokens", None)
+        logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab")
+        logits_BTV = reshape(logits, (batch, length, self.vocab_size), "batch", "length", "vocab")
+        if self.vocab_size == self.num_pieces:
+            return logits_BTV
+        real_BTV = iota(logits_BTV.shape, "batch", "length", "vocab") < self.num_pieces
+        never = max(-1e9, float(jnp.finfo(logits_BTV.dtype).min))  # float16 ends at -65504
+        return jnp.where(real_BTV, logits_BTV, jnp.asarray(never, logits_BTV.dtype))
+
+
+def padded(num_pieces: int) -> int:
+    """The vocabulary rounded up to a multiple of 128: whole tiles on every accelerator, divisible over `tensor`."""
+    return math.ceil(num_pieces / 128) * 128

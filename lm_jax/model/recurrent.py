@@ -1,0 +1,118 @@
+"""Recurrent language models, the baselines that the Transformer replaced: same tables, loss, step and sharding.
+
+Shape suffixes: B batch, T length, D model, G the gates' outputs in one dim, L layers.
+
+The cells are those of `flax.nnx` (SimpleCell, GRUCell, OptimizedLSTMCell), held to them by a test. Theirs make their arrays at
+once, outside of declarations and meshes, and multiply the inputs anew at every token; here one product serves all tokens.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm_jax.config import Model
+from lm_jax.model.attention import Context
+from lm_jax.model.language_model import LanguageModel
+from lm_jax.model.layers import Dense, Dropout, declare, merge, normal, split, stacked
+from lm_jax.sharding import constrain, einsum
+
+State = tuple[jax.Array, ...]  # float32 [B, D] each, the output first
+
+
+def rnn(state: State, x_BG, h_BG) -> State:
+    """Elman's network (Cognitive Science 14, 1990): h' = tanh(W x + U h + b)."""
+    return (jnp.tanh(x_BG + h_BG),)
+
+
+def gru(state: State, x_BG, h_BG) -> State:
+    """Gated recurrent unit (arXiv:1406.1078), the reset gate after the product, gates r, z, n."""
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = jnp.split(x_BG, 3, axis=-1), jnp.split(h_BG, 3, axis=-1)
+    update = jax.nn.sigmoid(x_z + h_z)
+    new = jnp.tanh(x_n + jax.nn.sigmoid(x_r + h_r) * h_n)
+    return ((1 - update) * new + update * state[0],)
+
+
+def lstm(state: State, x_BG, h_BG) -> State:
+    """Long short-term memory (Neural Computation 9, 1997) with forget gates (12, 2000), gates i, f, g, o."""
+    enter, forget, new, leave = jnp.split(x_BG + h_BG, 4, axis=-1)
+    cell = jax.nn.sigmoid(forget) * state[1] + jax.nn.sigmoid(enter) * jnp.tanh(new)
+    return jax.nn.sigmoid(leave) * jnp.tanh(cell), cell
+
+
+class Cell(NamedTuple):
+    """(state, products of the inputs, of the last output) -> state; how many of its size stand in a state, and in G."""
+
+    step: Callable[[State, jax.Array, jax.Array], State]
+    num_states: int
+    num_gates: int
+
+
+CELLS = {"rnn": Cell(rnn, 1, 1), "gru": Cell(gru, 1, 3), "lstm": Cell(lstm, 2, 4)}
+
+
+class Layer(nnx.Module):
+    """One cell over the tokens of a row, from nothing at the first token of every segment; padding leaves its state alone."""
+
+    def __init__(self, config: Model):
+        self.config = config
+        dim, gates = config.model_dim, CELLS[config.kind].num_gates * config.model_dim
+        self.input = Dense({"model": dim}, {"gates": gates}, config.init_scale, config.bias)
+        self.recurrent = declare((dim, gates), ("model", "gates"), normal(config.init_scale), (0,), (1,))
+
+    def __call__(self, x_BTD: jax.Array, context: Context, state: State) -> tuple[jax.Array, State]:
+        """-> [B, T, D], and the state after the last token."""
+        kernel_DG = constrain(self.recurrent[...].astype(x_BTD.dtype), "model", "gates")
+        step = CELLS[self.config.kind].step
+
+        def over_time(state: State, at):
+            x_BG, position_B1, segment_B1 = at
+            state = tuple(jnp.where((position_B1 == 0) & (segment_B1 > 0), 0, x_BD) for x_BD in state)
+            h_BG = einsum("BD,DG->BG", state[0].astype(x_BTD.dtype), kernel_DG, "batch", "gates")
+            after = step(state, x_BG.astype(jnp.float32), h_BG.astype(jnp.float32))
+            state = tuple(jnp.where(segment_B1 > 0, new, old) for new, old in zip(after, state, strict=True))
+            return state, state[0].astype(x_BTD.dtype)
+
+        marks = context.positions[:, :, None], context.segment_ids[:, :, None]
+        inputs = jax.tree.map(lambda x: x.swapaxes(0, 1), (self.input(x_BTD), *marks))
+        state, y_TBD = jax.lax.scan(over_time, state, inputs)
+        return y_TBD.swapaxes(0, 1), state
+
+
+class Recurrent(LanguageModel):
+    """Embedding, layers of cells, output table; dropout between layers, never over time (arXiv:1409.2329)."""
+
+    def __init__(self, config: Model, num_pieces: int, sequence_length: int):
+        super().__init__(config, num_pieces, sequence_length)
+        self.layers = stacked(Layer(config), config.num_layers)
+
+    @staticmethod
+    def empty_caches(config: Model, batch: int, slots: int) -> State:
+        """The states before the first token, [L, B, D] each; however long the text, they do not grow."""
+        shape, axes = (config.num_layers, batch, config.model_dim), ("layers", "batch", None)
+        return tuple(constrain(jnp.zeros(shape), *axes) for _ in range(CELLS[config.kind].num_states))
+
+    def __call__(self, tokens_BT, context: Context, drop: Dropout | None = None, caches=None, cached=None):
+        """int32 tokens [B, T] -> hidden states [B, T, D], and the states after the last token where `caches` has some."""
+        rate, dtype = self.config.dropout, jnp.dtype(self.config.compute_dtype)
+        x_BTD = self.embed(tokens_BT, context.positions)
+        x_BTD = drop(x_BTD, rate, "embedding") if drop and rate else x_BTD
+        graph, stack = split(self.layers)
+
+        def body(x_BTD, scanned):
+            index, parameters, state = scanned
+            y_BTD, state = merge(graph, parameters)(x_BTD, context, state)
+            return (drop(y_BTD, rate, "layer", index) if drop and rate else y_BTD), state
+
+        if self.config.remat != "none" and caches is None:
+            body = jax.checkpoint(body, prevent_cse=self.config.unroll)
+        num_layers = self.config.num_layers
+        states = self.empty_caches(self.config, len(tokens_BT), 0) if caches is None else caches
+        scanned = (jnp.arange(num_layers), stack, states)
+        x_BTD, states = jax.lax.scan(body, x_BTD, scanned, unroll=num_layers if self.config.unroll else 1)
+        return x_BTD.astype(dtype), None if caches is None else states
+
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        return self.embedding(tokens_BT, jnp.dtype(self.config.compute_dtype))
