@@ -47,7 +47,12 @@ class Model:
     mlp_dim: int = knob(0, "width of the MLP's hidden layer; 0 = 4 * model_dim", low=0)
     positions: str = knob("learned", "how a token knows its place", choices=("learned", "rotary", "sinusoidal", "none"))
     rotary_base: float = knob(10_000.0, "longest wavelength of rotary positions, in tokens / 2 pi", low=1.0)
-    norm: str = knob("layernorm", "normalisation before each branch", choices=("layernorm", "rmsnorm"))
+    norm: str = knob("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    norm_place: str = knob(
+        "pre",
+        "of the norms: before each branch, after its sum with the stream (no norm at the end), or before and after a branch",
+        choices=("pre", "post", "both"),
+    )
     norm_epsilon: float = knob(1e-5, "added to the variance", low=0.0)
     activation: str = knob(
         "gelu", "of the MLP; gelu is the tanh form of GPT-2", choices=("gelu", "gelu_exact", "relu", "silu")

@@ -28,7 +28,7 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
     "head_dim": (None, None),
     "mlp": ("tensor", "tensor"),
     "vocab": ("tensor", "tensor"),
-    "gates": (None, None),  # of a recurrent layer: every device of a tensor group holds them all
+    "features": (None, None),  # what a product gives to every device of a tensor group: gates, labels
     "positions": (None, None),
     "layers": (None, None),
 }

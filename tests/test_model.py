@@ -25,6 +25,8 @@ KINDS = {
     "llama": LLAMA,
     "gpt3_banded": dict(model__window=(0, 8), model__num_layers=4),
     "sinusoidal_relu": dict(model__positions="sinusoidal", model__activation="relu"),
+    "post_norm": dict(model__norm_place="post"),
+    "both_norms": dict(model__norm_place="both", **LLAMA),
     "no_positions": dict(model__positions="none", model__norm="rmsnorm"),
     **{kind: dict(model__kind=kind, model__init_scale=0.2, model__positions="none") for kind in ("rnn", "gru", "lstm")},
 }

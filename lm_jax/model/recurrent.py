@@ -42,6 +42,11 @@ def lstm(state: State, x_BG, h_BG) -> State:
     return jax.nn.sigmoid(leave) * jnp.tanh(cell), cell
 
 
+def remembering(key, shape: tuple[int], dtype, layout) -> jax.Array:
+    """Biases of an LSTM whose forget gates start open, at 1 (Jozefowicz et al., ICML 2015); the others at 0."""
+    return jnp.repeat(jnp.array([0, 1, 0, 0], dtype), shape[0] // 4)
+
+
 class Cell(NamedTuple):
     """(state, products of the inputs, of the last output) -> state; how many of its size stand in a state, and in G."""
 
@@ -59,18 +64,20 @@ class Layer(nnx.Module):
     def __init__(self, config: Model):
         self.config = config
         dim, gates = config.model_dim, CELLS[config.kind].num_gates * config.model_dim
-        self.input = Dense({"model": dim}, {"gates": gates}, config.init_scale, config.bias)
-        self.recurrent = declare((dim, gates), ("model", "gates"), normal(config.init_scale), (0,), (1,))
+        self.input = Dense({"model": dim}, {"features": gates}, config.init_scale, config.bias)
+        if config.bias and config.kind == "lstm":
+            self.input.bias = declare((gates,), ("features",), remembering)
+        self.recurrent = declare((dim, gates), ("model", "features"), normal(config.init_scale), (0,), (1,))
 
     def __call__(self, x_BTD: jax.Array, context: Context, state: State) -> tuple[jax.Array, State]:
         """-> [B, T, D], and the state after the last token."""
-        kernel_DG = constrain(self.recurrent[...].astype(x_BTD.dtype), "model", "gates")
+        kernel_DG = constrain(self.recurrent[...].astype(x_BTD.dtype), "model", "features")
         step = CELLS[self.config.kind].step
 
         def over_time(state: State, at):
             x_BG, position_B1, segment_B1 = at
             state = tuple(jnp.where((position_B1 == 0) & (segment_B1 > 0), 0, x_BD) for x_BD in state)
-            h_BG = einsum("BD,DG->BG", state[0].astype(x_BTD.dtype), kernel_DG, "batch", "gates")
+            h_BG = einsum("BD,DG->BG", state[0].astype(x_BTD.dtype), kernel_DG, "batch", "features")
             after = step(state, x_BG.astype(jnp.float32), h_BG.astype(jnp.float32))
             state = tuple(jnp.where(segment_B1 > 0, new, old) for new, old in zip(after, state, strict=True))
             return state, state[0].astype(x_BTD.dtype)

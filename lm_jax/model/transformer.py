@@ -52,7 +52,11 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm Transformer block; residual outputs start smaller by sqrt(2 layers) (GPT-2)."""
+    """Transformer block; residual outputs start smaller by sqrt(2 layers) (GPT-2).
+
+    The stream x becomes, by `config.norm_place`, for both branches f (attention, then MLP):
+    pre: x + f(norm(x)) (arXiv:2002.04745); post: norm(x + f(x)) (arXiv:1706.03762); both: x + norm(f(norm(x))).
+    """
 
     def __init__(self, config: Model, window: int):
         self.config = config
@@ -60,6 +64,8 @@ class Block(nnx.Module):
         norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
         self.attention_norm, self.attention = norm(), Attention(config, window, output_stddev)
         self.mlp_norm, self.mlp = norm(), Mlp(config, output_stddev)
+        both = config.norm_place == "both"
+        self.attention_post_norm, self.mlp_post_norm = norm() if both else None, norm() if both else None
 
     def __call__(
         self,
@@ -71,11 +77,17 @@ class Block(nnx.Module):
         cache: Cache | None,
         cached: Context | None,
     ):
-        rate = self.config.dropout
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, turn, cache, cached)
-        x_BTD = x_BTD + (drop(y_BTD, rate, "attention", layer) if drop and rate else y_BTD)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + (drop(y_BTD, rate, "mlp", layer) if drop and rate else y_BTD), cache
+        post, rate = self.config.norm_place == "post", self.config.dropout
+
+        def join(x_BTD, y_BTD, name: str, norm: Norm, post_norm: Norm | None):
+            y_BTD = post_norm(y_BTD) if post_norm else y_BTD
+            x_BTD = x_BTD + (drop(y_BTD, rate, name, layer) if drop and rate else y_BTD)
+            return norm(x_BTD) if post else x_BTD
+
+        y_BTD, cache = self.attention(x_BTD if post else self.attention_norm(x_BTD), context, turn, cache, cached)
+        x_BTD = join(x_BTD, y_BTD, "attention", self.attention_norm, self.attention_post_norm)
+        y_BTD = self.mlp(x_BTD if post else self.mlp_norm(x_BTD))
+        return join(x_BTD, y_BTD, "mlp", self.mlp_norm, self.mlp_post_norm), cache
 
 
 class Transformer(LanguageModel):
@@ -90,7 +102,8 @@ class Transformer(LanguageModel):
         )
         for index, window in enumerate(config.window):
             setattr(self, f"block_{index}", stacked(Block(config, window), config.num_layers // self.period))
-        self.norm = Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
+        ends = config.norm_place != "post"  # there the last block has normalised
+        self.norm = Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias) if ends else None
 
     @staticmethod
     def empty_caches(config: Model, batch: int, slots: int) -> list[Cache]:
@@ -136,7 +149,8 @@ class Transformer(LanguageModel):
         scanned = (jnp.arange(num_periods), stacks, caches)
         unroll = num_periods if self.config.unroll else 1
         x_BTD, caches = jax.lax.scan(body, constrain(x_BTD, "batch", "length", kept), scanned, unroll=unroll)
-        return self.norm(constrain(x_BTD, "batch", "length", None)), caches
+        x_BTD = constrain(x_BTD, "batch", "length", None)
+        return self.norm(x_BTD) if self.norm else x_BTD, caches
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.compute_dtype)
