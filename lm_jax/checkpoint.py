@@ -24,6 +24,7 @@ from etils import epath
 
 from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
+from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import Tokenizer, load
@@ -367,15 +368,19 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     return Located(workdir, step, config, load(str(workdir)))
 
 
+def num_pieces(located: Located) -> int:
+    return specials(located.tokenizer, located.config.data.objective).num_pieces
+
+
 def graph_of(located: Located) -> Graph:
     """The model of a run. The attention backend was right where it was trained; here the best of this platform is."""
     model = dataclasses.replace(located.config.model, attention="auto")
-    return build(model, located.tokenizer.num_pieces, located.config.data.sequence_length)
+    return build(model, num_pieces(located), located.config.data.sequence_length)
 
 
 def load_parameters(located: Located) -> tuple[Graph, dict]:
     """The model of a run and its parameters on the mesh that is set: their average where the run keeps one."""
-    program = make_program(located.config, located.tokenizer.num_pieces)
+    program = make_program(located.config, num_pieces(located))
     target = abstract(program)
     # Only the average of the optimizer's state is read: {"3.average.embedding.table": ..., ...}.
     named = {name: x for name, x in _named(target.optimizer_state).items() if ".average." in name}

@@ -19,6 +19,8 @@ Weight = float | tuple[tuple[int, float], ...]  # of a source in the mixture; or
 Sources = tuple[tuple[str, Weight], ...]
 
 RECURRENT = ("rnn", "gru", "lstm")
+# What each kind of model can be trained on; the others write from left to right: causal.
+OBJECTIVES = {"encoder": ("masked", "masked_words")}
 LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 
 
@@ -36,8 +38,8 @@ def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True):
 class Model:
     kind: str = knob(
         "transformer",
-        "decoder-only Transformer; or the recurrent baselines, num_layers cells model_dim wide",
-        choices=("transformer", *RECURRENT),
+        "decoder-only Transformer; BERT's encoder; or the recurrent baselines, num_layers cells model_dim wide",
+        choices=("transformer", "encoder", *RECURRENT),
     )
     num_layers: int = knob(4, "Transformer blocks", low=1)
     model_dim: int = knob(256, "width of the residual stream", low=1)
@@ -391,6 +393,17 @@ def _check_together(config: Config) -> None:
         raise UserError(f"config.model.head_dim = {model.head_dim} must be even for {model.positions} positions")
     if model.positions == "sinusoidal" and model.model_dim % 2:
         raise UserError(f"config.model.model_dim = {model.model_dim} must be even for sinusoidal positions")
+    fitting = OBJECTIVES.get(model.kind, ("causal",))
+    if data.objective not in fitting:
+        kinds = [kind for kind, objectives in OBJECTIVES.items() if data.objective in objectives] or ["transformer"]
+        raise UserError(
+            f"config.data.objective = {data.objective} needs {'an' if kinds[0][0] == 'e' else 'a'} {kinds[0]}: add "
+            f"--config.model.kind={kinds[0]}; a model of kind {model.kind} takes {' or '.join(fitting)}"
+        )
+    if model.kind == "encoder" and set(model.window) != {0}:
+        raise UserError(
+            f"config.model.window = {model.window}: an encoder sees both sides, windows look back; take (0,)"
+        )
     scale = config.optimizer.loss_scale
     if scale & (scale - 1) or scale > LARGEST_LOSS_SCALE:
         near = min(2 ** round(math.log2(scale)), LARGEST_LOSS_SCALE)

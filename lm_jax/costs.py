@@ -58,7 +58,8 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
     matrix = sum(
         math.prod(d.shape) for path, d in declarations.items() if d.inputs and d.outputs and not is_lookup(path)
     )
-    per_window = {w: w * length - w * (w - 1) / 2 if 0 < w < length else length * length / 2 for w in set(model.window)}
+    both = 1 if model.kind == "encoder" else 2  # sides
+    per_window = {w: w * length - w * (w - 1) / 2 if 0 < w < length else length**2 / both for w in set(model.window)}
     pairs = sum(per_window[w] for w in model.window) * model.num_layers / len(model.window)
     attention = 0 if model.kind in CELLS else 12 * model.num_heads * model.head_dim * pairs / length
     return Costs(total, matrix, declarations["embedding", "table"].shape[0], 6 * matrix + attention)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax import checkpoint, command, distributed
-from lm_jax.config import Mesh
+from lm_jax.config import OBJECTIVES, Mesh
 from lm_jax.data import mixture, packing, pipeline
 from lm_jax.distributed import settle
 from lm_jax.loss import loss_sum
@@ -21,7 +21,7 @@ from lm_jax.terminal import Terminal
 
 
 class Totals(NamedTuple):
-    """Sums over tokens: loss in nats, tokens, and the bytes of text that these tokens stand for."""
+    """Sums over tokens: loss in nats, tokens, and the bytes of text that these tokens stand for (0: not all of a text)."""
 
     loss: float
     tokens: float
@@ -29,11 +29,10 @@ class Totals(NamedTuple):
 
     def metrics(self, prefix: str) -> dict[str, float]:
         mean = self.loss / max(self.tokens, 1)
-        return {
-            f"{prefix}/loss": mean,
-            f"{prefix}/perplexity": math.exp(min(mean, 700)),
-            f"{prefix}/bits_per_byte": self.loss / math.log(2) / max(self.num_bytes, 1),
-        }
+        found = {f"{prefix}/loss": mean, f"{prefix}/perplexity": math.exp(min(mean, 700))}
+        if self.num_bytes:  # else not every byte of the text was to be predicted
+            found[f"{prefix}/bits_per_byte"] = self.loss / math.log(2) / self.num_bytes
+        return found
 
 
 def by_source(totals: dict[str, Totals], prefix: str) -> dict[str, float]:
@@ -67,6 +66,8 @@ class Evaluator:
 
 def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batch: dict) -> tuple[jax.Array, ...]:
     loss = loss_sum(graph, parameters, batch)
+    if graph.config.kind in OBJECTIVES:
+        return loss, batch["loss_mask"].sum(), jnp.zeros(())
     sizes_BT = (
         jnp.asarray(bytes_per_piece, jnp.float32)
         .at[batch["targets"]]

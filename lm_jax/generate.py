@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax import checkpoint, command, distributed
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import OBJECTIVES, Mesh, Model, UserError
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import Graph
@@ -21,6 +21,11 @@ from lm_jax.sharding import batch_shards, computed, constrain, make_mesh
 from lm_jax.terminal import Terminal
 
 BUCKET = 64  # prompts and outputs are padded to its multiples, so that few programs serve all lengths
+
+
+def writes(config: Model) -> bool:
+    """Whether a model of this config writes text from left to right."""
+    return config.kind not in OBJECTIVES
 
 
 class Sampling(NamedTuple):
@@ -155,6 +160,11 @@ def main(arguments: list[str]) -> int:
         if not low <= getattr(flags, name) <= high:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
     found = checkpoint.locate(flags.model, Terminal())
+    if not writes(found.config.model):
+        raise UserError(
+            f"--model {flags.model} is an {found.config.model.kind}, which fills in what is hidden and writes no text\n"
+            f"measure it with python -m lm_jax.evaluate --model {flags.model}"
+        )
     with jax.set_mesh(make_mesh(Mesh(), distributed.devices())):
         graph, parameters = checkpoint.load_parameters(found)
         sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, np.uint32(flags.seed))

@@ -5,12 +5,14 @@ Shape suffixes: B batch, T length, D model, V vocabulary, N tokens of one device
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lm_jax import sharding
 from lm_jax.model.graph import Graph
+from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Dropout
 
 CHUNK = 1024  # tokens of a device whose logits exist at the same time
@@ -38,10 +40,27 @@ def objective(
     objective has a gradient.
     """
     model = graph.module(parameters)
-    hidden_BTD = model.read(batch, drop)
+    hidden_BTD, labels_BTC = model.read(batch, drop)
+    if labels_BTC is None:
+        return vocabulary_loss(model, hidden_BTD, batch, z_loss)
+    mask_BT, is_label_BT = batch["loss_mask"], batch["positions"] == 0
+    whole, entropy = vocabulary_loss(model, hidden_BTD, batch | {"loss_mask": mask_BT * ~is_label_BT}, z_loss)
+    of_labels = (label_losses(labels_BTC, batch["targets"]) * mask_BT * is_label_BT).sum()
+    return whole + of_labels, entropy + of_labels
+
+
+def label_losses(logits_BTC: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """`token_losses` over a few labels instead of pieces, which no device splits."""
+    logits_BTC = logits_BTC.astype(jnp.float32)
+    is_target_BTC = jnp.arange(logits_BTC.shape[-1])[None, None] == targets_BT[:, :, None]
+    return jax.nn.logsumexp(logits_BTC, axis=-1) - jnp.where(is_target_BTC, logits_BTC, 0).sum(-1)
+
+
+def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float):
+    """`objective` of what predicts pieces."""
     num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.vocab_size // sharding.ways("vocab"))
     if num_logits > SMALL:
-        arrays = hidden_BTD, model.output_table, batch["targets"], batch["loss_mask"]
+        arrays = hidden_BTD, model.output_table, model.bias_V, batch["targets"], batch["loss_mask"]
         return in_chunks(model.num_pieces, z_loss, *arrays)
     logits_BTV = model.logits(hidden_BTD)
     loss = (token_losses(logits_BTV, batch["targets"]) * batch["loss_mask"]).sum()
@@ -52,39 +71,45 @@ def objective(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_chunks(num_pieces: int, z_loss: float, hidden_BTD, table_VD, targets_BT, mask_BT) -> tuple[jax.Array, jax.Array]:
-    """`objective` from final hidden states and the output table as it is stored, `CHUNK` tokens of a device at a time.
+def in_chunks(num_pieces: int, z_loss: float, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT):
+    """`vocabulary_loss` from final hidden states, output table and bias (or None) as they are stored.
 
-    The gradient of the logits is made beside them in the forward pass: three products a chunk, none of them twice, and
-    float32 [B, T, V] never exists. No token leaves its device; the table is gathered once and its gradient scattered once.
+    `CHUNK` tokens of a device at a time. The gradient of the logits is made beside them in the forward pass: three products a
+    chunk, none of them twice, and float32 [B, T, V] never exists. No token leaves its device; the table is gathered once and its
+    gradient scattered once.
     """
-    return _on_devices(num_pieces, z_loss, False, hidden_BTD, table_VD, targets_BT, mask_BT)[:2]
+    return _on_devices(num_pieces, z_loss, False, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT)[:2]
 
 
-def _forward(num_pieces: int, z_loss: float, hidden_BTD, table_VD, targets_BT, mask_BT):
-    *sums, of_hidden, of_table = _on_devices(num_pieces, z_loss, True, hidden_BTD, table_VD, targets_BT, mask_BT)
-    return tuple(sums), (of_hidden, of_table)
+def _forward(num_pieces: int, z_loss: float, *arrays):
+    *sums, of_hidden, of_table, of_bias = _on_devices(num_pieces, z_loss, True, *arrays)
+    return tuple(sums), (of_hidden, of_table, of_bias)
 
 
 def _backward(num_pieces: int, z_loss: float, gradients, cotangents):
-    of_hidden, of_table = gradients
+    of_hidden, of_table, of_bias = gradients
     scaled = of_hidden.astype(jnp.float32) * cotangents[0]  # a loss scale may be more than float16 can hold
-    return scaled.astype(of_hidden.dtype), of_table * cotangents[0], None, None
+    of_parameters = jax.tree.map(lambda gradient: gradient * cotangents[0], (of_table, of_bias))
+    return scaled.astype(of_hidden.dtype), *of_parameters, None, None
 
 
 in_chunks.defvjp(_forward, _backward)
 
 
 def _on_devices(num_pieces: int, z_loss: float, with_gradients: bool, *arrays):
-    """(objective, cross entropy), and with gradients those of the hidden states [B, T, D] and of the table [V, D]."""
+    """(objective, cross entropy), and with gradients those of hidden states [B, T, D], table [V, D] and bias [V] or None."""
     hidden, tokens = sharding.computed(("batch", "length", None)), sharding.computed(("batch", "length"))
     table, scalar = sharding.stored(("vocab", "model")), sharding.computed(())
-    outputs = (scalar, scalar, hidden, table) if with_gradients else (scalar, scalar)
+    bias = None if arrays[2] is None else sharding.stored(("vocab",))
+    outputs = (scalar, scalar, hidden, table, bias) if with_gradients else (scalar, scalar)
     body = functools.partial(_on_a_device, num_pieces, z_loss, with_gradients)
-    return sharding.on_each_device(body, (hidden, table, tokens, tokens), outputs)(*arrays)
+    return sharding.on_each_device(body, (hidden, table, bias, tokens, tokens), outputs)(*arrays)
 
 
-def _on_a_device(num_pieces: int, z_loss: float, with_gradients: bool, hidden_BTD, table_VD, targets_BT, mask_BT):
+def _on_a_device(
+    num_pieces: int, z_loss: float, with_gradients: bool, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT
+):
+    bias_V = None if bias_V is None else sharding.gathered(bias_V, "vocab")
     table_VD = sharding.gathered(table_VD.astype(hidden_BTD.dtype), "vocab", "model")
     num_chunks = math.ceil(targets_BT.size / CHUNK)
     size = math.ceil(targets_BT.size / num_chunks)
@@ -95,24 +120,26 @@ def _on_a_device(num_pieces: int, z_loss: float, with_gradients: bool, hidden_BT
         return jnp.pad(x_N, [(0, filling)] + [(0, 0)] * len(shape)).reshape(num_chunks, size, *shape)
 
     def add(sums, chunk):
-        new, of_hidden_CD = _chunk(num_pieces, z_loss, with_gradients, table_VD, *chunk)
+        new, of_hidden_CD = _chunk(num_pieces, z_loss, with_gradients, table_VD, bias_V, *chunk)
         return jax.tree.map(jnp.add, sums, new), of_hidden_CD
 
-    zeros: tuple[jax.Array, ...] = (jnp.zeros(()), jnp.zeros(()))
-    zeros += (jnp.zeros(table_VD.shape),) if with_gradients else ()
+    zeros: tuple[Any, ...] = (jnp.zeros(()), jnp.zeros(()))
+    zeros += (jnp.zeros(table_VD.shape), None if bias_V is None else jnp.zeros(bias_V.shape)) if with_gradients else ()
     parts = chunks(hidden_BTD, hidden_BTD.shape[-1]), chunks(targets_BT), chunks(mask_BT)
     sums, of_hidden = jax.lax.scan(add, zeros, parts)
     totals = tuple(sharding.sum_over(x, "batch") for x in sums[:2])
     if not with_gradients:
         return totals
     of_hidden_BTD = of_hidden.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)
-    return *totals, of_hidden_BTD, sharding.scattered(sums[2], "vocab", "model")
+    of_bias_V = None if bias_V is None else sharding.scattered(sums[3], "vocab")
+    return *totals, of_hidden_BTD, sharding.scattered(sums[2], "vocab", "model"), of_bias_V
 
 
-def _chunk(num_pieces: int, z_loss: float, with_gradients: bool, table_VD, hidden_CD, target_C, mask_C):
-    """((objective, cross entropy, gradient of the table) of a chunk, gradient of its hidden states)."""
+def _chunk(num_pieces: int, z_loss: float, with_gradients: bool, table_VD, bias_V, hidden_CD, target_C, mask_C):
+    """((objective, cross entropy, gradients of table and bias) of a chunk, gradient of its hidden states)."""
     piece_V = sharding.part_index("vocab") * len(table_VD) + jnp.arange(len(table_VD))
     logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
+    logits_CV = logits_CV if bias_V is None else logits_CV + bias_V[None]
     logits_CV = jnp.where(piece_V[None] < num_pieces, logits_CV, -1e9)  # padding of the vocabulary never wins
     is_target_CV = piece_V[None] == target_C[:, None]
     highest_C = sharding.max_over(logits_CV.max(-1), "vocab")
@@ -126,7 +153,8 @@ def _chunk(num_pieces: int, z_loss: float, with_gradients: bool, table_VD, hidde
         return sums, None
     slope_C = mask_C * (1 + 2 * z_loss * log_total_C) / total_C
     of_logits_CV = powers_CV * slope_C[:, None] - jnp.where(is_target_CV, mask_C[:, None], 0)
+    of_bias_V = None if bias_V is None else of_logits_CV.sum(0)
     of_logits_CV = of_logits_CV.astype(hidden_CD.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     of_hidden_CD = sharding.sum_over(product("CV,VD->CD", of_logits_CV, table_VD), "vocab")
-    return (*sums, product("CV,CD->VD", of_logits_CV, hidden_CD)), of_hidden_CD.astype(hidden_CD.dtype)
+    return (*sums, product("CV,CD->VD", of_logits_CV, hidden_CD), of_bias_V), of_hidden_CD.astype(hidden_CD.dtype)

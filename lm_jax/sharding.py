@@ -30,6 +30,7 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
     "vocab": ("tensor", "tensor"),
     "features": (None, None),  # what a product gives to every device of a tensor group: gates, labels
     "positions": (None, None),
+    "segments": (None, None),  # of an encoder: the first and the second text
     "layers": (None, None),
 }
 

@@ -13,12 +13,12 @@ from etils import epath
 
 from lm_jax import checkpoint, command, costs, metrics, terminal
 from lm_jax.config import Config, UserError, parse_length
-from lm_jax.data import mixture, pipeline
+from lm_jax.data import mixture, objectives, pipeline
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_url
 from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
-from lm_jax.generate import Sampling, generate
+from lm_jax.generate import Sampling, generate, writes
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
@@ -77,25 +77,24 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     desk = Desk(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
-    if config.data.objective != "causal":
-        raise UserError(f"config.data.objective = {config.data.objective} needs an encoder; decoders take causal")
     with goodput("devices"):
         here = devices()
     say.silent = not leads()
     sizes = mesh_shape(config.mesh, len(here))
     attention.preflight(config.model, config.data.sequence_length, here[0].platform)
     if pieces := mixture.pieces_expected(config.data):
-        preflight(config, padded(pieces), sizes)
+        preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
     with goodput("data"):
         mixed = mixture.open_mixture(config.data, say)
         stream = mixed.stream(config.data)
     ramp = make_ramp(config)
     config = with_steps(config, ramp, stream.rows_per_epoch)
-    preflight(config, padded(mixed.tokenizer.num_pieces), sizes)
+    num_pieces = objectives.specials(mixed.tokenizer, config.data.objective).num_pieces
+    preflight(config, padded(num_pieces), sizes)
     with goodput("plan"):
         mesh = make_mesh(config.mesh, here)
-        program = make_program(config, mixed.tokenizer.num_pieces)
+        program = make_program(config, num_pieces)
         counted = costs.count(config, program.graph.declarations)
         config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
         program = program._replace(config=config)
@@ -396,21 +395,25 @@ def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
 def evaluate_now(
     this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere, num_rows: int, *prefixes: str
 ) -> float:
-    """Bits per byte of the first `num_rows` validation rows (0: all) of each source, written under each prefix."""
+    """Bits per byte of the first `num_rows` validation rows (0: all) of each source, written under each prefix.
+
+    0 where the model does not predict every byte, as an encoder.
+    """
     evaluator, rows = evaluation
     watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
     with this.goodput("evaluation"):
         totals = {name: evaluator(this.parameters, held, num_rows, watch) for name, held in rows.items()}
     values = {name: value for prefix in prefixes for name, value in by_source(totals, prefix).items()}
     writer.scalars(this.data.step, values)
-    loss, bits_per_byte = (values[f"{prefixes[0]}/{name}"] for name in ("loss", "bits_per_byte"))
-    this.say(f"step {this.data.step:>6,} validation loss {loss:.4f}, {bits_per_byte:.3f} bits/byte")
+    loss, bits_per_byte = values[f"{prefixes[0]}/loss"], values.get(f"{prefixes[0]}/bits_per_byte", 0.0)
+    of_text = f", {bits_per_byte:.3f} bits/byte" if bits_per_byte else ""
+    this.say(f"step {this.data.step:>6,} validation loss {loss:.4f}{of_text}")
     return bits_per_byte
 
 
 def show_sample(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
     prompt = this.config.evaluate.prompt
-    if not prompt or jax.process_count() > 1:
+    if not prompt or jax.process_count() > 1 or not writes(this.config.model):
         return
     room = this.config.data.sequence_length - len(this.mixed.tokenizer.encode(prompt)) - 1
     limit = min(SAMPLE_TOKENS, room)
@@ -437,7 +440,8 @@ def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> N
         bits_per_byte = evaluate_now(this, evaluation, writer, 0, "final")
     else:
         bits_per_byte = evaluate_now(this, evaluation, writer, 0, "eval", "final")
-    this.say(compare_with_compressors(this.mixed, bits_per_byte))
+    if bits_per_byte:
+        this.say(compare_with_compressors(this.mixed, bits_per_byte))
 
 
 def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> str:

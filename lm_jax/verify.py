@@ -13,6 +13,7 @@ import numpy as np
 from lm_jax import command, distributed
 from lm_jax.config import Config, Mesh, UserError
 from lm_jax.data import mixture, pipeline
+from lm_jax.data.objectives import specials
 from lm_jax.model.language_model import padded
 from lm_jax.ramp import make_ramp, with_steps
 from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
@@ -67,15 +68,12 @@ def main(arguments: list[str]) -> int:
     preflight_sizes = mesh_shape(config.mesh, len(here))
     mixed = mixture.open_mixture(config.data, say)
     stream = mixed.stream(config.data)
-    vocab_size = padded(mixed.tokenizer.num_pieces)
+    num_pieces = specials(mixed.tokenizer, config.data.objective).num_pieces
+    vocab_size = padded(num_pieces)
     config = with_steps(config, make_ramp(config), stream.rows_per_epoch)
     if flags.show:
         preflight(config, vocab_size, preflight_sizes)
-        say(
-            parameter_table(
-                make_program(config, mixed.tokenizer.num_pieces).graph.declarations, make_mesh(config.mesh, here)
-            )
-        )
+        say(parameter_table(make_program(config, num_pieces).graph.declarations, make_mesh(config.mesh, here)))
         return 0
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
     meshes = list(legal_meshes(config, vocab_size, len(here)))
@@ -87,7 +85,7 @@ def main(arguments: list[str]) -> int:
     )
     first, agree = None, True
     for sizes in meshes:
-        found = trace(config, mixed.tokenizer.num_pieces, stream, make_mesh(Mesh(**sizes), here), flags.num_steps)
+        found = trace(config, num_pieces, stream, make_mesh(Mesh(**sizes), here), flags.num_steps)
         first = first or found
         apart = max(abs(a - b) / abs(b) for a, b in zip(found.losses, first.losses, strict=True))
         same = found.digest == first.digest and apart <= TOLERANCE

@@ -9,7 +9,7 @@ from conftest import ROOT
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lm_jax import command, costs
-from lm_jax.data.pipeline import make_row
+from lm_jax.data.packing import make_row
 from lm_jax.ramp import make_ramp, with_steps
 from lm_jax.sharding import AXES, constrain
 from lm_jax.train_state import fresh, make_program

@@ -21,43 +21,47 @@ def mesh_of(name: str, devices) -> jax.sharding.Mesh:
 
 
 def arrays() -> tuple[np.ndarray, ...]:
-    """Hidden states [8, 60, 32], table [512, 32], targets, a mask with holes."""
+    """Hidden states [8, 60, 32], table [512, 32], bias [512], targets, a mask with holes."""
     random = np.random.default_rng(0)
     hidden, table = random.normal(size=(8, 60, 32)), random.normal(size=(PADDED, 32)) / 32**0.5  # logits of order 1
     mask = random.random((8, 60)) < 0.7
     return (
-        *(x.astype(np.float32) for x in (hidden, table)),
+        *(x.astype(np.float32) for x in (hidden, table, random.normal(size=PADDED))),
         random.integers(0, PIECES, (8, 60)),
         mask.astype(np.float32),
     )
 
 
-def plainly(hidden_BTD, table_VD, targets_BT, mask_BT, z_loss: float) -> jax.Array:
-    logits = hidden_BTD @ table_VD[:PIECES].T
+def plainly(hidden_BTD, table_VD, bias_V, targets_BT, mask_BT, z_loss: float) -> jax.Array:
+    logits = hidden_BTD @ table_VD[:PIECES].T + (0 if bias_V is None else bias_V[None, None, :PIECES])
     log_total = jax.nn.logsumexp(logits, axis=-1)
     entropy = log_total - jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
     return ((entropy + z_loss * log_total**2) * mask_BT).sum()
 
 
-@pytest.mark.parametrize(("mesh", "z_loss"), [("1", 0.0), *((mesh, 0.1) for mesh in MESHES)])
-def test_chunks_equal_the_whole(mesh, z_loss, eight, monkeypatch):
+@pytest.mark.parametrize(
+    ("mesh", "z_loss", "biased"), [("1", 0.0, False), ("2x2x2", 0.1, True), *((mesh, 0.1, False) for mesh in MESHES)]
+)
+def test_chunks_equal_the_whole(mesh, z_loss, biased, eight, monkeypatch):
     """To 1e-5, the vocabulary padded and split, 60 tokens a row in chunks of 7; twice the cotangent, twice the gradient."""
     monkeypatch.setattr(loss, "CHUNK", 7)
-    expected = jax.value_and_grad(plainly, (0, 1))(*arrays(), z_loss)
+    hidden, table, bias, *tokens = arrays()
+    given = (hidden, table, bias if biased else None, *tokens)
+    expected = jax.value_and_grad(plainly, (0, 1, 2))(*given, z_loss)
 
-    def in_chunks(hidden_BTD, table_VD, targets_BT, mask_BT):
-        objective, entropy = loss.in_chunks(PIECES, z_loss, hidden_BTD, table_VD, targets_BT, mask_BT)
+    def in_chunks(*arrays):
+        objective, entropy = loss.in_chunks(PIECES, z_loss, *arrays)
         return 2 * objective, entropy
 
-    layouts = computed(("batch", "length", None)), stored(("vocab", "model")), *[computed(("batch", "length"))] * 2
+    layouts = computed(("batch", "length", None)), stored(("vocab", "model")), stored(("vocab",)) if biased else None
+    layouts += (computed(("batch", "length")),) * 2
     with jax.set_mesh(mesh_of(mesh, eight)):
-        placed = [jax.device_put(x, layout) for x, layout in zip(arrays(), layouts, strict=True)]
-        (found, entropy), gradients = jax.jit(jax.value_and_grad(in_chunks, (0, 1), has_aux=True))(*placed)
+        placed = [jax.device_put(x, layout) for x, layout in zip(given, layouts, strict=True)]
+        (found, entropy), gradients = jax.jit(jax.value_and_grad(in_chunks, (0, 1, 2), has_aux=True))(*placed)
         only_value = jax.jit(lambda *placed: loss.in_chunks(PIECES, z_loss, *placed))(*placed)
     np.testing.assert_allclose([found / 2, entropy], only_value, rtol=1e-6)
-    np.testing.assert_allclose([found / 2, entropy], [expected[0], plainly(*arrays(), 0.0)], rtol=1e-5)
-    for a, b in zip(gradients, expected[1], strict=True):
-        np.testing.assert_allclose(a / 2, b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose([found / 2, entropy], [expected[0], plainly(*given, 0.0)], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / 2, b, rtol=1e-5, atol=1e-5), gradients, expected[1])
     assert not np.asarray(gradients[1])[PIECES:].any(), "padding learns nothing"
 
 

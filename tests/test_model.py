@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax.data import pipeline
+from lm_jax.data import packing
 from lm_jax.generate import filled, prefill
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
@@ -177,7 +177,7 @@ def test_dropout_of_a_row_depends_on_nothing_but_the_row():
 
 
 def test_rows_restart_positions_and_segments():
-    row = pipeline.make_row([(7, np.arange(5)), (8, np.arange(10, 14))], 8, 3)
+    row = packing.make_row([(7, np.arange(5)), (8, np.arange(10, 14))], 8, 3)
     assert row["tokens"].tolist() == [0, 1, 2, 3, 4, 10, 11, 12]
     assert row["targets"].tolist() == [1, 2, 3, 4, 10, 11, 12, 13]
     assert row["segment_ids"].tolist() == [1, 1, 1, 1, 1, 2, 2, 2]

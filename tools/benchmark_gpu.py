@@ -16,7 +16,7 @@ from etils import epath
 
 from lm_jax import checkpoint, command, costs
 from lm_jax import config as configs
-from lm_jax.data import pipeline
+from lm_jax.data import packing
 from lm_jax.generate import Sampling, decode
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
@@ -54,7 +54,7 @@ class Training:
         self.state = jax.jit(lambda: fresh(program))()
         self.step = compile_step(program, mesh, one_microbatch=True)
         tokens = np.random.default_rng(0).integers(0, 500, data.sequence_length + 1)
-        row = pipeline.make_row([(0, tokens.astype(np.int32))], data.sequence_length, 0)
+        row = packing.make_row([(0, tokens.astype(np.int32))], data.sequence_length, 0)
         self.batch = {name: jax.numpy.stack([value] * data.global_batch_size) for name, value in row.items()}
         self.tokens = data.global_batch_size * data.sequence_length
 

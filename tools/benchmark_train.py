@@ -116,7 +116,7 @@ def jax_step(shape, name: str):
     import numpy as np
 
     from lm_jax import config as configs
-    from lm_jax.data import pipeline
+    from lm_jax.data import packing
     from lm_jax.sharding import make_mesh
     from lm_jax.train_state import fresh, make_program
     from lm_jax.train_step import compile_step
@@ -130,7 +130,7 @@ def jax_step(shape, name: str):
     resolved = configs.resolve(config)
     program, mesh = make_program(resolved, vocabulary), make_mesh(resolved.mesh)
     tokens = np.random.default_rng(0).integers(0, vocabulary, length + 1).astype(np.int32)
-    row = pipeline.make_row([(0, tokens)], length, 0)
+    row = packing.make_row([(0, tokens)], length, 0)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: fresh(program))()
         one_step = compile_step(program, mesh, one_microbatch=True)

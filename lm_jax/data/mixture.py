@@ -16,7 +16,8 @@ import numpy as np
 
 from lm_jax.config import Data, UserError, Weight
 from lm_jax.data import shards, tokenizer
-from lm_jax.data.packing import Batch, BestFit, Held, Stream
+from lm_jax.data.objectives import make_hide
+from lm_jax.data.packing import Batch, BestFit, Held, Hide, Stream, as_it_is
 
 
 class Shares:
@@ -71,11 +72,15 @@ class Shares:
 class Mixed:
     """The training stream: row i is the next row of the source whose turn it is."""
 
-    def __init__(self, streams: list[Stream | BestFit], shares: Shares):
+    def __init__(self, streams: list[Stream | BestFit], shares: Shares, hide: Hide = as_it_is):
         self.streams, self.shares, self.sequence_length = streams, shares, streams[0].sequence_length
-        self.rows_per_epoch = sum(stream.rows_per_epoch for stream in streams)
+        self.rows_per_epoch, self.hide = sum(stream.rows_per_epoch for stream in streams), hide
 
     def row(self, i: int) -> Batch:
+        return self.hide(self.whole, i, 0)
+
+    def whole(self, i: int) -> Batch:
+        """Row i with nothing hidden."""
         source, j = self.shares.locate(i)
         return self.streams[source].row(j) | {"row": np.uint32(i)}
 
@@ -118,7 +123,7 @@ class Mixture:
             else:
                 cut, document_id = data.packing == "best_fit", corpus.tokenizer.document_id
                 streams.append(BestFit(split, data.sequence_length, data.seed, document_id, cut))
-        mixed = Mixed(streams, Shares([weight for _, weight in data.sources]))
+        mixed = Mixed(streams, Shares([weight for _, weight in data.sources]), make_hide(data, self.tokenizer))
         if mixed.rows_per_epoch < data.global_batch_size:
             raise UserError(
                 f"config.data.sources hold {mixed.rows_per_epoch:,.1f} rows of {data.sequence_length} tokens, less than a batch "
@@ -128,9 +133,9 @@ class Mixture:
 
     def held(self, data: Data, split: str) -> dict[str, Held]:
         """Rows of a held-out split by source, without the sources that have none. Raises UserError where nobody has."""
-        document_id = self.tokenizer.document_id
+        document_id, hide = self.tokenizer.document_id, make_hide(data, self.tokenizer)
         found = {
-            name: Held(corpus.splits[split], data.sequence_length, document_id)
+            name: Held(corpus.splits[split], data.sequence_length, document_id, hide)
             for name, corpus in self.corpora.items()
             if corpus.splits[split].num_documents
         }

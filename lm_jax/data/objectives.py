@@ -1,16 +1,93 @@
-"""What a row asks for besides its next tokens: masked tokens (BERT) or spans (T5), as pure functions of (row, key).
+"""What a row asks for instead of its next tokens: masked tokens (BERT) or spans (T5), as pure functions of (row, key).
 
 A key is a Philox counter of (objective, seed, row) on the host: neither step, batch, mesh nor worker enters, so that a row is
 hidden in the same way wherever and whenever it is made. Segments of a packed row are treated each for itself.
 """
 
+import dataclasses
 import zlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax.data.packing import Batch
+from lm_jax.config import Data
+from lm_jax.data.packing import Batch, Hide, as_it_is, make_row
+from lm_jax.data.tokenizer import Tokenizer
 
 Key = np.random.Philox
+NUM_SENTINELS = 100  # as T5 has
+EXTRA = {
+    "causal": 0,
+    "masked": 1,
+    "masked_words": 1,
+    "span_corruption": NUM_SENTINELS,
+}  # pieces beyond a trained tokenizer's
+SHORTEST_PAIR = 8  # tokens of a segment that is cut in two
+FARTHEST = 1000  # rows from which another second text comes
+
+
+class Specials(NamedTuple):
+    """Ids of what an objective writes into rows: the tokenizer's own where it has them, else after its pieces."""
+
+    document: int  # also BERT's [SEP], and what a decoder starts with
+    classifier: int  # at the first place of a segment
+    mask: int
+    first_sentinel: int
+    num_pieces: int  # with those that are added
+
+
+def specials(tokenizer: Tokenizer, objective: str) -> Specials:
+    num, document = tokenizer.num_pieces, tokenizer.document_id
+    extra = 0 if objective.startswith("masked") and "[MASK]" in tokenizer.special else EXTRA[objective]
+    mask, classifier = tokenizer.special.get("[MASK]", num), tokenizer.special.get("[CLS]", document)
+    return Specials(document, classifier, mask, num, num + extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """`Hide` of an objective: (rows, i, how many there are or 0) -> row i of the batch contract."""
+
+    objective: str
+    seed: int
+    ids: Specials
+    starts_word: np.ndarray | None
+
+    def __call__(self, rows: Callable[[int], Batch], i: int, num_rows: int) -> Batch:
+        row, random = rows(i), key(self.objective, self.seed, i)
+        if self.objective == "span_corruption":
+            return span_corruption(row, random, self.ids.document, self.ids.first_sentinel)
+        far = i + 1 + int(random.random_raw()) % FARTHEST
+        row, labels = paired(row, rows(far % num_rows if num_rows else far), random, self.ids)
+        own = self.ids.classifier, self.ids.document
+        row = masked(row, random, self.ids.mask, self.ids.num_pieces, own, starts_word=self.starts_word)
+        asked = labels >= 0
+        row["targets"][asked], row["loss_mask"][asked] = labels[asked], 1
+        return row
+
+
+def make_hide(data: Data, tokenizer: Tokenizer) -> Hide:
+    """What the config's objective does to rows."""
+    if data.objective == "causal":
+        return as_it_is
+    words = starts_of_words(tokenizer) if data.objective == "masked_words" else None
+    return Hidden(data.objective, data.seed, specials(tokenizer, data.objective), words)
+
+
+def starts_of_words(tokenizer: Tokenizer) -> np.ndarray:
+    """bool [num_pieces and those added]: pieces that begin a word; WordPiece marks the others with ##."""
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.num_pieces)] + [""] * EXTRA["masked_words"]
+    if any(text.startswith("##") and text[2:].isalpha() for text in texts):
+        return np.array([not text.startswith("##") for text in texts])
+    return np.array([not text[:1].isalnum() for text in texts])
+
+
+def example(objective: str, length: int) -> Batch:
+    """A row like those of an objective, for its names, shapes and dtypes."""
+    row = make_row([(0, np.zeros(length + 1, np.int32))], length, 0)
+    if objective == "span_corruption":
+        return span_corruption(row, key(objective, 0, 0), 0, 0)
+    return row if objective == "causal" else row | {"token_type_ids": row["tokens"]}
 
 
 def key(name: str, seed: int, row: int) -> Key:
@@ -21,6 +98,31 @@ def key(name: str, seed: int, row: int) -> Key:
 def _uniform(key: Key, num: int) -> np.ndarray:
     """float64 [num] in [0, 1), from words whose bits no numpy release may change."""
     return (key.random_raw(num) >> np.uint64(11)) * 2.0**-53
+
+
+def paired(row: Batch, other: Batch, key: Key, ids: Specials) -> tuple[Batch, np.ndarray]:
+    """Two texts in each segment (Devlin et al., 3.1), and [length] the label at its first place, -1 elsewhere.
+
+    A segment becomes [CLS] A [SEP] B [SEP], each of these in the place of a token, cut in its middle half; for one in two the
+    tokens of B are those that `other` has at these places (label 1: B does not follow A). Short segments stay whole, A alone.
+    """
+    tokens, types = row["tokens"].copy(), np.zeros_like(row["tokens"])
+    labels = np.full(len(tokens), -1, np.int32)
+    for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
+        places = np.flatnonzero(row["segment_ids"] == segment)
+        chance, coin = _uniform(key, 2)
+        tokens[places[0]] = ids.classifier
+        if len(places) < SHORTEST_PAIR:
+            continue
+        cut = len(places) // 4 + int(chance * (len(places) // 2))
+        second = places[cut + 1 : -1]
+        if coin < 0.5 and (other["segment_ids"][second] > 0).all() and other["row"] != row["row"]:
+            tokens[second], labels[places[0]] = other["tokens"][second], 1
+        else:
+            labels[places[0]] = 0
+        tokens[places[[cut, -1]]] = ids.document
+        types[places[cut + 1 :]] = 1
+    return row | {"tokens": tokens, "token_type_ids": types}, labels
 
 
 def masked(

@@ -7,7 +7,7 @@ Three ways: concatenated and split, every token a target once an epoch (`Stream`
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,14 @@ from lm_jax.config import UserError
 from lm_jax.data.shards import PIPELINE, Split, cache_folder
 
 Batch = dict[str, Any]  # of numpy arrays
+Hide = Callable[
+    [Callable[[int], Batch], int, int], Batch
+]  # (rows, i, how many there are or 0) -> row i, something hidden
+
+
+def as_it_is(rows: Callable[[int], Batch], i: int, num_rows: int) -> Batch:
+    """Hides nothing: the next token is the target."""
+    return rows(i)
 
 
 def permutation(num: int, seed: int, epoch: int, of: str = "epoch") -> np.ndarray:
@@ -162,11 +170,15 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
 class Held:
     """The rows of a held-out split: documents in order, the last row padded, every token a target exactly once."""
 
-    def __init__(self, split: Split, sequence_length: int, document_id: int):
+    def __init__(self, split: Split, sequence_length: int, document_id: int, hide: Hide = as_it_is):
         self.split, self.sequence_length, self.document_id = split, sequence_length, document_id
-        self.num_rows = -(-len(split.tokens) // sequence_length)
+        self.num_rows, self.hide = -(-len(split.tokens) // sequence_length), hide
 
     def row(self, i: int) -> Batch:
+        return self.hide(self.whole, i, self.num_rows)
+
+    def whole(self, i: int) -> Batch:
+        """Row i with nothing hidden."""
         offsets, start = self.split.offsets, i * self.sequence_length
         stop = min(start + self.sequence_length + 1, len(self.split.tokens))
         pieces, document = [], int(np.searchsorted(offsets, start, side="right")) - 1

@@ -15,8 +15,10 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
+from lm_jax.config import Data
 from lm_jax.data.mixture import Kept, Mixed
-from lm_jax.data.packing import Batch, BestFit, First, Held, Stream, make_row
+from lm_jax.data.objectives import example
+from lm_jax.data.packing import Batch, BestFit, First, Held, Stream
 from lm_jax.sharding import computed
 
 Rows = Stream | BestFit | Mixed | Kept | Held | First
@@ -50,9 +52,9 @@ def layout(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, computed(("batch", "length")))
 
 
-def abstract_batch(mesh: jax.sharding.Mesh, size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(mesh: jax.sharding.Mesh, size: int, data: Data) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layouts of a batch, for compiling before there is one."""
-    row = make_row([(0, np.zeros(length + 1, np.int32))], length, 0)
+    row = example(data.objective, data.sequence_length)
     lay = lambda x: NamedSharding(mesh, computed(("batch", "length")[: 1 + x.ndim]))
     return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=lay(x)) for name, x in row.items()}
 

@@ -37,6 +37,7 @@ class Tokenizer(Protocol):
     num_pieces: int
     document_id: int  # stands before every document
     bytes_per_piece: np.ndarray  # [num_pieces] int32: bytes of text that each piece stands for
+    special: dict[str, int]  # ids of pieces that stand for no text, such as [MASK], by name
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text alone, int32."""
@@ -56,7 +57,7 @@ class SentencePiece:
 
     file_name = "tokenizer.model"
 
-    file_name = "tokenizer.model"  # under which `model` is kept beside shards and in a run
+    special: dict[str, int] = {}
 
     def __init__(self, model: bytes):
         self.model, self.fingerprint = model, fingerprint(model)
@@ -97,6 +98,7 @@ class Bytes:
     """The 256 bytes of UTF-8 and one piece before documents: nothing to train, nothing unknown in any script."""
 
     file_name = "tokenizer.bytes"
+    special: dict[str, int] = {}
     model = b"lm_jax bytes 1\n"  # ids 0-255 are bytes, 256 stands before documents
 
     def __init__(self, model: bytes = model):
@@ -135,6 +137,7 @@ class HuggingFace:
         pieces = self._tokenizer.get_vocab(with_added_tokens=True)
         self.num_pieces = max(pieces.values()) + 1
         self._special = {token["id"]: token["content"] for token in described["added_tokens"] if token["special"]}
+        self.special = {content: index for index, content in self._special.items()}
         self.document_id = next((pieces[end] for end in self.ENDS if end in pieces), -1)
         if self.document_id < 0:
             raise UserError(f"the tokenizer.json has no piece for the end of a text (any of {', '.join(self.ENDS)})")

@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 
 
 class Ability(NamedTuple):
-    """What a backend honours. All four honour segments, windows and grouped heads; they differ in the rest."""
+    """What a backend honours. All four honour segments, windows, grouped heads and both sides; they differ in the rest."""
 
     platform: str = ""  # "" = any
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
@@ -41,13 +41,14 @@ class Ability(NamedTuple):
     largest_head: int = 1024
     length_multiple: int = 1
     cache: bool = False  # queries may be fewer than keys
+    bias: bool = False  # something may be added to the logits
 
 
 ABILITIES = {
     "splash": Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128),
     "cudnn": Ability("gpu", ("float16", "bfloat16"), head_multiple=8, largest_head=128, length_multiple=2),
     "chunked": Ability(),
-    "xla": Ability(cache=True),
+    "xla": Ability(cache=True, bias=True),
 }
 
 
@@ -59,6 +60,7 @@ class Call(NamedTuple):
     head_dim: int
     num_queries: int
     num_keys: int
+    bias: bool = False
 
 
 def refusal(backend: str, call: Call) -> str:
@@ -75,6 +77,8 @@ def refusal(backend: str, call: Call) -> str:
         return f"takes lengths that are a multiple of {able.length_multiple}, this one is {call.num_queries}"
     if call.num_queries != call.num_keys and not able.cache:
         return f"has no cache: {call.num_queries} queries, {call.num_keys} keys"
+    if call.bias and not able.bias:
+        return "adds nothing to the logits, which relative positions need"
     return ""
 
 
@@ -94,64 +98,83 @@ def choose(backend: str, call: Call) -> str:
 
 def preflight(config: Model, sequence_length: int, platform: str) -> None:
     """Raises UserError, before anything compiles, where the configured backend cannot train this model there."""
-    choose(config.attention, Call(platform, config.compute_dtype, config.head_dim, sequence_length, sequence_length))
+    sizes = config.head_dim, sequence_length, sequence_length
+    choose(config.attention, Call(platform, config.compute_dtype, *sizes, config.positions == "relative"))
 
 
-def attend(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, backend: str) -> jax.Array:
-    """Causal softmax attention (arXiv:1706.03762) in segments and windows, heads in groups -> [B, T, H, K].
+def attend(
+    q_BTHK,
+    k_BSGK,
+    v_BSGK,
+    queries: Context,
+    keys: Context,
+    window: int,
+    backend: str,
+    causal: bool = True,
+    bias_BHTS=None,
+) -> jax.Array:
+    """Softmax attention (arXiv:1706.03762) in segments and windows, heads in groups -> [B, T, H, K].
 
-    `xla` builds the whole square of logits. The others rely on keys in the order of the queries, so that a token sees no
-    later place, and need no square in the backward pass.
+    Causal, or of both sides of a token; `bias_BHTS` is added to the logits. `xla` builds the whole square of logits.
+    The others rely on keys in the order of the queries, so that a token sees no later place, and need no square in the backward
+    pass.
     """
     head_dim, num_queries = q_BTHK.shape[-1], q_BTHK.shape[1]
-    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, head_dim, num_queries, k_BSGK.shape[1]))
+    given = bias_BHTS is not None
+    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, head_dim, num_queries, k_BSGK.shape[1], given))
     if backend == "splash":
-        return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window)
-    of = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn}[backend]
-    return checkpoint_name(of(q_BTHK, k_BSGK, v_BSGK, queries, keys, window), "attended")
+        return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window, causal)
+    arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal
+    if backend == "xla":
+        return checkpoint_name(_xla(*arguments, bias_BHTS), "attended")
+    return checkpoint_name({"chunked": _chunked, "cudnn": _cudnn}[backend](*arguments), "attended")
 
 
-def _chunked(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int) -> jax.Array:
-    """`CHUNK` queries at a time against the keys before them; the square of a chunk is made again in the backward pass."""
-    num_queries = q_BTHK.shape[1]
+def _chunked(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True) -> jax.Array:
+    """`CHUNK` queries at a time against the keys before them, or all; a chunk's square is made again in the backward pass."""
+    num_queries, num_keys = q_BTHK.shape[1], k_BSGK.shape[1]
     if num_queries <= CHUNK:
-        return _xla(q_BTHK, k_BSGK, v_BSGK, queries, keys, window)
+        return _xla(q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal)
     out = []
     for start in range(0, num_queries, CHUNK):
         stop = min(start + CHUNK, num_queries)
         first = max(0, start - window + 1) // CHUNK * CHUNK if window else 0
+        last = stop if causal else num_keys
         part = lambda context, a, b: Context(*(x[:, a:b] for x in context))
-        attend_chunk = jax.checkpoint(functools.partial(_xla, window=window))
+        attend_chunk = jax.checkpoint(functools.partial(_xla, window=window, causal=causal))
         out.append(
             attend_chunk(
                 q_BTHK[:, start:stop],
-                k_BSGK[:, first:stop],
-                v_BSGK[:, first:stop],
+                k_BSGK[:, first:last],
+                v_BSGK[:, first:last],
                 part(queries, start, stop),
-                part(keys, first, stop),
+                part(keys, first, last),
             )
         )
     return jnp.concatenate(out, axis=1)
 
 
-def _cudnn(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, implementation="cudnn") -> jax.Array:
+def _cudnn(
+    q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True, implementation="cudnn"
+) -> jax.Array:
     """cuDNN's flash attention. Its public form has no segment ids: segments and windows are a mask, two bytes a pair."""
-    fused = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=implementation)
-    seen = lambda queries, keys: _seen(queries, keys, window)[:, None]
+    fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
+    seen = lambda queries, keys: _seen(queries, keys, window, causal)[:, None]
     on_a_device = lambda q, k, v, queries, keys: fused(q, k, v, mask=seen(queries, keys))
     heads, tokens = _layouts()
     inputs = (*heads, Context(tokens, tokens), Context(tokens, tokens))
     return on_each_device(on_a_device, inputs, heads[0])(q_BTHK, k_BSGK, v_BSGK, queries, keys)
 
 
-def _splash(q_BTHK, k_BSGK, v_BSGK, context: Context, window: int, interpret: bool = False) -> jax.Array:
+def _splash(q_BTHK, k_BSGK, v_BSGK, context: Context, window: int, causal: bool = True, interpret: bool = False):
     """The Pallas kernel that skips what no query of a block may see, forwards and backwards."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, on a TPU only
 
     length, head_dim = q_BTHK.shape[1], q_BTHK.shape[3]
     block = next(size for size in (512, 256, 128) if length % size == 0)
     blocks = splash.BlockSizes(*8 * (block,))  # three products of the forward pass, five of the backward
-    mask = splash.LocalMask((length, length), (window - 1 if window else None, 0), 0)
+    square = length, length
+    mask = splash.LocalMask(square, (window - 1 if window else None, 0), 0) if causal else splash.FullMask(square)
 
     def on_a_device(q_BTHK, k_BSGK, v_BSGK, ids_BT):
         kernel = splash.make_splash_mha_single_device(
@@ -173,20 +196,28 @@ def _layouts():
     return layouts, computed(("batch", "length"))
 
 
-def _seen(queries: Context, keys: Context, window: int) -> jax.Array:
-    """Which keys each query sees, bool [B, T, S]."""
+def _seen(queries: Context, keys: Context, window: int, causal: bool = True) -> jax.Array:
+    """Which keys each query sees, bool [B, T, S]. Windows look back."""
+    seen_BTS = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+    if not causal:
+        return seen_BTS
     distance_BTS = queries.positions[:, :, None] - keys.positions[:, None, :]
-    seen_BTS = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (distance_BTS >= 0)
+    seen_BTS = seen_BTS & (distance_BTS >= 0)
     return seen_BTS & (distance_BTS < window) if window else seen_BTS
 
 
-def _xla(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int) -> jax.Array:
+def _xla(
+    q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True, bias_BHTS=None
+) -> jax.Array:
     batch, num_queries, num_heads, head_dim = q_BTHK.shape
     num_groups = k_BSGK.shape[2]
     shape = (batch, num_queries, num_groups, num_heads // num_groups, head_dim)
     q_BTGRK = reshape(q_BTHK / head_dim**0.5, shape, "batch", "length", "kv_heads", None, None)
     logits_BGRTS = einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, "batch", "kv_heads", None, None, None)
-    seen_BTS = _seen(queries, keys, window)
+    if bias_BHTS is not None:
+        like = logits_BGRTS.shape
+        logits_BGRTS = logits_BGRTS + reshape(bias_BHTS, like, "batch", "kv_heads", None, None, None)
+    seen_BTS = _seen(queries, keys, window, causal)
     logits_BGRTS = jnp.where(seen_BTS[:, None, None], logits_BGRTS.astype(jnp.float32), jnp.finfo(jnp.float32).min / 2)
     weights_BGRTS = jax.nn.softmax(logits_BGRTS, axis=-1).astype(v_BSGK.dtype)
     out = einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK, "batch", "length", "kv_heads", None, None)
@@ -227,8 +258,8 @@ def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, positions_BT: jax.Array) -
 class Attention(nnx.Module):
     """Multi-head attention with grouped keys and values (arXiv:2305.13245)."""
 
-    def __init__(self, config: Model, window: int, output_stddev: float):
-        self.config, self.window = config, window
+    def __init__(self, config: Model, window: int, output_stddev: float, causal: bool = True):
+        self.config, self.window, self.causal = config, window, causal
         model = {"model": config.model_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
@@ -237,9 +268,22 @@ class Attention(nnx.Module):
         self.value = Dense(model, kv_heads, config.init_scale, config.bias)
         self.output = Dense(heads, model, output_stddev, config.bias)
 
-    def __call__(self, x_BTD, context: Context, turn: Rotation | None, cache: Cache | None, cached: Context | None):
-        """-> [B, T, D] and the cache with this call's keys and values. `cached` says what every slot of it holds."""
-        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+    def __call__(
+        self,
+        x_BTD,
+        context: Context,
+        turn: Rotation | None,
+        cache: Cache | None,
+        cached: Context | None,
+        bias_BHTS: jax.Array | None = None,
+        source: tuple[jax.Array, Context] | None = None,
+    ):
+        """-> [B, T, D] and the cache with this call's keys and values. `cached` says what every slot of it holds.
+
+        `source` is what is looked at, [B, S, D] with its context, where that is not `x` itself.
+        """
+        seen_BSD, seen = source or (x_BTD, context)
+        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(seen_BSD), self.value(seen_BSD)
         if turn is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
         named = zip((q_BTHK, k_BTGK, v_BTGK), ("query", "key", "value"), strict=True)
@@ -252,6 +296,6 @@ class Attention(nnx.Module):
             cache = Cache(k_BTGK, v_BTGK)
             backend = "xla"
         else:
-            cached, backend = context, self.config.attention
-        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context, cached, self.window, backend)
+            cached, backend = seen, self.config.attention
+        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context, cached, self.window, backend, self.causal, bias_BHTS)
         return checkpoint_name(self.output(out_BTHK), "attention"), cache

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from lm_jax.config import Model
+from lm_jax.model.encoder import Encoder
 from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.recurrent import Recurrent
@@ -13,6 +14,7 @@ from lm_jax.model.transformer import Transformer
 
 KINDS: dict[str, type[LanguageModel]] = {
     "transformer": Transformer,
+    "encoder": Encoder,
     "rnn": Recurrent,
     "gru": Recurrent,
     "lstm": Recurrent,

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, V voc
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,19 @@ from lm_jax.model.layers import Dropout, Embedding
 from lm_jax.sharding import constrain, einsum, iota, reshape
 
 
+class Reading(NamedTuple):
+    """Of a batch: the hidden states whose products with the output table are the logits, and what else predicts."""
+
+    hidden_BTD: jax.Array
+    labels_BTC: jax.Array | None = (
+        None  # logits of the label that the first token of a segment predicts instead of a piece
+    )
+
+
 class LanguageModel(nnx.Module):
     """Embedding and output table. `vocab_size` is padded; `num_pieces` of it are real."""
+
+    output_bias: nnx.Param | None = None
 
     def __init__(self, config: Model, num_pieces: int, sequence_length: int):
         self.config, self.num_pieces, self.vocab_size = config, num_pieces, padded(num_pieces)
@@ -33,14 +45,19 @@ class LanguageModel(nnx.Module):
         """What `caches` is before the first token of `batch` texts of at most `slots` tokens."""
         raise NotImplementedError
 
-    def read(self, batch: dict, drop: Dropout | None = None) -> jax.Array:
-        """A batch -> the hidden states [B, T, D] whose products with the output table are the logits of its targets."""
-        return self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)[0]
+    def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
+        """What a batch of contract `[batch, length]` arrays gives for the loss."""
+        return Reading(self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)[0])
 
     @property
     def output_table(self) -> jax.Array:
         """[V, D] as it is stored: a piece's logit is its row times the hidden state."""
         return (self.unembedding or self.embedding).table[...]
+
+    @property
+    def bias_V(self) -> jax.Array | None:
+        """What is added to the logits, as it is stored."""
+        return None if self.output_bias is None else self.output_bias[...]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> logits [B, T, V] in the compute dtype; padding of the vocabulary never wins."""
@@ -48,6 +65,8 @@ class LanguageModel(nnx.Module):
         table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")
         x_ND = reshape(x_BTD, (batch * length, dim), "tokens", None)
         logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab")
+        if self.bias_V is not None:
+            logits = logits + constrain(self.bias_V.astype(x_BTD.dtype), "vocab")[None]
         logits_BTV = reshape(logits, (batch, length, self.vocab_size), "batch", "length", "vocab")
         if self.vocab_size == self.num_pieces:
             return logits_BTV

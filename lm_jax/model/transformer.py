@@ -1,4 +1,4 @@
-"""The decoder-only Transformer.
+"""The Transformer, one stack of blocks; as it is, a decoder.
 
 Shape suffixes: B batch, T length, D model, F mlp, V vocabulary, L layers. Layers are stacked: the body of the scan is one
 *period* of the layer pattern (`config.window`), its parameters are [L / period, ...].
@@ -62,7 +62,8 @@ class Block(nnx.Module):
         self.config = config
         output_stddev = config.init_scale / math.sqrt(2 * config.num_layers)
         norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
-        self.attention_norm, self.attention = norm(), Attention(config, window, output_stddev)
+        causal = config.kind != "encoder"
+        self.attention_norm, self.attention = norm(), Attention(config, window, output_stddev, causal)
         self.mlp_norm, self.mlp = norm(), Mlp(config, output_stddev)
         both = config.norm_place == "both"
         self.attention_post_norm, self.mlp_post_norm = norm() if both else None, norm() if both else None
@@ -122,7 +123,17 @@ class Transformer(LanguageModel):
         cached: Context | None = None,
     ) -> tuple[jax.Array, list[Cache] | None]:
         """int32 tokens [B, T] -> final hidden states [B, T, D], and the caches (one stack for each block of the period)."""
-        x_BTD = self.embed(tokens_BT, context.positions)
+        return self.through(self.embed(tokens_BT, context.positions), context, drop, caches, cached)
+
+    def through(
+        self,
+        x_BTD: jax.Array,
+        context: Context,
+        drop: Dropout | None = None,
+        caches: list[Cache] | None = None,
+        cached: Context | None = None,
+    ):
+        """What `__call__` gives for tokens, for embedded tokens [B, T, D]."""
         if drop and self.config.dropout:
             x_BTD = drop(x_BTD, self.config.dropout, "embedding")
         rotary = self.config.positions == "rotary"

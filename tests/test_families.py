@@ -1,0 +1,155 @@
+"""Every kind of model under the same specifications: both sides or one, meshes, learning by heart, resuming."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+
+from lm_jax import checkpoint, metrics, train, verify
+from lm_jax.config import Mesh, UserError
+from lm_jax.data import mixture, objectives, pipeline
+from lm_jax.data.packing import First
+from lm_jax.sharding import make_mesh
+from lm_jax.train_state import fresh, make_program
+from lm_jax.train_step import compile_step
+
+KINDS = {
+    "lstm": dict(model__kind="lstm", model__init_scale=0.1),
+    "encoder": dict(
+        model__kind="encoder", model__norm_place="post", model__activation="gelu_exact", data__objective="masked"
+    ),
+}
+
+
+def opened(**changes):
+    """(config, pieces of the model, its stream) on the embedded corpus."""
+    config = tiny(**changes)
+    mixed = mixture.open_mixture(config.data)
+    return (
+        config,
+        objectives.specials(mixed.tokenizer, config.data.objective).num_pieces,
+        mixed.stream(config.data),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_and_accumulated_agree(kind, eight):
+    """2 x 2 x 2 devices and four microbatches as one device and one batch; dropout is on."""
+    changes = dict(
+        data__global_batch_size=16, optimizer__name="sgd", optimizer__learning_rate=0.05, model__unroll=False
+    )
+    config, num_pieces, stream = opened(**KINDS[kind] | changes, model__dropout=0.1, train__microbatch_rows=16)
+    expected = verify.trace(config, num_pieces, stream, make_mesh(Mesh(), eight[:1]), 2)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=4))
+    found = verify.trace(config, num_pieces, stream, make_mesh(Mesh(2, 2, 2), eight), 2)
+    assert found.digest == expected.digest, "initial parameters are not bitwise equal"
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(expected.parameters), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_rows_are_learnt_by_heart(kind):
+    changes = dict(optimizer__learning_rate=1e-2, optimizer__warmup=10, optimizer__decay_over=250, train__num_steps=250)
+    config, num_pieces, stream = opened(**KINDS[kind] | changes, optimizer__weight_decay=0.0)
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        batch = next(pipeline.batches(stream, mesh, 0, 1, 8))
+        program = make_program(config, num_pieces)
+        state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=True)
+        for _ in range(250):
+            state, found = one_step(state, 1, iter([batch]), lambda done: False)
+            settled = float(found["train/loss"])
+    assert settled < 0.1, settled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_as_if_nothing_had_been(kind, tmp_path):
+    """Two steps, then two more by the same command: metrics and parameters of four steps in one go."""
+    changes = dict(optimizer__decay_over=4, data__global_batch_size=8, train__microbatch_rows=8, model__dropout=0.1)
+    config = tiny(**KINDS[kind] | changes, evaluate__num_rows=4, mesh__data=1)
+    in_steps = lambda num: dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=num))
+    for place, steps in (("whole", (4,)), ("parts", (2, 4))):
+        for num in steps:
+            assert train.run(in_steps(num), "experiments/quickstart.py", str(tmp_path / place), {}) == 0
+    whole, parts = (
+        {line["step"]: line["train/loss"] for line in metrics.read(tmp_path / place) if "train/loss" in line}
+        for place in ("whole", "parts")
+    )
+    assert whole == parts and list(whole) == [1, 2, 3, 4]
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        of = lambda place: checkpoint.load_parameters(checkpoint.locate(str(tmp_path / place)))[1]
+        jax.tree.map(np.testing.assert_array_equal, of("whole"), of("parts"))
+
+
+def test_an_encoder_sees_both_sides_of_its_own_text_and_no_other():
+    """The state of a token depends on every embedding of its segment, before and after it, and on none of the other's."""
+    config, num_pieces, stream = opened(**KINDS["encoder"])
+    program = make_program(config, num_pieces)
+    parameters = jax.jit(lambda: program.graph.init(jax.random.key(0)))()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 500, (1, 64)), jnp.int32)
+    segments = jnp.where(jnp.arange(64) < 40, 1, 2)[None]
+    positions = jnp.where(jnp.arange(64) < 40, jnp.arange(64), jnp.arange(64) - 40)[None]
+    context = transformer_context(positions, segments)
+
+    def at_place(x_BTD, place):
+        model = program.graph.module(parameters)
+        model.embed = lambda tokens, positions: x_BTD
+        return (model(tokens, context)[0][0, place] ** 3).sum()
+
+    embedded = program.graph.module(parameters).embed(tokens, positions)
+    moved = jnp.abs(jax.jit(jax.grad(at_place))(embedded, 20)).sum(-1)[0]
+    assert float(moved[:40].min()) > 0 and float(moved[40:].max()) == 0
+    together = program.graph.module(parameters)(tokens, context)[0][0, 40:]
+    alone = program.graph.module(parameters)(tokens[:, 40:], transformer_context(positions[:, 40:], segments[:, 40:]))
+    np.testing.assert_allclose(together, alone[0][0], atol=2e-5)
+
+
+def transformer_context(positions, segments):
+    from lm_jax.model.attention import Context
+
+    return Context(positions, segments)
+
+
+def test_rows_of_an_encoder_hold_two_texts():
+    """[CLS] A [SEP] B [SEP]; the label stands at [CLS]; half of the second texts are another row's; nothing else is changed."""
+    config, _, stream = opened(**KINDS["encoder"])
+    ids, labels, hidden, seen = stream.hide.ids, [], 0, 0
+    for i in range(200):
+        row, whole = stream.row(i), stream.whole(i)
+        np.testing.assert_array_equal(row["segment_ids"], whole["segment_ids"])
+        for segment in range(1, row["segment_ids"].max() + 1):
+            places = np.flatnonzero(row["segment_ids"] == segment)
+            tokens, types, mask = (row[name][places] for name in ("tokens", "token_type_ids", "loss_mask"))
+            assert tokens[0] == ids.classifier
+            if len(places) < objectives.SHORTEST_PAIR:
+                assert not types.any() and not mask[0]
+                continue
+            first = types.argmax()  # the first token of the second text
+            assert len(places) // 4 < first <= 3 * len(places) // 4 + 1 and types[first:].all()
+            assert tokens[first - 1] == tokens[-1] == ids.document and mask[0] == 1 and not mask[[first - 1, -1]].any()
+            labels.append(int(row["targets"][places[0]]))
+            told = np.where(mask > 0, row["targets"][places], tokens)[1:-1]
+            same = told == whole["tokens"][places][1:-1]
+            assert same[: first - 2].all() and (labels[-1] or same[first - 1 :].all())
+            hidden, seen = hidden + int(mask[1:].sum()), seen + len(places) - 3
+    assert 0.4 < np.mean(labels) < 0.6 and len(labels) > 200
+    assert 0.14 < hidden / seen < 0.16
+    again = stream.row(5)
+    assert all(np.array_equal(again[name], value) for name, value in stream.row(5).items())
+    held = mixture.open_mixture(config.data).held(config.data, "validation")["python"]
+    assert {"token_type_ids"} <= held.row(0).keys() and First(held, 3).row(1)["token_type_ids"].any()
+
+
+def test_an_objective_needs_its_kind():
+    for changes, words in (
+        (dict(data__objective="masked"), "masked needs an encoder: add --config.model.kind=encoder"),
+        (dict(model__kind="encoder"), "causal needs a transformer.* encoder takes masked or masked_words"),
+        (dict(model__kind="encoder", data__objective="masked", model__window=(8,)), "an encoder sees both sides"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tiny(**changes)
