@@ -20,7 +20,8 @@ Sources = tuple[tuple[str, Weight], ...]
 
 RECURRENT = ("rnn", "gru", "lstm")
 # What each kind of model can be trained on; the others write from left to right: causal.
-OBJECTIVES = {"encoder": ("masked", "masked_words")}
+OBJECTIVES = {"encoder": ("masked", "masked_words"), "encoder_decoder": ("span_corruption",)}
+NUM_SENTINELS = 100  # marks of hidden spans, as T5 has
 LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 
 
@@ -38,8 +39,8 @@ def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True):
 class Model:
     kind: str = knob(
         "transformer",
-        "decoder-only Transformer; BERT's encoder; or the recurrent baselines, num_layers cells model_dim wide",
-        choices=("transformer", "encoder", *RECURRENT),
+        "decoder-only Transformer; BERT's encoder; T5's encoder_decoder, num_layers each; or recurrent cells, the old baselines",
+        choices=("transformer", "encoder", "encoder_decoder", *RECURRENT),
     )
     num_layers: int = knob(4, "Transformer blocks", low=1)
     model_dim: int = knob(256, "width of the residual stream", low=1)
@@ -47,7 +48,11 @@ class Model:
     num_kv_heads: int = knob(0, "key and value heads, shared by groups of query heads; 0 = num_heads", low=0)
     head_dim: int = knob(0, "width of one head; 0 = model_dim / num_heads", low=0)
     mlp_dim: int = knob(0, "width of the MLP's hidden layer; 0 = 4 * model_dim", low=0)
-    positions: str = knob("learned", "how a token knows its place", choices=("learned", "rotary", "sinusoidal", "none"))
+    positions: str = knob(
+        "learned",
+        "how a token knows its place; relative = T5's, of an encoder_decoder",
+        choices=("learned", "rotary", "sinusoidal", "relative", "none"),
+    )
     rotary_base: float = knob(10_000.0, "longest wavelength of rotary positions, in tokens / 2 pi", low=1.0)
     norm: str = knob("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
     norm_place: str = knob(
@@ -399,6 +404,21 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"config.data.objective = {data.objective} needs {'an' if kinds[0][0] == 'e' else 'a'} {kinds[0]}: add "
             f"--config.model.kind={kinds[0]}; a model of kind {model.kind} takes {' or '.join(fitting)}"
+        )
+    longest = round(3.0 * (NUM_SENTINELS - 1) / 0.15)  # spans of three tokens, 15% of all
+    if data.objective == "span_corruption" and data.sequence_length > longest:
+        raise UserError(
+            f"config.data.sequence_length = {data.sequence_length}: its spans need more than {NUM_SENTINELS} sentinels; "
+            f"at most {longest}"
+        )
+    if model.positions == "relative" and model.kind != "encoder_decoder":
+        raise UserError(
+            f"config.model.positions = relative is of kind encoder_decoder; a model of kind {model.kind} takes rotary"
+        )
+    if model.kind == "encoder_decoder" and (model.norm_place == "both" or set(model.window) != {0}):
+        raise UserError(
+            f"an encoder_decoder takes config.model.norm_place = pre or post and no window, not {model.norm_place} and "
+            f"{model.window}"
         )
     if model.kind == "encoder" and set(model.window) != {0}:
         raise UserError(

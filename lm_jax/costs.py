@@ -54,13 +54,16 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
     """
     model, length = config.model, config.data.sequence_length
     total = sum(math.prod(declared.shape) for declared in declarations.values())
-    is_lookup = lambda path: path[0] == "positions" or (path[0] == "embedding" and not model.tie_embedding)
+    is_lookup = lambda path, axes: (
+        axes[0] in ("positions", "segments", "buckets") or (path[0] == "embedding" and not model.tie_embedding)
+    )
     matrix = sum(
-        math.prod(d.shape) for path, d in declarations.items() if d.inputs and d.outputs and not is_lookup(path)
+        math.prod(d.shape) for path, d in declarations.items() if d.inputs and d.outputs and not is_lookup(path, d.axes)
     )
     both = 1 if model.kind == "encoder" else 2  # sides
     per_window = {w: w * length - w * (w - 1) / 2 if 0 < w < length else length**2 / both for w in set(model.window)}
     pairs = sum(per_window[w] for w in model.window) * model.num_layers / len(model.window)
+    pairs *= 5 if model.kind == "encoder_decoder" else 1  # source to source and target to source have no half
     attention = 0 if model.kind in CELLS else 12 * model.num_heads * model.head_dim * pairs / length
     return Costs(total, matrix, declarations["embedding", "table"].shape[0], 6 * matrix + attention)
 
@@ -95,6 +98,10 @@ def bytes_by_class(
         cell = CELLS[model.kind]
         floats = (3 * cell.num_gates + 2 * cell.num_states + 1) * model.model_dim
         kept, again, squares = dict.fromkeys(kept, floats * 4 / act) | {"full": float(model.model_dim)}, 0, 0
+    num_layers = model.num_layers * (
+        2.5 if model.kind == "encoder_decoder" else 1
+    )  # attention to the source is half a layer
+    squares *= 3 if model.kind == "encoder_decoder" else 1
     width = costs.vocab_size / tensor
     in_chunks = tokens * width > SMALL
     logits = 4 * (3 * min(tokens, CHUNK) * width + width * model.model_dim) if in_chunks else 4 * 3 * tokens * width
@@ -102,7 +109,7 @@ def bytes_by_class(
         "parameters": 4 * costs.parameters / shards,
         "optimizer": 4 * moments * costs.parameters / shards,
         "gradients": 4 * costs.parameters / shards * (2 if accumulates else 1),
-        "activations": tokens * act * (model.num_layers * kept[model.remat] + again) + squares,
+        "activations": tokens * act * (num_layers * kept[model.remat] + again) + squares,
         "logits": logits,
     }
 

@@ -51,8 +51,8 @@ def is_matrix(declared: Declaration) -> bool:
 
 
 def is_table(declared: Declaration) -> bool:
-    """A matrix that is read by id, or gives the logits: one side is the vocabulary, the positions or the segments."""
-    return is_matrix(declared) and not {"vocab", "positions", "segments"}.isdisjoint(declared.axes)
+    """A matrix that is read by id, or gives the logits: one side is the vocabulary, or a place."""
+    return is_matrix(declared) and not {"vocab", "positions", "segments", "buckets"}.isdisjoint(declared.axes)
 
 
 class Average(NamedTuple):

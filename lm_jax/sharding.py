@@ -31,6 +31,7 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
     "features": (None, None),  # what a product gives to every device of a tensor group: gates, labels
     "positions": (None, None),
     "segments": (None, None),  # of an encoder: the first and the second text
+    "buckets": (None, None),  # of relative positions
     "layers": (None, None),
 }
 
@@ -83,10 +84,14 @@ def iota(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1, out_sharding=layout)
 
 
+def take(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
+    """Rows of `table` for `ids`, in the computed layout of `axes`."""
+    return table.at[ids].get(out_sharding=computed(axes) if _on_mesh() else None)
+
+
 def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of `table` [vocab, model] for `ids` [batch, length], also where the vocabulary is split."""
-    layout = computed(("batch", "length", None)) if _on_mesh() else None
-    return table.at[ids].get(out_sharding=layout)
+    return take(table, ids, "batch", "length", None)
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

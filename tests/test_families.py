@@ -21,7 +21,11 @@ KINDS = {
     "encoder": dict(
         model__kind="encoder", model__norm_place="post", model__activation="gelu_exact", data__objective="masked"
     ),
-}
+    "encoder_decoder": dict(
+        model__kind="encoder_decoder", model__positions="relative", model__norm="rmsnorm", model__gated=True,
+        model__bias=False, model__tie_embedding=False, data__objective="span_corruption",
+    ),
+}  # fmt: skip
 
 
 def opened(**changes):

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax.config import Data
+from lm_jax.config import NUM_SENTINELS, Data
 from lm_jax.data.packing import Batch, Hide, as_it_is, make_row
 from lm_jax.data.tokenizer import Tokenizer
 
 Key = np.random.Philox
-NUM_SENTINELS = 100  # as T5 has
 EXTRA = {
     "causal": 0,
     "masked": 1,

@@ -7,6 +7,7 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.encoder import Encoder
+from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.recurrent import Recurrent
@@ -15,6 +16,7 @@ from lm_jax.model.transformer import Transformer
 KINDS: dict[str, type[LanguageModel]] = {
     "transformer": Transformer,
     "encoder": Encoder,
+    "encoder_decoder": EncoderDecoder,
     "rnn": Recurrent,
     "gru": Recurrent,
     "lstm": Recurrent,
