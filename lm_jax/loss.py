@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lm_jax import sharding
 from lm_jax.model.attention import Context
-from lm_jax.model.transformer import Dropout, Graph
+from lm_jax.model.transformer import Dropout, Graph, Transformer
 
 CHUNK = 1024  # tokens of a device whose logits exist at the same time
 SMALL = 2**22  # logits of a device up to which they are made all at once: as fast there, and the same bits as ever
@@ -30,15 +30,34 @@ def loss_sum(graph: Graph, parameters: dict, batch: dict) -> jax.Array:
 
 
 def objective(
-    graph: Graph, parameters: dict, batch: dict, drop: Dropout | None = None, z_loss: float = 0.0
+    graph: Graph,
+    parameters: dict,
+    batch: dict,
+    drop: Dropout | None = None,
+    z_loss: float = 0.0,
+    routing: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[jax.Array, jax.Array]:
     """(what training minimises, the cross entropy in it): sums over the masked tokens of a batch, float32 [] each.
 
-    The objective adds z_loss * log(Z)^2 a token, Z the softmax's denominator (arXiv:2204.02311, section 5). Only the
-    objective has a gradient.
+    The objective adds z_loss * log(Z)^2 a token, Z the softmax's denominator (arXiv:2204.02311, section 5), and where there
+    are experts `routing` times the (balance, z) of each layer and row, as often as the row has tokens. Only the objective
+    has a gradient.
     """
     model = graph.module(parameters)
-    hidden_BTD, _ = model(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)
+    hidden_BTD, left = model(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)
+    beside = routing_loss(left, batch["loss_mask"], routing) if any(routing) and graph.config.num_experts else 0.0
+    whole, entropy = _entropy(model, hidden_BTD, batch, z_loss)
+    return whole + beside, entropy
+
+
+def routing_loss(left: list[jax.Array], mask_BT: jax.Array, weights: tuple[float, float]) -> jax.Array:
+    """Of what the blocks of the period leave behind, [L / period, B, 2] each: a row weighs as much as its tokens."""
+    of_row_B = sum(weight * x_LB2[..., i].sum(0) for x_LB2 in left for i, weight in enumerate(weights))
+    return (of_row_B * mask_BT.sum(1)).sum()
+
+
+def _entropy(model: Transformer, hidden_BTD: jax.Array, batch: dict, z_loss: float) -> tuple[jax.Array, jax.Array]:
+    """(cross entropy with its z-loss, cross entropy), sums."""
     num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.vocab_size // sharding.ways("vocab"))
     if num_logits > SMALL:
         arrays = hidden_BTD, model.output_table, batch["targets"], batch["loss_mask"]

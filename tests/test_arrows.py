@@ -12,7 +12,8 @@ from conftest import ROOT
 ORDER = """
 config ramp sharding data.sources data.tokenizer data.shards data.packing data.mixture data.objectives data.pipeline
 data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
-model.layers model.attention model.transformer loss costs optimizer train_state train_step metrics goodput terminal checkpoint
+model.layers
+model.attention model.moe model.transformer loss costs optimizer train_state train_step metrics goodput terminal checkpoint
 command generate evaluate train main verify
 """.split()
 PERIPHERY = {"verify", *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split())}
