@@ -2,10 +2,10 @@
 
     python -m lm_jax.main --config experiments/bert_base.py --config.data.sources=/path/to/folder/of/text
 
-Adam with betas 0.9 and 0.999, decay 0.01 on matrices, warm-up over 10,000 steps to 1e-4, linear to 0; dropout 0.1; exact GELU;
-15% of the tokens masked, next sentences in the same batch. Not as in the paper: rows are 512 tokens from the first step on (there
-128 for the first 90%), and a row is cut into its two texts anywhere in its middle half (there between sentences). The label of the
-next sentence weighs as much as one masked token.
+Adam with betas 0.9 and 0.999, decay 0.01 on matrices, warm-up over 10,000 steps to 1e-4, linear to 0; dropout 0.1; exact
+GELU; 15% of the tokens masked, next sentences in the same batch. Not as in the paper: rows are 512 tokens from the first step
+on (there 128 for the first 90%), and a row is cut into its two texts anywhere in its middle half (there between sentences).
+The label of the next sentence weighs as much as one masked token.
 Expected: the paper reports no loss of its pretraining. On two CPU cores a step takes minutes: try experiments/bert_small.py.
 """
 

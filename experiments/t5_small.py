@@ -1,11 +1,12 @@
-"""T5 1.1 small (arXiv:1910.10683, arXiv:2002.05202): 8 layers that read and 8 that write, 512 wide, 77M parameters; span corruption.
+"""T5 1.1 small (arXiv:1910.10683, arXiv:2002.05202): 8 layers that read and 8 that write, 512 wide, 77M parameters; span
+corruption.
 
     python -m lm_jax.main --config experiments/t5_small.py --config.data.sources=/path/to/folder/of/text
 
-Relative positions shared over layers, RMSNorm before the branches, gated GELU, no biases, an output table of its own, no dropout
-in pretraining; 15% of the tokens in spans of three; Adafactor, 10,000 steps at 0.01, then the inverse square root, 1M steps of 128
-rows of 512 tokens (2,048 rows in the later report). Not as there: sentinels stand after the tokenizer's pieces, and initial weights
-have one deviation.
+Relative positions shared over layers, RMSNorm before the branches, gated GELU, no biases, an output table of its own, no
+dropout in pretraining; 15% of the tokens in spans of three; Adafactor, 10,000 steps at 0.01, then the inverse square root, 1M
+steps of 128 rows of 512 tokens (2,048 rows in the later report). Not as there: sentinels stand after the tokenizer's pieces,
+and initial weights have one deviation.
 Expected: the report gives no loss of this size. On two CPU cores a step takes minutes: try experiments/t5_tiny.py.
 """
 

@@ -273,10 +273,10 @@ def has_steps(workdir: epath.Path) -> bool:
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
-    """The content of `config.json`. Raises UserError where it cannot be read."""
+    """The content of `config.json`; a key that the run was started without has its default. Raises UserError."""
     try:
         content = json.loads((workdir / "config.json").read_text())
-        content["config"] = flatten(Config()) | content["config"]  # a key that is younger than the run has its default
+        content["config"] = flatten(Config()) | content["config"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{workdir / 'config.json'} is no config of a run; use another --workdir") from None
     return content

@@ -54,6 +54,13 @@ class Model:
         choices=("learned", "rotary", "sinusoidal", "relative", "none"),
     )
     rotary_base: float = knob(10_000.0, "longest wavelength of rotary positions, in tokens / 2 pi", low=1.0)
+    rotary_local_base: float = knob(0.0, "the same in layers with a window; 0 = rotary_base, and its scaling", low=0.0)
+    rotary_scaling: tuple[float, float, float, float] = knob(
+        (1.0, 1.0, 4.0, 8192.0),
+        "(factor, low, high, length) of Llama 3: wavelengths over length / low are factor times as long, those under "
+        "length / high stay; length 0: all are longer; factor 1 = off",
+        low=0.0,
+    )
     norm: str = knob("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
     norm_place: str = knob(
         "pre",
@@ -66,6 +73,11 @@ class Model:
     )
     gated: bool = knob(False, "gated MLP (SwiGLU with silu)")
     bias: bool = knob(True, "biases in dense layers and in LayerNorm")
+    qkv_bias: bool = knob(False, "biases of queries, keys and values, also where model.bias is off")
+    qk_norm: bool = knob(False, "each head's query and key normalised")
+    scale_embedding: bool = knob(False, "embedding times sqrt(model_dim)")
+    num_experts: int = knob(0, "MLPs of a layer from which each token chooses; 0 = one MLP for all", low=0)
+    experts_per_token: int = knob(2, "MLPs that a token chooses", low=1)
     tie_embedding: bool = knob(True, "one table for the embedding and the output")
     window: tuple[int, ...] = knob(
         (0,), "tokens each layer sees, repeated over the layers; 0 = all; GPT-3: (0, 256)", low=0
@@ -169,6 +181,12 @@ class Train:
         "weight of log(softmax's denominator)^2 a token, which keeps logits near 0; PaLM: 1e-4",
         low=0.0,
         fixed=False,
+    )
+    balance_loss: float = knob(
+        0.01, "weight of how unevenly experts are chosen, a token and layer; Mixtral: 0.02", low=0.0, fixed=False
+    )
+    router_z_loss: float = knob(
+        0.0, "weight of log(router's denominator)^2, a token and layer; ST-MoE: 1e-3", low=0.0, fixed=False
     )
     seed: int = knob(0, "of initialisation and dropout", low=0, high=2**32 - 1)
     init_from: str = knob("", "MODEL whose parameters a fresh run starts from", fixed=False)
@@ -394,6 +412,19 @@ def _check_together(config: Config) -> None:
             f"config.model.window = {model.window}: {len(model.window)} windows do not repeat evenly over "
             f"num_layers = {model.num_layers}"
         )
+    if model.num_experts and model.experts_per_token > model.num_experts:
+        raise UserError(
+            f"config.model.experts_per_token = {model.experts_per_token}: there are num_experts = {model.num_experts}"
+        )
+    if model.num_experts and (model.bias or not model.gated):
+        raise UserError(
+            "config.model.num_experts: experts are gated and have no biases\n"
+            "add --config.model.gated=true --config.model.bias=false"
+        )
+    if model.rotary_scaling[0] < 1 or not model.rotary_scaling[1] < model.rotary_scaling[2]:
+        raise UserError(
+            f"config.model.rotary_scaling = {model.rotary_scaling}: expected a factor from 1 on, and low < high"
+        )
     if model.positions in ("rotary", "sinusoidal") and model.head_dim % 2:
         raise UserError(f"config.model.head_dim = {model.head_dim} must be even for {model.positions} positions")
     if model.positions == "sinusoidal" and model.model_dim % 2:
@@ -465,9 +496,11 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """`:smoke` of every experiment: the same program in miniature, two steps on anything that computes."""
     model, data = config.model, config.data
     group = max(1, model.num_heads // (model.num_kv_heads or model.num_heads))
+    model.window = tuple(dict.fromkeys(model.window))  # each kind of layer once
     model.num_layers = 2 * len(model.window) if len(model.window) > 1 else 2
     model.model_dim, model.mlp_dim, model.head_dim = 64, 128, 16
     model.num_heads, model.num_kv_heads = 4, 4 // min(group, 4)
+    model.num_experts, model.experts_per_token = min(model.num_experts, 4), min(model.experts_per_token, 2)
     model.window = tuple(min(window, 16) for window in model.window)
     data.tokenizer = "sentencepiece:512" if data.tokenizer.startswith("sentencepiece:") else data.tokenizer
     data.sequence_length, data.global_batch_size, data.batch_ramp = 64, 8, (0, 0)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lm_jax.config import Config
 from lm_jax.loss import CHUNK, SMALL
 from lm_jax.model.layers import Declaration
+from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
 from lm_jax.ramp import Ramp
 
@@ -38,7 +39,8 @@ TYPICAL_MFU = 0.4  # of a recipe like this on an accelerator, for the times in t
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one model and its rows. Matrix parameters are those inside a product: no lookups, norms or biases."""
+    """Of one model and its rows. Matrix parameters are those inside a token's products: no lookups, no norms, biases or
+    experts that it did not choose."""
 
     parameters: int
     matrix_parameters: int
@@ -58,7 +60,9 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
         axes[0] in ("positions", "segments", "buckets") or (path[0] == "embedding" and not model.tie_embedding)
     )
     matrix = sum(
-        math.prod(d.shape) for path, d in declarations.items() if d.inputs and d.outputs and not is_lookup(path, d.axes)
+        round(math.prod(d.shape) * share_at_work(model, d))
+        for path, d in declarations.items()
+        if d.inputs and d.outputs and not is_lookup(path, d.axes)
     )
     both = 1 if model.kind == "encoder" else 2  # sides
     per_window = {w: w * length - w * (w - 1) / 2 if 0 < w < length else length**2 / both for w in set(model.window)}
@@ -84,6 +88,7 @@ def bytes_by_class(
     moments = MOMENTS[config.optimizer.name] + (config.optimizer.ema > 0)
     tokens = math.ceil(rows / (sizes["data"] * sizes["fsdp"])) * length
     heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
+    hidden *= model.experts_per_token if model.num_experts else 1
     kept = {
         "none": 6 * model.model_dim + heads + (7 + model.gated) * hidden,  # GELU alone keeps five
         "dots": (1 + 1 / tensor) * model.model_dim + heads + (1 + model.gated) * hidden,

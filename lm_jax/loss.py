@@ -32,21 +32,29 @@ def loss_sum(graph: Graph, parameters: dict, batch: dict) -> jax.Array:
 
 
 def objective(
-    graph: Graph, parameters: dict, batch: dict, drop: Dropout | None = None, z_loss: float = 0.0
+    graph: Graph,
+    parameters: dict,
+    batch: dict,
+    drop: Dropout | None = None,
+    z_loss: float = 0.0,
+    routing: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[jax.Array, jax.Array]:
     """(what training minimises, the cross entropy in it): sums over the masked tokens of a batch, float32 [] each.
 
-    The objective adds z_loss * log(Z)^2 a token, Z the softmax's denominator (arXiv:2204.02311, section 5). Only the
-    objective has a gradient.
+    The objective adds z_loss * log(Z)^2 a token, Z the softmax's denominator (arXiv:2204.02311, section 5), and where there
+    are experts `routing` times the (balance, z) of each layer and row, as often as the row has tokens. Only the objective
+    has a gradient.
     """
     model = graph.module(parameters)
-    hidden_BTD, labels_BTC = model.read(batch, drop)
+    hidden_BTD, labels_BTC, left = model.read(batch, drop)
+    beside = routing_loss(left, batch["loss_mask"], routing) if any(routing) and graph.config.num_experts else 0.0
     if labels_BTC is None:
-        return vocabulary_loss(model, hidden_BTD, batch, z_loss)
+        whole, entropy = vocabulary_loss(model, hidden_BTD, batch, z_loss)
+        return whole + beside, entropy
     mask_BT, is_label_BT = batch["loss_mask"], batch["positions"] == 0
     whole, entropy = vocabulary_loss(model, hidden_BTD, batch | {"loss_mask": mask_BT * ~is_label_BT}, z_loss)
     of_labels = (label_losses(labels_BTC, batch["targets"]) * mask_BT * is_label_BT).sum()
-    return whole + of_labels, entropy + of_labels
+    return whole + beside + of_labels, entropy + of_labels
 
 
 def label_losses(logits_BTC: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -54,6 +62,12 @@ def label_losses(logits_BTC: jax.Array, targets_BT: jax.Array) -> jax.Array:
     logits_BTC = logits_BTC.astype(jnp.float32)
     is_target_BTC = jnp.arange(logits_BTC.shape[-1])[None, None] == targets_BT[:, :, None]
     return jax.nn.logsumexp(logits_BTC, axis=-1) - jnp.where(is_target_BTC, logits_BTC, 0).sum(-1)
+
+
+def routing_loss(left: list[jax.Array], mask_BT: jax.Array, weights: tuple[float, float]) -> jax.Array:
+    """Of what the blocks of the period leave behind, [L / period, B, 2] each: a row weighs as much as its tokens."""
+    of_row_B = sum(weight * x_LB2[..., i].sum(0) for x_LB2 in left for i, weight in enumerate(weights))
+    return (of_row_B * mask_BT.sum(1)).sum()
 
 
 def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float):

@@ -87,7 +87,9 @@ def per_layer(rule_of: Callable[[Declaration], optax.GradientTransformation], de
     """
 
     def over_layers(one: Declaration, function):
-        return jax.vmap(function) if one.layers else function
+        for _ in one.layers:
+            function = jax.vmap(function)
+        return function
 
     def init(parameters):
         state_of = lambda one, x: over_layers(one, rule_of(one).init)(as_matrix(one, x))

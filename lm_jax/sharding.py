@@ -27,6 +27,8 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
     "kv_heads": ("tensor", "tensor"),
     "head_dim": (None, None),
     "mlp": ("tensor", "tensor"),
+    "experts": (None, None),
+    "choices": (None, None),  # what a router may choose
     "vocab": ("tensor", "tensor"),
     "features": (None, None),  # what a product gives to every device of a tensor group: gates, labels
     "positions": (None, None),

@@ -37,7 +37,9 @@ def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: di
     """`sums` with one more microbatch (None: nothing yet)."""
     drop = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
     scaled = batch | {"loss_mask": batch["loss_mask"] * state.optimizer_state.scale}
-    of = lambda parameters: objective(program.graph, parameters, scaled, drop, program.config.train.z_loss)
+    weights = program.config.train
+    routing = weights.balance_loss, weights.router_z_loss
+    of = lambda parameters: objective(program.graph, parameters, scaled, drop, weights.z_loss, routing)
     (_, loss), gradients = jax.value_and_grad(of, has_aux=True)(state.parameters)
     new = Sums(gradients, loss, batch["loss_mask"].sum())
     return new if sums is None else jax.tree.map(jnp.add, sums, new)

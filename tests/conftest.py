@@ -29,6 +29,37 @@ def tiny(**changes) -> configs.Config:
     return configs.resolve(config)
 
 
+# Changes of `tiny` that make the families: what every specification is held against.
+LLAMA = dict(
+    model__positions="rotary", model__norm="rmsnorm", model__activation="silu", model__gated=True, model__bias=False,
+    model__num_kv_heads=2, model__tie_embedding=False,
+)  # fmt: skip
+FAMILIES = {
+    "gpt2": {},
+    "llama": LLAMA,
+    "gpt3_banded": dict(model__window=(0, 8), model__num_layers=4),
+    "sinusoidal_relu": dict(model__positions="sinusoidal", model__activation="relu"),
+    "post_norm": dict(model__norm_place="post"),
+    "llama3": dict(LLAMA, model__rotary_scaling=(8.0, 1.0, 4.0, 32.0)),
+    "mistral": dict(LLAMA, model__window=(16,)),
+    "qwen2": dict(LLAMA, model__qkv_bias=True),
+    "qwen3": dict(LLAMA, model__qk_norm=True),
+    "gemma3": dict(
+        LLAMA,
+        model__qk_norm=True,
+        model__norm_place="both",
+        model__window=(16, 0),
+        model__rotary_local_base=100.0,
+        model__num_layers=4,
+        model__scale_embedding=True,
+        model__tie_embedding=True,
+    ),
+    "mixtral": dict(LLAMA, model__num_experts=4),
+    "no_positions": dict(model__positions="none", model__norm="rmsnorm"),
+    **{kind: dict(model__kind=kind, model__init_scale=0.2, model__positions="none") for kind in ("rnn", "gru", "lstm")},
+}
+
+
 @pytest.fixture(scope="session")
 def corpus() -> shards.Corpus:
     return shards.open_corpus(tiny().data)

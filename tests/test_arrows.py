@@ -12,8 +12,8 @@ from conftest import ROOT
 ORDER = """
 config ramp sharding data.sources data.tokenizer data.shards data.packing data.objectives data.mixture data.pipeline
 data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
-model.layers model.attention model.language_model model.transformer model.encoder model.encoder_decoder model.recurrent
-model.graph loss costs optimizer train_state train_step metrics goodput terminal checkpoint
+model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
+model.recurrent model.graph loss costs optimizer train_state train_step metrics goodput terminal checkpoint
 command generate evaluate train main verify
 """.split()
 PERIPHERY = {"verify", *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split())}

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, tiny
+from conftest import FAMILIES, ROOT, tiny
 
 from lm_jax import verify
 from lm_jax.config import Mesh, UserError
@@ -61,6 +61,20 @@ def test_adamw_agrees_too(traces):
     expected = traces("1", 1, optimizer__name="adamw", optimizer__learning_rate=1e-3)
     found = traces("2x2x2", 2, optimizer__name="adamw", optimizer__learning_rate=1e-3, model__unroll=True)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.proof) for name in FAMILIES],
+)
+def test_families_agree_too(traces, family):
+    """The losses of the router among them, whatever devices and microbatches the rows go to."""
+    changes = FAMILIES[family] | dict(train__balance_loss=0.5, train__router_z_loss=0.5)
+    expected, found = traces("1", 1, **changes), traces("2x2x2", 2, **changes)
+    assert found.digest == expected.digest, "initial parameters are not bitwise equal"
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(expected.parameters), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_recomputed_layers_agree_too(traces):

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import Model, UserError
-from lm_jax.model.layers import Dense
+from lm_jax.model.layers import Dense, Norm
 from lm_jax.sharding import computed, constrain, einsum, on_each_device, platform, reshape
 
 CHUNK = 256  # queries in one chunk of the chunked backend
@@ -231,12 +231,23 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def rotation(positions_BT: jax.Array, head_dim: int, base: float) -> Rotation:
-    """Angles of rotary positions (arXiv:2104.09864): position * base^(-2k / head_dim)."""
+def rotation(positions_BT: jax.Array, head_dim: int, base: float, scaling: tuple = (1.0, 1.0, 4.0, 0.0)) -> Rotation:
+    """Angles of rotary positions (arXiv:2104.09864): position * base^(-2k / head_dim), scaled as `scaled` says."""
     half = head_dim // 2
     frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency_K = frequency_K if scaling[0] == 1 else scaled(frequency_K, *scaling)
     angle_BT1K = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_K[None, None, None]
     return Rotation(*jax.lax.optimization_barrier((jnp.cos(angle_BT1K), jnp.sin(angle_BT1K))))
+
+
+def scaled(frequency_K: jax.Array, factor: float, low: float, high: float, length: float) -> jax.Array:
+    """Slow frequencies divided by `factor`, fast ones kept, a linear passage between (Llama 3, arXiv:2407.21783, section 3.2).
+
+    What turns less than `low` times over `length` tokens is slow, more than `high` times fast. `length` 0: all are slow.
+    """
+    turns_K = length * frequency_K / (2 * jnp.pi)
+    share_K = jnp.clip((turns_K - low) / (high - low), 0, 1)
+    return frequency_K * (share_K + (1 - share_K) / factor)
 
 
 def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:
@@ -263,9 +274,13 @@ class Attention(nnx.Module):
         model = {"model": config.model_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        self.query = Dense(model, heads, config.init_scale, config.bias)
-        self.key = Dense(model, kv_heads, config.init_scale, config.bias)
-        self.value = Dense(model, kv_heads, config.init_scale, config.bias)
+        bias = config.bias or config.qkv_bias
+        self.query = Dense(model, heads, config.init_scale, bias)
+        self.key = Dense(model, kv_heads, config.init_scale, bias)
+        self.value = Dense(model, kv_heads, config.init_scale, bias)
+        norm = lambda: Norm(config.head_dim, config.norm, config.norm_epsilon, config.bias, "head_dim")
+        self.query_norm = norm() if config.qk_norm else None
+        self.key_norm = norm() if config.qk_norm else None
         self.output = Dense(heads, model, output_stddev, config.bias)
 
     def __call__(
@@ -284,6 +299,8 @@ class Attention(nnx.Module):
         """
         seen_BSD, seen = source or (x_BTD, context)
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(seen_BSD), self.value(seen_BSD)
+        if self.query_norm and self.key_norm:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         if turn is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
         named = zip((q_BTHK, k_BTGK, v_BTGK), ("query", "key", "value"), strict=True)

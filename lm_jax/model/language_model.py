@@ -20,9 +20,8 @@ class Reading(NamedTuple):
     """Of a batch: the hidden states whose products with the output table are the logits, and what else predicts."""
 
     hidden_BTD: jax.Array
-    labels_BTC: jax.Array | None = (
-        None  # logits of the label that the first token of a segment predicts instead of a piece
-    )
+    labels_BTC: jax.Array | None = None  # logits of the label that a segment's first token predicts instead of a piece
+    left: Any = None  # behind by the blocks: the routing losses of experts
 
 
 class LanguageModel(nnx.Module):
@@ -37,7 +36,7 @@ class LanguageModel(nnx.Module):
         self.embedding, self.unembedding = table(), None if config.tie_embedding else table()
 
     def __call__(self, tokens_BT: jax.Array, context: Context, drop: Dropout | None = None, caches=None, cached=None):
-        """int32 tokens [B, T] -> final hidden states [B, T, D], and the caches (None where there were none)."""
+        """int32 tokens [B, T] -> final hidden states [B, T, D], and what the layers leave behind: caches, where there were some."""
         raise NotImplementedError
 
     @staticmethod
@@ -47,7 +46,8 @@ class LanguageModel(nnx.Module):
 
     def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
         """What a batch of contract `[batch, length]` arrays gives for the loss."""
-        return Reading(self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)[0])
+        hidden_BTD, left = self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)
+        return Reading(hidden_BTD, left=left)
 
     @property
     def output_table(self) -> jax.Array:

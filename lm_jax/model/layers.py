@@ -24,13 +24,13 @@ class Declaration:
     initializer: Callable[..., jax.Array]
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
-    layers: tuple[int, ...] = ()  # dim 0 once a layer is stacked, else ()
+    layers: tuple[int, ...] = ()  # the first dims, where matrices are stacked: over layers, over experts
     dtype: jnp.dtype = jnp.dtype("float32")
 
 
-def declare(shape, axes, initializer, inputs=(), outputs=()) -> nnx.Param:
+def declare(shape, axes, initializer, inputs=(), outputs=(), layers=()) -> nnx.Param:
     assert len(shape) == len(axes)
-    declared = Declaration(tuple(shape), tuple(axes), initializer, inputs, outputs)
+    declared = Declaration(tuple(shape), tuple(axes), initializer, inputs, outputs, layers)
     return nnx.Param(jax.ShapeDtypeStruct(declared.shape, declared.dtype), declared=declared)
 
 
@@ -48,9 +48,14 @@ def make(declared: Declaration, path: tuple[str, ...], root: jax.Array, sharded:
     num_stacked = len(declared.layers)
     layout = stored(declared.axes[num_stacked:]) if sharded else None
     create = lambda key: declared.initializer(key, declared.shape[num_stacked:], declared.dtype, layout)
-    if not declared.layers:
-        return create(key)
-    return jax.vmap(create)(jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(declared.shape[0])))
+    for size in reversed(declared.shape[:num_stacked]):
+        create = repeated(create, size)
+    return create(key)
+
+
+def repeated(create: Callable[[jax.Array], jax.Array], size: int) -> Callable[[jax.Array], jax.Array]:
+    """`create`, `size` times over, each with the key folded with its index."""
+    return lambda key: jax.vmap(create)(jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(size)))
 
 
 def row_keys(root: jax.Array, name: str, step: jax.Array, layer: jax.Array | int, row_B: jax.Array) -> jax.Array:
@@ -113,19 +118,19 @@ class Dense(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim, in float32."""
 
-    def __init__(self, dim: int, kind: str, epsilon: float, bias: bool):
-        self.kind, self.epsilon = kind, epsilon
-        self.scale = declare((dim,), ("model",), constant(1.0))
-        self.bias = declare((dim,), ("model",), constant(0.0)) if bias and kind == "layernorm" else None
+    def __init__(self, dim: int, kind: str, epsilon: float, bias: bool, axis: str = "model"):
+        self.kind, self.epsilon, self.axis = kind, epsilon, axis
+        self.scale = declare((dim,), (axis,), constant(1.0))
+        self.bias = declare((dim,), (axis,), constant(0.0)) if bias and kind == "layernorm" else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x = x_BTD.astype(jnp.float32)
+        x, lead = x_BTD.astype(jnp.float32), (None,) * (x_BTD.ndim - 1)
         if self.kind == "layernorm":
             x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        x = x * constrain(self.scale[...], "model")[None, None]
+        x = x * constrain(self.scale[...], self.axis)[lead]
         if self.bias is not None:
-            x = x + constrain(self.bias[...], "model")[None, None]
+            x = x + constrain(self.bias[...], self.axis)[lead]
         return x.astype(x_BTD.dtype)
 
 
@@ -151,7 +156,7 @@ def stacked(block: nnx.Module, num: int) -> nnx.Module:
             axes=("layers", *one.axes),
             inputs=move(one.inputs),
             outputs=move(one.outputs),
-            layers=(0,),
+            layers=(0, *move(one.layers)),
         )
         variable.set_metadata("declared", stack)
         variable.set_raw_value(jax.ShapeDtypeStruct(stack.shape, stack.dtype))

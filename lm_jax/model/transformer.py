@@ -5,6 +5,7 @@ Shape suffixes: B batch, T length, D model, F mlp, V vocabulary, L layers. Layer
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lm_jax.config import Model
 from lm_jax.model.attention import Attention, Cache, Context, Rotation, rotation
 from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Dense, Dropout, Embedding, Norm, merge, split, stacked
+from lm_jax.model.moe import Experts
 from lm_jax.sharding import constrain
 
 ACTIVATIONS = {
@@ -64,9 +66,12 @@ class Block(nnx.Module):
         norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
         causal = config.kind != "encoder"
         self.attention_norm, self.attention = norm(), Attention(config, window, output_stddev, causal)
-        self.mlp_norm, self.mlp = norm(), Mlp(config, output_stddev)
+        activation = ACTIVATIONS[config.activation]
+        self.mlp_norm = norm()
+        self.mlp = Experts(config, output_stddev, activation) if config.num_experts else Mlp(config, output_stddev)
         both = config.norm_place == "both"
-        self.attention_post_norm, self.mlp_post_norm = norm() if both else None, norm() if both else None
+        self.attention_post_norm = norm() if both else None
+        self.mlp_post_norm = norm() if both else None
 
     def __call__(
         self,
@@ -87,8 +92,14 @@ class Block(nnx.Module):
 
         y_BTD, cache = self.attention(x_BTD if post else self.attention_norm(x_BTD), context, turn, cache, cached)
         x_BTD = join(x_BTD, y_BTD, "attention", self.attention_norm, self.attention_post_norm)
-        y_BTD = self.mlp(x_BTD if post else self.mlp_norm(x_BTD))
-        return join(x_BTD, y_BTD, "mlp", self.mlp_norm, self.mlp_post_norm), cache
+        y_BTD = x_BTD if post else self.mlp_norm(x_BTD)
+        routing = None
+        if isinstance(self.mlp, Experts):
+            y_BTD, routing = self.mlp(y_BTD, context.segment_ids)
+        else:
+            y_BTD = self.mlp(y_BTD)
+        left = routing if cache is None else cache
+        return join(x_BTD, y_BTD, "mlp", self.mlp_norm, self.mlp_post_norm), left
 
 
 class Transformer(LanguageModel):
@@ -121,8 +132,11 @@ class Transformer(LanguageModel):
         drop: Dropout | None = None,
         caches: list[Cache] | None = None,
         cached: Context | None = None,
-    ) -> tuple[jax.Array, list[Cache] | None]:
-        """int32 tokens [B, T] -> final hidden states [B, T, D], and the caches (one stack for each block of the period)."""
+    ) -> tuple[jax.Array, Any]:
+        """int32 tokens [B, T] -> final hidden states [B, T, D], and what the blocks leave behind, stacked over the periods.
+
+        For each block of the period that is its cache where there was one, else the routing losses [B, 2] of its experts.
+        """
         return self.through(self.embed(tokens_BT, context.positions), context, drop, caches, cached)
 
     def through(
@@ -136,8 +150,7 @@ class Transformer(LanguageModel):
         """What `__call__` gives for tokens, for embedded tokens [B, T, D]."""
         if drop and self.config.dropout:
             x_BTD = drop(x_BTD, self.config.dropout, "embedding")
-        rotary = self.config.positions == "rotary"
-        turn = rotation(context.positions, self.config.head_dim, self.config.rotary_base) if rotary else None
+        turns = self.rotations(context.positions)
         graphs, stacks = zip(*(split(getattr(self, f"block_{i}")) for i in range(self.period)), strict=True)
         recomputed = self.config.remat != "none" and caches is None
         # What is kept of the stream between layers is split over devices that all hold it, and gathered in every layer.
@@ -146,26 +159,39 @@ class Transformer(LanguageModel):
         def body(x_BTD, scanned):
             step, layers, caches = scanned
             x_BTD = constrain(x_BTD, "batch", "length", None) if recomputed else x_BTD
-            new_caches = []
+            left = []
             for i, graph in enumerate(graphs):
                 block = merge(graph, layers[i])
                 cache = caches[i] if caches else None
-                x_BTD, cache = block(x_BTD, context, turn, step * self.period + i, drop, cache, cached)
-                new_caches.append(cache)
-            return constrain(x_BTD, "batch", "length", kept), new_caches if caches else None
+                x_BTD, of_block = block(x_BTD, context, turns[i], step * self.period + i, drop, cache, cached)
+                left.append(of_block)
+            return constrain(x_BTD, "batch", "length", kept), left
 
         num_periods = self.config.num_layers // self.period
         if recomputed:  # unrolled, XLA would find the same expressions and keep them after all
             body = jax.checkpoint(body, policy=KEPT[self.config.remat], prevent_cse=self.config.unroll)
         scanned = (jnp.arange(num_periods), stacks, caches)
         unroll = num_periods if self.config.unroll else 1
-        x_BTD, caches = jax.lax.scan(body, constrain(x_BTD, "batch", "length", kept), scanned, unroll=unroll)
+        x_BTD, left = jax.lax.scan(body, constrain(x_BTD, "batch", "length", kept), scanned, unroll=unroll)
         x_BTD = constrain(x_BTD, "batch", "length", None)
-        return self.norm(x_BTD) if self.norm else x_BTD, caches
+        return self.norm(x_BTD) if self.norm else x_BTD, left
+
+    def rotations(self, positions_BT: jax.Array) -> list[Rotation | None]:
+        """Of each block of the period; blocks with a window may have another base, without scaling (Gemma 3)."""
+        config = self.config
+        if config.positions != "rotary":
+            return [None] * self.period
+        far = rotation(positions_BT, config.head_dim, config.rotary_base, config.rotary_scaling)
+        if not config.rotary_local_base:
+            return [far] * self.period
+        near = rotation(positions_BT, config.head_dim, config.rotary_local_base)
+        return [near if window else far for window in config.window]
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.compute_dtype)
         x_BTD = self.embedding(tokens_BT, dtype)
+        if self.config.scale_embedding:
+            x_BTD = x_BTD * jnp.asarray(math.sqrt(self.config.model_dim), dtype)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions_BT, dtype)
         if self.config.positions == "sinusoidal":

@@ -1,0 +1,80 @@
+"""Mixture of experts: of each token, the router's best few MLPs; no token is dropped, whatever they choose.
+
+Shape suffixes: B batch, T length, N tokens of one device, D model, F mlp, E experts, C chosen experts of a token.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm_jax.config import Model
+from lm_jax.model.layers import Declaration, Dense, declare, normal
+from lm_jax.sharding import computed, constrain, on_each_device, sum_over
+
+
+class Experts(nnx.Module):
+    """Gated MLPs, `experts_per_token` of `num_experts` for each token, added up by the router's weights (arXiv:2401.04088)."""
+
+    def __init__(self, config: Model, output_stddev: float, activation: Callable):
+        self.config, self.activation = config, activation
+        self.router = Dense({"model": config.model_dim}, {"choices": config.num_experts}, config.init_scale, False)
+        sizes = {"experts": config.num_experts, "model": config.model_dim, "mlp": config.mlp_dim}
+
+        def one_matrix_each(stddev: float, *axes: str) -> nnx.Param:
+            return declare([sizes[axis] for axis in axes], axes, normal(stddev), (1,), (2,), layers=(0,))
+
+        self.gate = one_matrix_each(config.init_scale, "experts", "model", "mlp")
+        self.up = one_matrix_each(config.init_scale, "experts", "model", "mlp")
+        self.down = one_matrix_each(output_stddev, "experts", "mlp", "model")
+
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """-> [B, T, D], and what is wrong with the routing of each row (`routing_losses`), float32 [B, 2]."""
+        logits_BTE = self.router(x_BTD.astype(jnp.float32))  # a choice by small differences (arXiv:2101.03961)
+        weights_BTC, chosen_BTC = jax.lax.top_k(jax.nn.softmax(logits_BTE), self.config.experts_per_token)
+        weights_BTC = (weights_BTC / weights_BTC.sum(-1, keepdims=True)).astype(x_BTD.dtype)
+        tokens = computed(("batch", "length", None))
+        kernels = ("experts", "model", "mlp"), ("experts", "model", "mlp"), ("experts", "mlp", "model")
+        body = functools.partial(_on_a_device, self.activation)
+        apply = on_each_device(body, (tokens, tokens, tokens, *map(computed, kernels)), tokens)
+        parameters = (self.gate, self.up, self.down)
+        gathered = [constrain(p[...].astype(x_BTD.dtype), *axes) for p, axes in zip(parameters, kernels, strict=True)]
+        y_BTD = apply(x_BTD, weights_BTC, chosen_BTC, *gathered)
+        return y_BTD, routing_losses(logits_BTE, chosen_BTC, segment_ids_BT)
+
+
+def _on_a_device(activation, x_BTD, weights_BTC, chosen_BTC, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+    """Tokens are put in the order of their experts, so that each expert has one product; F may be a part of the whole."""
+    batch, length, dim = x_BTD.shape
+    num_chosen, num_experts = chosen_BTC.shape[-1], len(gate_EDF)
+    expert = chosen_BTC.reshape(-1)  # [N * C]
+    order = jnp.argsort(expert, stable=True)
+    sizes_E = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
+    x = x_BTD.reshape(-1, dim)[order // num_chosen]
+    h = activation(jax.lax.ragged_dot(x, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x, up_EDF, sizes_E)
+    y = jax.lax.ragged_dot(h, down_EFD, sizes_E) * weights_BTC.reshape(-1)[order][:, None]
+    y_NCD = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, num_chosen, dim)
+    return sum_over(y_NCD.sum(1).reshape(batch, length, dim), "mlp")
+
+
+def routing_losses(logits_BTE: jax.Array, chosen_BTC: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """(balance, z) of each row over its tokens that are no padding, float32 [B, 2]. Nothing but the row enters.
+
+    balance: E * sum_e (share of the choices for e) * (mean probability of e), 1 where all are alike (arXiv:2101.03961, eq. 4);
+    z: the mean of log(sum of exponentials)^2, which keeps logits near 0 (arXiv:2202.08906, eq. 5).
+    """
+    num_experts = logits_BTE.shape[-1]
+    real_BT = (segment_ids_BT != 0).astype(jnp.float32)
+    num_B = jnp.maximum(real_BT.sum(1), 1)
+    is_chosen_BTE = (chosen_BTC[..., None] == jnp.arange(num_experts)[None, None, None]).mean(2)
+    mean = lambda x: (x * real_BT[:, :, None]).sum(1) / num_B[:, None]
+    balance_B = num_experts * (mean(is_chosen_BTE.astype(jnp.float32)) * mean(jax.nn.softmax(logits_BTE))).sum(-1)
+    z_B = (jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * real_BT).sum(1) / num_B
+    return jnp.stack([balance_B, z_B], axis=-1)
+
+
+def share_at_work(config: Model, declared: Declaration) -> float:
+    """How much of a parameter a token's products use: all, or of the experts those that it chooses."""
+    return config.experts_per_token / config.num_experts if "experts" in declared.axes else 1.0
