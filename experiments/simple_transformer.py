@@ -1,14 +1,12 @@
-"""The first program of every tutorial: d_model=512, nhead=8, num_layers=6, dim_feedforward=2048, dropout=0.1, as a language
-model.
+"""The first program of every tutorial: d_model=512, nhead=8, num_layers=6, dim_feedforward=2048, dropout=0.1, a language model.
 
     python -m lm_jax.main --config experiments/simple_transformer.py
 
-That is the base size of arXiv:1706.03762, one stack: norms after the branches, ReLU, sinusoidal positions, the embedding
-scaled by the root of its width. Adam with betas 0.9 and 0.98, epsilon 1e-9, warm-up over 4,000 steps, then the inverse square root (section
-5.3). The weights of a `torch.nn.TransformerEncoder` of this size give the same outputs here
-(tests/test_simple_transformer.py). 20M parameters.
-Expected: as at every rate that fits norms after the branches, the loss falls late, in the warm-up's second half; a step of 16
-rows takes seconds on two CPU cores.
+That is the base size of arXiv:1706.03762, one stack: norms after the branches, ReLU, sinusoidal positions, the embedding scaled
+by the root of its width. Adam with betas 0.9 and 0.98, epsilon 1e-9, warm-up over 4,000 steps, then the inverse square root
+(section 5.3). The weights of a `torch.nn.TransformerEncoder` of this size give the same outputs here (tests/test_peers.py). 20M
+parameters.
+Expected: EXPECTED
 """
 
 from lm_jax.config import default_config

@@ -4,7 +4,7 @@ Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, V voc
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class LanguageModel(nnx.Module):
         self.embedding, self.unembedding = table(), None if config.tie_embedding else table()
 
     def __call__(self, tokens_BT: jax.Array, context: Context, drop: Dropout | None = None, caches=None, cached=None):
-        """int32 tokens [B, T] -> final hidden states [B, T, D], and what the layers leave behind: caches, where there were some."""
+        """int32 tokens [B, T] -> final hidden states [B, T, D], and what layers leave behind, such as caches."""
         raise NotImplementedError
 
     @staticmethod
