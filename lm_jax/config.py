@@ -189,7 +189,7 @@ class Train:
         0.0, "weight of log(router's denominator)^2, a token and layer; ST-MoE: 1e-3", low=0.0, fixed=False
     )
     seed: int = knob(0, "of initialisation and dropout", low=0, high=2**32 - 1)
-    init_from: str = knob("", "MODEL whose parameters a fresh run starts from", fixed=False)
+    init_from: str = knob("", "what a fresh run starts from: MODEL, or a text file of word vectors", fixed=False)
 
 
 @dataclasses.dataclass(frozen=True)

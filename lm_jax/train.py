@@ -9,13 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from lm_jax import checkpoint, command, costs, metrics, terminal
 from lm_jax.config import Config, UserError, parse_length
-from lm_jax.data import mixture, objectives, pipeline
+from lm_jax.data import mixture, objectives, pipeline, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_url
+from lm_jax.data.word_vectors import WordVectors
 from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.generate import Sampling, generate, writes
@@ -30,6 +32,7 @@ from lm_jax.train_state import Program, TrainState, fresh, make_program
 from lm_jax.train_step import compile_step
 
 SAMPLE_TOKENS = 96
+Source = checkpoint.Located | WordVectors  # what a fresh run may start from
 MOST_IN_A_ROW = 10  # gradients that are not finite, before the run stops
 
 
@@ -134,11 +137,16 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
     return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
 
 
-def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) -> checkpoint.Located | None:
-    """The model that `train.init_from` names. Raises UserError where there is none, or that lists what differs in shape."""
+def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) -> Source | None:
+    """The model, or the word vectors, that `train.init_from` names.
+
+    Raises UserError where there is none, or that lists what differs in shape.
+    """
     place = program.config.train.init_from
     if not place:
         return None
+    if epath.Path(place).is_file():
+        return word_vectors.read(place, mixed.tokenizer, program.config.model.model_dim)
     try:
         found = checkpoint.locate(place, say)
     except UserError as error:
@@ -161,7 +169,7 @@ def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) 
 
 
 def starting_point(
-    program: Program, workdir: epath.Path, source: checkpoint.Located | None, say: terminal.Terminal
+    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal
 ) -> tuple[TrainState, checkpoint.DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
     if step := agree((checkpoint.newest_valid(workdir, say, quarantine=True) or 0) if leads() else 0):
@@ -171,9 +179,24 @@ def starting_point(
     data = checkpoint.DataState(0, 0)
     if source is None:
         return jax.jit(lambda: fresh(program))(), data
+    if isinstance(source, WordVectors):
+        num, of = int(source.found.sum()), len(source.found)
+        say(f"{num:,} of {of:,} pieces from the words of {source.place}; the other {of - num:,} are initialised")
+        parameters = with_rows(jax.jit(lambda: fresh(program))().parameters, source)
+        return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
     _, parameters = checkpoint.load_parameters(source)
     say(f"parameters from {source.workdir} step {source.step:,}")
     return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
+
+
+def with_rows(parameters: dict, given: WordVectors) -> dict:
+    """The parameters with the given rows of the embedding table."""
+    table = parameters["embedding"]["table"]
+    padding = len(table) - len(given.table)
+    rows = jax.device_put(np.pad(given.table, ((0, padding), (0, 0))), table.sharding)
+    is_given = np.pad(given.found, (0, padding))[:, None]
+    replaced = jax.jit(lambda table, rows: jnp.where(jnp.asarray(is_given), rows, table))(table, rows)
+    return parameters | {"embedding": {"table": replaced}}
 
 
 def already_done(desk: Desk, say: terminal.Terminal) -> int:

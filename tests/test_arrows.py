@@ -10,8 +10,8 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-config ramp sharding data.sources data.tokenizer data.shards data.packing data.objectives data.mixture data.pipeline
-data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
+config ramp sharding data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
+data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
 model.recurrent model.graph loss costs optimizer train_state train_step metrics goodput terminal checkpoint
 command generate evaluate train main verify
