@@ -1,11 +1,14 @@
 """Text from a model: prefill, then the whole decode as one device program; `python -m lm_jax.generate --model MODEL`.
 
-Shape suffixes: B prompts, P padded prompt length, S slots of the cache, V vocabulary.
+Shape suffixes: B requests, P padded prompt length, N new tokens, V vocabulary. A prompt's last token is not read with the others:
+it is the first that the decoder takes, so that every token is written in the same way.
 """
 
 import functools
+import json
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,149 +19,231 @@ from lm_jax.config import OBJECTIVES, Mesh, Model, UserError
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import Graph
-from lm_jax.model.layers import row_keys
-from lm_jax.sharding import batch_shards, computed, constrain, make_mesh
+from lm_jax.sampling import GREEDY, Sampling, keys, sample
+from lm_jax.sharding import batch_shards, computed, constrain, iota, make_mesh, on_each_device
 from lm_jax.terminal import Terminal
 
 BUCKET = 64  # prompts and outputs are padded to its multiples, so that few programs serve all lengths
+SLICE = 16  # tokens that are decoded at once where somebody looks at them
+TOGETHER = 16  # prompts of a file that are one batch
 
 
 def writes(config: Model) -> bool:
     """Whether a model of this config writes text from left to right."""
-    return config.kind not in OBJECTIVES
+    return config.kind == "encoder_decoder" or config.kind not in OBJECTIVES
 
 
-class Sampling(NamedTuple):
-    """Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+class State(NamedTuple):
+    """Between two tokens: `token` stands at `position` and is read next; what came before is in the caches."""
 
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 0.95
-    seed: int | np.uint32 = 0
-
-
-def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature, top_k, top_p) -> jax.Array:
-    """int32 [B] drawn from softmax(logits / temperature), cut to the top_k and to the nucleus top_p (arXiv:1904.09751)."""
-    vocab_size = logits_BV.shape[-1]
-    greedy_B = jnp.argmax(logits_BV, axis=-1)
-    logits_BV = logits_BV.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
-    ordered_BV = -jnp.sort(-logits_BV, axis=-1)
-    weights_BV = jax.nn.softmax(ordered_BV, axis=-1)
-    rank_V = jnp.arange(vocab_size)
-    kept_BV = (jnp.cumsum(weights_BV, axis=-1) - weights_BV < top_p) & ((rank_V < top_k) | (top_k == 0))[None]
-    kept_BV |= (rank_V == 0)[None]
-    threshold_B = jnp.where(kept_BV, ordered_BV, jnp.inf).min(-1)
-    logits_BV = jnp.where(logits_BV >= threshold_B[:, None], logits_BV, -jnp.inf)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
-    return jnp.where(temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
+    caches: Any
+    token_B: jax.Array
+    position_B: jax.Array
+    ended_B: jax.Array
+    step: jax.Array  # tokens written so far
+    seen_BV: jax.Array | None = None  # pieces read or written, where repetition costs
+    source: tuple[jax.Array, Context] | None = None  # what an encoder made of the prompt
 
 
-def prefill(graph: Graph, parameters, tokens_BP, lengths_B, slots: int):
-    """Logits [B, V] after each prompt's last token, and the caches."""
-    batch, length = tokens_BP.shape
-    positions_BP = constrain(jnp.broadcast_to(jnp.arange(length)[None], (batch, length)), "batch", "length")
-    context = Context(positions_BP, (positions_BP < lengths_B[:, None]).astype(jnp.int32))
-    model = graph.module(parameters)
-    hidden, caches = model(tokens_BP, context, None, graph.empty_caches(batch, slots), filled(lengths_B, slots))
-    last_BP = positions_BP == lengths_B[:, None] - 1
-    hidden_B1D = jnp.where(last_BP[:, :, None], hidden, 0).sum(1, keepdims=True)
-    return last_logits(model, hidden_B1D), caches
+@functools.partial(jax.jit, static_argnames=("graph", "slots", "document_id", "penalised"))
+def prefill(
+    graph: Graph, parameters, tokens_BP, lengths_B, slots: int, document_id: int = -1, penalised: bool = False
+) -> State:
+    """The state before the first new token; `slots` is what a text may have in all. An encoder reads the prompt whole."""
+    model, (batch, length) = graph.module(parameters), tokens_BP.shape
+    caches, zeros_B = graph.empty_caches(batch, slots), jnp.zeros_like(lengths_B)
+    ended_B, step = zeros_B > 0, jnp.int32(0)
+    seen_BV = seen(tokens_BP, lengths_B, model.vocab_size) if penalised else None
+    positions_BP = iota((batch, length), "batch", "length")
+    within = lambda num_B: Context(positions_BP, (positions_BP < num_B[:, None]).astype(jnp.int32))
+    if graph.config.kind == "encoder_decoder":
+        source = model.encode(tokens_BP, within(lengths_B)), within(lengths_B)  # type: ignore[operator]
+        return State(caches, zeros_B + document_id, zeros_B, ended_B, step, seen_BV, source)
+    _, caches = model(tokens_BP, within(lengths_B - 1), None, caches)
+    last_B = jnp.where(positions_BP == lengths_B[:, None] - 1, tokens_BP, 0).sum(1)
+    return State(caches, last_B, lengths_B - 1, ended_B, step, seen_BV)
 
 
-def filled(lengths_B: jax.Array, slots: int) -> Context:
-    """What the slots of a cache hold: position = slot, and a segment where something is written."""
-    slots_BS = constrain(jnp.broadcast_to(jnp.arange(slots)[None], (lengths_B.shape[0], slots)), "batch", "length")
-    return Context(slots_BS, (slots_BS < lengths_B[:, None]).astype(jnp.int32))
+def seen(tokens_BP: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:
+    """Which pieces stand in each prompt, bool [B, V]."""
+    valid_BP = iota(tokens_BP.shape, "batch", "length") < lengths_B[:, None]
+    one = lambda ids_P, valid_P: jnp.zeros(vocab_size, bool).at[ids_P].max(valid_P)
+    layout = computed(("batch", None))
+    return on_each_device(jax.vmap(one), (layout, layout), layout)(tokens_BP, valid_BP)
 
 
-def last_logits(model, hidden_B1D: jax.Array) -> jax.Array:
-    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0]
+def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]:
+    """float32 logits [B, V] after the state's token, and the caches with it."""
+    model, token_B1 = graph.module(parameters), state.token_B[:, None]
+    context = Context(state.position_B[:, None], jnp.ones_like(token_B1))
+    if state.source is None:
+        hidden_B1D, caches = model(token_B1, context, None, state.caches)
+    else:
+        hidden_B1D, caches = model.decode(token_B1, context, state.source, None, state.caches)  # type: ignore[operator]
+    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0].astype(jnp.float32), caches
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "slots", "limit", "document_id"))
-def decode(
-    graph: Graph, parameters, tokens_BP, lengths_B, sampling: Sampling, slots: int, limit: int, document_id: int
-):
-    """int32 [B, limit] new tokens, `document_id` from the end of each text on. One program: nothing returns to the host."""
-    logits_BV, caches = prefill(graph, parameters, tokens_BP, lengths_B, slots)
-    batch = tokens_BP.shape[0]
-    rows_B = constrain(jnp.arange(batch, dtype=jnp.uint32), "batch")
-    root = jax.random.key(sampling.seed)
+@functools.partial(jax.jit, static_argnames=("graph", "num", "document_id"), donate_argnames=("state",))
+def decode(graph: Graph, parameters, state: State, sampling: Sampling, num: int, document_id: int):
+    """int32 [B, N] new tokens (`document_id` from the end of each text on), their log-probabilities [B, N], and the state after.
 
-    def draw(logits_BV, step):
-        keys_B = row_keys(root, "generate", step, 0, rows_B)
-        return sample(logits_BV, keys_B, sampling.temperature, sampling.top_k, sampling.top_p)
+    One program: nothing returns to the host between tokens. Log-probabilities are the model's, before temperature and cuts.
+    """
+    batch = len(state.token_B)
+    place_BN = iota((batch, num), "batch", None)
 
     def body(carry):
-        step, out_BN, token_B, caches = carry
-        lengths_now_B = lengths_B + step
-        context = Context(lengths_now_B[:, None] - 1, jnp.ones_like(token_B)[:, None])
-        model = graph.module(parameters)
-        hidden, caches = model(token_B[:, None], context, None, caches, filled(lengths_now_B, slots))
-        new_B = jnp.where(token_B == document_id, document_id, draw(last_logits(model, hidden), step))
-        return step + 1, put(out_BN, new_B, step), new_B, caches
+        i, state, out_BN, sure_BN = carry
+        logits_BV, caches = next_logits(graph, parameters, state)
+        drawn_B = sample(logits_BV, keys(sampling.seed, state.step), sampling, state.seen_BV)
+        new_B = jnp.where(state.ended_B, document_id, drawn_B)
+        chosen_BV = iota(logits_BV.shape, "batch", None) == new_B[:, None]
+        sure_B = jnp.where(chosen_BV, jax.nn.log_softmax(logits_BV), 0).sum(-1)
+        out_BN = jnp.where(place_BN == i, new_B[:, None], out_BN)
+        sure_BN = jnp.where((place_BN == i) & ~state.ended_B[:, None], sure_B[:, None], sure_BN)
+        seen_BV = None if state.seen_BV is None else state.seen_BV | chosen_BV
+        ended_B = state.ended_B | (new_B == document_id)
+        state = State(caches, new_B, state.position_B + 1, ended_B, state.step + 1, seen_BV, state.source)
+        return i + 1, state, out_BN, sure_BN
 
-    def put(out_BN, token_B, step):
-        return jnp.where((jnp.arange(limit) == step)[None], token_B[:, None], out_BN)
-
-    first_B = draw(logits_BV, 0)
-    start = jnp.full((batch, limit), document_id, jnp.int32, out_sharding=jax.typeof(tokens_BP).sharding)
-    carry = (jnp.int32(1), put(start, first_B, 0), first_B, caches)
-    going = lambda carry: (carry[0] < limit) & jnp.any(carry[2] != document_id)
-    return jax.lax.while_loop(going, body, carry)[1]
+    going = lambda carry: (carry[0] < num) & ~jnp.all(carry[1].ended_B)
+    start = jnp.int32(0), state, jnp.zeros_like(place_BN) + document_id, jnp.zeros_like(place_BN, jnp.float32)
+    _, state, out_BN, sure_BN = jax.lax.while_loop(going, body, start)
+    return out_BN, sure_BN, state
 
 
-def generate(
-    graph: Graph, parameters: dict, tokenizer: Tokenizer, prompts: list[str], limit: int, sampling: Sampling
-) -> list[str]:
-    """The continuation of each prompt, at most `limit` tokens. Raises UserError where that is more than the model sees."""
-    encoded = [
-        np.concatenate([[tokenizer.document_id], tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts
-    ]
-    longest = max(map(len, encoded))
-    room = graph.sequence_length - longest
+class Prompts(NamedTuple):
+    """Requests on the mesh, padded to the sizes of few programs."""
+
+    tokens_BP: jax.Array
+    lengths_B: jax.Array
+    slots: int
+    num: int  # new tokens that the slots have room for, at least what was asked
+    document_id: int
+
+
+def lay(graph: Graph, tokenizer: Tokenizer, prompts: list[str], limit: int, copies: int = 1) -> Prompts:
+    """Encodes prompts, each `copies` times. Raises UserError where `limit` more tokens are more than the model sees."""
+    document_id = tokenizer.document_id
+    encoded = [np.concatenate([[document_id], ids]).astype(np.int32) for ids in tokenizer.encode_batch(prompts)]
+    reads = graph.config.kind == "encoder_decoder"  # the prompt has a length of its own
+    longest, sees = max(map(len, encoded)), graph.sequence_length
+    room = sees - (0 if reads else longest) if longest <= sees else 0
     if limit > room:
         raise UserError(
-            f"the prompt is {longest} tokens and the model sees {graph.sequence_length}: --max_new_tokens {limit} is too many"
+            f"the prompt is {longest} tokens and the model sees {sees}: --max_new_tokens {limit} is too many"
             + (f", at most {room}" if room > 0 else "; shorten the prompt")
         )
-    up = lambda n: min(-(-n // BUCKET) * BUCKET, graph.sequence_length)
-    width, slots = up(longest), up(longest + limit)
+    up = lambda n: min(-(-n // BUCKET) * BUCKET, sees)
+    width, slots = up(longest), up(limit if reads else longest + limit)
     mesh = jax.sharding.get_mesh()
     shards = batch_shards(dict(mesh.shape))
-    rows = encoded + encoded[:1] * (-len(encoded) % shards)
+    rows = [row for row in encoded + encoded[:1] * (-len(encoded) % shards) for _ in range(copies)]
     tokens_BP = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
-    lay = lambda x: jax.device_put(x, jax.NamedSharding(mesh, computed(("batch", "length")[: x.ndim])))
     lengths_B = np.array([len(row) for row in rows], np.int32)
-    rounded = min(-(-limit // BUCKET) * BUCKET, slots - longest)
-    out = decode(graph, parameters, lay(tokens_BP), lay(lengths_B), sampling, slots, rounded, tokenizer.document_id)
-    texts = []
-    for row in np.asarray(out)[: len(prompts), :limit]:
-        ends = np.flatnonzero(row == tokenizer.document_id)
-        texts.append(tokenizer.decode(row[: ends[0] if len(ends) else limit]))
-    return texts
+    num = min(up(limit), slots if reads else slots - longest)
+    return Prompts(on_mesh(tokens_BP), on_mesh(lengths_B), slots, num, document_id)
+
+
+def on_mesh(x: np.ndarray) -> jax.Array:
+    """An array [B, ...] over the devices of the mesh that is set."""
+    return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), computed(("batch", *[None] * (x.ndim - 1)))))
+
+
+class Completion(NamedTuple):
+    text: str
+    tokens: list[int]
+    log_probabilities: list[float]  # of each token, in nats
+
+
+def stream(
+    graph: Graph,
+    parameters: dict,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    limit: int,
+    sampling: Sampling = GREEDY,
+    stop: tuple[str, ...] = (),
+    tokens_at_once: int = 0,
+) -> Iterator[list[Completion]]:
+    """What has been written after every `tokens_at_once` tokens (0: all at once), until every text has ended.
+
+    A text ends before the first of the strings `stop`, at the end of a document, or after `limit` tokens. Raises UserError.
+    """
+    laid = lay(graph, tokenizer, prompts, limit)
+    penalised = bool(np.any(np.asarray(sampling.repetition_penalty) != 1))
+    batch = len(laid.lengths_B)
+    of_each = sampling.of_each(np.arange(batch) % len(prompts))
+    of_each = jax.tree.map(on_mesh, of_each)
+    state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, laid.document_id, penalised)
+    step = tokens_at_once or (SLICE if stop else laid.num)
+    tokens, sure = np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32)
+    while tokens.shape[1] < limit:
+        out_BN, sure_BN, state = decode(graph, parameters, state, of_each, min(step, laid.num), laid.document_id)
+        tokens = np.concatenate([tokens, np.asarray(out_BN)], axis=1)
+        sure = np.concatenate([sure, np.asarray(sure_BN)], axis=1)
+        written = [written_by(tokenizer, *row, limit, stop) for row in zip(tokens, sure, strict=True)]
+        yield [completion for completion, _ in written[: len(prompts)]]
+        over = np.array([ended for _, ended in written])
+        if over.all():
+            return
+        state = state._replace(ended_B=state.ended_B | on_mesh(over))
+
+
+def written_by(tokenizer: Tokenizer, tokens, sure, limit: int, stop: tuple[str, ...]) -> tuple[Completion, bool]:
+    """A text so far, and whether it has ended."""
+    ends = np.flatnonzero(tokens[:limit] == tokenizer.document_id)
+    num = int(ends[0]) if len(ends) else min(len(tokens), limit)
+    text = tokenizer.decode(tokens[:num])
+    places = [place for place in (text.find(word) for word in stop) if place >= 0]
+    text = text[: min(places)] if places else text
+    return Completion(text, tokens[:num].tolist(), sure[:num].tolist()), bool(len(ends) or places or num == limit)
+
+
+def complete(graph: Graph, parameters: dict, tokenizer: Tokenizer, prompts: list[str], limit: int, *settings, **more):
+    """The continuations of prompts as `stream` ends with them."""
+    *_, last = stream(graph, parameters, tokenizer, prompts, limit, *settings, **more)
+    return last
+
+
+def generate(graph: Graph, parameters, tokenizer: Tokenizer, prompts: list[str], limit: int, sampling: Sampling):
+    """The continuation of each prompt as text, at most `limit` tokens. Raises UserError where the model sees less."""
+    return [completion.text for completion in complete(graph, parameters, tokenizer, prompts, limit, sampling)]
 
 
 def main(arguments: list[str]) -> int:
     parser = command.Parser("lm_jax.generate", __doc__)
     parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
     parser.add_argument("--prompt", action="append", help="may stand several times; without it: interactive")
+    parser.add_argument("--prompts", default="", help="a file with a prompt a line; JSON lines come out")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
     parser.add_argument("--top_k", type=int, default=50, help="0 = off")
     parser.add_argument("--top_p", type=float, default=0.95, help="1 = off")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--min_p", type=float, default=0.0, help="least share of the best piece's probability; 0 = off")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="1 = off")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each has the next number")
+    parser.add_argument("--stop", action="append", default=[], help="a text ends before it; may stand several times")
+    parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = off")
+    parser.add_argument("--length_penalty", type=float, default=1.0, help="of beam search: above 0 longer texts win")
     flags = parser.parse_args(arguments)
     bounds = {
         "max_new_tokens": (1, 1e6),
         "temperature": (0, 100),
         "top_k": (0, 1e6),
         "top_p": (0, 1),
+        "min_p": (0, 1),
+        "repetition_penalty": (0.01, 100),
         "seed": (0, 2**32 - 1),
+        "beams": (1, 64),
+        "length_penalty": (-10, 10),
     }
     for name, (low, high) in bounds.items():
         if not low <= getattr(flags, name) <= high:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
+    if flags.prompt and flags.prompts:
+        parser.error("--prompt and --prompts: one of them")
+    from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = checkpoint.locate(flags.model, Terminal())
     if not writes(found.config.model):
         raise UserError(
@@ -166,19 +251,64 @@ def main(arguments: list[str]) -> int:
             f"measure it with python -m lm_jax.evaluate --model {flags.model}"
         )
     with jax.set_mesh(make_mesh(Mesh(), distributed.devices())):
-        graph, parameters = checkpoint.load_parameters(found)
-        sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, np.uint32(flags.seed))
+        write = writer(*checkpoint.load_parameters(found), found.tokenizer, flags)
+        if from_file:
+            for first in range(0, len(from_file), TOGETHER):
+                prompts = from_file[first : first + TOGETHER]
+                for prompt, completion in zip(prompts, write(prompts, first), strict=True):
+                    print(json.dumps({"prompt": prompt, **completion._asdict()}, ensure_ascii=False), flush=True)
+            return 0
         if flags.prompt:
-            texts = generate(graph, parameters, found.tokenizer, flags.prompt, flags.max_new_tokens, sampling)
-            print("\n\n".join(prompt + text for prompt, text in zip(flags.prompt, texts, strict=True)))
+            completions = write(flags.prompt)
+            print("\n\n".join(prompt + found.text for prompt, found in zip(flags.prompt, completions, strict=True)))
             return 0
         print("a prompt a line; an empty line ends", file=sys.stderr)
         for line in iter(lambda: command.ask("> "), ""):
             try:
-                print(line + generate(graph, parameters, found.tokenizer, [line], flags.max_new_tokens, sampling)[0])
+                print(line, end="", flush=True)
+                write([line], show=lambda text: print(text, end="", flush=True))
+                print()
             except UserError as error:
                 print(error, file=sys.stderr)
     return 0
+
+
+def read_prompts(place: str) -> list[str]:
+    """The lines of a file of prompts. Raises UserError."""
+    try:
+        with open(place, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {place}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
+    if not lines:
+        raise UserError(f"--prompts {place} is empty: a prompt a line is expected")
+    return lines
+
+
+def writer(graph: Graph, parameters: dict, tokenizer: Tokenizer, flags) -> Callable[..., list[Completion]]:
+    """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
+
+    def write(prompts: list[str], first: int = 0, show: Callable[[str], None] | None = None) -> list[Completion]:
+        if flags.beams > 1:
+            from lm_jax import beam
+
+            found = beam.search(
+                graph, parameters, tokenizer, prompts, flags.max_new_tokens, flags.beams, flags.length_penalty
+            )
+        else:
+            names = "temperature top_k top_p min_p repetition_penalty".split()
+            sampling = Sampling(*(getattr(flags, name) for name in names), np.uint32((flags.seed + first) % 2**32))
+            shown, settings = "", (flags.max_new_tokens, sampling, tuple(flags.stop), SLICE if show else 0)
+            for found in stream(graph, parameters, tokenizer, prompts, *settings):
+                whole = found[0].text.rstrip("\ufffd")  # half a character may be at the end
+                if show and whole.startswith(shown):
+                    show(whole[len(shown) :])
+                    shown = whole
+        if show and flags.beams > 1:
+            show(found[0].text)
+        return found
+
+    return write
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import Model, UserError
 from lm_jax.model.layers import Dense, Norm
-from lm_jax.sharding import computed, constrain, einsum, on_each_device, platform, reshape
+from lm_jax.sharding import computed, constrain, einsum, iota, on_each_device, platform, reshape
 
 CHUNK = 256  # queries in one chunk of the chunked backend
 
@@ -257,13 +257,33 @@ def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:
     return turned.astype(x_BTHK.dtype)
 
 
-def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """The cache with `new` in the slots of its positions: one token a row anywhere, or many from slot 0 on."""
+def held(context: Context, size: int) -> Context:
+    """What the slots of a cache hold once the tokens of `context` are in it: slot s the last position p with p mod size = s."""
+    last_B = jnp.where(context.segment_ids > 0, context.positions, -1).max(axis=1)
+    slots_BS = iota((last_B.shape[0], size), "batch", "length")
+    positions_BS = last_B[:, None] - (last_B[:, None] - slots_BS) % size
+    return Context(positions_BS, (positions_BS >= 0).astype(jnp.int32))
+
+
+def seen_keys(context: Context, size: int) -> Context:
+    """What the queries of `context` look at where there is a cache: one token at the cache, many, which begin it, at each other."""
+    return held(context, size) if context.positions.shape[1] == 1 else context
+
+
+def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, context: Context) -> jax.Array:
+    """The cache with `new` in the slots of its positions: one token a row anywhere, or the last of many that begin it."""
+    axes, length, size = ("batch", "length", "kv_heads", "head_dim"), new_BTGK.shape[1], cache_BSGK.shape[1]
     new_BTGK = new_BTGK.astype(cache_BSGK.dtype)
-    if new_BTGK.shape[1] == 1:
-        slots_S = jnp.arange(cache_BSGK.shape[1])
-        return jnp.where((slots_S[None] == positions_BT)[:, :, None, None], new_BTGK, cache_BSGK)
-    return jnp.concatenate([new_BTGK, cache_BSGK[:, new_BTGK.shape[1] :]], axis=1)
+    if length == 1:
+        here_BS = iota((len(new_BTGK), size), "batch", "length") == context.positions % size
+        written = jnp.where(here_BS[:, :, None, None], new_BTGK, cache_BSGK)
+    elif length <= size:
+        written = jnp.concatenate([new_BTGK, cache_BSGK[:, length:]], axis=1)
+    else:
+        take = lambda new_BTGK, at_BS: jnp.take_along_axis(new_BTGK, at_BS[:, :, None, None], axis=1)
+        layouts = computed(axes), computed(("batch", "length"))
+        written = on_each_device(take, layouts, layouts[0])(new_BTGK, jnp.maximum(held(context, size).positions, 0))
+    return constrain(written, *axes)
 
 
 class Attention(nnx.Module):
@@ -289,11 +309,10 @@ class Attention(nnx.Module):
         context: Context,
         turn: Rotation | None,
         cache: Cache | None,
-        cached: Context | None,
         bias_BHTS: jax.Array | None = None,
         source: tuple[jax.Array, Context] | None = None,
     ):
-        """-> [B, T, D] and the cache with this call's keys and values. `cached` says what every slot of it holds.
+        """-> [B, T, D] and the cache with this call's keys and values.
 
         `source` is what is looked at, [B, S, D] with its context, where that is not `x` itself.
         """
@@ -305,14 +324,10 @@ class Attention(nnx.Module):
             q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
         named = zip((q_BTHK, k_BTGK, v_BTGK), ("query", "key", "value"), strict=True)
         q_BTHK, k_BTGK, v_BTGK = (checkpoint_name(x, name) for x, name in named)
+        backend = self.config.attention
         if cache is not None:
-            assert cached is not None
-            axes = ("batch", "length", "kv_heads", "head_dim")
-            k_BTGK = constrain(write(cache.keys, k_BTGK, context.positions), *axes)
-            v_BTGK = constrain(write(cache.values, v_BTGK, context.positions), *axes)
-            cache = Cache(k_BTGK, v_BTGK)
-            backend = "xla"
-        else:
-            cached, backend = seen, self.config.attention
-        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context, cached, self.window, backend, self.causal, bias_BHTS)
+            cache = Cache(write(cache.keys, k_BTGK, context), write(cache.values, v_BTGK, context))
+            seen, backend = seen_keys(context, cache.keys.shape[1]), "auto"
+            k_BTGK, v_BTGK = cache if seen is not context else (k_BTGK, v_BTGK)
+        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context, seen, self.window, backend, self.causal, bias_BHTS)
         return checkpoint_name(self.output(out_BTHK), "attention"), cache

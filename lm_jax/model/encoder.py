@@ -28,9 +28,7 @@ class Encoder(Transformer):
         self.output_bias = declare((self.vocab_size,), ("vocab",), constant(0.0)) if config.bias else None
         self.pooler, self.next_sentence = dense(config.model_dim), dense(NUM_LABELS)
 
-    def __call__(
-        self, tokens_BT, context: Context, drop: Dropout | None = None, caches=None, cached=None, types_BT=None
-    ):
+    def __call__(self, tokens_BT, context: Context, drop: Dropout | None = None, caches=None, types_BT=None):
         """int32 tokens [B, T] -> final states [B, T, D], None. `types_BT` says which of the two texts a token is of."""
         assert caches is None, "an encoder writes no text"
         x_BTD = self.embed(tokens_BT, context.positions)

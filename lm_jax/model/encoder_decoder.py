@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lm_jax.config import Model
-from lm_jax.model.attention import Attention, Cache, Context, Rotation, rotation
+from lm_jax.model.attention import Attention, Cache, Context, Rotation, rotation, seen_keys
 from lm_jax.model.language_model import LanguageModel, Reading
 from lm_jax.model.layers import Dropout, Embedding, Norm, declare, merge, normal, split, stacked
 from lm_jax.model.transformer import KEPT, Mlp, sinusoids
@@ -73,7 +73,6 @@ class Layer(nnx.Module):
         drop: Dropout | None,
         source: tuple[jax.Array, Context] | None = None,
         cache: Cache | None = None,
-        cached: Context | None = None,
     ):
         """-> [B, T, D], and the cache. `at` is what positions give: a bias and a rotation, either may be None."""
         post, rate = self.config.norm_place == "post", self.config.dropout
@@ -83,11 +82,11 @@ class Layer(nnx.Module):
             y_BTD = drop(y_BTD, rate, f"{self.name}_{name}", layer) if drop and rate else y_BTD
             return norm(x_BTD + y_BTD) if post else x_BTD + y_BTD, left
 
-        own = lambda x_BTD: self.attention(x_BTD, context, at[1], cache, cached, at[0])
+        own = lambda x_BTD: self.attention(x_BTD, context, at[1], cache, at[0])
         x_BTD, cache = branch(x_BTD, self.attention_norm, "attention", own)
         if self.cross is not None and self.cross_norm is not None:
             look = self.cross
-            across = lambda x_BTD: look(x_BTD, context, None, None, None, source=source)
+            across = lambda x_BTD: look(x_BTD, context, None, None, source=source)
             x_BTD, _ = branch(x_BTD, self.cross_norm, "cross", across)
         return branch(x_BTD, self.mlp_norm, "mlp", lambda x_BTD: (self.mlp(x_BTD), None))[0], cache
 
@@ -132,16 +131,16 @@ class EncoderDecoder(LanguageModel):
         source: tuple[jax.Array, Context],
         drop: Dropout | None = None,
         caches: Cache | None = None,
-        cached: Context | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """int32 tokens [B, T] -> hidden states [B, T, D], and the caches. A segment sees that of the same id in the source."""
-        return self._through("decoder", tokens_BT, context, drop, source, caches, cached)
+        return self._through("decoder", tokens_BT, context, drop, source, caches)
 
-    def _through(self, stack: str, tokens_BT, context: Context, drop, source=None, caches=None, cached=None):
+    def _through(self, stack: str, tokens_BT, context: Context, drop, source=None, caches=None):
         config, part = self.config, lambda name: getattr(self, f"{stack}_{name}")
         x_BTD = self.embed(tokens_BT, context.positions, part("positions"))
         x_BTD = drop(x_BTD, config.dropout, f"{stack}_embedding") if drop and config.dropout else x_BTD
-        bias_BHTS = part("bias")(context, cached or context) if part("bias") else None
+        seen = context if caches is None else seen_keys(context, caches.keys.shape[2])
+        bias_BHTS = part("bias")(context, seen) if part("bias") else None
         rotary = config.positions == "rotary"
         turn = rotation(context.positions, config.head_dim, config.rotary_base) if rotary else None
         graph, parameters = split(part("layers"))
@@ -149,7 +148,7 @@ class EncoderDecoder(LanguageModel):
         def body(x_BTD, scanned):
             index, parameters, cache = scanned
             layer = merge(graph, parameters)
-            return layer(x_BTD, context, (bias_BHTS, turn), index, drop, source, cache, cached)
+            return layer(x_BTD, context, (bias_BHTS, turn), index, drop, source, cache)
 
         if config.remat != "none" and caches is None:
             body = jax.checkpoint(body, policy=KEPT[config.remat], prevent_cse=config.unroll)

@@ -35,7 +35,7 @@ class LanguageModel(nnx.Module):
         table = lambda: Embedding(self.vocab_size, config.model_dim, "vocab", config.init_scale)
         self.embedding, self.unembedding = table(), None if config.tie_embedding else table()
 
-    def __call__(self, tokens_BT: jax.Array, context: Context, drop: Dropout | None = None, caches=None, cached=None):
+    def __call__(self, tokens_BT: jax.Array, context: Context, drop: Dropout | None = None, caches=None):
         """int32 tokens [B, T] -> final hidden states [B, T, D], and what layers leave behind, such as caches."""
         raise NotImplementedError
 

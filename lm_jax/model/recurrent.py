@@ -101,7 +101,7 @@ class Recurrent(LanguageModel):
         shape, axes = (config.num_layers, batch, config.model_dim), ("layers", "batch", None)
         return tuple(constrain(jnp.zeros(shape), *axes) for _ in range(CELLS[config.kind].num_states))
 
-    def __call__(self, tokens_BT, context: Context, drop: Dropout | None = None, caches=None, cached=None):
+    def __call__(self, tokens_BT, context: Context, drop: Dropout | None = None, caches=None):
         """int32 tokens [B, T] -> hidden states [B, T, D], and the states after the last token where `caches` has some."""
         rate, dtype = self.config.dropout, jnp.dtype(self.config.compute_dtype)
         x_BTD = self.embed(tokens_BT, context.positions)

@@ -81,7 +81,6 @@ class Block(nnx.Module):
         layer,
         drop: Dropout | None,
         cache: Cache | None,
-        cached: Context | None,
     ):
         post, rate = self.config.norm_place == "post", self.config.dropout
 
@@ -90,7 +89,7 @@ class Block(nnx.Module):
             x_BTD = x_BTD + (drop(y_BTD, rate, name, layer) if drop and rate else y_BTD)
             return norm(x_BTD) if post else x_BTD
 
-        y_BTD, cache = self.attention(x_BTD if post else self.attention_norm(x_BTD), context, turn, cache, cached)
+        y_BTD, cache = self.attention(x_BTD if post else self.attention_norm(x_BTD), context, turn, cache)
         x_BTD = join(x_BTD, y_BTD, "attention", self.attention_norm, self.attention_post_norm)
         y_BTD = x_BTD if post else self.mlp_norm(x_BTD)
         routing = None
@@ -119,11 +118,15 @@ class Transformer(LanguageModel):
 
     @staticmethod
     def empty_caches(config: Model, batch: int, slots: int) -> list[Cache]:
-        """Zeros [L / period, B, S, G, K] for each block of the period, on the mesh that is set."""
-        shape = (config.num_layers // len(config.window), batch, slots, config.num_kv_heads, config.head_dim)
+        """Zeros [L / period, B, S, G, K] for each block of the period, on the mesh that is set; a window needs no more slots."""
         axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-        zeros = lambda: constrain(jnp.zeros(shape, config.compute_dtype), *axes)
-        return [Cache(zeros(), zeros()) for _ in config.window]
+
+        def zeros(window: int):
+            size = min(slots, window) if window else slots
+            shape = (config.num_layers // len(config.window), batch, size, config.num_kv_heads, config.head_dim)
+            return constrain(jnp.zeros(shape, config.compute_dtype), *axes)
+
+        return [Cache(zeros(window), zeros(window)) for window in config.window]
 
     def __call__(
         self,
@@ -131,13 +134,12 @@ class Transformer(LanguageModel):
         context: Context,
         drop: Dropout | None = None,
         caches: list[Cache] | None = None,
-        cached: Context | None = None,
     ) -> tuple[jax.Array, Any]:
         """int32 tokens [B, T] -> final hidden states [B, T, D], and what the blocks leave behind, stacked over the periods.
 
         For each block of the period that is its cache where there was one, else the routing losses [B, 2] of its experts.
         """
-        return self.through(self.embed(tokens_BT, context.positions), context, drop, caches, cached)
+        return self.through(self.embed(tokens_BT, context.positions), context, drop, caches)
 
     def through(
         self,
@@ -145,7 +147,6 @@ class Transformer(LanguageModel):
         context: Context,
         drop: Dropout | None = None,
         caches: list[Cache] | None = None,
-        cached: Context | None = None,
     ):
         """What `__call__` gives for tokens, for embedded tokens [B, T, D]."""
         if drop and self.config.dropout:
@@ -163,7 +164,7 @@ class Transformer(LanguageModel):
             for i, graph in enumerate(graphs):
                 block = merge(graph, layers[i])
                 cache = caches[i] if caches else None
-                x_BTD, of_block = block(x_BTD, context, turns[i], step * self.period + i, drop, cache, cached)
+                x_BTD, of_block = block(x_BTD, context, turns[i], step * self.period + i, drop, cache)
                 left.append(of_block)
             return constrain(x_BTD, "batch", "length", kept), left
 

@@ -1,0 +1,111 @@
+"""Beam search: the most probable texts, for translation and summarisation; one device program, like sampling.
+
+Shape suffixes: B prompts, K beams, C = 2K candidates, N new tokens, V vocabulary. The rules are those of the field's common
+implementation: of the 2K best continuations those that end are finished texts if they are among the first K, the best K others go
+on; a finished text scores its log-probability / length^penalty; a prompt is done once no running text of the present length scores
+better than the worst of its K finished ones.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.generate import Completion, State, lay, next_logits, prefill
+from lm_jax.model.graph import Graph
+from lm_jax.sharding import iota, reshape
+
+NEVER = -1e9
+
+
+class Beams(NamedTuple):
+    """Texts that go on, best first, and finished ones with their scores (NEVER where there is none)."""
+
+    tokens_BKN: jax.Array
+    scores_BK: jax.Array
+    finished_BKN: jax.Array
+    finished_scores_BK: jax.Array
+    going_B: jax.Array  # whether better texts may come
+
+
+def pick(x, at_BJ: jax.Array):
+    """x[b, at[b, j]] of an array [B, K, ...], by selects alone: any layout of the other dims serves."""
+    spread = lambda y: y.reshape(*y.shape, *[1] * (x.ndim - 2))
+    parts = [jnp.where(spread(at_BJ == k), x[:, k : k + 1], 0) for k in range(x.shape[1])]
+    return functools.reduce(jnp.add if x.dtype != bool else jnp.logical_or, parts)
+
+
+def reorder(caches, parents_BK: jax.Array):
+    """Caches [L, B * K, ...] whose texts go on from other texts of the same prompt."""
+    batch, beams = parents_BK.shape
+
+    def one(x):
+        rest = ("length", "kv_heads", "head_dim") if x.ndim == 5 else (None,) * (x.ndim - 2)
+        apart = reshape(x, (len(x), batch, beams, *x.shape[2:]), "layers", "batch", None, *rest)
+        return reshape(jax.vmap(pick, (0, None))(apart, parents_BK), x.shape, "layers", "batch", *rest)
+
+    return jax.tree.map(one, caches)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "beams", "limit", "document_id"), donate_argnames=("state",))
+def decode(
+    graph: Graph, parameters, state: State, beams: int, limit: int, document_id: int, penalty: jax.Array
+) -> Beams:
+    """The best texts of each prompt; `state` has every prompt `beams` times, one after the other."""
+    batch = len(state.token_B) // beams
+    like_BK = iota((batch, beams), "batch", None)
+    nothing_BKN = jnp.zeros_like(iota((batch, beams, limit), "batch", None, None)) + document_id
+    never_BK = jnp.zeros_like(like_BK, jnp.float32) + NEVER
+    start = Beams(nothing_BKN, jnp.where(like_BK == 0, 0, never_BK), nothing_BKN, never_BK, like_BK[:, 0] == 0)
+
+    def body(carry):
+        n, state, now = carry
+        logits_BV, caches = next_logits(graph, parameters, state)
+        vocab_size = logits_BV.shape[-1]
+        sure = reshape(jax.nn.log_softmax(logits_BV), (batch, beams, vocab_size), "batch", None, None)
+        sums = reshape(sure + now.scores_BK[:, :, None], (batch, beams * vocab_size), "batch", None)
+        scores_BC, places_BC = jax.lax.top_k(sums, 2 * beams)
+        parents_BC, ids_BC = places_BC // vocab_size, places_BC % vocab_size
+        at_N = jnp.arange(limit)[None, None] == n
+        tokens_BCN = jnp.where(at_N, ids_BC[:, :, None], pick(now.tokens_BKN, parents_BC))
+        ends_BC = (ids_BC == document_id) | (n + 1 == limit)
+        first_BC = iota(ends_BC.shape, "batch", None) < beams
+
+        length = (n + 1).astype(jnp.float32) ** penalty
+        ended_BC = jnp.where(ends_BC & first_BC & now.going_B[:, None], scores_BC / length, NEVER)
+        merged = jnp.concatenate([now.finished_scores_BK, ended_BC], axis=1)
+        finished_scores_BK, best_BK = jax.lax.top_k(merged, beams)
+        finished_BKN = pick(jnp.concatenate([now.finished_BKN, tokens_BCN], axis=1), best_BK)
+
+        running_BK, next_BK = jax.lax.top_k(jnp.where(ends_BC, NEVER, scores_BC), beams)
+        full_B = jnp.all(finished_scores_BK > NEVER, axis=1)
+        better_B = running_BK[:, 0] / length > jnp.where(full_B, finished_scores_BK.min(1), NEVER)
+        now = Beams(pick(tokens_BCN, next_BK), running_BK, finished_BKN, finished_scores_BK, now.going_B & better_B)
+        token_B = reshape(pick(ids_BC, next_BK), (batch * beams,), "batch")
+        caches = reorder(caches, pick(parents_BC, next_BK))
+        state = state._replace(caches=caches, token_B=token_B, position_B=state.position_B + 1, step=state.step + 1)
+        return n + 1, state, now
+
+    going = lambda carry: (carry[0] < limit) & jnp.any(carry[2].going_B)
+    return jax.lax.while_loop(going, body, (jnp.int32(0), state, start))[2]
+
+
+def search(
+    graph: Graph, parameters, tokenizer: Tokenizer, prompts: list[str], limit: int, beams: int, penalty: float = 1.0
+) -> list[Completion]:
+    """The best text of each prompt; its one log-probability is the sum over the text and its end. Raises UserError."""
+    laid = lay(graph, tokenizer, prompts, limit, beams)
+    state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, laid.document_id)
+    found = decode(graph, parameters, state, beams, limit, laid.document_id, np.float32(penalty))
+    completions = []
+    for row_N, score in zip(
+        np.asarray(found.finished_BKN)[:, 0], np.asarray(found.finished_scores_BK)[:, 0], strict=True
+    ):
+        ends = np.flatnonzero(row_N == laid.document_id)
+        num = int(ends[0]) if len(ends) else limit
+        total = float(score) * (num + len(ends[:1])) ** penalty
+        completions.append(Completion(tokenizer.decode(row_N[:num]), row_N[:num].tolist(), [total]))
+    return completions[: len(prompts)]
