@@ -2,8 +2,8 @@
 
 One interleaved run over the shards of the config's first source. `window` is a bare fancy index of random windows of tokens, the
 ceiling; `per row` reads tokens and targets of random windows row by row, as nanoGPT does; `rows` makes rows of the batch contract
-(documents permuted, segments, positions, masks) in this process; `loader` is the whole way to arrays on the device, `per row, put`
-the other reader's.
+(documents permuted, segments, positions, masks) in this process; `loader` is the whole way to arrays on the device, and
+`per row, put` that of the row-by-row reader.
 """
 
 import statistics
