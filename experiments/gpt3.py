@@ -1,6 +1,6 @@
 """GPT-3 in all eight sizes (arXiv:2005.14165, table 2.1 and appendix B): 300B tokens each.
 
-    python -m lm_jax.main --config experiments/gpt3.py:1.3b --config.data.source=/path/to/folder/of/text
+    python -m lm_jax.main --config experiments/gpt3.py:1.3b --config.data.sources=/path/to/folder/of/text
 
 AdamW with betas 0.9 and 0.95, epsilon 1e-8, decay 0.1, clipped at 1.0; warm-up over 375M tokens, cosine to 10% at 260B; rows
 of 2,048 tokens; the batch grows from 32k tokens; dense and banded attention alternate. Where the paper is silent or at odds

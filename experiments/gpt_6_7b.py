@@ -1,6 +1,6 @@
 """GPT-3 6.7B: the row of `gpt3.py`, where the recipe and its choices stand.
 
-    python -m lm_jax.main --config experiments/gpt_6_7b.py --config.data.source=/path/to/folder/of/text
+    python -m lm_jax.main --config experiments/gpt_6_7b.py --config.data.sources=/path/to/folder/of/text
 
 Expected: about 2.03 nats a token on the paper's corpus after 300B tokens.
 """

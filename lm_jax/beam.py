@@ -1,9 +1,10 @@
 """Beam search: the most probable texts, for translation and summarisation; one device program, like sampling.
 
-Shape suffixes: B prompts, K beams, C = 2K candidates, N new tokens, V vocabulary. The rules are those of the field's common
-implementation: of the 2K best continuations those that end are finished texts if they are among the first K, the best K others go
-on; a finished text scores its log-probability / length^penalty; a prompt is done once no running text of the present length scores
-better than the worst of its K finished ones.
+Shape suffixes: B prompts, K beams, C = 2K candidates, N new tokens, V vocabulary.
+
+The rules are those of `transformers`: of the 2K best continuations those that end are finished texts if they are among the first
+K, the best K others go on; a finished text scores its log-probability / length^penalty; a prompt is done once no running text
+scores better than the worst of its K finished ones.
 """
 
 import functools

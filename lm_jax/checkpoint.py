@@ -75,7 +75,10 @@ class Saver:
     def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, Any]):
         self.folder, self.config, self.facts = steps_folder(workdir), config, facts
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # In a bucket every array is objects of its own: Orbax's OCDBT would join them, by generations that not every store has.
+        arrays = lambda: ocp.StandardCheckpointHandler(use_ocdbt=not is_url(workdir))
+        handlers = {"parameters": arrays(), "optimizer": arrays(), "data": ocp.JsonCheckpointHandler()}
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._commit: concurrent.futures.Future | None = None
         self.saved_at = time.monotonic()

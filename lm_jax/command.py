@@ -16,7 +16,11 @@ import ml_collections
 from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
 
 EXIT_USER, EXIT_FAULT, EXIT_PREEMPTED = 2, 70, 75
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
+KEPT_MEMORY = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**32, "arena_max": 1}.items()
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,14 +78,15 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
     sys.exit(code)
 
 
-def with_huge_pages() -> None:
-    """Starts this process once more, with memory from glibc in huge pages; where it has them, or is not Linux, nothing.
+def with_kept_memory() -> None:
+    """Starts this process once more, with a glibc that keeps memory and has it in huge pages; elsewhere than on Linux, nothing.
 
-    XLA takes a step's memory anew for every step on a CPU: a fault for every 4 KiB of it is a sixth of a step's CPU time, half of
-    a small model's (docs/notebook.md). A tunable of glibc can only be set before a process starts.
+    XLA takes a step's memory anew for every step on a CPU, glibc would give it back to the kernel each time: clearing it anew
+    is a quarter of a step's wall time (docs/notebook.md). The tunables of glibc can only be set before a process starts.
     """
-    if sys.platform == "linux" and HUGE_PAGES.split("=")[0] not in os.environ.get("GLIBC_TUNABLES", ""):
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES)))
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in given:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, KEPT_MEMORY)))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

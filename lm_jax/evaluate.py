@@ -56,7 +56,7 @@ class Evaluator:
     ):
         """Totals over the first `num_rows` rows (0: all). `watch(done, of)` is called after every batch."""
         wanted = min(num_rows or rows.num_rows, rows.num_rows)
-        limited = packing.First(rows, wanted)
+        limited = rows.first(wanted)
         parts = []
         for batch in pipeline.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
             parts.append(settle(self._sums(parameters, batch)))

@@ -18,8 +18,9 @@ from lm_jax import checkpoint, command, distributed
 from lm_jax.config import OBJECTIVES, Mesh, Model, UserError
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.model.attention import Context
+from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.graph import Graph
-from lm_jax.sampling import GREEDY, Sampling, keys, sample
+from lm_jax.sampling import GREEDY, Sampling, draw
 from lm_jax.sharding import batch_shards, computed, constrain, iota, make_mesh, on_each_device
 from lm_jax.terminal import Terminal
 
@@ -56,8 +57,8 @@ def prefill(
     seen_BV = seen(tokens_BP, lengths_B, model.vocab_size) if penalised else None
     positions_BP = iota((batch, length), "batch", "length")
     within = lambda num_B: Context(positions_BP, (positions_BP < num_B[:, None]).astype(jnp.int32))
-    if graph.config.kind == "encoder_decoder":
-        source = model.encode(tokens_BP, within(lengths_B)), within(lengths_B)  # type: ignore[operator]
+    if isinstance(model, EncoderDecoder):
+        source = model.encode(tokens_BP, within(lengths_B)), within(lengths_B)
         return State(caches, zeros_B + document_id, zeros_B, ended_B, step, seen_BV, source)
     _, caches = model(tokens_BP, within(lengths_B - 1), None, caches)
     last_B = jnp.where(positions_BP == lengths_B[:, None] - 1, tokens_BP, 0).sum(1)
@@ -76,18 +77,19 @@ def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]
     """float32 logits [B, V] after the state's token, and the caches with it."""
     model, token_B1 = graph.module(parameters), state.token_B[:, None]
     context = Context(state.position_B[:, None], jnp.ones_like(token_B1))
-    if state.source is None:
-        hidden_B1D, caches = model(token_B1, context, None, state.caches)
+    if isinstance(model, EncoderDecoder):
+        assert state.source is not None
+        hidden_B1D, caches = model.decode(token_B1, context, state.source, None, state.caches)
     else:
-        hidden_B1D, caches = model.decode(token_B1, context, state.source, None, state.caches)  # type: ignore[operator]
+        hidden_B1D, caches = model(token_B1, context, None, state.caches)
     return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0].astype(jnp.float32), caches
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "num", "document_id"), donate_argnames=("state",))
-def decode(graph: Graph, parameters, state: State, sampling: Sampling, num: int, document_id: int):
+def decode(graph: Graph, parameters, state: State, sampling: Sampling, until, num: int, document_id: int):
     """int32 [B, N] new tokens (`document_id` from the end of each text on), their log-probabilities [B, N], and the state after.
 
-    One program: nothing returns to the host between tokens. Log-probabilities are the model's, before temperature and cuts.
+    The first `until` of the `num` places are written. One program: nothing returns to the host between tokens. Log-probabilities are the model's, before temperature and cuts.
     """
     batch = len(state.token_B)
     place_BN = iota((batch, num), "batch", None)
@@ -95,7 +97,7 @@ def decode(graph: Graph, parameters, state: State, sampling: Sampling, num: int,
     def body(carry):
         i, state, out_BN, sure_BN = carry
         logits_BV, caches = next_logits(graph, parameters, state)
-        drawn_B = sample(logits_BV, keys(sampling.seed, state.step), sampling, state.seen_BV)
+        drawn_B = draw(logits_BV, state.step, sampling, state.seen_BV)
         new_B = jnp.where(state.ended_B, document_id, drawn_B)
         chosen_BV = iota(logits_BV.shape, "batch", None) == new_B[:, None]
         sure_B = jnp.where(chosen_BV, jax.nn.log_softmax(logits_BV), 0).sum(-1)
@@ -106,7 +108,7 @@ def decode(graph: Graph, parameters, state: State, sampling: Sampling, num: int,
         state = State(caches, new_B, state.position_B + 1, ended_B, state.step + 1, seen_BV, state.source)
         return i + 1, state, out_BN, sure_BN
 
-    going = lambda carry: (carry[0] < num) & ~jnp.all(carry[1].ended_B)
+    going = lambda carry: (carry[0] < until) & ~jnp.all(carry[1].ended_B)
     start = jnp.int32(0), state, jnp.zeros_like(place_BN) + document_id, jnp.zeros_like(place_BN, jnp.float32)
     _, state, out_BN, sure_BN = jax.lax.while_loop(going, body, start)
     return out_BN, sure_BN, state
@@ -118,7 +120,6 @@ class Prompts(NamedTuple):
     tokens_BP: jax.Array
     lengths_B: jax.Array
     slots: int
-    num: int  # new tokens that the slots have room for, at least what was asked
     document_id: int
 
 
@@ -141,8 +142,7 @@ def lay(graph: Graph, tokenizer: Tokenizer, prompts: list[str], limit: int, copi
     rows = [row for row in encoded + encoded[:1] * (-len(encoded) % shards) for _ in range(copies)]
     tokens_BP = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
     lengths_B = np.array([len(row) for row in rows], np.int32)
-    num = min(up(limit), slots if reads else slots - longest)
-    return Prompts(on_mesh(tokens_BP), on_mesh(lengths_B), slots, num, document_id)
+    return Prompts(on_mesh(tokens_BP), on_mesh(lengths_B), slots, document_id)
 
 
 def on_mesh(x: np.ndarray) -> jax.Array:
@@ -176,12 +176,14 @@ def stream(
     of_each = sampling.of_each(np.arange(batch) % len(prompts))
     of_each = jax.tree.map(on_mesh, of_each)
     state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, laid.document_id, penalised)
-    step = tokens_at_once or (SLICE if stop else laid.num)
+    step = tokens_at_once or (SLICE if stop else limit)
+    num = step if step < limit else -(-limit // BUCKET) * BUCKET
     tokens, sure = np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32)
     while tokens.shape[1] < limit:
-        out_BN, sure_BN, state = decode(graph, parameters, state, of_each, min(step, laid.num), laid.document_id)
-        tokens = np.concatenate([tokens, np.asarray(out_BN)], axis=1)
-        sure = np.concatenate([sure, np.asarray(sure_BN)], axis=1)
+        until = min(step, limit - tokens.shape[1])
+        out_BN, sure_BN, state = decode(graph, parameters, state, of_each, until, num, laid.document_id)
+        tokens = np.concatenate([tokens, np.asarray(out_BN)[:, :until]], axis=1)
+        sure = np.concatenate([sure, np.asarray(sure_BN)[:, :until]], axis=1)
         written = [written_by(tokenizer, *row, limit, stop) for row in zip(tokens, sure, strict=True)]
         yield [completion for completion, _ in written[: len(prompts)]]
         over = np.array([ended for _, ended in written])
@@ -296,8 +298,8 @@ def writer(graph: Graph, parameters: dict, tokenizer: Tokenizer, flags) -> Calla
                 graph, parameters, tokenizer, prompts, flags.max_new_tokens, flags.beams, flags.length_penalty
             )
         else:
-            names = "temperature top_k top_p min_p repetition_penalty".split()
-            sampling = Sampling(*(getattr(flags, name) for name in names), np.uint32((flags.seed + first) % 2**32))
+            named = {name: getattr(flags, name) for name in Sampling._fields}
+            sampling = Sampling(**named | {"seed": np.uint32((flags.seed + first) % 2**32)})
             shown, settings = "", (flags.max_new_tokens, sampling, tuple(flags.stop), SLICE if show else 0)
             for found in stream(graph, parameters, tokenizer, prompts, *settings):
                 whole = found[0].text.rstrip("\ufffd")  # half a character may be at the end

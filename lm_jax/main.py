@@ -39,5 +39,5 @@ def table(config: Config, origins: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
-    command.with_huge_pages()
+    command.with_kept_memory()
     command.door(main)

@@ -3,32 +3,32 @@
 Shape suffixes: B requests, V vocabulary. The order is that of the field: repetition penalty, temperature, then the cuts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.model.layers import row_keys
-from lm_jax.sharding import iota
+from lm_jax.sharding import computed, on_each_device
 
 
 class Sampling(NamedTuple):
     """Numbers, or arrays [B]. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off."""
 
-    temperature: float | jax.Array = 0.8
-    top_k: int | jax.Array = 50
-    top_p: float | jax.Array = 0.95
-    min_p: float | jax.Array = 0.0
-    repetition_penalty: float | jax.Array = 1.0
-    seed: int | np.uint32 | jax.Array = 0
+    temperature: Any = 0.8
+    top_k: Any = 50
+    top_p: Any = 0.95
+    min_p: Any = 0.0
+    repetition_penalty: Any = 1.0
+    seed: Any = 0  # uint32
 
     def of_each(self, seed_by: np.ndarray) -> "Sampling":
         """As arrays [B]: every request its own seed, the given one plus `seed_by`."""
         num = len(seed_by)
         kinds = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
         spread = [np.broadcast_to(np.asarray(x, kind), num) for x, kind in zip(self, kinds, strict=True)]
-        return Sampling(*spread[:5], spread[5] + seed_by.astype(np.uint32))
+        return Sampling._make(spread)._replace(seed=spread[-1] + seed_by.astype(np.uint32))
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -38,6 +38,14 @@ def keys(seed_B: jax.Array, step: jax.Array) -> jax.Array:
     """One key a request, by its seed and the number of the token: its neighbours in the batch do not enter."""
     one = lambda seed: row_keys(jax.random.key(seed), "generate", step, 0, jnp.zeros(1, jnp.uint32))[0]
     return jax.vmap(one)(seed_B)
+
+
+def draw(logits_BV: jax.Array, step: jax.Array, sampling: Sampling, seen_BV: jax.Array | None) -> jax.Array:
+    """`sample` on a mesh: every device draws for its own requests, by their seeds."""
+    row, matrix = computed(("batch",)), computed(("batch", None))
+    layouts = matrix, computed(()), jax.tree.map(lambda _: row, sampling), None if seen_BV is None else matrix
+    one = lambda logits_BV, step, sampling, seen_BV: sample(logits_BV, keys(sampling.seed, step), sampling, seen_BV)
+    return on_each_device(one, layouts, row)(logits_BV, step, sampling, seen_BV)
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
@@ -68,7 +76,7 @@ def cut(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """
     top_k_B1, top_p_B1 = jnp.asarray(sampling.top_k)[:, None], jnp.asarray(sampling.top_p)[:, None]
     ordered_BV = -jnp.sort(-logits_BV, axis=-1)
-    rank_BV = iota(logits_BV.shape, "batch", None)
+    rank_BV = jnp.broadcast_to(jnp.arange(logits_BV.shape[-1])[None], logits_BV.shape)
     ordered_BV = jnp.where((rank_BV < top_k_B1) | (top_k_B1 == 0), ordered_BV, -jnp.inf)
     weights_BV = jax.nn.softmax(ordered_BV, axis=-1)
     kept_BV = (jnp.cumsum(weights_BV, axis=-1) - weights_BV < top_p_B1) & (ordered_BV > -jnp.inf)

@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 
 from lm_jax.config import Mesh, UserError
-from lm_jax.data import pipeline, shards, sources, tokenizer
+from lm_jax.data import packing, pipeline, shards, sources, tokenizer
 from lm_jax.sharding import make_mesh
 
 
@@ -118,6 +118,16 @@ def test_batches_are_the_rows_whatever_the_mesh_and_workers(stream, devices, mes
         assert batch["tokens"].sharding.mesh == built and batch["tokens"].shape == (8, 64)
         for i in range(8):
             assert equal({name: np.asarray(x)[i] for name, x in batch.items()}, stream.row(24 + 8 * j + i))
+
+
+@pytest.mark.parametrize("indices", [[0], [5, 6, 7, 8], [3, 4, 9, 10, 11, 2], list(range(40, 80))])
+def test_rows_taken_together_are_the_rows_made_one_by_one(indices):
+    stream = pipeline.Stream(tiny_split([7, 3, 20, 1, 9, 1, 1, 30]), 8, seed=3)
+    together = stream.rows(indices)
+    for k, i in enumerate(indices):
+        alone = packing.make_row(list(stream.pieces(8 * i, 8 * i + 9)), 8, i)
+        assert equal({name: value[k] for name, value in together.items()}, alone)
+        assert {name: value.dtype for name, value in together.items()} == {n: v.dtype for n, v in alone.items()}
 
 
 def test_segments_and_positions_restart_at_documents(stream, corpus):

@@ -92,6 +92,20 @@ def test_a_source_is_its_own_stream_and_every_token_is_seen_once_an_epoch(a, b, 
             np.testing.assert_array_equal(np.sort(tokens[epoch * size : (epoch + 1) * size]), split.tokens)
 
 
+@pytest.mark.parametrize("way", ["split", "best_fit"])
+def test_rows_of_two_sources_taken_together_are_the_rows_one_by_one(way):
+    make = {"split": packing.Stream, "best_fit": lambda *given: packing.BestFit(*given, 9999)}[way]
+    mixed = mixture.Mixed(
+        [make(split, 8, 0) for split in splits([5, 7, 30], [11, 2, 9, 9])], mixture.Shares([0.7, 0.3])
+    )
+    for rows in (mixed, mixture.Kept(mixed, ((3, 5), (20, 21)))):
+        for indices in (list(range(32)), [40, 2, 3]):
+            together = rows.rows(indices)
+            for k, i in enumerate(indices):
+                for name, value in rows.row(i).items():
+                    np.testing.assert_array_equal(together[name][k], value)
+
+
 def test_skipped_rows_are_dropped_and_nothing_else():
     [split] = splits([50] * 40)
     mixed = mixture.Mixed([packing.Stream(split, 10, 0)], mixture.Shares([1.0]))

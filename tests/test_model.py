@@ -10,7 +10,7 @@ import pytest
 from conftest import FAMILIES, tiny
 
 from lm_jax.data import packing
-from lm_jax.generate import filled, prefill
+from lm_jax.generate import next_logits, prefill
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build
@@ -118,22 +118,16 @@ def test_cached_decode_equals_full_forward(kind):
     tokens, lengths = random_tokens(2, LENGTH), jnp.array([20, 33])
     full = logits(graph, parameters, tokens, whole(2))
 
-    @jax.jit
-    def step(token_B, lengths_B, caches):
-        context = Context(lengths_B[:, None] - 1, jnp.ones((2, 1), jnp.int32))
-        model = graph.module(parameters)
-        hidden, caches = model(token_B[:, None], context, None, caches, filled(lengths_B, LENGTH))
-        return model.logits(hidden)[:, 0], caches
-
     prompt = jnp.where(jnp.arange(40)[None] < lengths[:, None], tokens[:, :40], 499)  # padding is not zeros
-    out, caches = jax.jit(lambda t, n: prefill(graph, parameters, t, n, LENGTH))(prompt, lengths)
-    rows = jnp.arange(2)
-    np.testing.assert_allclose(out, full[rows, lengths - 1], atol=1e-4)
+    state = prefill(graph, parameters, prompt, lengths, LENGTH)
+    step, rows = jax.jit(lambda state: next_logits(graph, parameters, state)), jnp.arange(2)
     for _ in range(30):
-        out, caches = step(tokens[rows, lengths], lengths + 1, caches)
-        np.testing.assert_allclose(out, full[rows, lengths], atol=1e-4)
-        lengths = lengths + 1
-    assert jax.tree.map(jnp.shape, graph.empty_caches(2, LENGTH)) == jax.tree.map(jnp.shape, caches)
+        out, caches = step(state)
+        np.testing.assert_allclose(out, full[rows, state.position_B], atol=1e-4)
+        state = state._replace(
+            caches=caches, token_B=tokens[rows, state.position_B + 1], position_B=state.position_B + 1
+        )
+    assert jax.tree.map(jnp.shape, graph.empty_caches(2, LENGTH)) == jax.tree.map(jnp.shape, state.caches)
 
 
 def test_padding_of_the_vocabulary_never_wins():

@@ -106,6 +106,13 @@ def test_half_a_character_is_not_lost_silently(one):
         assert one.decode(ids[:1]) == "\ufffd"
 
 
+def test_a_batch_is_encoded_as_each_text_alone(one):
+    texts = ["def f(x):\n    return x\n", "", "a \u2581 b", "tail", "\u2581\u2581"]
+    for text, ids in zip(texts, one.encode_batch(texts), strict=True):
+        assert ids.dtype == np.int32
+        np.testing.assert_array_equal(ids, one.encode(text))
+
+
 def test_pieces_beyond_the_vocabulary_and_the_mark_are_no_text(one):
     ids = [one.document_id, *one.encode("ab"), one.num_pieces, one.num_pieces + 5]  # a padded model may draw them
     assert one.decode(ids) == "ab"

@@ -2,7 +2,8 @@
 
 One interleaved run over the shards of the config's first source. `window` is a bare fancy index of random windows of tokens, the
 ceiling; `per row` reads tokens and targets of random windows row by row, as nanoGPT does; `rows` makes rows of the batch contract
-(documents permuted, segments, positions, masks) in this process; `loader` is the whole way to arrays on the device.
+(documents permuted, segments, positions, masks) in this process; `loader` is the whole way to arrays on the device, and
+`per row, put` that of the row-by-row reader.
 """
 
 import statistics
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 
 from lm_jax import command, distributed
@@ -62,6 +64,7 @@ def data(arguments: list[str]) -> int:
     contenders: dict[str, Callable[[], Iterator]] = {
         "window": lambda: windows(np.load(path, mmap_mode="r"), length),
         "per row": lambda: per_row(path, length),
+        "per row, put": lambda: (jax.device_put(pair) for pair in per_row(path, length)),
         "rows": lambda: (made[j] for j in range(10**6)),
         "loader, 0 workers": lambda: load(0),
         "loader, 2 workers": lambda: load(2),

@@ -26,9 +26,9 @@ class Contender:
     def __init__(self, name: str, shape: str):
         self.name = name
         line = [sys.executable, __file__, "worker", name, shape]
-        huge = {"GLIBC_TUNABLES": command.HUGE_PAGES}  # as `lm_jax.main` has it; the peer gets it, too
+        memory = {"GLIBC_TUNABLES": command.KEPT_MEMORY}  # as `lm_jax.main` has it; the peer gets it, too
         self.process = subprocess.Popen(
-            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | huge
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | memory
         )
         self.first = self.answer()["seconds"]
 

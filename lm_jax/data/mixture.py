@@ -17,7 +17,7 @@ import numpy as np
 from lm_jax.config import Data, UserError, Weight
 from lm_jax.data import shards, tokenizer
 from lm_jax.data.objectives import make_hide
-from lm_jax.data.packing import Batch, BestFit, Held, Hide, Stream, as_it_is
+from lm_jax.data.packing import Batch, BestFit, Held, Hide, Stream, as_it_is, stacked
 
 
 class Shares:
@@ -84,20 +84,40 @@ class Mixed:
         source, j = self.shares.locate(i)
         return self.streams[source].row(j) | {"row": np.uint32(i)}
 
+    def rows(self, indices: list[int]) -> Batch:
+        """These rows as [rows, T] arrays, taken together from each source where nothing is hidden in them."""
+        if self.hide is not as_it_is:
+            return stacked([self.row(i) for i in indices])
+        found = np.array([self.shares.locate(i) for i in indices])
+        given = np.array(indices, np.uint32)
+        parts = [np.flatnonzero(found[:, 0] == source) for source in range(len(self.streams))]
+        taken = [stream.rows(found[at, 1].tolist()) for stream, at in zip(self.streams, parts, strict=True) if len(at)]
+        if len(taken) == 1:
+            return taken[0] | {"row": given}
+        back = np.argsort(np.concatenate(parts))
+        return {name: np.concatenate([part[name] for part in taken])[back] for name in taken[0]} | {"row": given}
+
 
 class Kept:
     """A stream without the rows of `skipped`, sorted ranges [first, last): the cursor counts the rows that are left."""
 
-    def __init__(self, rows: Mixed, skipped: tuple[tuple[int, int], ...]):
-        self.rows, self.skipped, self.sequence_length = rows, skipped, rows.sequence_length
+    def __init__(self, mixed: Mixed, skipped: tuple[tuple[int, int], ...]):
+        self.mixed, self.skipped, self.sequence_length = mixed, skipped, mixed.sequence_length
 
     def row(self, cursor: int) -> Batch:
+        return self.mixed.row(self._kept(cursor))
+
+    def rows(self, indices: list[int]) -> Batch:
+        return self.mixed.rows([self._kept(cursor) for cursor in indices])
+
+    def _kept(self, cursor: int) -> int:
+        """The row of the stream that stands at a cursor."""
         i = cursor
         for first, last in self.skipped:
             if i < first:
                 break
             i += last - first
-        return self.rows.row(i)
+        return i
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,10 @@ Three ways: concatenated and split, every token a target once an epoch (`Stream`
 (`BestFit`); held-out documents in their order (`Held`). A row stands in the batch contract of `lay_out`.
 """
 
+import copy
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,8 +67,38 @@ class Stream:
             start += num
 
     def row(self, i: int) -> Batch:
-        start = i * self.sequence_length
-        return make_row(list(self.pieces(start, start + self.sequence_length + 1)), self.sequence_length, i)
+        return {name: value[0] for name, value in self.block(i, 1).items()}
+
+    def rows(self, indices: list[int]) -> Batch:
+        """These rows as [rows, T] arrays: one pass over the tokens for each run of neighbours, whatever its length."""
+        borders = [0, *(k for k in range(1, len(indices)) if indices[k] != indices[k - 1] + 1), len(indices)]
+        blocks = [self.block(indices[a], b - a) for a, b in itertools.pairwise(borders)]
+        return (
+            {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]} if blocks[1:] else blocks[0]
+        )
+
+    def block(self, first: int, num: int) -> Batch:
+        """Rows [first, first + num) of the batch contract."""
+        length, size = self.sequence_length, num * self.sequence_length
+        pieces = [piece for _, piece in self.pieces(first * length, first * length + size + 1)]
+        tokens, shape = np.concatenate(pieces).astype(np.int32), (num, length)
+        borders = np.cumsum([len(piece) for piece in pieces[:-1]], dtype=np.int64)
+        starts = np.zeros(size, bool)  # of segments: at a document's first token, and at a row's
+        starts[borders[borders < size]] = starts[::length] = True
+        place = count_to(size)
+        return {
+            "tokens": tokens[:-1].reshape(shape),
+            "targets": tokens[1:].reshape(shape),
+            "segment_ids": np.cumsum(starts.reshape(shape), axis=1, dtype=np.int32),
+            "positions": (place - np.maximum.accumulate(np.where(starts, place, 0))).reshape(shape),
+            "loss_mask": np.ones(shape, np.float32),
+            "row": np.arange(first, first + num, dtype=np.uint32),
+        }
+
+
+def stacked(rows: list[Batch]) -> Batch:
+    """Rows as one batch, [rows, ...] each."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class BestFit:
@@ -118,6 +150,9 @@ class BestFit:
                 targets.append(np.array([self.document_id], found.dtype))
         sizes = [len(piece) for piece in tokens]
         return lay_out(np.concatenate(tokens), np.concatenate(targets), sizes, self.sequence_length, i)
+
+    def rows(self, indices: list[int]) -> Batch:
+        return stacked([self.row(i) for i in indices])
 
 
 def pieces_of(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -174,6 +209,12 @@ class Held:
         self.split, self.sequence_length, self.document_id = split, sequence_length, document_id
         self.num_rows, self.hide = -(-len(split.tokens) // sequence_length), hide
 
+    def first(self, num_rows: int) -> "Held":
+        """The first of the rows alone."""
+        limited = copy.copy(self)
+        limited.num_rows = min(num_rows, self.num_rows)
+        return limited
+
     def row(self, i: int) -> Batch:
         return self.hide(self.whole, i, self.num_rows)
 
@@ -189,6 +230,11 @@ class Held:
         if stop == len(self.split.tokens):  # what follows the last document
             pieces.append((document, np.array([self.document_id], self.split.tokens.dtype)))
         return make_row(pieces, self.sequence_length, i)
+
+    def rows(self, indices: list[int]) -> Batch:
+        """These rows; one of padding in the place of each beyond the last, where the last batch is not full."""
+        nothing = {name: np.zeros_like(value) for name, value in self.row(0).items()}
+        return stacked([self.row(i) if i < self.num_rows else nothing | {"row": np.uint32(i)} for i in indices])
 
 
 def make_row(pieces: list[tuple[int, np.ndarray]], length: int, i: int) -> Batch:
@@ -216,10 +262,3 @@ def lay_out(tokens: np.ndarray, targets: np.ndarray, sizes: list[int], length: i
 @functools.cache
 def count_to(length: int) -> np.ndarray:
     return np.arange(length, dtype=np.int32)
-
-
-class First:
-    """The first `num_rows` of held-out rows."""
-
-    def __init__(self, held: Held, num_rows: int):
-        self.sequence_length, self.num_rows, self.row = held.sequence_length, num_rows, held.row

@@ -18,10 +18,10 @@ from jax.sharding import NamedSharding
 from lm_jax.config import Data
 from lm_jax.data.mixture import Kept, Mixed
 from lm_jax.data.objectives import example
-from lm_jax.data.packing import Batch, BestFit, First, Held, Stream
+from lm_jax.data.packing import Batch, BestFit, Held, Stream
 from lm_jax.sharding import computed
 
-Rows = Stream | BestFit | Mixed | Kept | Held | First
+Rows = Stream | BestFit | Mixed | Kept | Held
 
 
 class Batches:
@@ -35,16 +35,7 @@ class Batches:
 
     def __getitem__(self, j) -> Batch:
         start = self.first + int(j) * self.size
-        limit = getattr(self.rows, "num_rows", None)
-        made = [
-            self.rows.row(start + i) if limit is None or start + i < limit else self._nothing(start + i)
-            for i in self.local
-        ]
-        return {name: np.stack([row[name] for row in made]) for name in made[0]}
-
-    def _nothing(self, i: int) -> Batch:
-        """A row of padding, where the last batch is not full."""
-        return {name: np.zeros_like(value) for name, value in self.rows.row(0).items()} | {"row": np.uint32(i)}
+        return self.rows.rows([start + i for i in self.local])
 
 
 def layout(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -95,12 +86,12 @@ def batches(
 
 
 def _on_mesh(local: np.ndarray, mesh: jax.sharding.Mesh, size: int, place: dict[int, int]) -> jax.Array:
-    shape = (size, *local.shape[1:])
+    """The global array [size, ...] of which this process holds the rows `place`; they lie in runs, which are not copied."""
     sharding = NamedSharding(mesh, computed(("batch", "length")[: local.ndim]))
 
     def shard(index):
-        rows = [place[row] for row in range(size)[index[0]]]
-        return local[rows][(slice(None), *index[1:])]
+        rows = range(size)[index[0]]
+        return local[(slice(place[rows[0]], place[rows[-1]] + 1), *index[1:])]
 
     with jax.transfer_guard_host_to_device("allow"):  # the one transfer that the loop means
-        return jax.make_array_from_callback(shape, sharding, shard)
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, shard)

@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -41,6 +42,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text alone, int32."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text, on all cores where the library can."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -90,6 +95,11 @@ class SentencePiece:
             ids += self._processor.encode(part)
         return np.array(ids, np.int32)
 
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        plain = [text for text in texts if SPACE not in text]
+        of_plain = iter(self._processor.encode(plain, num_threads=os.cpu_count() or 1))
+        return [self.encode(text) if SPACE in text else np.array(next(of_plain), np.int32) for text in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self._bytes[i] for i in map(int, ids) if i < self.num_pieces).decode("utf-8", errors="replace")
 
@@ -109,6 +119,9 @@ class Bytes:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
@@ -157,6 +170,9 @@ class HuggingFace:
             parts = re.split("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names), text)
             ids = [i for part in parts for i in self._tokenizer.encode(part, add_special_tokens=False).ids]
         return np.array(ids, np.int32)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if i < self.num_pieces and i not in self._special]

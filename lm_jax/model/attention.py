@@ -266,7 +266,7 @@ def held(context: Context, size: int) -> Context:
 
 
 def seen_keys(context: Context, size: int) -> Context:
-    """What the queries of `context` look at where there is a cache: one token at the cache, many, which begin it, at each other."""
+    """What queries look at where there is a cache: one token at all that it holds, many, which begin it, at each other."""
     return held(context, size) if context.positions.shape[1] == 1 else context
 
 

@@ -1,4 +1,4 @@
-"""Training starts with memory in huge pages, once, and keeps what it was told."""
+"""Training starts with a glibc that keeps memory, once, and keeps what it was told."""
 
 import os
 import subprocess
@@ -7,10 +7,12 @@ import sys
 import pytest
 from conftest import ROOT
 
+from lm_jax import command
+
 SCRIPT = """
 import os, sys
 from lm_jax import command
-command.with_huge_pages()
+command.with_kept_memory()
 print(os.getpid(), os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
 """
 
@@ -19,8 +21,8 @@ print(os.getpid(), os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
 @pytest.mark.parametrize(
     ("before", "expected"),
     [
-        ("", "glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        ("", command.KEPT_MEMORY),
+        ("glibc.malloc.check=0", f"glibc.malloc.check=0:{command.KEPT_MEMORY}"),
         ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
     ],
 )
