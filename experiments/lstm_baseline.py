@@ -13,5 +13,5 @@ def get_config():
     config = quickstart.get_config()
     config.model.kind, config.model.num_layers, config.model.model_dim = "lstm", 2, 200
     config.model.positions, config.model.unroll = "none", False
-    config.optimizer.learning_rate = 4e-3
+    config.model.init_scale, config.optimizer.learning_rate = 0.15, 1e-2
     return config

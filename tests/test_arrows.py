@@ -15,8 +15,13 @@ data.pipeline data.readers data.report data.clean data.overlap data.steps data.e
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
 model.recurrent model.graph loss costs optimizer train_state train_step metrics goodput terminal checkpoint
 command generate evaluate train main verify
+convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf
 """.split()
-PERIPHERY = {"verify", *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split())}
+PERIPHERY = {
+    "verify",
+    *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split()),
+    *(f"convert.{name}" for name in "safetensors families encoders hugging_face gguf".split()),
+}
 
 
 def imports(path) -> set[str]:
