@@ -278,6 +278,8 @@ def description_of(config: Config, num_pieces: int, end: int = -1) -> Descriptio
         content[places] = config.data.sequence_length
         if end >= 0:
             content.update(bos_token_id=end, eos_token_id=end)
+        if end >= 0 and name == "t5":
+            content.update(decoder_start_token_id=end)
         if name == "gpt2":
             content.update(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         content |= family.write(config.model)
