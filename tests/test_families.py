@@ -119,7 +119,9 @@ def test_an_encoder_sees_both_sides_of_its_own_text_and_no_other():
     np.testing.assert_allclose(together, alone[0][0], atol=2e-5)
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary", "learned"])
+@pytest.mark.parametrize(
+    "positions", ["relative", *(pytest.param(x, marks=pytest.mark.proof) for x in ("rotary", "learned"))]
+)
 def test_an_encoder_decoder_reads_both_sides_writes_one_and_can_go_on_from_a_cache(positions):
     """By gradient: the state at a place of the target depends on all of its own source, on no other source, on no later target.
 
