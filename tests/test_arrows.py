@@ -12,11 +12,11 @@ from conftest import ROOT
 ORDER = """
 config ramp sharding data.sources data.tokenizer data.shards data.packing data.mixture data.objectives data.pipeline
 data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
-model.layers
-model.attention model.moe model.transformer convert.safetensors convert.families convert.hugging_face convert.gguf loss costs optimizer train_state train_step metrics goodput terminal checkpoint
-command generate evaluate train main verify
+model.layers model.attention model.moe model.transformer convert.safetensors convert.families convert.hugging_face
+convert.gguf loss costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command
+generate evaluate train main verify
 """.split()
-CONVERT = {f"convert.{name}" for name in "safetensors families hugging_face gguf".split()}
+CONVERT = {f"convert.{name}" for name in "safetensors families hugging_face gguf run".split()}
 PERIPHERY = CONVERT | {
     "verify",
     *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split()),

