@@ -3,13 +3,13 @@
 import json
 import os
 import pathlib
+import pydoc_data.topics
 import random
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pydoc_data.topics
 import pytest
 from conftest import FAMILIES, ROOT, tiny
 
