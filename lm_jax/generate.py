@@ -141,7 +141,9 @@ def generate(
 
 def main(arguments: list[str]) -> int:
     parser = command.Parser("lm_jax.generate", __doc__)
-    parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
+    parser.add_argument(
+        "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
+    )
     parser.add_argument("--prompt", action="append", help="may stand several times; without it: interactive")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")

@@ -261,7 +261,7 @@ def read_mixtral(theirs: Theirs) -> dict[str, Any]:
 
 def write_mixtral(model: Model) -> dict[str, Any]:
     return write_mistral(model) | {
-        "num_local_experts": model.num_experts,
+        "num_local_experts": model.num_experts or 1,
         "num_experts_per_tok": model.experts_per_token,
     }
 
