@@ -13,9 +13,9 @@ def get_config():
     config.model.num_layers, config.model.model_dim, config.model.num_heads = 4, 128, 2
     config.model.init_scale, config.model.dropout = 0.06, 0.0
     config.data.tokenizer = "sentencepiece:2048"
-    config.data.sequence_length, config.data.global_batch_size = 128, 16
+    config.data.sequence_length, config.data.global_batch_size = 128, 8
     config.optimizer.learning_rate, config.optimizer.warmup = 2e-3, 100
-    config.train.num_steps = 1000
+    config.train.num_steps = 750
     config.checkpoint.every, config.evaluate.every, config.log.every = 500, 250, 50
     config.evaluate.num_rows = 0
     return config

@@ -14,7 +14,7 @@ def get_config():
     model.num_layers, model.model_dim, model.mlp_dim, model.init_scale = 2, 128, 256, 0.06
     model.num_heads, model.head_dim = 2, 0
     config.data.tokenizer = "sentencepiece:2048"
-    config.data.sequence_length, config.data.global_batch_size = 128, 16
+    config.data.sequence_length, config.data.global_batch_size = 128, 8
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.warmup = "adamw", 2e-3, 100
     config.optimizer.schedule = "cosine"
     config.train.num_steps = 750
