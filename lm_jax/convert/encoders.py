@@ -132,6 +132,8 @@ T5: tuple[Row, ...] = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family("BertForPreTraining", "bert.", BERT, read_bert, write_bert, optional=("cls.", "pooler.")),
-    "t5": Family("T5ForConditionalGeneration", "", T5, read_t5, write_t5, "n_positions"),
+    "bert": Family(
+        "BertForPreTraining", "bert.", BERT, read_bert, write_bert, kind="encoder", optional=("cls.", "pooler.")
+    ),
+    "t5": Family("T5ForConditionalGeneration", "", T5, read_t5, write_t5, "n_positions", "encoder_decoder"),
 }

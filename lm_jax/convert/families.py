@@ -28,6 +28,7 @@ class Family(NamedTuple):
     read: Callable[["Theirs"], dict[str, Any]]
     write: Callable[[Model], dict[str, Any]]
     length: str = "max_position_embeddings"  # where the longest text is said
+    kind: str = "transformer"  # `model.kind` of its models
     optional: tuple[str, ...] = ()  # their names start so where a folder may lack them: nought, then
 
 
@@ -262,7 +263,7 @@ def read_mixtral(theirs: Theirs) -> dict[str, Any]:
 def write_mixtral(model: Model) -> dict[str, Any]:
     return write_mistral(model) | {
         "num_local_experts": model.num_experts or 1,
-        "num_experts_per_tok": model.experts_per_token,
+        "num_experts_per_tok": min(model.experts_per_token, model.num_experts or 1),
     }
 
 

@@ -270,8 +270,10 @@ def description_of(config: Config, num_pieces: int, end: int = -1) -> Descriptio
 
     Raises UserError that names what the nearest family cannot say.
     """
-    reasons = {}
+    reasons, kind = {}, config.model.kind
     for name, family in FAMILIES.items():
+        if family.kind != kind:
+            continue
         places = family.length
         content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
         content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces)
@@ -289,6 +291,8 @@ def description_of(config: Config, num_pieces: int, end: int = -1) -> Descriptio
         if not differing:
             return found
         reasons[name] = sorted(differing)
+    if not reasons:
+        raise UserError(f"no Hugging Face family is of config.model.kind = {kind}")
     name, differing = min(reasons.items(), key=lambda item: len(item[1]))
     keys = ", ".join(f"{key} = {getattr(config.model, key)!r}" for key in differing)
     raise UserError(

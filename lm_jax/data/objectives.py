@@ -171,9 +171,9 @@ def span_corruption(
     """Span corruption (Raffel et al., arXiv:1910.10683, 3.1.4): spans of about `mean_span` tokens are taken out, in all `rate` of
     each segment.
 
-    The encoder (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) sees sentinel k = `first_sentinel` + k * `step` in the
-    place of span k; the decoder, which starts with `start_id`, predicts each sentinel, its span, and one last sentinel. Segments of
-    fewer than three tokens stay whole and predict nothing. Nothing becomes longer than the row was.
+    The encoder (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) sees sentinel k = `first_sentinel` + k * `step`
+    in the place of span k; the decoder, which starts with `start_id`, predicts each sentinel, its span, and one last sentinel.
+    Segments of fewer than three tokens stay whole and predict nothing. Nothing becomes longer than the row was.
     """
     length = len(row["tokens"])
     encoder: list[np.ndarray] = []
