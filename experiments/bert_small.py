@@ -2,7 +2,8 @@
 
     python -m lm_jax.main --config experiments/bert_small.py
 
-The quickstart's size and corpus, 1.1M parameters. Expected: loss 7.4 at the start, 5.6 a hidden token after 350 steps (0.36M tokens), 2,500 to 3,500 tokens/s on two CPU cores.
+The quickstart's size and corpus, 1.1M parameters. Expected: loss 7.4 at the start, 5.6 a hidden token after 350 steps (0.36M
+tokens), 2,500 to 3,500 tokens/s on two CPU cores.
 """
 
 import bert_base

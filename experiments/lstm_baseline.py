@@ -2,9 +2,10 @@
 
     python -m lm_jax.main --config experiments/lstm_baseline.py
 
-Two layers of 200 cells and a tied table (the form of arXiv:1409.2329): 1.05M parameters, as many as experiments/quickstart.py.
-Expected: 2.36 validation bits per byte where the Transformer has 2.34; it is behind all the way (docs/transformer_lstm.png) and
-takes a token at a time: 3,200 tokens/s on the two CPU cores that do 5,800 there.
+Two layers of 200 cells and a tied table (the form of arXiv:1409.2329): 1.05M parameters, as many as
+experiments/quickstart.py.
+Expected: 2.36 validation bits per byte where the Transformer has 2.34; it is behind all the way (docs/transformer_lstm.png)
+and takes a token at a time: 3,200 tokens/s on the two CPU cores that do 5,800 there.
 """
 
 import quickstart
