@@ -2,7 +2,8 @@
 
     python -m lm_jax.main --config experiments/t5_tiny.py
 
-The quickstart's corpus and width, 1.6M parameters. Expected: loss 7.7 at the start (log of 2,148 pieces); a few minutes on two CPU cores.
+The quickstart's corpus and width.
+Expected: loss 7.7 at the start (log of 2,148 pieces); a few minutes on two CPU cores.
 """
 
 import t5_small
