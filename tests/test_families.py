@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax import checkpoint, metrics, train, verify
+from lm_jax import checkpoint, command, costs, metrics, train, verify
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import mixture, objectives, pipeline
 from lm_jax.data.packing import First
 from lm_jax.generate import filled
 from lm_jax.model.attention import Context
+from lm_jax.model.graph import build
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
@@ -206,3 +207,21 @@ def test_an_objective_needs_its_kind():
     ):
         with pytest.raises(UserError, match=words):
             tiny(**changes)
+
+
+@pytest.mark.parametrize(("name", "pieces", "millions"), [("bert_base", 30_522, 110), ("t5_small", 32_100, 77)])
+def test_a_published_size_has_its_parameters(name, pieces, millions):
+    config, _ = command.load_config(f"experiments/{name}.py", {})
+    extra = objectives.EXTRA[config.data.objective]
+    assert config.data.tokenizer == f"sentencepiece:{pieces - extra}"
+    graph = build(config.model, pieces, config.data.sequence_length)
+    assert abs(costs.count(config, graph.declarations).parameters / millions / 1e6 - 1) < 0.005
+
+
+def test_what_an_encoder_and_an_encoder_decoder_compute_is_counted():
+    """Six FLOPs a matrix parameter; all pairs of both sides, and for a target its half, all of its source besides."""
+    for kind, share in (("encoder", 1.0), ("encoder_decoder", 2.5), ("lstm", 0.0)):
+        config = tiny(**KINDS[kind])
+        found = costs.count(config, build(config.model, 512, 64).declarations)
+        pairs = 12 * 64 * share * config.data.sequence_length * config.model.num_layers
+        assert found.flops_per_token == 6 * found.matrix_parameters + pairs
