@@ -6,7 +6,7 @@ That is the base size of arXiv:1706.03762, one stack: norms after the branches, 
 by the root of its width. Adam with betas 0.9 and 0.98, epsilon 1e-9, warm-up over 4,000 steps, then the inverse square root
 (section 5.3). The weights of a `torch.nn.TransformerEncoder` of this size give the same outputs here (tests/test_peers.py). 20M
 parameters.
-Expected: EXPECTED
+Expected: little before the warm-up is over; a step of 16 rows takes seconds on two CPU cores.
 """
 
 from lm_jax.config import default_config

@@ -2,7 +2,8 @@
 
     python -m lm_jax.main --config experiments/t5_tiny.py
 
-The quickstart's corpus and width, 1.6M parameters. Expected: EXPECTED
+The quickstart's corpus and width.
+Expected: loss 7.7 at the start (log of 2,148 pieces); a few minutes on two CPU cores.
 """
 
 import t5_small
@@ -14,7 +15,7 @@ def get_config():
     model.num_layers, model.model_dim, model.mlp_dim, model.init_scale = 2, 128, 256, 0.06
     model.num_heads, model.head_dim = 2, 0
     config.data.tokenizer = "sentencepiece:2048"
-    config.data.sequence_length, config.data.global_batch_size = 128, 16
+    config.data.sequence_length, config.data.global_batch_size = 128, 8
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.warmup = "adamw", 2e-3, 100
     config.optimizer.schedule = "cosine"
     config.train.num_steps = 750

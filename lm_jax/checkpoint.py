@@ -27,7 +27,7 @@ from lm_jax.config import Config, UserError, difference, flatten, leaves, neares
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
-from lm_jax.data.tokenizer import Tokenizer, load
+from lm_jax.data.tokenizer import Tokenizer, load, named
 from lm_jax.distributed import leads
 from lm_jax.model.graph import Graph, build
 from lm_jax.places import set_aside, write_whole
@@ -342,10 +342,17 @@ class Located(NamedTuple):
     step: int
     config: Config
     tokenizer: Tokenizer
+    described: Any = None  # of a Hugging Face folder, what its config.json says
+
+    @property
+    def num_pieces(self) -> int:
+        """Of the model: those of its tokenizer, and what its objective adds."""
+        added = lambda: specials(self.tokenizer, self.config.data.objective).num_pieces
+        return self.described.num_pieces if self.described else added()
 
 
 def locate(model: str, say: Callable[[str], None] = print) -> Located:
-    """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified. Raises UserError."""
+    """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified; or a Hugging Face folder. Raises UserError."""
     check_url("--model", model)
     place, _, wanted = (model, "", "") if (epath.Path(model) / "config.json").exists() else model.rpartition("@")
     place, wanted = (place, wanted) if place else (wanted or model, "")
@@ -353,6 +360,8 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     if not (workdir / "config.json").exists():
         siblings = [str(path) for path in workdir.parent.glob("*") if (path / "config.json").exists()]
         raise UserError(f"--model {model}: {place} is not a run (it has no config.json){nearest(place, siblings)}")
+    if "model_type" in read_json(workdir / "config.json"):
+        return locate_hugging_face(workdir)
     steps = complete_steps(workdir / "checkpoints")
     if not steps:
         raise UserError(f"--model {model}: the run has no checkpoint yet")
@@ -371,20 +380,44 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     return Located(workdir, step, config, load(str(workdir)))
 
 
-def num_pieces(located: Located) -> int:
-    return specials(located.tokenizer, located.config.data.objective).num_pieces
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """An object in a file, {} where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def locate_hugging_face(folder: epath.Path) -> Located:
+    """A folder with config.json, safetensors and a tokenizer. The one place where the core looks up `convert`."""
+    from lm_jax.convert import hugging_face
+
+    described = hugging_face.read_description(str(folder))
+    with named(f"--model {folder}: its tokenizer"):
+        tokenizer = load(str(folder))
+    if tokenizer.num_pieces > described.num_pieces:
+        raise UserError(
+            f"--model {folder}: its tokenizer has {tokenizer.num_pieces} pieces, its config.json says {described.num_pieces}"
+        )
+    return Located(folder, 0, described.config, tokenizer, described)
 
 
 def graph_of(located: Located) -> Graph:
     """The model of a run. The attention backend was right where it was trained; here the best of this platform is."""
     model = dataclasses.replace(located.config.model, attention="auto")
-    return build(model, num_pieces(located), located.config.data.sequence_length)
+    return build(model, located.num_pieces, located.config.data.sequence_length)
 
 
 def load_parameters(located: Located) -> tuple[Graph, dict]:
     """The model of a run and its parameters on the mesh that is set: their average where the run keeps one."""
-    program = make_program(located.config, num_pieces(located))
+    program = make_program(located.config, located.num_pieces)
     target = abstract(program)
+    if located.described:
+        from lm_jax.convert import hugging_face
+
+        found = hugging_face.read_parameters(str(located.workdir), located.described)
+        return program.graph, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), found, target.parameters)
     # Only the average of the optimizer's state is read: {"3.average.embedding.table": ..., ...}.
     named = {name: x for name, x in _named(target.optimizer_state).items() if ".average." in name}
     args = ocp.args.Composite(parameters=ocp.args.StandardRestore(target.parameters))

@@ -78,7 +78,9 @@ def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batc
 
 def main(arguments: list[str]) -> int:
     parser = command.Parser("lm_jax.evaluate", __doc__)
-    parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
+    parser.add_argument(
+        "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
+    )
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument(
         "--batch_size", type=int, default=8, help="rows at a time on a device; the result does not depend on it"

@@ -215,7 +215,9 @@ def generate(graph: Graph, parameters, tokenizer: Tokenizer, prompts: list[str],
 
 def main(arguments: list[str]) -> int:
     parser = command.Parser("lm_jax.generate", __doc__)
-    parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
+    parser.add_argument(
+        "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
+    )
     parser.add_argument("--prompt", action="append", help="may stand several times; without it: interactive")
     parser.add_argument("--prompts", default="", help="a file with a prompt a line; JSON lines come out")
     parser.add_argument("--max_new_tokens", type=int, default=64)

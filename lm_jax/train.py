@@ -480,11 +480,12 @@ def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> st
 
 def next_commands(this: Run, given: str) -> str:
     longer = f"--config.train.num_steps={4 * this.num_steps} --workdir {this.workdir}-longer"
+    sample = f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"'
     return "\n".join(
         [
             f"done in {costs.duration(time.monotonic() - this.goodput.start)}; next:",
             f"  longer     {given} {longer}",
-            f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"',
+            *[sample] * writes(this.config.model),
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
             f"  look       tensorboard --logdir {checkpoint.steps_folder(this.workdir).parent.parent}",
         ]

@@ -56,7 +56,7 @@ FAMILIES = {
     ),
     "mixtral": dict(LLAMA, model__num_experts=4),
     "no_positions": dict(model__positions="none", model__norm="rmsnorm"),
-    **{kind: dict(model__kind=kind, model__init_scale=0.2, model__positions="none") for kind in ("rnn", "gru", "lstm")},
+    "lstm": dict(model__kind="lstm", model__init_scale=0.2, model__positions="none"),
 }
 
 

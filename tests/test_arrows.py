@@ -13,10 +13,15 @@ ORDER = """
 config ramp sharding data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
 data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
-model.recurrent model.graph loss costs optimizer train_state train_step metrics goodput terminal checkpoint
-command generate evaluate train main verify
+model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
+costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command generate evaluate train main
+verify
 """.split()
-PERIPHERY = {"verify", *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split())}
+CONVERT = {f"convert.{name}" for name in "safetensors families encoders hugging_face gguf run".split()}
+PERIPHERY = CONVERT | {
+    "verify",
+    *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split()),
+}
 
 
 def imports(path) -> set[str]:

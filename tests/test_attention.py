@@ -17,7 +17,7 @@ from lm_jax.sharding import computed, make_mesh
 HERE = {
     "chunked": attention._chunked,
     "cudnn": functools.partial(attention._cudnn, implementation="xla"),
-    "splash": lambda q, k, v, queries, keys, window: attention._splash(q, k, v, keys, window, interpret=True),
+    "splash": lambda q, k, v, queries, keys, *more: attention._splash(q, k, v, keys, *more, interpret=True),
 }
 LENGTH, FIRST = 384, 150  # tokens in a row, and in its first document; 20 tokens of padding at its end
 
@@ -34,19 +34,20 @@ def two_documents() -> Context:
     return Context(rows(positions), rows(np.repeat([1, 2, 0], lengths)))
 
 
-def run(backend, q, k, v, window: int):
+def run(backend, q, k, v, window: int, causal: bool = True):
     """Value, and gradients of queries, keys and values."""
     context = two_documents()
-    weigh = lambda q, k, v: (backend(q, k, v, context, context, window) * jnp.cos(q)).sum()
+    weigh = lambda q, k, v: (backend(q, k, v, context, context, window, causal) * jnp.cos(q)).sum()
     return jax.jit(jax.value_and_grad(weigh, (0, 1, 2)))(q, k, v)
 
 
-@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (40, True), (0, False)])
 @pytest.mark.parametrize("name", HERE)
-def test_backends_agree(name, window, monkeypatch):
-    """With the plain square: heads in groups, two documents and padding in a row, windows that leave whole chunks out."""
+def test_backends_agree(name, window, causal, monkeypatch):
+    """With the plain square: heads in groups, two documents and padding in a row, windows that leave whole chunks out, and
+    both sides of every token."""
     monkeypatch.setattr(attention, "CHUNK", 128)
-    expected, found = (run(backend, *arrays(), window) for backend in (attention._xla, HERE[name]))
+    expected, found = (run(backend, *arrays(), window, causal) for backend in (attention._xla, HERE[name]))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

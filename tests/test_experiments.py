@@ -1,6 +1,8 @@
 """The sizes of GPT-3: counted, traced as whole steps on a mesh of no devices, and reached through their doors."""
 
 import dataclasses
+import importlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from conftest import ROOT
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lm_jax import command, costs
+from lm_jax.config import resolve, shrink
 from lm_jax.data.packing import make_row
 from lm_jax.ramp import make_ramp, with_steps
 from lm_jax.sharding import AXES, constrain
@@ -75,3 +78,34 @@ def test_the_recipe_of_the_paper():
 
 def test_the_smallest_smoke_of_a_row_is_traced():
     traced(command.load_config("experiments/gpt_13b.py:smoke", {})[0])
+
+
+# Parameters as the makers count them, at the vocabulary of the experiment.
+DECODERS = {
+    "llama_7b": 6.74e9, "mistral_7b": 7.24e9, "qwen2_0_5b": 0.494e9, "qwen3_0_6b": 0.596e9, "gemma3_270m": 0.268e9,
+    "mixtral_8x7b": 46.7e9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", DECODERS)
+def test_a_decoder_has_its_parameters(row):
+    config, _ = command.load_config(f"experiments/decoders.py:{row}", {})
+    pieces = int(config.data.tokenizer.split(":")[1])
+    program = make_program(with_steps(config, make_ramp(config), 1), pieces)
+    counted = costs.count(config, program.graph.declarations).parameters
+    assert abs(counted / DECODERS[row] - 1) < 0.01, counted
+
+
+def test_the_products_of_idle_experts_are_not_counted():
+    """Mixtral: 46.7B parameters, 12.9B of them in the products of a token (arXiv:2401.04088)."""
+    config, _ = command.load_config("experiments/decoders.py:mixtral_8x7b", {})
+    program = make_program(with_steps(config, make_ramp(config), 1), 32000)
+    assert abs(costs.count(config, program.graph.declarations).matrix_parameters / 12.75e9 - 1) < 0.01
+
+
+@pytest.mark.parametrize("place", ["decoders.py:mixtral_8x7b", "small_decoders.py:gemma3"])
+def test_a_decoder_in_miniature_is_traced(place):
+    """The step that `:smoke` of this variant would run."""
+    name, variant = place.split(":")
+    sys.path.insert(0, str(ROOT / "experiments"))
+    traced(resolve(shrink(importlib.import_module(name[:-3]).get_config(variant))))

@@ -10,7 +10,7 @@ from lm_jax import checkpoint, command, metrics
 from lm_jax.config import UserError, difference
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot, ticker  # noqa: E402
 
 CURVES = {"train/loss": "training loss, nats per token", "eval/bits_per_byte": "validation text, bits per byte"}
 NUMBERS = ("train/loss", "eval/loss", "eval/bits_per_byte", "final/loss", "final/bits_per_byte", "perf/tokens_per_second",
@@ -29,6 +29,7 @@ def draw(runs: dict[str, list[dict]], picture: str) -> None:
             if points:
                 panel.plot(*zip(*points, strict=True), label=run, linewidth=1.2)
         panel.set(xlabel="tokens", title=title)
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend()
     pyplot.savefig(picture, dpi=110)

@@ -33,14 +33,19 @@ class Specials(NamedTuple):
     classifier: int  # at the first place of a segment
     mask: int
     first_sentinel: int
+    next_sentinel: int  # what it takes from one to the next: T5's tokenizers count down
     num_pieces: int  # with those that are added
 
 
 def specials(tokenizer: Tokenizer, objective: str) -> Specials:
     num, document = tokenizer.num_pieces, tokenizer.document_id
-    extra = 0 if objective.startswith("masked") and "[MASK]" in tokenizer.special else EXTRA[objective]
+    last = f"<extra_id_{NUM_SENTINELS - 1}>"
+    has_its_own = ("[MASK]" if objective.startswith("masked") else last) in tokenizer.special
+    extra = 0 if has_its_own else EXTRA[objective]
     mask, classifier = tokenizer.special.get("[MASK]", num), tokenizer.special.get("[CLS]", document)
-    return Specials(document, classifier, mask, num, num + extra)
+    first = tokenizer.special["<extra_id_0>"] if last in tokenizer.special else num
+    down = last in tokenizer.special and tokenizer.special[last] < first
+    return Specials(document, classifier, mask, first, -1 if down else 1, num + extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Hidden:
     def __call__(self, rows: Callable[[int], Batch], i: int, num_rows: int) -> Batch:
         row, random = rows(i), key(self.objective, self.seed, i)
         if self.objective == "span_corruption":
-            return span_corruption(row, random, self.ids.document, self.ids.first_sentinel)
+            return span_corruption(row, random, self.ids.document, self.ids.first_sentinel, step=self.ids.next_sentinel)
         far = i + 1 + int(random.random_raw()) % FARTHEST
         row, labels = paired(row, rows(far % num_rows if num_rows else far), random, self.ids)
         own = self.ids.classifier, self.ids.document
@@ -155,21 +160,27 @@ def masked(
 
 
 def span_corruption(
-    row: Batch, key: Key, start_id: int, first_sentinel: int, rate: float = 0.15, mean_span: float = 3.0
+    row: Batch,
+    key: Key,
+    start_id: int,
+    first_sentinel: int,
+    rate: float = 0.15,
+    mean_span: float = 3.0,
+    step: int = 1,
 ) -> Batch:
     """Span corruption (Raffel et al., arXiv:1910.10683, 3.1.4): spans of about `mean_span` tokens are taken out, in all `rate` of
     each segment.
 
-    The encoder (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) sees sentinel k = `first_sentinel` + k in the place
-    of span k; the decoder, which starts with `start_id`, predicts each sentinel, its span, and one last sentinel. Segments of
-    fewer than three tokens stay whole and predict nothing. Nothing becomes longer than the row was.
+    The encoder (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) sees sentinel k = `first_sentinel` + k * `step`
+    in the place of span k; the decoder, which starts with `start_id`, predicts each sentinel, its span, and one last sentinel.
+    Segments of fewer than three tokens stay whole and predict nothing. Nothing becomes longer than the row was.
     """
     length = len(row["tokens"])
     encoder: list[np.ndarray] = []
     decoder: list[np.ndarray] = []
     for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
         tokens = row["tokens"][row["segment_ids"] == segment]
-        kept, hidden = _corrupt(tokens, key, first_sentinel, rate, mean_span)
+        kept, hidden = _corrupt(tokens, key, first_sentinel, step, rate, mean_span)
         encoder.append(kept)
         decoder.append(hidden)
     shifted = [np.concatenate([[start_id], part[:-1]]) if len(part) else part for part in decoder]
@@ -189,7 +200,7 @@ def span_corruption(
 
 
 def _corrupt(
-    tokens: np.ndarray, key: Key, sentinel: int, rate: float, mean_span: float
+    tokens: np.ndarray, key: Key, sentinel: int, step: int, rate: float, mean_span: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(what the encoder sees, what the decoder predicts) of one segment; kept and hidden spans take turns, kept first."""
     num = len(tokens)
@@ -199,7 +210,7 @@ def _corrupt(
     num_spans = min(max(1, round(num_hidden / mean_span)), num_hidden, num - num_hidden)
     sizes = np.stack([_split(num - num_hidden, num_spans, key), _split(num_hidden, num_spans, key)], axis=1)
     parts = np.split(tokens, np.cumsum(sizes.ravel())[:-1])
-    marks = [np.array([sentinel + k]) for k in range(num_spans + 1)]
+    marks = [np.array([sentinel + k * step]) for k in range(num_spans + 1)]
     kept = [x for k in range(num_spans) for x in (parts[2 * k], marks[k])]
     hidden = [x for k in range(num_spans) for x in (marks[k], parts[2 * k + 1])]
     return np.concatenate(kept), np.concatenate([*hidden, marks[-1]])

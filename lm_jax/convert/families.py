@@ -1,0 +1,369 @@
+"""The families as tables: our parameters, their tensors in a Hugging Face folder, and what lies between; and the two configs.
+
+A row is (our path, their name, kind). A row whose path a model does not have (no bias, no norm of heads) does not count. Kinds:
+    linear    [outputs, inputs], as torch.nn.Linear has it
+    conv      [inputs, outputs], as GPT-2's Conv1D has it; rows with one name are parts of it, side by side
+    vector    as it is, flat
+    table     [pieces, dim]; ours is padded to a multiple of 128 pieces
+    one_more  a scale w of which 1 + w is used (Gemma)
+    query     the same, and a query is also divided by another root than that of its width
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lm_jax.config import Model, UserError
+
+Row = tuple[str, str, str]
+LAYER, EXPERT = "{layer}", "{expert}"
+LARGEST = 100_000  # layers, or experts, that a config may ask for
+
+
+class Family(NamedTuple):
+    """`read` makes settings of `config.Model` of a config.json, `write` the way back, for what `read` gives."""
+
+    architecture: str
+    prefix: str  # of their names, but for the output table's
+    rows: tuple[Row, ...]
+    read: Callable[["Theirs"], dict[str, Any]]
+    write: Callable[[Model], dict[str, Any]]
+    length: str = "max_position_embeddings"  # where the longest text is said
+    kind: str = "transformer"  # `model.kind` of its models
+    optional: tuple[str, ...] = ()  # their names start so where a folder may lack them: nought, then
+
+
+class Theirs:
+    """A config.json, read by name and type. Raises UserError for what is missing, of another type, or not supported."""
+
+    def __init__(self, content: dict[str, Any], where: str = "config.json"):
+        self.content, self.where = content, where
+
+    def __call__(self, name: str, kind: type, default: Any = ...) -> Any:
+        value = self.content.get(name)
+        if value is None:
+            if default is ...:
+                raise UserError(f"{self.where} has no {name}")
+            return default
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise UserError(f"{self.where}: {name} = {str(value)[:40]!r}: expected {kind.__name__}")
+        return value
+
+    def size(self, name: str, default: Any = ..., largest: int = 2**40) -> int:
+        """A number of something, or `default` (may be 0: derived) where it is not given."""
+        value = self(name, int, default)
+        if value != default and not 0 < value <= largest:
+            raise UserError(f"{self.where}: {name} = {value}: expected 1 to {largest:,}")
+        return value
+
+    def only(self, **expected: Any) -> None:
+        """Refuses fields that are there with another value than the one that is computed here."""
+        for name, value in expected.items():
+            if self.content.get(name, value) != value:
+                raise UserError(f"{self.where}: {name} = {self.content[name]!r} is not supported, only {value!r}")
+
+    def inside(self, name: str, kind: str = "") -> "Theirs":
+        """An object in it ({} where there is none), and in that the one of a kind of layer where there are several."""
+        value = self(name, dict, {})
+        if kind and isinstance(value.get(kind), dict):
+            value = value[kind]
+        return Theirs(value, f"{self.where} {name}")
+
+    def choice(self, name: str, choices: dict[str, str], default: str) -> str:
+        value = self(name, str, default)
+        if value not in choices:
+            raise UserError(f"{self.where}: {name} = {value!r} is not supported; known are {', '.join(choices)}")
+        return choices[value]
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu": "gelu_exact",
+    "relu": "relu",
+}
+OFF = (1.0, 1.0, 4.0, 8192.0)  # model.rotary_scaling
+
+
+def read_rotary(theirs: Theirs, kind: str = "full_attention", base: float = 10_000.0) -> tuple[float, tuple]:
+    """(base, scaling) of a kind of layer: in `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
+    name = "rope_parameters" if theirs.content.get("rope_parameters") else "rope_scaling"
+    part = theirs.inside(name, kind)
+    base = part("rope_theta", float, theirs("rope_theta", float, base))
+    rope = part("rope_type", str, part("type", str, "default"))
+    part.only(partial_rotary_factor=1.0)
+    if rope == "default":
+        return base, OFF
+    if rope == "linear":
+        return base, (part("factor", float), *OFF[1:3], 0.0)
+    if rope == "llama3":
+        low, high = part("low_freq_factor", float), part("high_freq_factor", float)
+        length = part("original_max_position_embeddings", int)
+        return base, (part("factor", float), low, high, float(length))
+    raise UserError(f"{part.where}: rope_type = {rope!r} is not supported; known are default, linear, llama3")
+
+
+def write_rotary(model: Model) -> dict[str, Any]:
+    """In the fields that new readers look at, and those that old ones do."""
+    factor, low, high, length = model.rotary_scaling
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if factor != 1:
+        scaling = {"rope_type": "linear", "factor": factor}
+    if factor != 1 and length:
+        ends = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": int(length)}
+        scaling = scaling | {"rope_type": "llama3"} | ends
+    old = {"rope_theta": model.rotary_base, "rope_scaling": scaling if factor != 1 else None}
+    return old | {"rope_parameters": scaling | {"rope_theta": model.rotary_base}}
+
+
+def repeating(windows: list[int]) -> tuple[int, ...]:
+    """The shortest pattern whose repetition the layers' windows are."""
+    sizes = (n for n in range(1, len(windows) + 1) if len(windows) % n == 0)
+    return tuple(next(windows[:n] for n in sizes if windows == windows[:n] * (len(windows) // n)))
+
+
+def windows(model: Model) -> list[int]:
+    """Of each layer."""
+    return list(model.window) * (model.num_layers // len(model.window))
+
+
+def layer_types(model: Model) -> list[str]:
+    return ["sliding_attention" if window else "full_attention" for window in windows(model)]
+
+
+def read_windows(theirs: Theirs, is_local: Callable[[int], bool]) -> tuple[int, ...]:
+    """By `layer_types`, or by `is_local(layer)` where the config does not have them."""
+    num, window = theirs.size("num_hidden_layers", largest=LARGEST), theirs.size("sliding_window", 0)
+    kinds = theirs("layer_types", list, ["sliding_attention" if is_local(i) else "full_attention" for i in range(num)])
+    if len(kinds) != num or not {"sliding_attention", "full_attention"}.issuperset(map(str, kinds)):
+        raise UserError(f"{theirs.where}: layer_types are not sliding_attention or full_attention of {num} layers")
+    if "sliding_attention" in kinds and not window:
+        raise UserError(f"{theirs.where}: sliding_attention without a sliding_window")
+    return repeating([window if kind == "sliding_attention" else 0 for kind in kinds])
+
+
+def read_shared(theirs: Theirs) -> dict[str, Any]:
+    """What Llama, Mistral, Qwen, Gemma and Mixtral have in common."""
+    base, scaling = read_rotary(theirs)
+    return {
+        "num_layers": theirs.size("num_hidden_layers", largest=LARGEST),
+        "model_dim": theirs.size("hidden_size"),
+        "num_heads": theirs.size("num_attention_heads"),
+        "num_kv_heads": theirs.size("num_key_value_heads", 0),
+        "head_dim": theirs.size("head_dim", 0),
+        "mlp_dim": theirs.size("intermediate_size"),
+        "norm_epsilon": theirs("rms_norm_eps", float, 1e-6),
+        "activation": theirs.choice("hidden_act", ACTIVATIONS, "silu"),
+        "tie_embedding": theirs("tie_word_embeddings", bool, False),
+        **{"bias": False, "gated": True, "norm": "rmsnorm", "positions": "rotary"},
+        **{"rotary_base": base, "rotary_scaling": scaling},
+    }
+
+
+def write_shared(model: Model) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.model_dim,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.mlp_dim,
+        "rms_norm_eps": model.norm_epsilon,
+        "hidden_act": their_activation(model.activation),
+        "tie_word_embeddings": model.tie_embedding,
+        **write_rotary(model),
+    }
+
+
+def read_llama(theirs: Theirs) -> dict[str, Any]:
+    biases = theirs("attention_bias", bool, False), theirs("mlp_bias", bool, False)
+    if biases[0] != biases[1]:
+        raise UserError(f"{theirs.where}: attention_bias and mlp_bias differ, which is not supported")
+    return read_shared(theirs) | {"bias": biases[0]}
+
+
+def write_llama(model: Model) -> dict[str, Any]:
+    return write_shared(model) | {"attention_bias": model.bias, "mlp_bias": model.bias}
+
+
+def their_activation(ours: str) -> str:
+    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
+
+
+def read_mistral(theirs: Theirs) -> dict[str, Any]:
+    theirs.only(attention_bias=False, mlp_bias=False)
+    window = theirs.size("sliding_window", 0)
+    return read_shared(theirs) | {"window": (window,)}
+
+
+def write_mistral(model: Model) -> dict[str, Any]:
+    return write_shared(model) | {"sliding_window": model.window[0] or None}
+
+
+def read_qwen(theirs: Theirs) -> dict[str, Any]:
+    """Qwen2 has biases of queries, keys and values, Qwen3 norms of heads."""
+    theirs.only(attention_bias=False, mlp_bias=False)
+    second = theirs.content.get("model_type") == "qwen2"
+    first = theirs("max_window_layers", int, 28) if theirs("use_sliding_window", bool, False) else LARGEST + 1
+    found = read_shared(theirs) | {"qkv_bias": second, "qk_norm": not second}
+    found["window"] = read_windows(theirs, lambda layer: layer >= first) if first <= LARGEST else (0,)
+    return found if second else found | {"head_dim": theirs.size("head_dim", 128)}
+
+
+def write_qwen(model: Model) -> dict[str, Any]:
+    window = max(model.window)
+    used = {"use_sliding_window": window > 0, "sliding_window": window or None, "layer_types": layer_types(model)}
+    return write_shared(model) | used | {"max_window_layers": 0}
+
+
+def read_gemma(theirs: Theirs) -> dict[str, Any]:
+    theirs.only(final_logit_softcapping=None, attn_logit_softcapping=None, use_bidirectional_attention=False)
+    theirs.only(attention_bias=False, mlp_bias=False)
+    every = theirs.size("sliding_window_pattern", 6)
+    near, near_scaling = read_rotary(theirs, "sliding_attention", 10_000.0)
+    if not theirs.inside("rope_parameters").content.get("sliding_attention"):
+        near, near_scaling = theirs("rope_local_base_freq", float, 10_000.0), OFF
+    if near_scaling != OFF:
+        raise UserError(f"{theirs.where}: scaled rotary positions in layers with a window are not supported")
+    base, scaling = read_rotary(theirs, base=1_000_000.0)
+    return read_shared(theirs) | {
+        **{"rotary_base": base, "rotary_scaling": scaling, "rotary_local_base": near},
+        "activation": theirs.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        "window": read_windows(theirs, lambda layer: (layer + 1) % every != 0),
+        "head_dim": theirs.size("head_dim", 256),
+        "tie_embedding": theirs("tie_word_embeddings", bool, True),
+        **{"qk_norm": True, "norm_place": "both", "scale_embedding": True},
+    }
+
+
+def write_gemma(model: Model) -> dict[str, Any]:
+    near = {"rope_type": "default", "rope_theta": model.rotary_local_base or model.rotary_base}
+    ours = write_shared(model)
+    del ours["hidden_act"]
+    return ours | {
+        "hidden_activation": their_activation(model.activation).replace("gelu_new", "gelu_pytorch_tanh"),
+        "sliding_window": max(model.window) or None,
+        "layer_types": layer_types(model),
+        "query_pre_attn_scalar": model.head_dim,
+        "rope_local_base_freq": near["rope_theta"],
+        "rope_parameters": {"full_attention": ours["rope_parameters"], "sliding_attention": near},
+    }
+
+
+def read_mixtral(theirs: Theirs) -> dict[str, Any]:
+    experts = theirs.size("num_local_experts", 8, LARGEST)
+    return read_mistral(theirs) | {
+        **{"num_experts": experts, "experts_per_token": theirs.size("num_experts_per_tok", 2, LARGEST)}
+    }
+
+
+def write_mixtral(model: Model) -> dict[str, Any]:
+    return write_mistral(model) | {
+        "num_local_experts": model.num_experts or 1,
+        "num_experts_per_tok": min(model.experts_per_token, model.num_experts or 1),
+    }
+
+
+def read_gpt2(theirs: Theirs) -> dict[str, Any]:
+    theirs.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    return {
+        "num_layers": theirs.size("n_layer", largest=LARGEST),
+        "model_dim": theirs.size("n_embd"),
+        "num_heads": theirs.size("n_head"),
+        "mlp_dim": theirs.size("n_inner", 0),
+        "norm_epsilon": theirs("layer_norm_epsilon", float, 1e-5),
+        "activation": theirs.choice("activation_function", ACTIVATIONS, "gelu_new"),
+        "tie_embedding": theirs("tie_word_embeddings", bool, True),
+    }
+
+
+def write_gpt2(model: Model) -> dict[str, Any]:
+    return {
+        "n_layer": model.num_layers,
+        "n_embd": model.model_dim,
+        "n_head": model.num_heads,
+        "n_inner": model.mlp_dim,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "activation_function": their_activation(model.activation),
+        "tie_word_embeddings": model.tie_embedding,
+    }
+
+
+def dense(ours: str, theirs: str, kind: str = "linear") -> tuple[Row, ...]:
+    return (f"{ours}/kernel", f"{theirs}.weight", kind), (f"{ours}/bias", f"{theirs}.bias", "vector")
+
+
+def norm(ours: str, theirs: str, kind: str = "vector") -> tuple[Row, ...]:
+    return (f"{ours}/scale", f"{theirs}.weight", kind), (f"{ours}/bias", f"{theirs}.bias", "vector")
+
+
+TABLES: tuple[Row, ...] = (
+    ("embedding/table", "embed_tokens.weight", "table"),
+    ("unembedding/table", "lm_head.weight", "table"),
+)
+ATTENTION: tuple[Row, ...] = (
+    *dense("block/attention/query", "layers.{layer}.self_attn.q_proj"),
+    *dense("block/attention/key", "layers.{layer}.self_attn.k_proj"),
+    *dense("block/attention/value", "layers.{layer}.self_attn.v_proj"),
+    *dense("block/attention/output", "layers.{layer}.self_attn.o_proj"),
+)
+MLP: tuple[Row, ...] = (
+    *dense("block/mlp/gate", "layers.{layer}.mlp.gate_proj"),
+    *dense("block/mlp/up", "layers.{layer}.mlp.up_proj"),
+    *dense("block/mlp/down", "layers.{layer}.mlp.down_proj"),
+)
+NORMS: tuple[Row, ...] = (
+    *norm("block/attention_norm", "layers.{layer}.input_layernorm"),
+    *norm("block/attention/query_norm", "layers.{layer}.self_attn.q_norm"),
+    *norm("block/attention/key_norm", "layers.{layer}.self_attn.k_norm"),
+    *norm("block/mlp_norm", "layers.{layer}.post_attention_layernorm"),
+    *norm("norm", "norm"),
+)
+GEMMA_NORMS: tuple[Row, ...] = (
+    *norm("block/attention_norm", "layers.{layer}.input_layernorm", "one_more"),
+    *norm("block/attention/query_norm", "layers.{layer}.self_attn.q_norm", "query"),
+    *norm("block/attention/key_norm", "layers.{layer}.self_attn.k_norm", "one_more"),
+    *norm("block/attention_post_norm", "layers.{layer}.post_attention_layernorm", "one_more"),
+    *norm("block/mlp_norm", "layers.{layer}.pre_feedforward_layernorm", "one_more"),
+    *norm("block/mlp_post_norm", "layers.{layer}.post_feedforward_layernorm", "one_more"),
+    *norm("norm", "norm", "one_more"),
+)
+EXPERTS: tuple[Row, ...] = (
+    *dense("block/mlp/router", "layers.{layer}.block_sparse_moe.gate"),
+    ("block/mlp/gate", "layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight", "linear"),
+    ("block/mlp/up", "layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight", "linear"),
+    ("block/mlp/down", "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", "linear"),
+)
+GPT2: tuple[Row, ...] = (
+    ("embedding/table", "wte.weight", "table"),
+    ("unembedding/table", "lm_head.weight", "table"),
+    ("positions/table", "wpe.weight", "conv"),
+    *norm("block/attention_norm", "h.{layer}.ln_1"),
+    *dense("block/attention/query", "h.{layer}.attn.c_attn", "conv"),
+    *dense("block/attention/key", "h.{layer}.attn.c_attn", "conv"),
+    *dense("block/attention/value", "h.{layer}.attn.c_attn", "conv"),
+    *dense("block/attention/output", "h.{layer}.attn.c_proj", "conv"),
+    *norm("block/mlp_norm", "h.{layer}.ln_2"),
+    *dense("block/mlp/up", "h.{layer}.mlp.c_fc", "conv"),
+    *dense("block/mlp/down", "h.{layer}.mlp.c_proj", "conv"),
+    *norm("norm", "ln_f"),
+)
+LLAMA = TABLES + ATTENTION + MLP + NORMS
+
+# In the order in which an export looks for a family that can say all that a model is.
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("GPT2LMHeadModel", "transformer.", GPT2, read_gpt2, write_gpt2, "n_positions"),
+    "llama": Family("LlamaForCausalLM", "model.", LLAMA, read_llama, write_llama),
+    "mistral": Family("MistralForCausalLM", "model.", LLAMA, read_mistral, write_mistral),
+    "qwen2": Family("Qwen2ForCausalLM", "model.", LLAMA, read_qwen, write_qwen),
+    "qwen3": Family("Qwen3ForCausalLM", "model.", LLAMA, read_qwen, write_qwen),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", "model.", TABLES + ATTENTION + MLP + GEMMA_NORMS, read_gemma, write_gemma
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM", "model.", TABLES + ATTENTION + NORMS + EXPERTS, read_mixtral, write_mixtral
+    ),
+}

@@ -1,0 +1,350 @@
+"""A Hugging Face folder (config.json and safetensors) <-> our config and parameters, by the tables of families.py.
+
+Everything is checked before anything is made: names, shapes, and that a config says all that a model is.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve
+from lm_jax.convert import encoders, families, safetensors
+from lm_jax.convert.families import EXPERT, LAYER, Family, Theirs
+from lm_jax.model.graph import Graph, build
+
+FAMILIES = families.FAMILIES | encoders.FAMILIES
+# What describes the text beside the weights goes along as it is.
+CARRIED = (
+    "tokenizer.json", "tokenizer.model", "tokenizer.bytes", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+# Not parameters: masks and frequencies that older versions saved as well.
+IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
+# The same arrays under other names, where the tables are one.
+TWICE = ("cls.predictions.decoder.bias", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+HEADS = ("lm_head.", "cls.")  # their names have no prefix
+# What a model is, beside how it is trained and computed: this a config.json must say.
+TRAINING = {"dropout", "init_scale", "attention", "remat", "unroll", "compute_dtype"}
+
+
+class Description(NamedTuple):
+    """A model without its arrays: what config.json says."""
+
+    family: str
+    config: Config
+    num_pieces: int
+    content: dict[str, Any]
+
+
+class Slot(NamedTuple):
+    """One of their tensors, or a part of it, and the place of ours that it fills."""
+
+    path: tuple[str, ...]
+    at: tuple[int, ...]  # of the layer, and of the expert, in what we keep stacked
+    shape: tuple[int, ...]  # ours, at that index
+    num_inputs: int  # dims of ours that a product maps from
+    name: str
+    kind: str
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return math.prod(self.shape[: self.num_inputs]), math.prod(self.shape[self.num_inputs :])
+
+    def their_shape(self, num_pieces: int) -> tuple[int, ...]:
+        inputs, outputs = self.matrix
+        shapes: dict[str, tuple[int, ...]] = {"linear": (outputs, inputs), "conv": (inputs, outputs)}
+        shapes |= {"undivided": (outputs, inputs), "table": (num_pieces, self.shape[-1]), "pieces": (num_pieces,)}
+        return shapes.get(self.kind, (inputs * outputs,))
+
+    def to_ours(self, x: np.ndarray, query_scale: float) -> np.ndarray:
+        x = x.astype(np.float32)
+        if self.kind == "table":
+            return np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)))
+        if self.kind == "pieces":
+            return np.pad(x, (0, self.shape[0] - len(x)))
+        if self.kind == "undivided":
+            return (x.T * np.float32(math.sqrt(self.shape[-1]))).reshape(self.shape)
+        if self.kind in ("one_more", "query"):
+            x = 1 + x
+        if self.kind == "query":
+            x = x * np.float32(query_scale)
+        return (x.T if self.kind == "linear" else x).reshape(self.shape)
+
+    def to_theirs(self, x: np.ndarray, num_pieces: int) -> np.ndarray:
+        if self.kind in ("table", "pieces"):
+            return x[:num_pieces]
+        if self.kind == "undivided":
+            return x.reshape(self.matrix).T / np.float32(math.sqrt(self.shape[-1]))
+        if self.kind in ("one_more", "query"):
+            return x - 1
+        return x.reshape(self.matrix).T if self.kind == "linear" else x.reshape(self.their_shape(num_pieces))
+
+
+def slots(family: Family, graph: Graph) -> list[Slot]:
+    """Every tensor that a model of this family has. Raises UserError where the family has no place for a parameter."""
+    period, found, covered = len(graph.config.window), [], set()
+    for path, name, kind in family.rows:
+        for layer in range(graph.config.num_layers) if LAYER in name else (0,):
+            ours = tuple(path.replace("block/", f"block_{layer % period}/").split("/"))
+            declared = graph.declarations.get(ours)
+            if declared is None:
+                continue
+            covered.add(ours)
+            for expert in range(max(1, graph.config.num_experts)) if EXPERT in name else (0,):
+                num_stacked = len(declared.layers)
+                where = (layer // period, expert)[:num_stacked]
+                theirs = name.replace(LAYER, str(layer)).replace(EXPERT, str(expert))
+                prefix = "" if name.startswith(HEADS) else family.prefix
+                shape, num_inputs = declared.shape[num_stacked:], len(declared.inputs)
+                found.append(Slot(ours, where, shape, num_inputs, prefix + theirs, kind))
+    if homeless := sorted({"/".join(path) for path in graph.declarations.keys() - covered}):
+        raise UserError(f"a {family.architecture} has no place for: {', '.join(homeless)}")
+    return found
+
+
+def listed(names) -> str:
+    """All of them in one line: names that differ in numbers only are one, with the numbers of the first that differs."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return ", ".join(
+        group[0] if len(group) == 1 else f"{pattern} ({_numbers(group)})" for pattern, group in groups.items()
+    )
+
+
+def _numbers(names: list[str]) -> str:
+    """ "0-3, 7": the first number of each; where there are more, how many names."""
+    first = sorted({int(re.search(r"\d+", name)[0]) for name in names})  # type: ignore[index]
+    if len(first) < len(names):
+        return f"{len(names)} of them"
+    starts = [n for n in first if n - 1 not in first]
+    ends = [n for n in first if n + 1 not in first]
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True))
+
+
+def is_folder(folder: str) -> bool:
+    """Whether config.json is one of Hugging Face's: it says what it is by `model_type`."""
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            return "model_type" in json.load(file)
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
+
+
+def describe(content: Any, where: str, tokenizer: str) -> Description:
+    """What a config.json says, `where` for messages. Raises UserError for what it lacks and what is not supported."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is no JSON object")
+    theirs = Theirs(content, where)
+    name = theirs("model_type", str)
+    if name == "gemma3":
+        raise UserError(f"{where}: model_type = 'gemma3' is the model with images; its text part is 'gemma3_text'")
+    if name not in FAMILIES:
+        raise UserError(f"{where}: model_type = {name!r} is not supported; known are {', '.join(FAMILIES)}")
+    if "quantization_config" in content:
+        raise UserError(f"{where}: quantised weights are not read; take the model's own weights")
+    length = theirs.size(FAMILIES[name].length, 512 if name == "t5" else ...)
+    num_pieces = theirs.size("vocab_size", largest=2**31 - 1)
+    config = default_config()
+    config.model.update(FAMILIES[name].read(theirs))
+    config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
+    config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
+    try:
+        return Description(name, resolve(config), num_pieces, content)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_description(folder: str) -> Description:
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path} cannot be read as JSON") from None
+    return describe(content, path, folder)
+
+
+def graph_of(described: Description) -> Graph:
+    return build(described.config.model, described.num_pieces, described.config.data.sequence_length)
+
+
+def parameters(described: Description, tensors: dict[str, Any], where: str) -> dict:
+    """Our parameters, float32 on the host, of their tensors (arrays, or `safetensors.Tensor`).
+
+    Raises UserError with all that is missing, unknown or of another shape. Nothing is left as it was initialised.
+    """
+    family, num_layers = FAMILIES[described.family], described.config.model.num_layers
+    if num_layers > len(tensors):
+        raise UserError(f"{where}: config.json says {num_layers:,} layers, the files hold {len(tensors):,} tensors")
+    graph = graph_of(described)
+    bare = lambda name: name.removeprefix(family.prefix)  # a base model is saved without the prefix
+    found = {bare(name): x for name, x in tensors.items() if not IGNORED.fullmatch(name)}
+    if described.config.model.tie_embedding:
+        for name in ("lm_head.weight", "cls.predictions.decoder.weight"):
+            found.pop(name, None)
+    for name in TWICE:
+        found.pop(name, None)
+    wanted: dict[str, list[Slot]] = {}
+    for slot in slots(family, graph):
+        wanted.setdefault(bare(slot.name), []).append(slot)
+    problems = []
+    found = without_heads(family, wanted, found, described.num_pieces)
+    if missing := [name for name in wanted if name not in found]:
+        problems.append(f"missing: {listed(missing)}")
+    if unknown := [name for name in found if name not in wanted]:
+        problems.append(f"unknown: {listed(unknown)}")
+    whole = {name: whole_shape(parts, described.num_pieces) for name, parts in wanted.items()}
+    wrong = [name for name in wanted if name in found and tuple(found[name].shape) != whole[name]]
+    if wrong:
+        shown = {name: f"{list(found[name].shape)} for {list(whole[name])}" for name in wrong}
+        problems.append(f"of another shape: {listed(wrong)}, such as {shown[wrong[0]]}")
+    if problems:
+        raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
+    pre = described.content.get("query_pre_attn_scalar", described.config.model.head_dim)
+    query_scale = math.sqrt(described.config.model.head_dim / pre) if isinstance(pre, (int, float)) and pre > 0 else 1.0
+    flat = {path: np.empty(declared.shape, np.float32) for path, declared in graph.declarations.items()}
+    for name, parts in wanted.items():
+        x = found[name]
+        pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, len(parts), axis=-1)
+        for slot, piece in zip(parts, pieces, strict=True):
+            flat[slot.path][slot.at] = slot.to_ours(piece, query_scale)
+    return nested(flat)
+
+
+def without_heads(
+    family: Family, wanted: dict[str, list[Slot]], found: dict[str, Any], num_pieces: int
+) -> dict[str, Any]:
+    """`found`, and nought for heads of which not one tensor is there: an encoder that was saved without them."""
+    for head in family.optional:
+        if not any(name.startswith(head) for name in found):
+            empty = [name for name in wanted if name.startswith(head)]
+            found |= {name: np.zeros(whole_shape(wanted[name], num_pieces), np.float32) for name in empty}
+    return found
+
+
+def whole_shape(parts: list[Slot], num_pieces: int) -> tuple[int, ...]:
+    """Of a tensor that holds these parts side by side."""
+    *lead, last = parts[0].their_shape(num_pieces)
+    return *lead, last * len(parts)
+
+
+def nested(flat: dict[tuple[str, ...], Any]) -> dict:
+    tree: dict = {}
+    for path, x in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = x
+    return tree
+
+
+def read_parameters(folder: str, described: Description) -> dict:
+    return parameters(described, safetensors.folder_tensors(folder), folder)
+
+
+def what_it_is(model: Model) -> dict[str, Any]:
+    """The settings that a config.json must say."""
+    found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
+    windows = model.window * (model.num_layers // len(model.window))
+    unused = set() if model.positions == "rotary" else {"rotary_base", "rotary_scaling", "rotary_local_base"}
+    unused |= set() if model.num_experts else {"experts_per_token"}
+    if model.rotary_scaling[0] == 1:
+        found["rotary_scaling"] = 1
+    if model.rotary_local_base in (0.0, model.rotary_base) and model.rotary_scaling[0] == 1 or not any(windows):
+        found["rotary_local_base"] = model.rotary_base
+    found |= {"window": windows, "qkv_bias": model.qkv_bias or model.bias}
+    return {name: value for name, value in found.items() if name not in unused}
+
+
+def description_of(config: Config, num_pieces: int, end: int = -1) -> Description:
+    """The family that can say all that a model is, and its config.json; `end` is the piece between documents.
+
+    Raises UserError that names what the nearest family cannot say.
+    """
+    reasons, kind = {}, config.model.kind
+    for name, family in FAMILIES.items():
+        if family.kind != kind:
+            continue
+        places = family.length
+        content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
+        content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces)
+        content[places] = config.data.sequence_length
+        if end >= 0:
+            content.update(bos_token_id=end, eos_token_id=end)
+        if end >= 0 and name == "t5":
+            content.update(decoder_start_token_id=end)
+        if name == "gpt2":
+            content.update(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        content |= family.write(config.model)
+        found = describe(content, name, "bytes")
+        here, there = what_it_is(config.model), what_it_is(found.config.model)
+        differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
+        if not differing:
+            return found
+        reasons[name] = sorted(differing)
+    if not reasons:
+        raise UserError(f"no Hugging Face family is of config.model.kind = {kind}")
+    name, differing = min(reasons.items(), key=lambda item: len(item[1]))
+    keys = ", ".join(f"{key} = {getattr(config.model, key)!r}" for key in differing)
+    raise UserError(
+        f"no Hugging Face family is this model; the nearest is {name}, which has another config.model {keys}"
+    )
+
+
+def their_tensors(described: Description, ours: dict) -> dict[str, np.ndarray]:
+    """Our parameters as their tensors, float32: the vocabulary without its padding, a tied table once."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for slot in slots(FAMILIES[described.family], graph_of(described)):
+        x: Any = ours
+        for name in slot.path:
+            x = x[name]
+        parts.setdefault(slot.name, []).append(slot.to_theirs(np.asarray(x)[slot.at], described.num_pieces))
+    return {name: np.ascontiguousarray(np.concatenate(several, axis=-1)) for name, several in parts.items()}
+
+
+def write(
+    folder: str,
+    described: Description,
+    ours: dict,
+    carried: dict[str, bytes],
+    prove: Callable[[str], None] = lambda folder: None,
+    shard_bytes: int = safetensors.SHARD_BYTES,
+) -> None:
+    """A new folder, whole or not at all; `prove` sees it before it gets its name, and raises where it must not have it."""
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise UserError(f"{folder} is there and not empty; name another folder")
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    unfinished = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=parent)
+    try:
+        os.chmod(unfinished, 0o755)
+        with open(os.path.join(unfinished, "config.json"), "w") as file:
+            json.dump(described.content, file, indent=1)
+        for name, content in carried.items():
+            with open(os.path.join(unfinished, name), "wb") as file:
+                file.write(content)
+        safetensors.write_folder(unfinished, their_tensors(described, ours), shard_bytes)
+        prove(unfinished)
+        if os.path.isdir(folder):
+            os.rmdir(folder)
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def carried_files(folder: str) -> dict[str, bytes]:
+    found = {}
+    for name in CARRIED:
+        if os.path.isfile(path := os.path.join(folder, name)):
+            with open(path, "rb") as file:
+                found[name] = file.read()
+    return found
