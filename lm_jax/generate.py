@@ -89,7 +89,8 @@ def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]
 def decode(graph: Graph, parameters, state: State, sampling: Sampling, until, num: int, document_id: int):
     """int32 [B, N] new tokens (`document_id` from the end of each text on), their log-probabilities [B, N], and the state after.
 
-    The first `until` of the `num` places are written. One program: nothing returns to the host between tokens. Log-probabilities are the model's, before temperature and cuts.
+    The first `until` of the N places are written. One program: nothing returns to the host between tokens. Log-probabilities are
+    the model's, before temperature and cuts.
     """
     batch = len(state.token_B)
     place_BN = iota((batch, num), "batch", None)
