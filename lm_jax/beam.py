@@ -8,6 +8,7 @@ scores better than the worst of its K finished ones.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.generate import Completion, State, lay, next_logits, prefill
+from lm_jax.decoding import Completion, Marks, Prompt, State, lay, next_logits, own_marks, prefill
 from lm_jax.model.graph import Graph
 from lm_jax.sharding import iota, reshape
 
@@ -95,17 +96,24 @@ def decode(
 
 
 def search(
-    graph: Graph, parameters, tokenizer: Tokenizer, prompts: list[str], limit: int, beams: int, penalty: float = 1.0
+    graph: Graph,
+    parameters,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    limit: int,
+    beams: int,
+    penalty: float = 1.0,
+    marks: Marks | None = None,
 ) -> list[Completion]:
     """The best text of each prompt; its one log-probability is the sum over the text and its end. Raises UserError."""
-    laid = lay(graph, tokenizer, prompts, limit, beams)
-    state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, laid.document_id)
-    found = decode(graph, parameters, state, beams, limit, laid.document_id, np.float32(penalty))
+    marks = marks or own_marks(tokenizer)
+    laid = lay(graph, tokenizer, marks, prompts, limit, beams)
+    state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, marks.start)
+    found = decode(graph, parameters, state, beams, limit, marks.end, np.float32(penalty))
+    best = np.asarray(found.finished_BKN)[:, 0], np.asarray(found.finished_scores_BK)[:, 0]
     completions = []
-    for row_N, score in zip(
-        np.asarray(found.finished_BKN)[:, 0], np.asarray(found.finished_scores_BK)[:, 0], strict=True
-    ):
-        ends = np.flatnonzero(row_N == laid.document_id)
+    for row_N, score in zip(*best, strict=True):
+        ends = np.flatnonzero(row_N == marks.end)
         num = int(ends[0]) if len(ends) else limit
         total = float(score) * (num + len(ends[:1])) ** penalty
         completions.append(Completion(tokenizer.decode(row_N[:num]), row_N[:num].tolist(), [total]))

@@ -1,217 +1,21 @@
-"""Text from a model: prefill, then the whole decode as one device program; `python -m lm_jax.generate --model MODEL`.
+"""`python -m lm_jax.generate --model MODEL`: a prompt, a file of prompts, or a conversation."""
 
-Shape suffixes: B requests, P padded prompt length, N new tokens, V vocabulary. A prompt's last token is not read with the others:
-it is the first that the decoder takes, so that every token is written in the same way.
-"""
-
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import checkpoint, command, distributed
-from lm_jax.config import OBJECTIVES, Mesh, Model, UserError
-from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.model.attention import Context
-from lm_jax.model.encoder_decoder import EncoderDecoder
+from lm_jax import beam, chat, checkpoint, command, distributed
+from lm_jax.config import Mesh, UserError
+from lm_jax.decoding import SLICE, Completion, marks_of, stream, writes
 from lm_jax.model.graph import Graph
-from lm_jax.sampling import GREEDY, Sampling, draw
-from lm_jax.sharding import batch_shards, computed, constrain, iota, make_mesh, on_each_device
+from lm_jax.sampling import Sampling
+from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
 
-BUCKET = 64  # prompts and outputs are padded to its multiples, so that few programs serve all lengths
-SLICE = 16  # tokens that are decoded at once where somebody looks at them
 TOGETHER = 16  # prompts of a file that are one batch
-
-
-def writes(config: Model) -> bool:
-    """Whether a model of this config writes text from left to right."""
-    return config.kind == "encoder_decoder" or config.kind not in OBJECTIVES
-
-
-class State(NamedTuple):
-    """Between two tokens: `token` stands at `position` and is read next; what came before is in the caches."""
-
-    caches: Any
-    token_B: jax.Array
-    position_B: jax.Array
-    ended_B: jax.Array
-    step: jax.Array  # tokens written so far
-    seen_BV: jax.Array | None = None  # pieces read or written, where repetition costs
-    source: tuple[jax.Array, Context] | None = None  # what an encoder made of the prompt
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "slots", "document_id", "penalised"))
-def prefill(
-    graph: Graph, parameters, tokens_BP, lengths_B, slots: int, document_id: int = -1, penalised: bool = False
-) -> State:
-    """The state before the first new token; `slots` is what a text may have in all. An encoder reads the prompt whole."""
-    model, (batch, length) = graph.module(parameters), tokens_BP.shape
-    caches, zeros_B = graph.empty_caches(batch, slots), jnp.zeros_like(lengths_B)
-    ended_B, step = zeros_B > 0, jnp.int32(0)
-    seen_BV = seen(tokens_BP, lengths_B, model.vocab_size) if penalised else None
-    positions_BP = iota((batch, length), "batch", "length")
-    within = lambda num_B: Context(positions_BP, (positions_BP < num_B[:, None]).astype(jnp.int32))
-    if isinstance(model, EncoderDecoder):
-        source = model.encode(tokens_BP, within(lengths_B)), within(lengths_B)
-        return State(caches, zeros_B + document_id, zeros_B, ended_B, step, seen_BV, source)
-    _, caches = model(tokens_BP, within(lengths_B - 1), None, caches)
-    last_B = jnp.where(positions_BP == lengths_B[:, None] - 1, tokens_BP, 0).sum(1)
-    return State(caches, last_B, lengths_B - 1, ended_B, step, seen_BV)
-
-
-def seen(tokens_BP: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:
-    """Which pieces stand in each prompt, bool [B, V]."""
-    valid_BP = iota(tokens_BP.shape, "batch", "length") < lengths_B[:, None]
-    one = lambda ids_P, valid_P: jnp.zeros(vocab_size, bool).at[ids_P].max(valid_P)
-    layout = computed(("batch", None))
-    return on_each_device(jax.vmap(one), (layout, layout), layout)(tokens_BP, valid_BP)
-
-
-def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]:
-    """float32 logits [B, V] after the state's token, and the caches with it."""
-    model, token_B1 = graph.module(parameters), state.token_B[:, None]
-    context = Context(state.position_B[:, None], jnp.ones_like(token_B1))
-    if isinstance(model, EncoderDecoder):
-        assert state.source is not None
-        hidden_B1D, caches = model.decode(token_B1, context, state.source, None, state.caches)
-    else:
-        hidden_B1D, caches = model(token_B1, context, None, state.caches)
-    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0].astype(jnp.float32), caches
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "num", "document_id"), donate_argnames=("state",))
-def decode(graph: Graph, parameters, state: State, sampling: Sampling, until, num: int, document_id: int):
-    """int32 [B, N] new tokens (`document_id` from the end of each text on), their log-probabilities [B, N], and the state after.
-
-    The first `until` of the N places are written. One program: nothing returns to the host between tokens. Log-probabilities are
-    the model's, before temperature and cuts.
-    """
-    batch = len(state.token_B)
-    place_BN = iota((batch, num), "batch", None)
-
-    def body(carry):
-        i, state, out_BN, sure_BN = carry
-        logits_BV, caches = next_logits(graph, parameters, state)
-        drawn_B = draw(logits_BV, state.step, sampling, state.seen_BV)
-        new_B = jnp.where(state.ended_B, document_id, drawn_B)
-        chosen_BV = iota(logits_BV.shape, "batch", None) == new_B[:, None]
-        sure_B = jnp.where(chosen_BV, jax.nn.log_softmax(logits_BV), 0).sum(-1)
-        out_BN = jnp.where(place_BN == i, new_B[:, None], out_BN)
-        sure_BN = jnp.where((place_BN == i) & ~state.ended_B[:, None], sure_B[:, None], sure_BN)
-        seen_BV = None if state.seen_BV is None else state.seen_BV | chosen_BV
-        ended_B = state.ended_B | (new_B == document_id)
-        state = State(caches, new_B, state.position_B + 1, ended_B, state.step + 1, seen_BV, state.source)
-        return i + 1, state, out_BN, sure_BN
-
-    going = lambda carry: (carry[0] < until) & ~jnp.all(carry[1].ended_B)
-    start = jnp.int32(0), state, jnp.zeros_like(place_BN) + document_id, jnp.zeros_like(place_BN, jnp.float32)
-    _, state, out_BN, sure_BN = jax.lax.while_loop(going, body, start)
-    return out_BN, sure_BN, state
-
-
-class Prompts(NamedTuple):
-    """Requests on the mesh, padded to the sizes of few programs."""
-
-    tokens_BP: jax.Array
-    lengths_B: jax.Array
-    slots: int
-    document_id: int
-
-
-def lay(graph: Graph, tokenizer: Tokenizer, prompts: list[str], limit: int, copies: int = 1) -> Prompts:
-    """Encodes prompts, each `copies` times. Raises UserError where `limit` more tokens are more than the model sees."""
-    document_id = tokenizer.document_id
-    encoded = [np.concatenate([[document_id], ids]).astype(np.int32) for ids in tokenizer.encode_batch(prompts)]
-    reads = graph.config.kind == "encoder_decoder"  # the prompt has a length of its own
-    longest, sees = max(map(len, encoded)), graph.sequence_length
-    room = sees - (0 if reads else longest) if longest <= sees else 0
-    if limit > room:
-        raise UserError(
-            f"the prompt is {longest} tokens and the model sees {sees}: --max_new_tokens {limit} is too many"
-            + (f", at most {room}" if room > 0 else "; shorten the prompt")
-        )
-    up = lambda n: min(-(-n // BUCKET) * BUCKET, sees)
-    width, slots = up(longest), up(limit if reads else longest + limit)
-    mesh = jax.sharding.get_mesh()
-    shards = batch_shards(dict(mesh.shape))
-    rows = [row for row in encoded + encoded[:1] * (-len(encoded) % shards) for _ in range(copies)]
-    tokens_BP = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
-    lengths_B = np.array([len(row) for row in rows], np.int32)
-    return Prompts(on_mesh(tokens_BP), on_mesh(lengths_B), slots, document_id)
-
-
-def on_mesh(x: np.ndarray) -> jax.Array:
-    """An array [B, ...] over the devices of the mesh that is set."""
-    return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), computed(("batch", *[None] * (x.ndim - 1)))))
-
-
-class Completion(NamedTuple):
-    text: str
-    tokens: list[int]
-    log_probabilities: list[float]  # of each token, in nats
-
-
-def stream(
-    graph: Graph,
-    parameters: dict,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    limit: int,
-    sampling: Sampling = GREEDY,
-    stop: tuple[str, ...] = (),
-    tokens_at_once: int = 0,
-) -> Iterator[list[Completion]]:
-    """What has been written after every `tokens_at_once` tokens (0: all at once), until every text has ended.
-
-    A text ends before the first of the strings `stop`, at the end of a document, or after `limit` tokens. Raises UserError.
-    """
-    laid = lay(graph, tokenizer, prompts, limit)
-    penalised = bool(np.any(np.asarray(sampling.repetition_penalty) != 1))
-    batch = len(laid.lengths_B)
-    of_each = sampling.of_each(np.arange(batch) % len(prompts))
-    of_each = jax.tree.map(on_mesh, of_each)
-    state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, laid.document_id, penalised)
-    step = tokens_at_once or (SLICE if stop else limit)
-    num = step if step < limit else -(-limit // BUCKET) * BUCKET
-    tokens, sure = np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32)
-    while tokens.shape[1] < limit:
-        until = min(step, limit - tokens.shape[1])
-        out_BN, sure_BN, state = decode(graph, parameters, state, of_each, until, num, laid.document_id)
-        tokens = np.concatenate([tokens, np.asarray(out_BN)[:, :until]], axis=1)
-        sure = np.concatenate([sure, np.asarray(sure_BN)[:, :until]], axis=1)
-        written = [written_by(tokenizer, *row, limit, stop) for row in zip(tokens, sure, strict=True)]
-        yield [completion for completion, _ in written[: len(prompts)]]
-        over = np.array([ended for _, ended in written])
-        if over.all():
-            return
-        state = state._replace(ended_B=state.ended_B | on_mesh(over))
-
-
-def written_by(tokenizer: Tokenizer, tokens, sure, limit: int, stop: tuple[str, ...]) -> tuple[Completion, bool]:
-    """A text so far, and whether it has ended."""
-    ends = np.flatnonzero(tokens[:limit] == tokenizer.document_id)
-    num = int(ends[0]) if len(ends) else min(len(tokens), limit)
-    text = tokenizer.decode(tokens[:num])
-    places = [place for place in (text.find(word) for word in stop) if place >= 0]
-    text = text[: min(places)] if places else text
-    return Completion(text, tokens[:num].tolist(), sure[:num].tolist()), bool(len(ends) or places or num == limit)
-
-
-def complete(graph: Graph, parameters: dict, tokenizer: Tokenizer, prompts: list[str], limit: int, *settings, **more):
-    """The continuations of prompts as `stream` ends with them."""
-    *_, last = stream(graph, parameters, tokenizer, prompts, limit, *settings, **more)
-    return last
-
-
-def generate(graph: Graph, parameters, tokenizer: Tokenizer, prompts: list[str], limit: int, sampling: Sampling):
-    """The continuation of each prompt as text, at most `limit` tokens. Raises UserError where the model sees less."""
-    return [completion.text for completion in complete(graph, parameters, tokenizer, prompts, limit, sampling)]
 
 
 def main(arguments: list[str]) -> int:
@@ -220,6 +24,9 @@ def main(arguments: list[str]) -> int:
         "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
     )
     parser.add_argument("--prompt", action="append", help="may stand several times; without it: interactive")
+    parser.add_argument(
+        "--chat", action="store_true", help="prompts are what a user says, in the model's chat template"
+    )
     parser.add_argument("--prompts", default="", help="a file with a prompt a line; JSON lines come out")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
@@ -256,7 +63,7 @@ def main(arguments: list[str]) -> int:
             f"measure it with python -m lm_jax.evaluate --model {flags.model}"
         )
     with jax.set_mesh(make_mesh(Mesh(), distributed.devices())):
-        write = writer(*checkpoint.load_parameters(found), found.tokenizer, flags)
+        write = writer(*checkpoint.load_parameters(found), found, flags)
         if from_file:
             for first in range(0, len(from_file), TOGETHER):
                 prompts = from_file[first : first + TOGETHER]
@@ -290,21 +97,23 @@ def read_prompts(place: str) -> list[str]:
     return lines
 
 
-def writer(graph: Graph, parameters: dict, tokenizer: Tokenizer, flags) -> Callable[..., list[Completion]]:
+def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
+    tokenizer, marks = located.tokenizer, marks_of(located)
+    template = chat.read_template(located.workdir) if flags.chat else ""
+    says = lambda text: chat.encode(template, [{"role": "user", "content": text}], tokenizer) if template else text
 
     def write(prompts: list[str], first: int = 0, show: Callable[[str], None] | None = None) -> list[Completion]:
+        given = [says(prompt) for prompt in prompts]
         if flags.beams > 1:
-            from lm_jax import beam
-
             found = beam.search(
-                graph, parameters, tokenizer, prompts, flags.max_new_tokens, flags.beams, flags.length_penalty
+                graph, parameters, tokenizer, given, flags.max_new_tokens, flags.beams, flags.length_penalty, marks
             )
         else:
             named = {name: getattr(flags, name) for name in Sampling._fields}
             sampling = Sampling(**named | {"seed": np.uint32((flags.seed + first) % 2**32)})
-            shown, settings = "", (flags.max_new_tokens, sampling, tuple(flags.stop), SLICE if show else 0)
-            for found in stream(graph, parameters, tokenizer, prompts, *settings):
+            shown, settings = "", (flags.max_new_tokens, sampling, tuple(flags.stop), SLICE if show else 0, marks)
+            for found in stream(graph, parameters, tokenizer, given, *settings):
                 whole = found[0].text.rstrip("\ufffd")  # half a character may be at the end
                 if show and whole.startswith(shown):
                     show(whole[len(shown) :])

@@ -18,15 +18,16 @@ from lm_jax.data import mixture, objectives, pipeline, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_url
 from lm_jax.data.word_vectors import WordVectors
+from lm_jax.decoding import generate, writes
 from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
-from lm_jax.generate import Sampling, generate, writes
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.optimizer import averaged
 from lm_jax.places import Desk
 from lm_jax.ramp import Ramp, make_ramp, with_steps
+from lm_jax.sampling import Sampling
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.train_state import Program, TrainState, fresh, make_program
 from lm_jax.train_step import compile_step

@@ -11,8 +11,6 @@ from conftest import tiny
 from lm_jax import checkpoint, command, costs, metrics, train, verify
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import mixture, objectives, pipeline
-from lm_jax.data.packing import First
-from lm_jax.generate import filled
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build
 from lm_jax.sharding import make_mesh
@@ -160,7 +158,7 @@ def test_an_encoder_decoder_reads_both_sides_writes_one_and_can_go_on_from_a_cac
     def step(encoded, token, length, caches):
         model = program.graph.module(parameters)
         now = Context((length - 1)[:, None], jnp.ones((1, 1), jnp.int32))
-        return model.decode(token, now, (encoded, whole), None, caches, filled(length, 64))
+        return model.decode(token, now, (encoded, whole), None, caches)
 
     encoded, expected = full(parameters)
     caches = program.graph.empty_caches(1, 64)
@@ -196,7 +194,7 @@ def test_rows_of_an_encoder_hold_two_texts():
     again = stream.row(5)
     assert all(np.array_equal(again[name], value) for name, value in stream.row(5).items())
     held = mixture.open_mixture(config.data).held(config.data, "validation")["python"]
-    assert {"token_type_ids"} <= held.row(0).keys() and First(held, 3).row(1)["token_type_ids"].any()
+    assert {"token_type_ids"} <= held.row(0).keys() and held.first(3).row(1)["token_type_ids"].any()
 
 
 def test_an_objective_needs_its_kind():

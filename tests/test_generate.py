@@ -10,7 +10,7 @@ from conftest import command, tiny
 
 from lm_jax import beam
 from lm_jax.config import Mesh, UserError
-from lm_jax.generate import complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.decoding import complete, decode, generate, on_mesh, prefill, stream
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build
 from lm_jax.sampling import GREEDY, Sampling, keys, sample
@@ -215,7 +215,7 @@ def test_an_encoder_decoder_writes_what_its_full_forward_says():
     prompts = np.random.default_rng(0).integers(1, 500, (2, 20)).astype(np.int32)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         sharded = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
-        state = prefill(graph, sharded, on_mesh(prompts), on_mesh(np.array([20, 13])), 32, document_id=1)
+        state = prefill(graph, sharded, on_mesh(prompts), on_mesh(np.array([20, 13])), 32, start=1)
         written, _, _ = decode(graph, sharded, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, 1)
     parameters, source = jax.tree.map(np.asarray, sharded), jnp.asarray(prompts)
     lengths, module = jnp.array([20, 13]), graph.module(parameters)

@@ -10,7 +10,7 @@ import pytest
 from conftest import FAMILIES, tiny
 
 from lm_jax.data import packing
-from lm_jax.generate import next_logits, prefill
+from lm_jax.decoding import next_logits, prefill
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build

@@ -17,7 +17,7 @@ from etils import epath
 from lm_jax import checkpoint, command, costs
 from lm_jax import config as configs
 from lm_jax.data import packing
-from lm_jax.generate import decode, prefill
+from lm_jax.decoding import decode, prefill
 from lm_jax.sampling import GREEDY
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program

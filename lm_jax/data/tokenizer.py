@@ -174,6 +174,20 @@ class HuggingFace:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
+    def encode_control(self, text: str) -> np.ndarray:
+        """Ids of a text whose names of special tokens mean these tokens: of a template's own words, never of a user's."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer's own post-processor puts before a text and after it."""
+        bare, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        first = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+        return whole[:first], whole[first + len(bare) :]
+
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if i < self.num_pieces and i not in self._special]
         return self._tokenizer.decode(known, skip_special_tokens=False)

@@ -1,0 +1,247 @@
+"""Text from a model: prefill, then the whole decode as one device program.
+
+Shape suffixes: B requests, P padded prompt length, N new tokens, V vocabulary. A prompt's last token is not read with the others:
+it is the first that the decoder takes, so that every token is written in the same way.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax import checkpoint
+from lm_jax.config import OBJECTIVES, Model, UserError
+from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.model.attention import Context
+from lm_jax.model.encoder_decoder import EncoderDecoder
+from lm_jax.model.graph import Graph
+from lm_jax.sampling import GREEDY, Sampling, draw
+from lm_jax.sharding import batch_shards, computed, constrain, iota, on_each_device
+
+BUCKET = 64  # prompts and outputs are padded to its multiples, so that few programs serve all lengths
+SLICE = 16  # tokens that are decoded at once where somebody looks at them
+
+
+def writes(config: Model) -> bool:
+    """Whether a model of this config writes text from left to right."""
+    return config.kind == "encoder_decoder" or config.kind not in OBJECTIVES
+
+
+class State(NamedTuple):
+    """Between two tokens: `token` stands at `position` and is read next; what came before is in the caches."""
+
+    caches: Any
+    token_B: jax.Array
+    position_B: jax.Array
+    ended_B: jax.Array
+    step: jax.Array  # tokens written so far
+    seen_BV: jax.Array | None = None  # pieces read or written, where repetition costs
+    source: tuple[jax.Array, Context] | None = None  # what an encoder made of the prompt
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "slots", "start", "penalised"))
+def prefill(
+    graph: Graph, parameters, tokens_BP, lengths_B, slots: int, start: int = -1, penalised: bool = False
+) -> State:
+    """The state before the first new token; `slots` is what a text may have in all. An encoder reads the prompt whole."""
+    model, (batch, length) = graph.module(parameters), tokens_BP.shape
+    caches, zeros_B = graph.empty_caches(batch, slots), jnp.zeros_like(lengths_B)
+    ended_B, step = zeros_B > 0, jnp.int32(0)
+    seen_BV = seen(tokens_BP, lengths_B, model.vocab_size) if penalised else None
+    positions_BP = iota((batch, length), "batch", "length")
+    within = lambda num_B: Context(positions_BP, (positions_BP < num_B[:, None]).astype(jnp.int32))
+    if isinstance(model, EncoderDecoder):
+        source = model.encode(tokens_BP, within(lengths_B)), within(lengths_B)
+        return State(caches, zeros_B + start, zeros_B, ended_B, step, seen_BV, source)
+    _, caches = model(tokens_BP, within(lengths_B - 1), None, caches)
+    last_B = jnp.where(positions_BP == lengths_B[:, None] - 1, tokens_BP, 0).sum(1)
+    return State(caches, last_B, lengths_B - 1, ended_B, step, seen_BV)
+
+
+def seen(tokens_BP: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:
+    """Which pieces stand in each prompt, bool [B, V]."""
+    valid_BP = iota(tokens_BP.shape, "batch", "length") < lengths_B[:, None]
+    one = lambda ids_P, valid_P: jnp.zeros(vocab_size, bool).at[ids_P].max(valid_P)
+    layout = computed(("batch", None))
+    return on_each_device(jax.vmap(one), (layout, layout), layout)(tokens_BP, valid_BP)
+
+
+def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]:
+    """float32 logits [B, V] after the state's token, and the caches with it."""
+    model, token_B1 = graph.module(parameters), state.token_B[:, None]
+    context = Context(state.position_B[:, None], jnp.ones_like(token_B1))
+    if isinstance(model, EncoderDecoder):
+        assert state.source is not None
+        hidden_B1D, caches = model.decode(token_B1, context, state.source, None, state.caches)
+    else:
+        hidden_B1D, caches = model(token_B1, context, None, state.caches)
+    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0].astype(jnp.float32), caches
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "num", "document_id"), donate_argnames=("state",))
+def decode(graph: Graph, parameters, state: State, sampling: Sampling, until, num: int, document_id: int):
+    """int32 [B, N] new tokens (`document_id` from the end of each text on), their log-probabilities [B, N], and the state after.
+
+    The first `until` of the N places are written. One program: nothing returns to the host between tokens. Log-probabilities are
+    the model's, before temperature and cuts.
+    """
+    batch = len(state.token_B)
+    place_BN = iota((batch, num), "batch", None)
+
+    def body(carry):
+        i, state, out_BN, sure_BN = carry
+        logits_BV, caches = next_logits(graph, parameters, state)
+        drawn_B = draw(logits_BV, state.step, sampling, state.seen_BV)
+        new_B = jnp.where(state.ended_B, document_id, drawn_B)
+        chosen_BV = iota(logits_BV.shape, "batch", None) == new_B[:, None]
+        sure_B = jnp.where(chosen_BV, jax.nn.log_softmax(logits_BV), 0).sum(-1)
+        out_BN = jnp.where(place_BN == i, new_B[:, None], out_BN)
+        sure_BN = jnp.where((place_BN == i) & ~state.ended_B[:, None], sure_B[:, None], sure_BN)
+        seen_BV = None if state.seen_BV is None else state.seen_BV | chosen_BV
+        ended_B = state.ended_B | (new_B == document_id)
+        state = State(caches, new_B, state.position_B + 1, ended_B, state.step + 1, seen_BV, state.source)
+        return i + 1, state, out_BN, sure_BN
+
+    going = lambda carry: (carry[0] < until) & ~jnp.all(carry[1].ended_B)
+    start = jnp.int32(0), state, jnp.zeros_like(place_BN) + document_id, jnp.zeros_like(place_BN, jnp.float32)
+    _, state, out_BN, sure_BN = jax.lax.while_loop(going, body, start)
+    return out_BN, sure_BN, state
+
+
+class Marks(NamedTuple):
+    """Ids around texts: before and after a prompt, what a decoder with an encoder starts with, and what ends a text."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    start: int
+    end: int
+
+
+def own_marks(tokenizer: Tokenizer) -> Marks:
+    """Those of models that are trained here: `<|endoftext|>` stands before every document, and so after every one."""
+    return Marks((tokenizer.document_id,), (), tokenizer.document_id, tokenizer.document_id)
+
+
+def marks_of(found: checkpoint.Located) -> Marks:
+    """Those of a run, or of a Hugging Face folder: its tokenizer's post-processor, and the ids that its config.json names."""
+    if not (found.described and isinstance(found.tokenizer, HuggingFace)):
+        return own_marks(found.tokenizer)
+    described = checkpoint.read_json(found.workdir / "config.json")
+    end, start = described.get("eos_token_id"), described.get("decoder_start_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    known = lambda x: x if isinstance(x, int) and 0 <= x < found.tokenizer.num_pieces else found.tokenizer.document_id
+    before, after = found.tokenizer.around()
+    return Marks(tuple(before), tuple(after) if start is not None else (), known(start), known(end))
+
+
+class Prompts(NamedTuple):
+    """Requests on the mesh, padded to the sizes of few programs; `slots` is what a text may have in all."""
+
+    tokens_BP: jax.Array
+    lengths_B: jax.Array
+    slots: int
+
+
+Prompt = str | np.ndarray  # a text, or all its ids
+
+
+def lay(
+    graph: Graph, tokenizer: Tokenizer, marks: Marks, prompts: Sequence[Prompt], limit: int, copies: int = 1
+) -> Prompts:
+    """Encodes prompts, each `copies` times. Raises UserError where `limit` more tokens are more than the model sees."""
+    whole = lambda text: np.concatenate([marks.before, tokenizer.encode(text), marks.after]).astype(np.int32)
+    encoded = [whole(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    encoded = [
+        ids if len(ids) else np.array([marks.end], np.int32) for ids in encoded
+    ]  # there must be a token to start from
+    reads = graph.config.kind == "encoder_decoder"  # the prompt has a length of its own
+    longest, sees = max(map(len, encoded)), graph.sequence_length
+    room = sees - (0 if reads else longest) if longest <= sees else 0
+    if limit > room:
+        raise UserError(
+            f"the prompt is {longest} tokens and the model sees {sees}: --max_new_tokens {limit} is too many"
+            + (f", at most {room}" if room > 0 else "; shorten the prompt")
+        )
+    up = lambda n: min(-(-n // BUCKET) * BUCKET, sees)
+    width, slots = up(longest), up(limit if reads else longest + limit)
+    shards = batch_shards(dict(jax.sharding.get_mesh().shape))
+    rows = [row for row in encoded + encoded[:1] * (-len(encoded) % shards) for _ in range(copies)]
+    tokens_BP = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+    return Prompts(on_mesh(tokens_BP), on_mesh(np.array([len(row) for row in rows], np.int32)), slots)
+
+
+def on_mesh(x: np.ndarray) -> jax.Array:
+    """An array [B, ...] over the devices of the mesh that is set."""
+    return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), computed(("batch", *[None] * (x.ndim - 1)))))
+
+
+class Completion(NamedTuple):
+    text: str
+    tokens: list[int]
+    log_probabilities: list[float]  # of each token, in nats
+
+
+def stream(
+    graph: Graph,
+    parameters: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    limit: int,
+    sampling: Sampling = GREEDY,
+    stop: tuple[str, ...] = (),
+    tokens_at_once: int = 0,
+    marks: Marks | None = None,
+) -> Iterator[list[Completion]]:
+    """What has been written after every `tokens_at_once` tokens (0: all at once), until every text has ended.
+
+    A text ends before the first of the strings `stop`, at the end of a document, or after `limit` tokens. Raises UserError.
+    """
+    marks = marks or own_marks(tokenizer)
+    laid = lay(graph, tokenizer, marks, prompts, limit)
+    penalised = bool(np.any(np.asarray(sampling.repetition_penalty) != 1))
+    batch = len(laid.lengths_B)
+    of_each = sampling.of_each(np.arange(batch) % len(prompts))
+    of_each = jax.tree.map(on_mesh, of_each)
+    state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, marks.start, penalised)
+    step = tokens_at_once or (SLICE if stop else limit)
+    num = step if step < limit else -(-limit // BUCKET) * BUCKET
+    tokens, sure = np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32)
+    while tokens.shape[1] < limit:
+        until = min(step, limit - tokens.shape[1])
+        out_BN, sure_BN, state = decode(graph, parameters, state, of_each, until, num, marks.end)
+        tokens = np.concatenate([tokens, np.asarray(out_BN)[:, :until]], axis=1)
+        sure = np.concatenate([sure, np.asarray(sure_BN)[:, :until]], axis=1)
+        written = [written_by(tokenizer, *row, limit, stop, marks.end) for row in zip(tokens, sure, strict=True)]
+        yield [completion for completion, _ in written[: len(prompts)]]
+        over = np.array([ended for _, ended in written])
+        if over.all():
+            return
+        state = state._replace(ended_B=state.ended_B | on_mesh(over))
+
+
+def written_by(
+    tokenizer: Tokenizer, tokens, sure, limit: int, stop: tuple[str, ...], end: int
+) -> tuple[Completion, bool]:
+    """A text so far, and whether it has ended."""
+    ends = np.flatnonzero(tokens[:limit] == end)
+    num = int(ends[0]) if len(ends) else min(len(tokens), limit)
+    text = tokenizer.decode(tokens[:num])
+    places = [place for place in (text.find(word) for word in stop) if place >= 0]
+    text = text[: min(places)] if places else text
+    return Completion(text, tokens[:num].tolist(), sure[:num].tolist()), bool(len(ends) or places or num == limit)
+
+
+def complete(
+    graph: Graph, parameters: dict, tokenizer: Tokenizer, prompts: Sequence[Prompt], limit: int, *settings, **more
+):
+    """The continuations of prompts as `stream` ends with them."""
+    *_, last = stream(graph, parameters, tokenizer, prompts, limit, *settings, **more)
+    return last
+
+
+def generate(graph: Graph, parameters, tokenizer: Tokenizer, prompts: list[str], limit: int, sampling: Sampling):
+    """The continuation of each prompt as text, at most `limit` tokens. Raises UserError where the model sees less."""
+    return [completion.text for completion in complete(graph, parameters, tokenizer, prompts, limit, sampling)]
