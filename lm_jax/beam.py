@@ -52,7 +52,7 @@ def reorder(caches, parents_BK: jax.Array):
     return jax.tree.map(one, caches)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "beams", "limit", "document_id"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("graph", "beams", "limit", "document_id"))
 def decode(
     graph: Graph, parameters, state: State, beams: int, limit: int, document_id: int, penalty: jax.Array
 ) -> Beams:

@@ -1,20 +1,26 @@
 """Sampling cuts where it says, decoding is the model's own greedy path, and a seed gives the same text."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command, tiny
+from conftest import ROOT, command, tiny
 
 from lm_jax import beam
 from lm_jax.config import Mesh, UserError
-from lm_jax.decoding import complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.convert import hugging_face
+from lm_jax.data.tokenizer import Bytes
+from lm_jax.decoding import Marks, complete, decode, generate, on_mesh, prefill, stream
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build
 from lm_jax.sampling import GREEDY, Sampling, keys, sample
 from lm_jax.sharding import make_mesh
+
+sys.path.insert(0, str(ROOT / "tools"))
+import parity_families  # noqa: E402
 
 LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))
 
@@ -278,3 +284,39 @@ def test_a_file_of_prompts_becomes_json_lines(finished, tmp_path):
 def test_without_a_prompt_it_asks(finished):
     result = command("generate", "--model", str(finished), "--max_new_tokens", "4", input="def \n\n")
     assert result.returncode == 0 and "def " in result.stdout and "a prompt a line" in result.stderr
+
+
+def texts_there(model, prompts, limit: int, beams: int, end: int) -> list[list[int]]:
+    """New tokens of `transformers` for prompts in one batch, padded on the left."""
+    import torch
+
+    width = max(map(len, prompts))
+    rows = torch.tensor(np.stack([np.pad(p, (width - len(p), 0)) for p in prompts])).long()
+    seen = torch.tensor(np.stack([np.arange(width) >= width - len(p) for p in prompts])).long()
+    settings = dict(max_new_tokens=limit, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=end)
+    with torch.no_grad():
+        out = model.generate(rows, attention_mask=seen, **settings)
+    return [row[: row.index(end)] if end in row else row for row in out[:, width:].tolist()]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", parity_families.FIRST)
+def test_greedy_and_beam_texts_are_those_of_transformers(name, tmp_path):
+    """20 prompts of 1 to 20 tokens, random weights; prompts of all lengths together, padded on the right here."""
+    pytest.importorskip("torch")
+    model = parity_families.reference(name)
+    model.save_pretrained(tmp_path)
+    random = np.random.default_rng(1)
+    prompts = [random.integers(3, parity_families.PIECES, random.integers(1, 21)).astype(np.int32) for _ in range(20)]
+    endless = np.concatenate(texts_there(model, prompts, 16, 1, parity_families.PIECES - 1))
+    end = int(np.bincount(endless).argmax())  # so that some texts end early
+    described = hugging_face.read_description(str(tmp_path))
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+        graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
+        parameters = jax.tree.map(jnp.asarray, hugging_face.read_parameters(str(tmp_path), described))
+        arguments, marks = (graph, parameters, Bytes(), prompts, 16), Marks((), (), 0, end)
+        greedy = [x.tokens for x in complete(*arguments, GREEDY, marks=marks)]
+        best = [x.tokens for x in beam.search(*arguments, 3, 1.0, marks)]
+    assert greedy == texts_there(model, prompts, 16, 1, end)
+    assert best == texts_there(model, prompts, 16, 3, end)
+    assert any(0 < len(tokens) < 16 for tokens in greedy)
