@@ -103,7 +103,7 @@ def test_the_products_of_idle_experts_are_not_counted():
     assert abs(costs.count(config, program.graph.declarations).matrix_parameters / 12.75e9 - 1) < 0.01
 
 
-@pytest.mark.parametrize("place", ["decoders.py:mixtral_8x7b", "small_decoders.py:gemma3"])
+@pytest.mark.parametrize("place", ["small_decoders.py:mixtral", "small_decoders.py:gemma3"])
 def test_a_decoder_in_miniature_is_traced(place):
     """The step that `:smoke` of this variant would run."""
     name, variant = place.split(":")

@@ -261,10 +261,9 @@ def read_mixtral(theirs: Theirs) -> dict[str, Any]:
 
 
 def write_mixtral(model: Model) -> dict[str, Any]:
-    return write_mistral(model) | {
-        "num_local_experts": model.num_experts or 1,
-        "num_experts_per_tok": min(model.experts_per_token, model.num_experts or 1),
-    }
+    experts = max(1, model.num_experts)
+    chosen = min(model.experts_per_token, experts)
+    return write_mistral(model) | {"num_local_experts": experts, "num_experts_per_tok": chosen}
 
 
 def read_gpt2(theirs: Theirs) -> dict[str, Any]:
