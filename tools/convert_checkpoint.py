@@ -3,7 +3,6 @@
     python tools/convert_checkpoint.py runs/x out/x                 # where transformers is installed, logits are compared
     python tools/convert_checkpoint.py out/x runs/from_x            # then --config.train.init_from=runs/from_x
     python tools/convert_checkpoint.py model.gguf out/model         # pip install -e '.[gguf]'
-
 Tokenizer and chat template go along. Nothing is written where anything is missing, unknown or of another shape.
 """
 
@@ -69,12 +68,11 @@ def main(arguments: list[str]) -> int:
             carried = hugging_face.carried_files(str(found.workdir))
             if found.described:
                 run.write(epath.Path(flags.output), found, parameters, carried)
-                say(f"wrote {flags.output}: python -m lm_jax.generate --model {flags.output}")
+                say(f"wrote {flags.output}")
                 return 0
             described = hugging_face.description_of(found.config, found.num_pieces, found.tokenizer.document_id)
-        prove = proof(graph, parameters, described.num_pieces, say)
-        if flags.unproven:
-            prove = lambda folder: say("unproven: --unproven")
+        proven = proof(graph, parameters, described.num_pieces, say)
+        prove = (lambda folder: say("unproven, as asked for")) if flags.unproven else proven
         hugging_face.write(flags.output, described, parameters, carried, prove)
     say(f"wrote {flags.output}, a {described.content['architectures'][0]}")
     return 0
