@@ -3,6 +3,7 @@
     python tools/convert_checkpoint.py runs/x out/x                 # where transformers is installed, logits are compared
     python tools/convert_checkpoint.py out/x runs/from_x            # then --config.train.init_from=runs/from_x
     python tools/convert_checkpoint.py model.gguf out/model         # pip install -e '.[gguf]'
+
 Tokenizer and chat template go along. Nothing is written where anything is missing, unknown or of another shape.
 """
 
