@@ -14,6 +14,10 @@ Message = dict[str, str]  # {"role": "user", "content": "..."}
 MARK = "\ue000{}\ue001"  # stands for a message's text while the template is filled in; private characters of Unicode
 
 
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
 def read_template(folder: epath.Path) -> str:
     """The chat template of a Hugging Face folder. Raises UserError where it has none."""
     if (folder / "chat_template.jinja").exists():

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--chat", action="store_true", help="prompts are what a user says, in the model's chat template"
     )
+    parser.add_argument("--system", default="", help="with --chat: what stands before a conversation")
     parser.add_argument("--prompts", default="", help="a file with a prompt a line; JSON lines come out")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
@@ -55,6 +56,8 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
     if flags.prompt and flags.prompts:
         parser.error("--prompt and --prompts: one of them")
+    if flags.system and not flags.chat:
+        parser.error("--system needs --chat")
     from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = checkpoint.locate(flags.model, Terminal())
     if not writes(found.config.model):
@@ -75,10 +78,12 @@ def main(arguments: list[str]) -> int:
             print("\n\n".join(prompt + found.text for prompt, found in zip(flags.prompt, completions, strict=True)))
             return 0
         print("a prompt a line; an empty line ends", file=sys.stderr)
+        said: list[chat.Message] = []  # the conversation so far
         for line in iter(lambda: command.ask("> "), ""):
             try:
-                print(line, end="", flush=True)
-                write([line], show=lambda text: print(text, end="", flush=True))
+                print("" if flags.chat else line, end="", flush=True)
+                [answer] = write([line], show=lambda text: print(text, end="", flush=True), said=said)
+                said += [chat.user(line), {"role": "assistant", "content": answer.text}]
                 print()
             except UserError as error:
                 print(error, file=sys.stderr)
@@ -101,10 +106,16 @@ def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
     tokenizer, marks = located.tokenizer, marks_of(located)
     template = chat.read_template(located.workdir) if flags.chat else ""
-    says = lambda text: chat.encode(template, [{"role": "user", "content": text}], tokenizer) if template else text
+    before = [{"role": "system", "content": flags.system}] if flags.system else []
 
-    def write(prompts: list[str], first: int = 0, show: Callable[[str], None] | None = None) -> list[Completion]:
-        given = [says(prompt) for prompt in prompts]
+    def write(
+        prompts: list[str],
+        first: int = 0,
+        show: Callable[[str], None] | None = None,
+        said: Sequence[chat.Message] = (),
+    ) -> list[Completion]:
+        turn = lambda text: chat.encode(template, [*before, *said, chat.user(text)], tokenizer) if template else text
+        given = [turn(prompt) for prompt in prompts]
         if flags.beams > 1:
             found = beam.search(
                 graph, parameters, tokenizer, given, flags.max_new_tokens, flags.beams, flags.length_penalty, marks
