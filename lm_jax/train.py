@@ -18,7 +18,7 @@ from lm_jax.data import mixture, objectives, pipeline, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_url
 from lm_jax.data.word_vectors import WordVectors
-from lm_jax.decoding import generate, writes
+from lm_jax.decoding import generate
 from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.goodput import Goodput, traced
@@ -437,7 +437,7 @@ def evaluate_now(
 
 def show_sample(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
     prompt = this.config.evaluate.prompt
-    if not prompt or jax.process_count() > 1 or not writes(this.config.model):
+    if not prompt or jax.process_count() > 1 or this.config.data.objective != "causal":
         return
     room = this.config.data.sequence_length - len(this.mixed.tokenizer.encode(prompt)) - 1
     limit = min(SAMPLE_TOKENS, room)
@@ -486,7 +486,7 @@ def next_commands(this: Run, given: str) -> str:
         [
             f"done in {costs.duration(time.monotonic() - this.goodput.start)}; next:",
             f"  longer     {given} {longer}",
-            *[sample] * writes(this.config.model),
+            *[sample] * (this.config.data.objective == "causal"),
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
             f"  look       tensorboard --logdir {checkpoint.steps_folder(this.workdir).parent.parent}",
         ]

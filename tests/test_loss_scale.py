@@ -174,13 +174,14 @@ def test_the_average_is_the_model(halves, capsys):
 
 
 def test_nothing_but_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, capsys):
-    row = pipeline.Stream.row
+    block = pipeline.Stream.block
 
-    def broken_from_row_40(stream, i):
-        found = row(stream, i)
-        return found | {"loss_mask": found["loss_mask"] * np.float32(np.nan if i >= 40 else 1)}
+    def broken_from_row_40(stream, first, num):
+        found = block(stream, first, num)
+        broken = np.where(found["row"] >= 40, np.float32(np.nan), 1)
+        return found | {"loss_mask": found["loss_mask"] * broken[:, None]}
 
-    monkeypatch.setattr(pipeline.Stream, "row", broken_from_row_40)
+    monkeypatch.setattr(pipeline.Stream, "block", broken_from_row_40)
     more = ["--config.train.num_steps=50", "--config.log.every=4"]
     workdir = tmp_path / "run"
     assert main.main([*SMOKE, *more, "--workdir", str(workdir)]) == command.EXIT_FAULT
