@@ -5,6 +5,7 @@
         --keep source=rotten_tomatoes --names 0=negative,1=positive --output reviews
     python -m lm_jax.main --config experiments/finetune_reviews.py
     python -m lm_jax.evaluate --model runs/finetune_reviews --split test
+    python tools/baselines.py --config experiments/finetune_reviews.py --split test
 """
 
 from lm_jax.config import default_config
