@@ -82,6 +82,7 @@ class Model:
     window: tuple[int, ...] = knob(
         (0,), "tokens each layer sees, repeated over the layers; 0 = all; GPT-3: (0, 256)", low=0
     )
+    labels: tuple[str, ...] = knob((), "what a task tells apart, in the order of their ids; () = no task")
     dropout: float = knob(0.0, "dropped share of the embedding's and of each branch's output", low=0.0, high=0.9)
     init_scale: float = knob(0.02, "standard deviation of initial weights; residual outputs / sqrt(2 layers)", low=0.0)
     attention: str = knob(
@@ -168,6 +169,12 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
+    task: str = knob(
+        "",
+        "what is learnt from records, in the place of data.objective (which says what the model was pretrained on); "
+        '"" = language modelling',
+        choices=("", "classification"),
+    )
     num_steps: Length = knob(1000, "steps, or tokens or epochs with their unit", low=1, fixed=False)
     microbatch_rows: int | str = knob(
         "auto",
@@ -305,7 +312,7 @@ def _check(path: str, value: Any, kind: Any, metadata) -> Any:
         if not isinstance(value, (tuple, list)):
             raise refuse("expected a tuple, such as (1, 2) or (1,)")
         kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-        if len(value) != len(kinds) or not value:
+        if len(value) != len(kinds) or (not value and leaves()[path].default):
             raise refuse(f"expected {len(kinds) or 'at least 1'} values, got {len(value)}")
         return tuple(_check(path, item, item_kind, metadata) for item, item_kind in zip(value, kinds, strict=True))
     if number_or_name and isinstance(value, str) and not metadata["choices"]:
@@ -455,6 +462,7 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"config.model.window = {model.window}: an encoder sees both sides, windows look back; take (0,)"
         )
+    _check_task(config)
     scale = config.optimizer.loss_scale
     if scale & (scale - 1) or scale > LARGEST_LOSS_SCALE:
         near = min(2 ** round(math.log2(scale)), LARGEST_LOSS_SCALE)
@@ -477,6 +485,29 @@ def _check_together(config: Config) -> None:
             raise UserError(f"config.mesh.{name} = {size}: expected a number of devices, or -1 for the rest")
     if list(axes.values()).count(-1) > 1:
         raise UserError(f"config.mesh: only one axis can be -1 (the rest), got {axes}")
+
+
+def _check_task(config: Config) -> None:
+    labels = config.model.labels
+    if not config.train.task:
+        if labels:
+            raise UserError(f"config.model.labels = {labels} without a task: add --config.train.task=classification")
+        return
+    if config.model.kind != "encoder":
+        raise UserError(
+            f"config.train.task = {config.train.task} needs an encoder, this model is of kind {config.model.kind}: add\n"
+            "--config.model.kind=encoder --config.data.objective=masked"
+        )
+    if len(set(labels)) < 2 or len(set(labels)) < len(labels):
+        raise UserError(
+            f"config.model.labels = {labels}: a task tells at least two labels apart, each named once, such as "
+            '("negative", "positive")'
+        )
+    if config.data.packing == "split":
+        raise UserError(
+            "config.data.packing = split would part records: take best_fit (too long ones keep their first tokens) or "
+            "best_fit_whole (they are refused)"
+        )
 
 
 _LENGTH = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<prefix>[kKMBT]?) ?(?P<unit>tokens|epochs|steps|min)")
@@ -505,7 +536,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     data.tokenizer = "sentencepiece:512" if data.tokenizer.startswith("sentencepiece:") else data.tokenizer
     data.sequence_length, data.global_batch_size, data.batch_ramp = 64, 8, (0, 0)
     config.optimizer.warmup, config.optimizer.decay_over = 1, 0
-    config.train.num_steps, config.train.microbatch_rows = 2, 8
+    config.train.num_steps, config.train.microbatch_rows, config.train.init_from = 2, 8, ""
     config.checkpoint.every, config.evaluate.every, config.evaluate.num_rows, config.log.every = 2, 2, 8, 1
     return config
 

@@ -48,6 +48,10 @@ def objective(
     model = graph.module(parameters)
     hidden_BTD, labels_BTC, left = model.read(batch, drop)
     beside = routing_loss(left, batch["loss_mask"], routing) if any(routing) and graph.config.num_experts else 0.0
+    if hidden_BTD is None:  # a task's labels alone
+        assert labels_BTC is not None
+        entropy = (label_losses(labels_BTC, batch["targets"]) * batch["loss_mask"]).sum()
+        return entropy + beside, entropy
     if labels_BTC is None:
         whole, entropy = vocabulary_loss(model, hidden_BTD, batch, z_loss)
         return whole + beside, entropy

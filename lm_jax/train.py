@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from lm_jax import checkpoint, command, costs, metrics, terminal
 from lm_jax.config import Config, UserError, parse_length
@@ -20,7 +21,7 @@ from lm_jax.data.shards import check_url
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import generate
 from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
-from lm_jax.evaluate import Evaluator, by_source
+from lm_jax.evaluate import Evaluator, by_source, open_data
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
@@ -90,7 +91,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
     with goodput("data"):
-        mixed = mixture.open_mixture(config.data, say)
+        mixed = open_data(config, say)
         stream = mixed.stream(config.data)
     ramp = make_ramp(config)
     config = with_steps(config, ramp, stream.rows_per_epoch)
@@ -158,15 +159,21 @@ def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) 
             f"config.train.init_from = {place!r} has another tokenizer than this corpus; take it too: {mend}"
         )
     mine, theirs = program.graph.declarations, checkpoint.graph_of(found).declarations
-    differing = [
-        path
-        for path in {*mine, *theirs}
-        if path not in mine or path not in theirs or mine[path].shape != theirs[path].shape
-    ]
+    differing = [path for path in mine.keys() & theirs.keys() if not fits(path, mine[path].shape, theirs[path].shape)]
+    if program.config.train.task:  # other heads
+        differing += [path for path in mine.keys() - theirs.keys() if path[0] != "labels"]
+    else:
+        differing += list(mine.keys() ^ theirs.keys())
     if differing:
         names = ", ".join(sorted("/".join(path) for path in differing)[:3])
         raise UserError(f"config.train.init_from = {place!r}: {len(differing)} parameters differ: {names}")
     return found
+
+
+def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Whether a parameter can be taken; shorter rows take the first of the learned positions."""
+    shorter = path == ("positions", "table") and mine[0] <= theirs[0]
+    return mine[1:] == theirs[1:] if shorter else mine == theirs
 
 
 def starting_point(
@@ -187,7 +194,20 @@ def starting_point(
         return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
     _, parameters = checkpoint.load_parameters(source)
     say(f"parameters from {source.workdir} step {source.step:,}")
+    parameters = with_the_rest(program, parameters, say)
     return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
+
+
+def with_the_rest(program: Program, given: dict, say: terminal.Terminal) -> dict:
+    """The parameters of the program: the given ones, and those that are missing as they are initialised; both said."""
+    flat, mine = nnx.traversals.flatten_mapping(given), program.graph.declarations
+    if all(path in mine and x.shape == mine[path].shape for path, x in flat.items()) and len(flat) == len(mine):
+        return given
+    names = lambda paths: ", ".join("/".join(path) for path in sorted(paths)) or "nothing"
+    say(f"left behind: {names(flat.keys() - mine.keys())}; initialised: {names(mine.keys() - flat.keys())}")
+    start = nnx.traversals.flatten_mapping(jax.jit(lambda: fresh(program))().parameters)
+    placed = {path: jax.device_put(flat.get(path, x)[: len(x)], x.sharding) for path, x in start.items()}
+    return nnx.traversals.unflatten_mapping(placed)
 
 
 def with_rows(parameters: dict, given: WordVectors) -> dict:
@@ -431,6 +451,8 @@ def evaluate_now(
     writer.scalars(this.data.step, values)
     loss, bits_per_byte = values[f"{prefixes[0]}/loss"], values.get(f"{prefixes[0]}/bits_per_byte", 0.0)
     of_text = f", {bits_per_byte:.3f} bits/byte" if bits_per_byte else ""
+    if (accuracy := values.get(f"{prefixes[0]}/accuracy")) is not None:
+        of_text = f", accuracy {accuracy:.4f}, macro-F1 {values[f'{prefixes[0]}/macro_f1']:.4f}"
     this.say(f"step {this.data.step:>6,} validation loss {loss:.4f}{of_text}")
     return bits_per_byte
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from lm_jax import command, distributed
 from lm_jax.config import Config, Mesh, UserError
-from lm_jax.data import mixture, pipeline
+from lm_jax.data import pipeline
 from lm_jax.data.objectives import specials
+from lm_jax.evaluate import open_data
 from lm_jax.model.language_model import padded
 from lm_jax.ramp import make_ramp, with_steps
 from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
     config, _ = command.load_config(flags.config, overrides)
     say, here = Terminal(), distributed.devices()
     preflight_sizes = mesh_shape(config.mesh, len(here))
-    mixed = mixture.open_mixture(config.data, say)
+    mixed = open_data(config, say)
     stream = mixed.stream(config.data)
     num_pieces = specials(mixed.tokenizer, config.data.objective).num_pieces
     vocab_size = padded(num_pieces)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lm_jax import command
 from lm_jax.data import mixture
+from lm_jax.evaluate import open_data
 from lm_jax.ramp import make_ramp, with_steps
 
 TRAINED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[1;35m", "\x1b[0m"
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     if min(flags.step, flags.rows, flags.statistics) < 0:
         parser.error("--step, --rows and --statistics are at least 0")
     config, _ = command.load_config(flags.config, overrides)
-    mixed = mixture.open_mixture(config.data)
+    mixed = open_data(config)
     stream, ramp = mixed.stream(config.data), make_ramp(config)
     config = with_steps(config, ramp, stream.rows_per_epoch)
     first, last = ramp.cursor(flags.step), ramp.cursor(flags.step + max(1, flags.statistics))

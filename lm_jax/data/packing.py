@@ -134,12 +134,15 @@ class BestFit:
         pieces = order[np.argsort(-self.size[order], kind="stable")]
         return pieces, permutation(self.rows_per_epoch, self.seed, epoch, "rows of epoch")
 
-    def row(self, i: int) -> Batch:
+    def pieces(self, i: int) -> np.ndarray:
+        """The pieces that row i holds, in their order."""
         epoch, place = divmod(i, self.rows_per_epoch)
         pieces, rows = self._epoch(epoch)
-        slots = self.slots[self.starts[rows[place]] : self.starts[rows[place] + 1]]
-        tokens, targets = [], []
-        for piece in pieces[slots]:
+        return pieces[self.slots[self.starts[rows[place]] : self.starts[rows[place] + 1]]]
+
+    def row(self, i: int) -> Batch:
+        pieces, tokens, targets = self.pieces(i), [], []
+        for piece in pieces:
             start, end = self.split.offsets[self.document[piece] : self.document[piece] + 2].tolist()
             start += int(self.first[piece])
             stop = start + int(self.size[piece])

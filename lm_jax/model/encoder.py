@@ -1,4 +1,6 @@
-"""BERT (Devlin et al., arXiv:1810.04805): blocks that see both sides, two segments, and two heads.
+"""BERT (Devlin et al., arXiv:1810.04805): blocks that see both sides, two segments, and its heads.
+
+Two where it is pretrained, for masked tokens and the next sentence; one where it tells the labels of a task apart.
 
 Shape suffixes: B batch, T length, D model, V vocabulary, C labels.
 """
@@ -12,7 +14,7 @@ from lm_jax.model.language_model import Reading
 from lm_jax.model.layers import Dense, Dropout, Embedding, Norm, constant, declare
 from lm_jax.model.transformer import ACTIVATIONS, Transformer
 
-NUM_SEGMENTS, NUM_LABELS = 2, 2  # two texts stand in a row; the second follows the first (0) or does not (1)
+NUM_SEGMENTS = 2  # two texts stand in a row; the second follows the first (label 0) or does not (1)
 
 
 class Encoder(Transformer):
@@ -24,9 +26,13 @@ class Encoder(Transformer):
         dense = lambda num: Dense({"model": config.model_dim}, {"features": num}, config.init_scale, config.bias)
         self.segments = Embedding(NUM_SEGMENTS, config.model_dim, "segments", config.init_scale)
         self.embedding_norm = norm()
+        self.pooler = dense(config.model_dim)
+        if config.labels:
+            self.labels = dense(len(config.labels))
+            return
         self.transform, self.transform_norm = dense(config.model_dim), norm()
         self.output_bias = declare((self.vocab_size,), ("vocab",), constant(0.0)) if config.bias else None
-        self.pooler, self.next_sentence = dense(config.model_dim), dense(NUM_LABELS)
+        self.next_sentence = dense(2)
 
     def __call__(self, tokens_BT, context: Context, drop: Dropout | None = None, caches=None, types_BT=None):
         """int32 tokens [B, T] -> final states [B, T, D], None. `types_BT` says which of the two texts a token is of."""
@@ -39,7 +45,7 @@ class Encoder(Transformer):
     def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
         context = Context(batch["positions"], batch["segment_ids"])
         states_BTD, _ = self(batch["tokens"], context, drop, types_BT=batch["token_type_ids"])
-        return Reading(self.fill(states_BTD), self.label_logits(states_BTD))
+        return Reading(None if self.config.labels else self.fill(states_BTD), self.label_logits(states_BTD))
 
     def fill(self, states_BTD: jax.Array) -> jax.Array:
         """What the masked-token head multiplies with the output table."""
@@ -47,4 +53,5 @@ class Encoder(Transformer):
 
     def label_logits(self, states_BTD: jax.Array) -> jax.Array:
         """[B, T, C]; of a segment only its first token is asked."""
-        return self.next_sentence(jnp.tanh(self.pooler(states_BTD)))
+        head = self.labels if self.config.labels else self.next_sentence
+        return head(jnp.tanh(self.pooler(states_BTD)))

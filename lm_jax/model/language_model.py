@@ -17,9 +17,10 @@ from lm_jax.sharding import constrain, einsum, iota, reshape
 
 
 class Reading(NamedTuple):
-    """Of a batch: the hidden states whose products with the output table are the logits, and what else predicts."""
+    """Of a batch: the hidden states whose products with the output table are the logits (None: no piece is predicted), and
+    what else predicts."""
 
-    hidden_BTD: jax.Array
+    hidden_BTD: jax.Array | None
     labels_BTC: jax.Array | None = None  # logits of the label that a segment's first token predicts instead of a piece
     left: Any = None  # behind by the blocks: the routing losses of experts
 

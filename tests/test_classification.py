@@ -1,0 +1,297 @@
+"""Finetuning to tell labels apart: rows, losses, metrics, what is taken from a pretrained model, and what users get wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, command, tiny
+
+from lm_jax import checkpoint, metrics
+from lm_jax.config import Mesh, UserError
+from lm_jax.data import pipeline
+from lm_jax.evaluate import Evaluator, label_scores, open_data
+from lm_jax.loss import loss_sum
+from lm_jax.model.graph import build
+from lm_jax.sharding import make_mesh
+
+LABELS = ("bad", "good", "odd")
+SEPARATOR = 256  # of the byte tokenizer, before and after a text
+ENCODER = dict(
+    model__kind="encoder", model__norm_place="post", model__labels=LABELS, train__task="classification",
+    data__objective="masked", data__packing="best_fit", data__tokenizer="bytes", data__global_batch_size=2,
+    train__microbatch_rows=2,
+)  # fmt: skip
+
+
+def records(num: int) -> list[dict]:
+    """Texts of 1 to 30 letters; which letters tells the label."""
+    random = np.random.default_rng(0)
+    letters = {"bad": "abc", "good": "mno", "odd": "xyz"}
+    text = lambda label: "".join(random.choice(list(letters[label]), random.integers(1, 31)))
+    return [{"text": f"{i} {text(LABELS[i % 3])}", "label": LABELS[i % 3]} for i in range(num)]
+
+
+def write(folder, lines: list, name: str = "train") -> str:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(folder)
+
+
+def config_of(place: str, **changes):
+    return tiny(**ENCODER | {"data__sources": place} | changes)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("records")
+    write(folder, records(90)[:60])
+    return write(folder, records(90)[60:], "validation")
+
+
+def segments(row: dict) -> list[tuple[bytes, int]]:
+    """(text, label) of every segment of a row, everything else about it asserted."""
+    found = []
+    for segment in range(1, int(row["segment_ids"].max()) + 1):
+        at = np.flatnonzero(row["segment_ids"] == segment)
+        tokens = row["tokens"][at]
+        assert tokens[0] == tokens[-1] == SEPARATOR and (tokens[1:-1] != SEPARATOR).all()
+        np.testing.assert_array_equal(row["positions"][at], np.arange(len(at)))
+        np.testing.assert_array_equal(row["loss_mask"][at], [1] + [0] * (len(at) - 1))
+        assert (row["targets"][at[1:]] == 0).all() and (row["token_type_ids"][at] == 0).all()
+        found.append((bytes(tokens[1:-1].astype(np.uint8)), int(row["targets"][at[0]])))
+    padding = row["segment_ids"] == 0
+    assert (row["loss_mask"][padding] == 0).all() and (row["tokens"][padding] == 0).all()
+    return found
+
+
+def test_an_epoch_of_rows_holds_every_record_once_with_its_label(place):
+    config = config_of(place, data__test_fraction=0.0)
+    data = open_data(config)
+    stream = data.stream(config.data)
+    expected = sorted((r["text"].encode(), LABELS.index(r["label"])) for r in records(90)[:60])
+    num = int(stream.rows_per_epoch)
+    assert num < 40  # packed: several in a row
+    for epoch in (0, 1):
+        rows = [stream.row(i) for i in range(epoch * num, (epoch + 1) * num)]
+        assert sorted(s for row in rows for s in segments(row)) == expected
+    held = data.held(config.data, "validation")
+    ((_, rows),) = held.items()
+    expected = sorted((r["text"].encode(), LABELS.index(r["label"])) for r in records(90)[60:])
+    assert sorted(s for i in range(rows.num_rows) for s in segments(rows.row(i))) == expected
+    assert rows.rows([0, rows.num_rows])["loss_mask"][1].sum() == 0
+
+
+def test_a_long_record_keeps_its_first_tokens_and_is_counted_or_refused(tmp_path):
+    long = {"text": "begin" + "x" * 195, "label": "odd"}
+    place = write(tmp_path, [*records(12), long])
+    said: list[str] = []
+    zero = dict(data__validation_fraction=0.0, data__test_fraction=0.0)
+    config = config_of(place, **zero)
+    stream = open_data(config, said.append).stream(config.data)
+    assert "train: 1 of 13 records cut to their first 64 tokens" in said
+    found = [s for i in range(int(stream.rows_per_epoch)) for s in segments(stream.row(i))]
+    assert (b"begin" + b"x" * 57, 2) in found
+    with pytest.raises(UserError, match=r"1 train records are longer than a row of 64 tokens \(the longest 202\)"):
+        open_data(config_of(place, data__packing="best_fit_whole", **zero))
+
+
+def test_a_text_in_train_and_in_a_held_out_split_is_reported(tmp_path):
+    place = write(tmp_path, records(12))
+    write(tmp_path, records(3), "test")
+    said: list[str] = []
+    open_data(config_of(place), said.append)
+    assert any(line.startswith("3 test texts are also in train, the first at") for line in said)
+
+
+@pytest.fixture(scope="module")
+def model(place):
+    """Weights so large that what a record sees changes its label."""
+    config = config_of(place, model__init_scale=0.3)
+    graph = build(config.model, 258, 64)
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        parameters = jax.jit(lambda: graph.init(jax.random.key(1), sharded=True))()
+    return graph, mesh, parameters
+
+
+def test_packed_records_have_the_loss_they_have_alone(place, model):
+    graph, mesh, parameters = model
+    config = config_of(place)
+    ((_, rows),) = open_data(config).held(config.data, "validation").items()
+    whole = rows.rows(list(range(rows.num_rows)))
+    alone = []
+    for row in (rows.row(i) for i in range(rows.num_rows)):
+        for segment in range(1, int(row["segment_ids"].max()) + 1):
+            at = np.flatnonzero(row["segment_ids"] == segment)
+            single = {name: np.zeros_like(x) for name, x in row.items()}
+            for name in row.keys() - {"row"}:
+                single[name][: len(at)] = row[name][at]
+            single["segment_ids"][: len(at)] = 1
+            alone.append(single)
+    one_each = {name: np.stack([row[name] for row in alone]) for name in whole}
+    with jax.set_mesh(mesh):
+        loss = jax.jit(lambda batch: loss_sum(graph, parameters, batch))
+        np.testing.assert_allclose(loss(whole), loss(one_each), rtol=1e-5)
+    assert len(alone) == 30 == whole["loss_mask"].sum()
+
+
+@pytest.mark.parametrize(("devices", "size"), [(1, 1), (1, 5), (8, 8)])
+def test_evaluation_counts_every_record_whatever_the_batch_and_devices(place, model, devices, size):
+    graph, _, parameters = model
+    config = config_of(place)
+    ((_, rows),) = open_data(config).held(config.data, "validation").items()
+    mesh = make_mesh(Mesh(), jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        here = jax.jit(lambda: graph.init(jax.random.key(1), sharded=True))()
+        found = Evaluator(graph, mesh, np.zeros(258), size)(here, rows)
+        batch = next(pipeline.batches(rows, mesh, 0, 1, 8 * rows.num_rows))
+        logits = np.asarray(jax.jit(lambda p, b: graph.module(p).read(b).labels_BTC)(here, batch), np.float64)
+    assert found.tokens == found.confusion.sum() == 30
+    asked = np.asarray(batch["loss_mask"]) > 0
+    truth, chosen = np.asarray(batch["targets"])[asked], logits[asked].argmax(-1)
+    expected = np.zeros((3, 3))
+    np.add.at(expected, (truth, chosen), 1)
+    np.testing.assert_array_equal(found.confusion, expected)
+    losses = np.log(np.exp(logits[asked]).sum(-1)) - logits[asked][np.arange(30), truth]
+    np.testing.assert_allclose(found.loss, losses.sum(), rtol=1e-5)
+
+
+# Of pairs (label, prediction); the numbers are scikit-learn's accuracy_score, f1_score(average="macro"), matthews_corrcoef.
+SCORED = [
+    ([0, 1, 2, 0, 1, 2], [0, 2, 1, 0, 0, 1], (1 / 3, 4 / 15, 0.0)),
+    ([1, 1, 1, 0], [1, 0, 1, 1], (0.5, 1 / 3, -1 / 3)),
+    ([0, 0, 1, 1, 2, 2, 2, 0], [0, 1, 1, 1, 2, 0, 2, 0], (0.75, 34 / 45, 9 / 14)),
+    ([1, 1, 1], [1, 1, 1], (1.0, 1.0, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("truth", "predicted", "expected"), SCORED)
+def test_metrics_are_those_of_scikit_learn(truth, predicted, expected):
+    counts = np.zeros((3, 3))
+    np.add.at(counts, (truth, predicted), 1)
+    scores = label_scores(counts)
+    np.testing.assert_allclose([scores[k] for k in ("accuracy", "macro_f1", "matthews")], expected, atol=1e-12)
+
+
+MISTAKES = [
+    (
+        '{"text": "a", "label": "godo"}',
+        "label 'godo' is none of config.model.labels: bad, good, odd; did you mean good?",
+    ),
+    ('{"text": " ", "label": "good"}', "the text is empty"),
+    ('{"text": 3, "label": "good"}', "the text is no string"),
+    ('{"Txt": "a", "label": "good"}', "has no column 'text', only 'Txt', 'label'; did you mean Txt?"),
+    ('{"text": "a", "labels": "good"}', "has no column 'label', only 'text', 'labels'; did you mean labels?"),
+    ("text,label", "is no JSON object"),
+    ('{"text": "a", "label": null}', "label None is none of"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), MISTAKES)
+def test_what_users_get_wrong_is_said_with_file_and_line(tmp_path, line, words):
+    place = write(tmp_path, [*records(2), line])
+    with pytest.raises(UserError) as error:
+        open_data(config_of(place))
+    assert f"{place}/train.jsonl line 3" in str(error.value) and words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(model__labels=()), "at least two labels"),
+        (dict(model__labels=("a", "a")), "each named once"),
+        (dict(train__task=""), "without a task"),
+        (dict(data__packing="split"), "would part records"),
+        (dict(model__kind="transformer", data__objective="causal"), "needs an encoder"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        config_of("x", **changes)
+
+
+def arguments(place: str) -> list[str]:
+    return [
+        "--config", str(ROOT / "experiments" / "finetune_reviews.py:smoke"), f"--config.data.sources={place}",
+        "--config.data.tokenizer=bytes", f"--config.model.labels={LABELS}", "--config.checkpoint.every=4",
+        "--config.data.global_batch_size=4", "--config.train.microbatch_rows=2", "--config.evaluate.every=4",
+        "--config.optimizer.learning_rate=3e-3",
+    ]  # fmt: skip
+
+
+def lines_of(workdir) -> list[dict]:
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in metrics.read(workdir)]
+
+
+def final_arrays(workdir) -> list[np.ndarray]:
+    found = checkpoint.locate(str(workdir))
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+        return [np.asarray(x) for x in jax.tree.leaves(checkpoint.load_parameters(found)[1])]
+
+
+@pytest.fixture(scope="module")
+def trained(place, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    result = command("main", *arguments(place), "--config.train.num_steps=40", "--workdir", str(workdir))
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_it_learns_and_the_command_evaluates(trained, place):
+    last = [line for line in metrics.read(trained) if "final/accuracy" in line][-1]
+    assert last["final/accuracy"] > 0.9 and "final/perplexity" not in last
+    result = command("evaluate", "--model", str(trained), "--split", "validation", "--batch_size", "3")
+    found = json.loads(result.stdout.strip().split("\n")[-1])
+    assert found["documents"] == 30 and found["eval/accuracy"] == last["final/accuracy"]
+    np.testing.assert_allclose(found["eval/matthews"], last["final/matthews"], rtol=1e-6)
+
+
+def test_a_killed_run_goes_on_to_the_bit(trained, place, tmp_path):
+    line = [*arguments(place), "--config.train.num_steps=40", "--workdir", str(tmp_path / "run")]
+    killing = (
+        "import os, signal, sys; from lm_jax import checkpoint, command, main; done = checkpoint.Saver.poll\n"
+        "def poll(saver):\n    done(saver)\n"
+        "    if len(checkpoint.complete_steps(saver.folder)) >= 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.Saver.poll = poll; command.door(main.main)"
+    )
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", killing, *line], env=environment, capture_output=True, timeout=300)
+    assert killed.returncode == -9
+    result = command("main", *line)
+    assert result.returncode == 0 and "resumed at step" in result.stdout, result.stderr
+    assert lines_of(tmp_path / "run") == lines_of(trained)
+    for a, b in zip(final_arrays(tmp_path / "run"), final_arrays(trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_init_from_takes_all_but_the_head_and_says_so(place, tmp_path):
+    """From a run that hid tokens: equal parameters but for the heads; shorter rows take the first places."""
+    pretraining = ["--config.train.task=", "--config.model.labels=()", "--config.evaluate.every=0"]
+    once = ["--config.train.num_steps=1", "--config.optimizer.learning_rate=0.0"]
+    given = [
+        a for a in arguments(place) if not a.startswith(("--config.optimizer", "--config.model", "--config.evaluate"))
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    result = command("main", *given, *pretraining, *once, "--workdir", str(first))
+    assert result.returncode == 0, result.stderr
+    more = [f"--config.model.labels={LABELS}", f"--config.train.init_from={first}", "--config.data.sequence_length=48"]
+    result = command("main", *given, *more, *once, "--workdir", str(second))
+    assert result.returncode == 0, result.stderr
+    assert (
+        "left behind: next_sentence/bias" in result.stdout
+        and "initialised: labels/bias, labels/kernel" in result.stdout
+    )
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+        old, new = (checkpoint.load_parameters(checkpoint.locate(str(run)))[1] for run in (first, second))
+    np.testing.assert_array_equal(new["positions"]["table"], old["positions"]["table"][:48])
+    shared = set(old) & set(new) - {"positions"}
+    assert {"embedding", "segments", "block_0", "pooler", "embedding_norm"} <= shared
+    for name in shared:
+        for a, b in zip(jax.tree.leaves(old[name]), jax.tree.leaves(new[name]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert np.abs(new["labels"]["kernel"]).max() > 0
