@@ -223,18 +223,21 @@ def test_an_encoder_decoder_writes_what_its_full_forward_says():
         sharded = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
         state = prefill(graph, sharded, on_mesh(prompts), on_mesh(np.array([20, 13])), 32, start=1)
         written, _, _ = decode(graph, sharded, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, 1)
-    parameters, source = jax.tree.map(np.asarray, sharded), jnp.asarray(prompts)
+    parameters, source = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), sharded), jnp.asarray(prompts)
     lengths, module = jnp.array([20, 13]), graph.module(parameters)
     places = jnp.broadcast_to(jnp.arange(20)[None], (2, 20))
     seen = Context(places, (places < lengths[:, None]).astype(jnp.int32))
-    encoded = module.encode(source, seen)
+    encoded = jax.jit(module.encode)(source, seen)
+
+    @jax.jit
+    def next_token(tokens, length, one):
+        context = Context(jnp.arange(16)[None], (jnp.arange(16) < length)[None].astype(jnp.int32))
+        return jnp.argmax(module.logits(module.decode(tokens, context, one)[0])[0, length - 1])
+
     for row in range(2):
-        tokens = [1]
+        tokens, one = [1], jax.tree.map(lambda x, row=row: x[row : row + 1], (encoded, seen))
         while len(tokens) < 11 and (len(tokens) == 1 or tokens[-1] != 1):
-            context = Context(jnp.arange(len(tokens))[None], jnp.ones((1, len(tokens)), jnp.int32))
-            one = jax.tree.map(lambda x, row=row: x[row : row + 1], (encoded, seen))
-            hidden, _ = module.decode(jnp.array([tokens]), context, one)
-            tokens.append(int(jnp.argmax(module.logits(hidden)[0, -1])))
+            tokens.append(int(next_token(np.pad(tokens, (0, 16 - len(tokens)))[None], len(tokens), one)))
         np.testing.assert_array_equal(np.asarray(written)[row, : len(tokens) - 1], tokens[1:])
 
 
