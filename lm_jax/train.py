@@ -191,10 +191,10 @@ def starting_point(
         num, of = int(source.found.sum()), len(source.found)
         say(f"{num:,} of {of:,} pieces from the words of {source.place}; the other {of - num:,} are initialised")
         parameters = with_rows(jax.jit(lambda: fresh(program))().parameters, source)
-        return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
-    _, parameters = checkpoint.load_parameters(source)
-    say(f"parameters from {source.workdir} step {source.step:,}")
-    parameters = with_the_rest(program, parameters, say)
+    else:
+        _, parameters = checkpoint.load_parameters(source)
+        say(f"parameters from {source.workdir} step {source.step:,}")
+        parameters = with_the_rest(program, parameters, say)
     return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
 
 

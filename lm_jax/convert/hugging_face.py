@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import nnx
 
 from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve
 from lm_jax.convert import encoders, families, safetensors
@@ -217,7 +218,7 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
         pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, len(parts), axis=-1)
         for slot, piece in zip(parts, pieces, strict=True):
             flat[slot.path][slot.at] = slot.to_ours(piece, query_scale)
-    return nested(flat)
+    return nnx.traversals.unflatten_mapping(flat)
 
 
 def without_heads(
@@ -237,16 +238,6 @@ def whole_shape(parts: list[Slot], num_pieces: int) -> tuple[int, ...]:
     return *lead, last * len(parts)
 
 
-def nested(flat: dict[tuple[str, ...], Any]) -> dict:
-    tree: dict = {}
-    for path, x in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = x
-    return tree
-
-
 def read_parameters(folder: str, described: Description) -> dict:
     return parameters(described, safetensors.folder_tensors(folder), folder)
 
@@ -254,7 +245,7 @@ def read_parameters(folder: str, described: Description) -> dict:
 def what_it_is(model: Model) -> dict[str, Any]:
     """The settings that a config.json must say."""
     found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
-    windows = model.window * (model.num_layers // len(model.window))
+    windows = tuple(families.windows(model))
     unused = set() if model.positions == "rotary" else {"rotary_base", "rotary_scaling", "rotary_local_base"}
     unused |= set() if model.num_experts else {"experts_per_token"}
     if model.rotary_scaling[0] == 1:

@@ -101,6 +101,12 @@ def stacked(rows: list[Batch]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def stacked_or_padding(row: Callable[[int], Batch], num_rows: int, indices: list[int]) -> Batch:
+    """Held-out rows as one batch; one of padding in the place of each beyond the last, where the last batch is not full."""
+    nothing = {name: np.zeros_like(value) for name, value in row(0).items()}
+    return stacked([row(i) if i < num_rows else nothing | {"row": np.uint32(i)} for i in indices])
+
+
 class BestFit:
     """Whole documents packed into rows of T tokens by best-fit decreasing (Ding et al., arXiv:2404.10830), short rows padded.
 
@@ -235,9 +241,7 @@ class Held:
         return make_row(pieces, self.sequence_length, i)
 
     def rows(self, indices: list[int]) -> Batch:
-        """These rows; one of padding in the place of each beyond the last, where the last batch is not full."""
-        nothing = {name: np.zeros_like(value) for name, value in self.row(0).items()}
-        return stacked([self.row(i) if i < self.num_rows else nothing | {"row": np.uint32(i)} for i in indices])
+        return stacked_or_padding(self.row, self.num_rows, indices)
 
 
 def make_row(pieces: list[tuple[int, np.ndarray]], length: int, i: int) -> Batch:

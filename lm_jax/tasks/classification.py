@@ -19,7 +19,7 @@ from lm_jax.config import Config, Data, UserError, nearest
 from lm_jax.data import tokenizer
 from lm_jax.data.mixture import Mixed, Mixture, Shares, short_names
 from lm_jax.data.objectives import specials
-from lm_jax.data.packing import Batch, BestFit, lay_out, stacked
+from lm_jax.data.packing import Batch, BestFit, lay_out, stacked_or_padding
 from lm_jax.data.shards import Corpus, Split, file_hash
 from lm_jax.data.sources import SPLITS, split_of
 from lm_jax.data.tokenizer import Tokenizer
@@ -69,8 +69,7 @@ class HeldExamples:
         return self.examples.row(i)
 
     def rows(self, indices: list[int]) -> Batch:
-        nothing = {name: np.zeros_like(value) for name, value in self.row(0).items()}
-        return stacked([self.row(i) if i < self.num_rows else nothing | {"row": np.uint32(i)} for i in indices])
+        return stacked_or_padding(self.row, self.num_rows, indices)
 
 
 @dataclasses.dataclass(frozen=True)
