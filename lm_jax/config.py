@@ -21,6 +21,10 @@ Sources = tuple[tuple[str, Weight], ...]
 RECURRENT = ("rnn", "gru", "lstm")
 # What each kind of model can be trained on; the others write from left to right: causal.
 OBJECTIVES = {"encoder": ("masked", "masked_words"), "encoder_decoder": ("span_corruption",)}
+# Every task: the head that it gives its model (lm_jax/heads.py), and the kinds of model that can have it.
+ONE_TEXT = ("encoder", "transformer", *RECURRENT)
+HEADS = ("", "labels", "value", "tags")
+TASKS = {"classification": ("labels", ONE_TEXT), "regression": ("value", ONE_TEXT)}
 NUM_SENTINELS = 100  # marks of hidden spans, as T5 has
 LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 
@@ -82,7 +86,10 @@ class Model:
     window: tuple[int, ...] = knob(
         (0,), "tokens each layer sees, repeated over the layers; 0 = all; GPT-3: (0, 256)", low=0
     )
-    labels: tuple[str, ...] = knob((), "what a task tells apart, in the order of their ids; () = no task")
+    labels: tuple[str, ...] = knob((), "what a task tells apart, in the order of their ids")
+    head: str = knob(
+        "", 'what predicts: "" = the vocabulary, else what train.task asks for, which sets it', choices=HEADS
+    )
     dropout: float = knob(0.0, "dropped share of the embedding's and of each branch's output", low=0.0, high=0.9)
     init_scale: float = knob(0.02, "standard deviation of initial weights; residual outputs / sqrt(2 layers)", low=0.0)
     attention: str = knob(
@@ -131,6 +138,9 @@ class Data:
         choices=("causal", "masked", "masked_words", "span_corruption"),
     )
     seed: int = knob(0, "order of the documents, and what the objective hides", low=0)
+    columns: tuple[str, ...] = knob(
+        (), "names of the columns that a task reads, in the order in which it names its own; () = its own", fixed=False
+    )
     num_workers: int = knob(0, "processes that load rows; 0 = a thread", low=0, fixed=False)
     validation_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
     test_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
@@ -173,7 +183,7 @@ class Train:
         "",
         "what is learnt from records, in the place of data.objective (which says what the model was pretrained on); "
         '"" = language modelling',
-        choices=("", "classification"),
+        choices=("", *TASKS),
     )
     num_steps: Length = knob(1000, "steps, or tokens or epochs with their unit", low=1, fixed=False)
     microbatch_rows: int | str = knob(
@@ -397,6 +407,7 @@ def resolve(config) -> Config:
         )
     model["head_dim"] = model["head_dim"] or model["model_dim"] // model["num_heads"]
     model["mlp_dim"] = model["mlp_dim"] or 4 * model["model_dim"]
+    model["head"] = TASKS[nested["train"]["task"]][0] if nested["train"]["task"] else model["head"]
     resolved = Config(**{name: kind(**nested[name]) for name, kind in SECTIONS.items()})
     _check_together(resolved)
     return resolved
@@ -488,24 +499,30 @@ def _check_together(config: Config) -> None:
 
 
 def _check_task(config: Config) -> None:
-    labels = config.model.labels
-    if not config.train.task:
-        if labels:
-            raise UserError(f"config.model.labels = {labels} without a task: add --config.train.task=classification")
+    labels, task, kind = config.model.labels, config.train.task, config.model.kind
+    fitting = [name for name, (head, _) in TASKS.items() if head == (config.model.head or "labels")]
+    if not task:
+        if labels or config.model.head:
+            what = f"labels = {labels}" if labels else f"head = {config.model.head}"
+            raise UserError(f"config.model.{what} without a task: add --config.train.task={fitting[0]}")
         return
-    if config.model.kind != "encoder":
+    head, kinds = TASKS[task]
+    if kind not in kinds:
+        objective = OBJECTIVES.get(kinds[0], ("causal",))[0]
         raise UserError(
-            f"config.train.task = {config.train.task} needs an encoder, this model is of kind {config.model.kind}: add\n"
-            "--config.model.kind=encoder --config.data.objective=masked"
+            f"config.train.task = {task} needs a model of kind {' or '.join(kinds)}, not {kind}: add\n"
+            f"--config.model.kind={kinds[0]} --config.data.objective={objective}"
         )
-    if len(set(labels)) < 2 or len(set(labels)) < len(labels):
+    if head in ("labels", "tags") and (len(set(labels)) < 2 or len(set(labels)) < len(labels)):
         raise UserError(
-            f"config.model.labels = {labels}: a task tells at least two labels apart, each named once, such as "
+            f"config.model.labels = {labels}: {task} tells at least two labels apart, each named once, such as "
             '("negative", "positive")'
         )
+    if head not in ("labels", "tags") and labels:
+        raise UserError(f"config.model.labels = {labels}: {task} has none; take ()")
     if config.data.packing == "split":
         raise UserError(
-            "config.data.packing = split would part records: take best_fit (too long ones keep their first tokens) or "
+            "config.data.packing = split would part records: take best_fit (too long ones are cut, and counted) or "
             "best_fit_whole (they are refused)"
         )
 

@@ -58,7 +58,7 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
     total = sum(math.prod(declared.shape) for declared in declarations.values())
     is_lookup = lambda path, axes: (
         axes[0] in ("positions", "segments", "buckets")
-        or (path[0] == "embedding" and (not model.tie_embedding or bool(model.labels)))
+        or (path[0] == "embedding" and (not model.tie_embedding or bool(model.head)))
     )
     matrix = sum(
         round(math.prod(d.shape) * share_at_work(model, d))

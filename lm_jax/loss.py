@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm_jax import sharding
+from lm_jax import heads, sharding
 from lm_jax.model.graph import Graph
 from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Dropout
@@ -48,24 +48,17 @@ def objective(
     model = graph.module(parameters)
     hidden_BTD, labels_BTC, left = model.read(batch, drop)
     beside = routing_loss(left, batch["loss_mask"], routing) if any(routing) and graph.config.num_experts else 0.0
-    if hidden_BTD is None:  # a task's labels alone
+    if hidden_BTD is None:  # a task's head alone
         assert labels_BTC is not None
-        entropy = (label_losses(labels_BTC, batch["targets"]) * batch["loss_mask"]).sum()
+        entropy = (heads.losses(graph.config.head, labels_BTC, batch["targets"]) * batch["loss_mask"]).sum()
         return entropy + beside, entropy
     if labels_BTC is None:
         whole, entropy = vocabulary_loss(model, hidden_BTD, batch, z_loss)
         return whole + beside, entropy
     mask_BT, is_label_BT = batch["loss_mask"], batch["positions"] == 0
     whole, entropy = vocabulary_loss(model, hidden_BTD, batch | {"loss_mask": mask_BT * ~is_label_BT}, z_loss)
-    of_labels = (label_losses(labels_BTC, batch["targets"]) * mask_BT * is_label_BT).sum()
+    of_labels = (heads.label_losses(labels_BTC, batch["targets"]) * mask_BT * is_label_BT).sum()
     return whole + beside + of_labels, entropy + of_labels
-
-
-def label_losses(logits_BTC: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """`token_losses` over a few labels instead of pieces, which no device splits."""
-    logits_BTC = logits_BTC.astype(jnp.float32)
-    is_target_BTC = jnp.arange(logits_BTC.shape[-1])[None, None] == targets_BT[:, :, None]
-    return jax.nn.logsumexp(logits_BTC, axis=-1) - jnp.where(is_target_BTC, logits_BTC, 0).sum(-1)
 
 
 def routing_loss(left: list[jax.Array], mask_BT: jax.Array, weights: tuple[float, float]) -> jax.Array:

@@ -161,7 +161,7 @@ def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) 
     mine, theirs = program.graph.declarations, checkpoint.graph_of(found).declarations
     differing = [path for path in mine.keys() & theirs.keys() if not fits(path, mine[path].shape, theirs[path].shape)]
     if program.config.train.task:  # other heads
-        differing += [path for path in mine.keys() - theirs.keys() if path[0] != "labels"]
+        differing += [path for path in mine.keys() - theirs.keys() if path[0] not in ("labels", "pooler")]
     else:
         differing += list(mine.keys() ^ theirs.keys())
     if differing:
@@ -447,12 +447,15 @@ def evaluate_now(
     watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
     with this.goodput("evaluation"):
         totals = {name: evaluator(this.parameters, held, num_rows, watch) for name, held in rows.items()}
-    values = {name: value for prefix in prefixes for name, value in by_source(totals, prefix).items()}
+    values = {
+        name: value for prefix in prefixes for name, value in by_source(totals, prefix, this.mixed.scores).items()
+    }
     writer.scalars(this.data.step, values)
-    loss, bits_per_byte = values[f"{prefixes[0]}/loss"], values.get(f"{prefixes[0]}/bits_per_byte", 0.0)
+    shown = {name.split("/", 1)[1]: value for name, value in values.items() if name.startswith(f"{prefixes[0]}/")}
+    loss, bits_per_byte = shown.pop("loss"), shown.get("bits_per_byte", 0.0)
     of_text = f", {bits_per_byte:.3f} bits/byte" if bits_per_byte else ""
-    if (accuracy := values.get(f"{prefixes[0]}/accuracy")) is not None:
-        of_text = f", accuracy {accuracy:.4f}, macro-F1 {values[f'{prefixes[0]}/macro_f1']:.4f}"
+    if this.config.train.task:
+        of_text = "".join(f", {name} {value:.4f}" for name, value in list(shown.items())[:2])
     this.say(f"step {this.data.step:>6,} validation loss {loss:.4f}{of_text}")
     return bits_per_byte
 

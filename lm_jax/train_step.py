@@ -99,7 +99,7 @@ class CompiledStep(NamedTuple):
 def compile_step(program: Program, mesh: jax.sharding.Mesh, one_microbatch: bool) -> CompiledStep:
     """Compiled for the microbatches of the program's config on this mesh. What comes back changed is donated."""
     config, state = program.config, abstract(program)
-    batch = abstract_batch(mesh, int(config.train.microbatch_rows), config.data)
+    batch = abstract_batch(mesh, int(config.train.microbatch_rows), config)
 
     def compiled(function, *arguments, donate):
         return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()

@@ -13,10 +13,11 @@ from conftest import ROOT, command, tiny
 from lm_jax import checkpoint, metrics
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import pipeline
-from lm_jax.evaluate import Evaluator, label_scores, open_data
+from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
 from lm_jax.model.graph import build
 from lm_jax.sharding import make_mesh
+from lm_jax.tasks.classification import label_scores
 
 LABELS = ("bad", "good", "odd")
 SEPARATOR = 256  # of the byte tokenizer, before and after a text
@@ -93,7 +94,7 @@ def test_a_long_record_keeps_its_first_tokens_and_is_counted_or_refused(tmp_path
     zero = dict(data__validation_fraction=0.0, data__test_fraction=0.0)
     config = config_of(place, **zero)
     stream = open_data(config, said.append).stream(config.data)
-    assert "train: 1 of 13 records cut to their first 64 tokens" in said
+    assert f"train: 1 of 13 records cut to 64 tokens, the first at {place}/train.jsonl line 13" in said
     found = [s for i in range(int(stream.rows_per_epoch)) for s in segments(stream.row(i))]
     assert (b"begin" + b"x" * 57, 2) in found
     with pytest.raises(UserError, match=r"1 train records are longer than a row of 64 tokens \(the longest 202\)"):
@@ -151,12 +152,12 @@ def test_evaluation_counts_every_record_whatever_the_batch_and_devices(place, mo
         found = Evaluator(graph, mesh, np.zeros(258), size)(here, rows)
         batch = next(pipeline.batches(rows, mesh, 0, 1, 8 * rows.num_rows))
         logits = np.asarray(jax.jit(lambda p, b: graph.module(p).read(b).labels_BTC)(here, batch), np.float64)
-    assert found.tokens == found.confusion.sum() == 30
+    assert found.tokens == len(found.results) == 30
     asked = np.asarray(batch["loss_mask"]) > 0
     truth, chosen = np.asarray(batch["targets"])[asked], logits[asked].argmax(-1)
-    expected = np.zeros((3, 3))
-    np.add.at(expected, (truth, chosen), 1)
-    np.testing.assert_array_equal(found.confusion, expected)
+    assert [r.truth for r in found.results] == [LABELS[k] for k in truth]
+    assert [r.prediction for r in found.results] == [LABELS[k] for k in chosen]
+    assert len({r.record for r in found.results}) == 30
     losses = np.log(np.exp(logits[asked]).sum(-1)) - logits[asked][np.arange(30), truth]
     np.testing.assert_allclose(found.loss, losses.sum(), rtol=1e-5)
 
@@ -207,10 +208,19 @@ def test_what_users_get_wrong_is_said_with_file_and_line(tmp_path, line, words):
         (dict(model__labels=("a", "a")), "each named once"),
         (dict(train__task=""), "without a task"),
         (dict(data__packing="split"), "would part records"),
-        (dict(model__kind="transformer", data__objective="causal"), "needs an encoder"),
+        (
+            dict(model__kind="encoder_decoder", data__objective="span_corruption"),
+            "needs a model of kind encoder or transformer or rnn or gru or lstm, not encoder_decoder",
+        ),
+        (dict(train__task="regression"), "regression has none"),
+        (dict(data__columns=("a",)), None),
     ],
 )
 def test_a_task_that_does_not_fit_is_refused(changes, words):
+    if words is None:  # what the task itself knows
+        with pytest.raises(UserError, match=r"classification has 2: \('text', 'label'\)"):
+            open_data(config_of("x", **changes))
+        return
     with pytest.raises(UserError, match=words):
         config_of("x", **changes)
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from lm_jax import command
 from lm_jax.config import UserError
-from lm_jax.evaluate import label_scores
-from lm_jax.tasks.classification import read_splits
+from lm_jax.tasks import TASKS
+from lm_jax.tasks.classification import label_scores
+from lm_jax.tasks.records import read_splits
 
 
 def main(arguments: list[str]) -> int:
@@ -27,9 +28,9 @@ def main(arguments: list[str]) -> int:
     config, _ = command.load_config(flags.config, overrides)
     if not config.train.task:
         raise UserError(f"--config {flags.config} has no task: config.train.task is empty")
-    records = read_splits(config.data.sources[0][0], config.model.labels, config.data)
-    texts = {split: [record.text for record in records[split]] for split in ("train", flags.split)}
-    labels = {split: np.array([record.label for record in records[split]]) for split in texts}
+    records = read_splits(config.data.sources[0][0], TASKS[config.train.task](config), config.data)
+    texts = {split: [text for _, (text, _) in records[split]] for split in ("train", flags.split)}
+    labels = {split: np.array([label for _, (_, label) in records[split]]) for split in texts}
     if not texts[flags.split]:
         raise UserError(f"the {flags.split} split is empty: raise config.data.{flags.split}_fraction")
     majority = np.full(len(labels[flags.split]), np.bincount(labels["train"]).argmax())

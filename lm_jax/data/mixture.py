@@ -163,6 +163,10 @@ class Mixture:
             raise UserError(f"the {split} split is empty: raise config.data.{split}_fraction, or give more documents")
         return found
 
+    def scores(self, results: tuple) -> dict[str, float]:
+        """Metrics of what a task's head made of records; a text has none."""
+        return {}
+
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """What a run must find again: the tokenizer, every shard, and one hash of all of it."""

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from lm_jax.config import Data
+from lm_jax.config import Config
 from lm_jax.data.mixture import Kept, Mixed
 from lm_jax.data.objectives import example
 from lm_jax.data.packing import Batch, BestFit, Held, Stream
@@ -43,9 +43,9 @@ def layout(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, computed(("batch", "length")))
 
 
-def abstract_batch(mesh: jax.sharding.Mesh, size: int, data: Data) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(mesh: jax.sharding.Mesh, size: int, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layouts of a batch, for compiling before there is one."""
-    row = example(data.objective, data.sequence_length)
+    row = example(config.data.objective, config.data.sequence_length, config.model.head)
     lay = lambda x: NamedSharding(mesh, computed(("batch", "length")[: 1 + x.ndim]))
     return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=lay(x)) for name, x in row.items()}
 

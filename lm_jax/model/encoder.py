@@ -1,6 +1,6 @@
 """BERT (Devlin et al., arXiv:1810.04805): blocks that see both sides, two segments, and its heads.
 
-Two where it is pretrained, for masked tokens and the next sentence; one where it tells the labels of a task apart.
+Two where it is pretrained, for masked tokens and the next sentence; that of its task where it has one.
 
 Shape suffixes: B batch, T length, D model, V vocabulary, C labels.
 """
@@ -26,9 +26,9 @@ class Encoder(Transformer):
         dense = lambda num: Dense({"model": config.model_dim}, {"features": num}, config.init_scale, config.bias)
         self.segments = Embedding(NUM_SEGMENTS, config.model_dim, "segments", config.init_scale)
         self.embedding_norm = norm()
-        self.pooler = dense(config.model_dim)
-        if config.labels:
-            self.labels = dense(len(config.labels))
+        if config.head != "tags":
+            self.pooler = dense(config.model_dim)
+        if config.head:
             return
         self.transform, self.transform_norm = dense(config.model_dim), norm()
         self.output_bias = declare((self.vocab_size,), ("vocab",), constant(0.0)) if config.bias else None
@@ -45,13 +45,13 @@ class Encoder(Transformer):
     def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
         context = Context(batch["positions"], batch["segment_ids"])
         states_BTD, _ = self(batch["tokens"], context, drop, types_BT=batch["token_type_ids"])
-        return Reading(None if self.config.labels else self.fill(states_BTD), self.label_logits(states_BTD))
+        return Reading(None if self.config.head else self.fill(states_BTD), self.label_logits(states_BTD))
 
     def fill(self, states_BTD: jax.Array) -> jax.Array:
         """What the masked-token head multiplies with the output table."""
         return self.transform_norm(ACTIVATIONS[self.config.activation](self.transform(states_BTD)))
 
     def label_logits(self, states_BTD: jax.Array) -> jax.Array:
-        """[B, T, C]; of a segment only its first token is asked."""
-        head = self.labels if self.config.labels else self.next_sentence
-        return head(jnp.tanh(self.pooler(states_BTD)))
+        """[B, T, C]; of a segment only its first token is asked, but where each token has a tag."""
+        head = self.labels or self.next_sentence
+        return head(states_BTD if self.config.head == "tags" else jnp.tanh(self.pooler(states_BTD)))

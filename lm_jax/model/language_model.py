@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm_jax.config import Model
+from lm_jax.heads import num_outputs
 from lm_jax.model.attention import Context
-from lm_jax.model.layers import Dropout, Embedding
+from lm_jax.model.layers import Dense, Dropout, Embedding
 from lm_jax.sharding import constrain, einsum, iota, reshape
 
 
@@ -21,7 +22,7 @@ class Reading(NamedTuple):
     what else predicts."""
 
     hidden_BTD: jax.Array | None
-    labels_BTC: jax.Array | None = None  # logits of the label that a segment's first token predicts instead of a piece
+    labels_BTC: jax.Array | None = None  # logits of a task's head, or of next sentence at a segment's first token
     left: Any = None  # behind by the blocks: the routing losses of experts
 
 
@@ -34,7 +35,10 @@ class LanguageModel(nnx.Module):
         self.config, self.num_pieces, self.vocab_size = config, num_pieces, padded(num_pieces)
         self.sequence_length = sequence_length
         table = lambda: Embedding(self.vocab_size, config.model_dim, "vocab", config.init_scale)
-        self.embedding, self.unembedding = table(), None if config.tie_embedding else table()
+        self.embedding, self.unembedding = table(), None if config.tie_embedding or config.head else table()
+        outputs = {"features": num_outputs(config.head, config.labels)}
+        of_task = lambda: Dense({"model": config.model_dim}, outputs, config.init_scale, config.bias)
+        self.labels = of_task() if config.head else None
 
     def __call__(self, tokens_BT: jax.Array, context: Context, drop: Dropout | None = None, caches=None):
         """int32 tokens [B, T] -> final hidden states [B, T, D], and what layers leave behind, such as caches."""
@@ -48,7 +52,7 @@ class LanguageModel(nnx.Module):
     def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
         """What a batch of contract `[batch, length]` arrays gives for the loss."""
         hidden_BTD, left = self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)
-        return Reading(hidden_BTD, left=left)
+        return Reading(None, self.labels(hidden_BTD), left) if self.labels else Reading(hidden_BTD, left=left)
 
     @property
     def output_table(self) -> jax.Array:

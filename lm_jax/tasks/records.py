@@ -1,0 +1,195 @@
+"""Records of a task -> rows: read, split, tokenised, and packed as whole segments, so that a row is as full as in pretraining.
+
+Rows, order, cursor and accounting are those of pretraining; what a segment asks for is its task's.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from lm_jax.config import Config, Data, UserError
+from lm_jax.data import tokenizer
+from lm_jax.data.mixture import Mixed, Mixture, Shares, short_names
+from lm_jax.data.packing import Batch, BestFit, lay_out, stacked_or_padding
+from lm_jax.data.shards import Corpus, Split, file_hash
+from lm_jax.data.sources import SPLITS, split_of
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.tasks import TASKS
+from lm_jax.tasks.tables import Row, files_of, rows
+from lm_jax.tasks.task import Result, Segment, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The records of a split, tokenised: the tokens of record k are `split.tokens[offsets[k]:offsets[k + 1]]`, and so are
+    `columns`, the other arrays of its segment."""
+
+    split: Split
+    columns: Segment
+    where: list[str]
+    values: list[tuple]
+
+    def segment(self, k: int) -> Segment:
+        own = slice(*self.split.offsets[k : k + 2])
+        return {"tokens": self.split.tokens[own]} | {name: x[own] for name, x in self.columns.items()}
+
+
+class Examples(BestFit):
+    """Whole records packed into rows, with the targets and the mask that each brings."""
+
+    def __init__(self, split: Split, columns: Segment, sequence_length: int, seed: int):
+        super().__init__(split, sequence_length, seed, document_id=0, cut=False)
+        self.columns = columns
+
+    def __reduce__(self):
+        return type(self), (self.split, self.columns, self.sequence_length, self.seed)
+
+    def records(self, i: int) -> np.ndarray:
+        """Which records row i holds, in the order of its segments."""
+        return self.document[self.pieces(i)]
+
+    def row(self, i: int) -> Batch:
+        owns = [slice(*self.split.offsets[k : k + 2]) for k in self.records(i)]
+        tokens = np.concatenate([self.split.tokens[own] for own in owns])
+        row = lay_out(tokens, np.zeros_like(tokens), [own.stop - own.start for own in owns], self.sequence_length, i)
+        for name, column in self.columns.items():
+            row[name] = np.zeros(self.sequence_length, column.dtype)
+            row[name][: len(tokens)] = np.concatenate([column[own] for own in owns])
+        return row
+
+
+class HeldExamples:
+    """Every record once: the rows of one epoch, and padding in the place of each beyond the last."""
+
+    def __init__(self, task: Task, records: Records, examples: Examples, num_rows: int):
+        self.task, self.records, self.examples, self.num_rows = task, records, examples, num_rows
+        self.split, self.sequence_length = records.split, examples.sequence_length
+
+    def first(self, num_rows: int) -> "HeldExamples":
+        """The first of the rows alone."""
+        return HeldExamples(self.task, self.records, self.examples, min(num_rows, self.num_rows))
+
+    def row(self, i: int) -> Batch:
+        return self.examples.row(i)
+
+    def rows(self, indices: list[int]) -> Batch:
+        return stacked_or_padding(self.row, self.num_rows, indices)
+
+    def results(self, i: int, logits_TC: np.ndarray) -> list[Result]:
+        """What the logits of row i say of each of its records."""
+        found, start = [], 0
+        for k in self.examples.records(i) if i < self.num_rows else ():
+            segment = self.records.segment(k)
+            stop = start + len(segment["tokens"])
+            found.append(
+                self.task.result(self.records.where[k], self.records.values[k], segment, logits_TC[start:stop])
+            )
+            start = stop
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData(Mixture):
+    """A mixture of one source, whose documents are the records of a task."""
+
+    by: Tokenizer
+    task: Task
+    records: dict[str, Records]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.by
+
+    def _examples(self, data: Data, split: str) -> Examples:
+        records = self.records[split]
+        return Examples(records.split, records.columns, data.sequence_length, data.seed)
+
+    def stream(self, data: Data) -> Mixed:
+        examples = self._examples(data, "train")
+        if examples.rows_per_epoch < data.global_batch_size:
+            raise UserError(
+                f"config.data.sources: the records fill {examples.rows_per_epoch:,} rows of {data.sequence_length} tokens, less "
+                f"than a batch of {data.global_batch_size}:\ngive more records, or lower config.data.global_batch_size"
+            )
+        return Mixed([examples], Shares([1.0]))
+
+    def held(self, data: Data, split: str) -> dict:
+        """{name: rows} of a held-out split. Raises UserError where it has none."""
+        if not self.records[split].where:
+            raise UserError(f"the {split} split is empty: give {split}.jsonl, or raise config.data.{split}_fraction")
+        (name,) = self.corpora
+        examples = self._examples(data, split)
+        return {name: HeldExamples(self.task, self.records[split], examples, examples.rows_per_epoch)}
+
+    def scores(self, results: tuple) -> dict[str, float]:
+        return self.task.scores(results)
+
+
+def open_records(config: Config, say: Callable[[str], None] = lambda line: None) -> TaskData:
+    """Reads, checks and tokenises the records of a config. Raises UserError with file and line."""
+    data, places = config.data, tuple(place for place, _ in config.data.sources)
+    if len(places) > 1:
+        raise UserError(f"config.data.sources: a task reads one folder of records, not {len(places)}")
+    task = TASKS[config.train.task](config)
+    found = read_splits(places[0], task, data)
+    by = tokenizer.make(data.tokenizer, (task.text(values) for _, values in found["train"]))
+    records = {split: tokenised(task, found[split], by, data, split, say) for split in SPLITS}
+    for split in SPLITS:
+        say(f"{split}: {len(found[split]):,} records{task.count(records[split].values)}")
+    seen = {task.text(values) for _, values in found["train"]}
+    for split in SPLITS[1:]:
+        if twice := [where for where, values in found[split] if task.text(values) in seen]:
+            say(f"{len(twice):,} {split} texts are also in train, the first at {twice[0]}")
+    files = {path.name: file_hash(str(path)) for path in files_of(places[0]).values()}
+    counts = {split: {"tokens": len(records[split].split.tokens)} for split in SPLITS}
+    corpus = Corpus("", {"files": files, "counts": counts}, {split: records[split].split for split in SPLITS})
+    return TaskData({short_names(places)[0]: corpus}, places, by, task, records)
+
+
+def read_splits(place: str, task: Task, data: Data) -> dict[str, list[tuple[str, tuple]]]:
+    """(file and line, values) of every record of each split."""
+    files = files_of(place)
+
+    def parse(row: Row) -> tuple[str, tuple]:
+        renamed = {own: row.content[its] for own, its in zip(task.columns, task.names, strict=True)}
+        return row.where, task.parse(Row(renamed, row.where))
+
+    found = {
+        split: [parse(row) for row in rows(files[split], task.names)] if split in files else [] for split in SPLITS
+    }
+    shares = [0.0 if split in files else share for split, share in
+              (("validation", data.validation_fraction), ("test", data.test_fraction))]  # fmt: skip
+    given, found["train"] = found["train"], []
+    for where, values in given:
+        found[split_of(task.text(values), *shares)[0]].append((where, values))
+    if not found["train"]:
+        raise UserError(f"config.data.sources: {files['train']} holds no record to train on")
+    return found
+
+
+def tokenised(
+    task: Task, found: list[tuple[str, tuple]], by: Tokenizer, data: Data, split: str, say: Callable[[str], None]
+) -> Records:
+    """The segments of a split; what is longer than a row is cut by its task.
+
+    How many are cut is said; with `data.packing` = best_fit_whole none may be. Raises UserError.
+    """
+    where, values = [w for w, _ in found], [v for _, v in found]
+    encoded = task.encode(values, by, data.sequence_length)
+    long = [k for k, one in enumerate(encoded) if one.whole > len(one.segment["tokens"])]
+    if long and data.packing == "best_fit_whole":
+        raise UserError(
+            f"{len(long):,} {split} records are longer than a row of {data.sequence_length} tokens (the longest "
+            f"{max(encoded[k].whole for k in long):,}),\nthe first at {where[long[0]]}:\n"
+            "raise config.data.sequence_length, or take config.data.packing = best_fit, which cuts them"
+        )
+    if long:
+        of = f"{len(long):,} of {len(found):,} records cut to {data.sequence_length} tokens"
+        say(f"{split}: {of}, the first at {where[long[0]]}")
+    names = encoded[0].segment if encoded else {"tokens": np.zeros(0, np.int32)}
+    columns = {name: np.concatenate([one.segment[name] for one in encoded]) for name in names} if encoded else names
+    sizes = [len(one.segment["tokens"]) for one in encoded]
+    num_bytes = sum(len(task.text(one).encode()) for one in values)
+    tokens = columns.pop("tokens")
+    return Records(Split(tokens, np.cumsum([0, *sizes]), num_bytes), columns, where, values)

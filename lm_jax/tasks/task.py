@@ -1,0 +1,78 @@
+"""What a task is: it turns records into segments with targets, and what a model answers into results and their scores."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm_jax.config import Config, UserError
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.tasks.tables import Row
+
+Segment = dict[str, np.ndarray]  # [n] each: tokens, targets, loss_mask, and what else a row of the task has
+TARGET = {"value": np.float32}  # other heads: int32
+
+
+class Result(NamedTuple):
+    """What a model made of one record."""
+
+    record: str  # file and line
+    truth: Any
+    prediction: Any
+    confidence: float = 0.0  # probability of the prediction, where the model has one
+
+
+class Encoded(NamedTuple):
+    segment: Segment
+    whole: int  # tokens that the record has; the segment holds fewer where it was cut
+
+
+class Task:
+    """One task; a subclass each. `columns` are the names that its records have, as `data.columns` may rename them."""
+
+    columns: tuple[str, ...]
+
+    def __init__(self, config: Config):
+        self.config, self.labels = config, config.model.labels
+        given = config.data.columns
+        if given and len(given) != len(self.columns):
+            raise UserError(
+                f"config.data.columns = {given}: {config.train.task} has {len(self.columns)}: {self.columns}"
+            )
+        self.names = given or self.columns
+
+    def parse(self, row: Row) -> tuple:
+        """The checked values of a row's columns. Raises UserError that says where."""
+        raise NotImplementedError
+
+    def text(self, values: tuple) -> str:
+        """What of a record decides its split, trains a tokenizer, and must not stand in two splits."""
+        return values[0]
+
+    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
+        """Records -> segments of at most `room` tokens."""
+        raise NotImplementedError
+
+    def result(self, where: str, values: tuple, segment: Segment, logits_NC: np.ndarray) -> Result:
+        """What the logits of a record's segment say."""
+        raise NotImplementedError
+
+    def scores(self, results: tuple) -> dict[str, float]:
+        """The task's metrics, the first of which is what one looks at."""
+        raise NotImplementedError
+
+    def count(self, values: list[tuple]) -> str:
+        """What there is of each label, for the log; may be empty."""
+        return ""
+
+    @property
+    def asks_last(self) -> bool:
+        """Whether the last token of a segment sees all of it, and not the first."""
+        return self.config.model.kind != "encoder"
+
+
+def checked_text(row: Row, column: str) -> str:
+    """A string with something in it. Raises UserError."""
+    text = row.content[column]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{row.where}: the {column} is {'empty' if isinstance(text, str) else 'no string'}")
+    return text

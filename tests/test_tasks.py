@@ -1,0 +1,129 @@
+"""What tasks have in common: tables of records, columns under other names, heads on decoders, values instead of labels."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import command, tiny
+
+from lm_jax import metrics
+from lm_jax.config import UserError
+from lm_jax.evaluate import open_data
+from lm_jax.tasks.regression import Regression
+from lm_jax.tasks.tables import rows
+from lm_jax.tasks.task import Result
+
+RECORDS = [{"text": f'row {i}, "quoted"\nand a second line', "label": "bad" if i % 3 else "good"} for i in range(30)]
+DECODER = dict(
+    data__packing="best_fit", data__tokenizer="bytes", data__global_batch_size=2, train__microbatch_rows=2,
+    data__validation_fraction=0.2, data__test_fraction=0.0,
+)  # fmt: skip
+CLASSES = dict(train__task="classification", model__labels=("bad", "good"))
+
+
+def write_table(folder, suffix: str, records: list[dict] = RECORDS) -> str:
+    path = folder / f"train{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif suffix == ".parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, list(records[0]), delimiter="\t" if suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(records)
+    return str(folder)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_a_table_of_any_kind_gives_the_rows_of_json_lines(tmp_path, suffix):
+    folders = [tmp_path / name for name in "ab"]
+    for folder, kind in zip(folders, (".jsonl", suffix), strict=True):
+        folder.mkdir()
+        write_table(folder, kind)
+    found = []
+    for folder in folders:
+        config = tiny(**DECODER | CLASSES | {"data__sources": str(folder)})
+        stream = open_data(config).stream(config.data)
+        found.append(stream.rows(list(range(int(stream.rows_per_epoch)))))
+    for name, value in found[0].items():
+        np.testing.assert_array_equal(value, found[1][name])
+
+
+def test_columns_may_have_other_names_and_a_wrong_one_is_named(tmp_path):
+    place = write_table(tmp_path, ".csv", [{"review": r["text"], "mood": r["label"]} for r in RECORDS])
+    config = tiny(**DECODER | CLASSES | {"data__sources": place, "data__columns": ("review", "mood")})
+    assert sum(len(records.where) for records in open_data(config).records.values()) == 30
+    wrong = tiny(**DECODER | CLASSES | {"data__sources": place, "data__columns": ("reveiw", "mood")})
+    with pytest.raises(UserError, match="line 2 has no column 'reveiw', only 'review', 'mood'; did you mean review"):
+        open_data(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("text,label\na,bad\nb\n", "line 3 has 1 values, the header names 2: text, label"),
+        ('text,label\n"a" b,bad\n', "line 2: "),
+    ],
+)
+def test_a_broken_table_is_refused_with_its_line(tmp_path, text, words):
+    path = tmp_path / "train.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        list(rows(path, ("text", "label")))
+
+
+def test_two_files_of_a_split_are_refused(tmp_path):
+    write_table(tmp_path, ".csv")
+    place = write_table(tmp_path, ".jsonl")
+    with pytest.raises(UserError, match="train.jsonl and train.csv: which of them"):
+        open_data(tiny(**DECODER | CLASSES | {"data__sources": place}))
+
+
+def test_a_decoder_is_asked_at_the_last_token_which_sees_the_text(tmp_path):
+    place = write_table(tmp_path, ".jsonl")
+    config = tiny(**DECODER | CLASSES | {"data__sources": place})
+    stream, found = open_data(config).stream(config.data), 0
+    for i in range(int(stream.rows_per_epoch)):
+        row = stream.row(i)
+        last = (row["segment_ids"] > 0) & (row["segment_ids"] != np.append(row["segment_ids"][1:], 0))
+        np.testing.assert_array_equal(row["loss_mask"], last)
+        assert (row["tokens"][last] == 256).all()
+        found += row["targets"][last].sum()
+    assert found == sum(r["label"] == "good" for r in RECORDS) - sum(
+        v[1] for v in open_data(config).records["validation"].values
+    )
+
+
+def arguments(place: str, task: str, labels: tuple = ()) -> list[str]:
+    given = DECODER | {"data__sources": place, "train__task": task, "model__labels": labels}
+    given |= dict(train__num_steps=60, optimizer__learning_rate=3e-3, evaluate__every=0, data__sequence_length=64)
+    given |= dict(data__global_batch_size=8, train__microbatch_rows=8)
+    return [f"--config.{name.replace('__', '.')}={value}" for name, value in given.items()]
+
+
+def test_a_value_is_learnt_and_the_command_gives_its_scores(tmp_path):
+    """How many z a text has, by a decoder: better than the mean."""
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(list("az"), random.integers(3, 12))) for _ in range(400)]
+    place = write_table(tmp_path, ".jsonl", [{"text": t, "value": float(t.count("z"))} for t in texts])
+    workdir = tmp_path / "run"
+    quickstart = ["--config", "experiments/quickstart.py:smoke"]
+    result = command("main", *quickstart, *arguments(place, "regression"), "--workdir", str(workdir))
+    assert result.returncode == 0, result.stderr
+    last = [line for line in metrics.read(workdir) if "final/rmse" in line][-1]
+    assert last["final/pearson"] > 0.5, last
+    result = command("evaluate", "--model", str(workdir), "--batch_size", "5")
+    found = json.loads(result.stdout.strip().split("\n")[-1])
+    np.testing.assert_allclose(found["eval/rmse"], last["final/rmse"], rtol=1e-5)
+
+
+def test_scores_of_values():
+    pairs = [(1.0, 1.5), (2.0, 1.0), (4.0, 5.0)]
+    results = tuple(Result("", truth, guess) for truth, guess in pairs)
+    scores = Regression(tiny(**DECODER | {"train__task": "regression"})).scores(results)
+    truth, guess = np.array(pairs).T
+    np.testing.assert_allclose(scores["rmse"], np.sqrt(2.25 / 3))
+    np.testing.assert_allclose(scores["pearson"], np.corrcoef(truth, guess)[0, 1])
