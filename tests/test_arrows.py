@@ -12,7 +12,8 @@ from conftest import ROOT
 ORDER = """
 config ramp sharding data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
 tasks.classification
-data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
+data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places
+tasks.scores tasks.results distributed
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
 model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
 costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command chat
@@ -22,6 +23,8 @@ CONVERT = {f"convert.{name}" for name in "safetensors families encoders hugging_
 PERIPHERY = CONVERT | {
     "verify",
     "tasks.classification",
+    "tasks.scores",
+    "tasks.results",
     *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split()),
 }
 
