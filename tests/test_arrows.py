@@ -17,11 +17,13 @@ tasks.scores tasks.results distributed
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
 model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
 costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command chat
-sampling decoding beam generate evaluate train main verify
+sampling decoding beam likelihood generate evaluate train main verify harness
 """.split()
 CONVERT = {f"convert.{name}" for name in "safetensors families encoders hugging_face gguf run".split()}
 PERIPHERY = CONVERT | {
     "verify",
+    "likelihood",
+    "harness",
     "tasks.classification",
     "tasks.scores",
     "tasks.results",
