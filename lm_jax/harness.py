@@ -6,6 +6,7 @@ here are the tokens' log-probabilities and the generations.
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -160,11 +161,12 @@ def run(model: HarnessModel, tasks: list[str], include_path: str = "", **setting
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has JAX's threads
     manager = TaskManager(include_path=include_path or None)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UserError(f"--tasks {unknown[0]}: lm-eval knows no such task{nearest(unknown[0], manager.all_tasks)}")
     try:
-        return simple_evaluate(model, tasks=tasks, task_manager=manager, **settings)
+        return simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **settings)
     except OSError as error:  # no such file, or no network: what `datasets` raises
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"--tasks {','.join(tasks)}: the data cannot be read: {reason}") from error

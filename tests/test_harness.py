@@ -163,7 +163,8 @@ def smollm2(tmp_path_factory) -> str:
 
 
 def test_lm_eval_s_own_backend_gives_the_same_numbers(harness, smollm2, records, monkeypatch, tmp_path):
-    """SmolLM2 by ours and by lm-eval's `hf`: log-likelihoods of every request to 1e-3, the same greedy texts, the same scores."""
+    """SmolLM2 by ours and by lm-eval's `hf`: log-likelihoods of answers to 1e-3, of whole pages to 1e-4 a token (a page is 1,100
+    nats, of which float32 has the fourth decimal), the same greedy texts, the same scores."""
     transformers = pytest.importorskip("transformers", reason="pip install '.[peers]'")
     from lm_eval.models.huggingface import HFLM
 
@@ -193,10 +194,12 @@ def test_lm_eval_s_own_backend_gives_the_same_numbers(harness, smollm2, records,
         apart[task], numbers[task] = float(np.abs(values[0] - values[1]).max()), len(values[0])
     print("largest difference in nats", apart, "of requests", numbers)
     print(harness.table(found[0]), harness.table(found[1]), sep="\n")
-    assert numbers["choices"] == 32 * 4 and max(apart.values()) < 1e-3
+    assert numbers["choices"] == 32 * 4 and apart["choices"] < 1e-3
+    shortest = min(len(ours.tok_encode(json.loads(line)["text"])) for line in open(records / "texts.jsonl"))
+    assert shortest > 50 and apart["texts"] < 1e-4 * shortest
     for task in tasks:
         a, b = ({k: v for k, v in result["results"][task].items() if isinstance(v, float)} for result in found)
-        assert a == pytest.approx(b, rel=1e-5)
+        assert a == pytest.approx(b, rel=1e-4)
     history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is Paris?"}]
     chat = ours.apply_chat_template(history)
     tokenizer.chat_template = ours.chat_template(True)
