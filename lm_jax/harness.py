@@ -6,6 +6,7 @@ here are the tokens' log-probabilities and the generations.
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -96,7 +97,7 @@ class HarnessModel(TemplateLM):
 
         of_text = [windows(request.args[0]) for request in requests]
         scored = iter(self._loglikelihood_tokens([window for found in of_text for window in found]))
-        totals = [sum(value for value, _ in itertools.islice(scored, len(found))) for found in of_text]
+        totals = [math.fsum(value for value, _ in itertools.islice(scored, len(found))) for found in of_text]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -111,24 +112,26 @@ class HarnessModel(TemplateLM):
         for _, group in itertools.groupby(order, key=lambda i: settings[i]):
             same = list(group)
             for chosen in (same[first : first + size] for first in range(0, len(same), size)):
-                full = [
-                    encoded[i] for i in chosen + chosen[:1] * (size - len(chosen))
-                ]  # batches of one size: few programs
-                texts = self.write(full, requests[chosen[0]].args[1])
+                padded = chosen + chosen[:1] * (size - len(chosen))  # batches of one size: few programs
+                texts = self.write([encoded[i] for i in padded], requests[chosen[0]].args[1], len(found))
                 for i, text in zip(chosen, texts, strict=False):
                     found[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
                 self.say.progress(f"generated {len(found):,} of {len(requests):,}")
         return [found[i] for i in range(len(requests))]
 
-    def write(self, contexts: Sequence[np.ndarray], settings: dict[str, Any]) -> list[str]:
-        """Texts after contexts, whose last tokens are read that leave room. Raises UserError for a setting unknown here."""
+    def write(self, contexts: Sequence[np.ndarray], settings: dict[str, Any], first: int) -> list[str]:
+        """Texts after contexts, whose last tokens are read that leave room; what is drawn is by the numbers from `first` on.
+
+        Raises UserError for a setting unknown here.
+        """
         named = normalize_gen_kwargs(settings, self.max_gen_toks)
         stop, limit = tuple(filter(None, named.pop("until"))), named.pop("max_gen_toks")
         draws = named.pop("do_sample")
         temperature = named.pop("temperature", 1.0)
         sampling = Sampling(temperature if draws else 0.0, named.pop("top_k", 0), named.pop("top_p", 1.0))
         sampling = sampling._replace(**{name: named.pop(name) for name in Sampling._fields if name in named})
+        sampling = sampling._replace(seed=np.uint32((sampling.seed + first) % 2**32))
         if named:
             raise UserError(
                 f"a task's generation_kwargs say {', '.join(named)}; known are {', '.join(Sampling._fields)}"

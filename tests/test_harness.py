@@ -102,6 +102,8 @@ def test_a_generation_reads_what_has_room_and_ends_before_a_stop_string(model):
     requests[0][1]["max_gen_toks"] = 20
     found = model.generate_until(asked("generate_until", *requests))
     assert found[0] == text[: text.index(stop)] and found[1] == found[3] == text and found[2] != text
+    drawn = model.generate_until(asked("generate_until", *[("x", {"do_sample": True, "max_gen_toks": 12})] * 5))
+    assert len(set(drawn)) == 5  # two at a time: none of them is drawn twice
     with pytest.raises(UserError, match="asks for 64 new tokens, the model sees 64"):
         model.generate_until(asked("generate_until", ("x", {"max_gen_toks": 64})))
     with pytest.raises(UserError, match="say num_beams"):
