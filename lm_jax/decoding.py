@@ -199,7 +199,7 @@ def stream(
 
     A text ends before the first of the strings `stop`, at the end of a document, or after `limit` tokens. Raises UserError.
     """
-    marks = marks or own_marks(tokenizer)
+    marks, parameters = marks or own_marks(tokenizer), graph.apart(parameters)
     laid = lay(graph, tokenizer, marks, prompts, limit)
     penalised = bool(np.any(np.asarray(sampling.repetition_penalty) != 1))
     batch = len(laid.lengths_B)

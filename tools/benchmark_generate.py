@@ -54,7 +54,7 @@ def jax_writer(folder: str, batch: int):
     mesh = make_mesh(described.config.mesh, jax.devices()[:1])
     graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
     with jax.set_mesh(mesh):
-        parameters = jax.tree.map(on_mesh_whole, hugging_face.read_parameters(folder, described))
+        parameters = graph.apart(jax.tree.map(on_mesh_whole, hugging_face.read_parameters(folder, described)))
         tokens, lengths = on_mesh(prompts(batch)), on_mesh(np.full(batch, PROMPT, np.int32))
         greedy = jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(batch)))
 

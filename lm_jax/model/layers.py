@@ -163,6 +163,32 @@ def stacked(block: nnx.Module, num: int) -> nnx.Module:
     return block
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """What stood in one array [L, ...] as L arrays (or trees of them), so that a loop over tokens reads each where it lies.
+
+    Out of a stack XLA cuts a copy of every layer for every token.
+    """
+
+    layers: tuple
+
+
+def over_layers(body: Callable, x, stack, left, unroll: int):
+    """`jax.lax.scan(body, x, (index, stack, left))`; where the stack is apart straight code, whose outputs are apart, too."""
+    is_apart = lambda node: isinstance(node, Apart)
+    stacks = jax.tree.leaves(stack, is_leaf=is_apart)
+    if not is_apart(stacks[0]):
+        return jax.lax.scan(body, x, (jnp.arange(len(stacks[0])), stack, left), unroll=unroll)
+    outputs = []
+    for i in range(len(stacks[0].layers)):
+        layer = jax.tree.map(lambda node, i=i: node.layers[i], stack, is_leaf=is_apart)
+        of_layer = left.layers[i] if is_apart(left) else jax.tree.map(lambda array, i=i: array[i], left)
+        x, output = body(x, (i, layer, of_layer))
+        outputs.append(output)
+    return x, Apart(tuple(outputs))
+
+
 def split(block: nnx.Module):
     """A stacked block as (graph, state tree), and its parameters as a plain dict for a scan over layers."""
     graph, state = nnx.split(block)
