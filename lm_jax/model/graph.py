@@ -10,7 +10,7 @@ from lm_jax.config import Model
 from lm_jax.model.encoder import Encoder
 from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Apart, Declaration, make, merge
+from lm_jax.model.layers import Apart, Declaration, is_apart, make, merge
 from lm_jax.model.recurrent import Recurrent
 from lm_jax.model.transformer import Transformer
 
@@ -54,8 +54,7 @@ class Graph:
 
         What generates reads them so. It is a copy; nothing is done to what is apart already.
         """
-        done = any(isinstance(x, Apart) for x in jax.tree.leaves(parameters, is_leaf=lambda x: isinstance(x, Apart)))
-        return parameters if done or not self.config.unroll else take_apart(self, parameters)
+        return take_apart(self, parameters) if self.config.unroll and not is_apart(parameters) else parameters
 
     def empty_caches(self, batch: int, slots: int):
         """What generation keeps of `batch` texts, before their first token."""
@@ -70,7 +69,7 @@ class Graph:
 @functools.partial(jax.jit, static_argnames=("graph",))
 def take_apart(graph: Graph, parameters: dict) -> dict:
     """The jitted half of `Graph.apart`."""
-    layers = lambda declared, x: Apart(tuple(x[i] for i in range(len(x)))) if "layers" in declared.axes else x
+    layers = lambda declared, x: Apart.of(x) if "layers" in declared.axes else x
     return jax.tree.map(layers, graph.tree(lambda declared: declared), parameters)
 
 

@@ -173,18 +173,27 @@ class Apart:
 
     layers: tuple
 
+    @staticmethod
+    def of(stack) -> "Apart":
+        """From a tree of arrays [L, ...]."""
+        num = len(jax.tree.leaves(stack)[0])
+        return Apart(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(num)))
+
+
+def is_apart(tree) -> bool:
+    """Whether there is an `Apart` in a tree."""
+    return any(isinstance(node, Apart) for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Apart)))
+
 
 def over_layers(body: Callable, x, stack, left, unroll: int):
     """`jax.lax.scan(body, x, (index, stack, left))`; where the stack is apart straight code, whose outputs are apart, too."""
-    is_apart = lambda node: isinstance(node, Apart)
-    stacks = jax.tree.leaves(stack, is_leaf=is_apart)
-    if not is_apart(stacks[0]):
-        return jax.lax.scan(body, x, (jnp.arange(len(stacks[0])), stack, left), unroll=unroll)
+    if not is_apart(stack):
+        num = len(jax.tree.leaves(stack)[0])
+        return jax.lax.scan(body, x, (jnp.arange(num), stack, left), unroll=unroll)
+    one = lambda i: jax.tree.map(lambda node: node.layers[i], stack, is_leaf=lambda node: isinstance(node, Apart))
     outputs = []
-    for i in range(len(stacks[0].layers)):
-        layer = jax.tree.map(lambda node, i=i: node.layers[i], stack, is_leaf=is_apart)
-        of_layer = left.layers[i] if is_apart(left) else jax.tree.map(lambda array, i=i: array[i], left)
-        x, output = body(x, (i, layer, of_layer))
+    for i in range(len(jax.tree.leaves(stack)) // len(jax.tree.leaves(one(0)))):
+        x, output = body(x, (i, one(i), left and left.layers[i]))
         outputs.append(output)
     return x, Apart(tuple(outputs))
 
