@@ -117,8 +117,9 @@ def compare(folder: str, batch: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in running}
     busy = 0
     while len(seconds["jax"]) < rounds and busy < 2 * rounds:
-        if others() > BUSY:
+        if (used := others()) > BUSY:
             busy += 1
+            print(f"others use {100 * used:.0f}% of the cores: this round does not count", flush=True)
             continue
         for name, found in seconds.items():
             found.append(once(name)["seconds"])
@@ -143,11 +144,12 @@ def main(arguments: list[str]) -> int:
     parser = command.Parser("tools/benchmark_generate.py", __doc__)
     parser.add_argument("--model", default="", help="a Hugging Face folder; default: random weights")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="requests at once, one comparison for each")
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = flags.model or make(place)
         print(f"prompts of {PROMPT} tokens, {NEW} new ones, float32", flush=True)
-        for batch in (1, 8):
+        for batch in flags.batch:
             compare(folder, batch, flags.rounds)
     return 0
 
