@@ -10,8 +10,8 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-config ramp heads sharding data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
-tasks.scores tasks.tables tasks.task tasks.classification tasks.regression tasks.records
+config ramp sharding heads data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
+tasks.scores tasks.tables tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.records
 data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places
 tasks.results distributed
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
@@ -22,7 +22,10 @@ sampling decoding beam generate evaluate train main verify
 CONVERT = {f"convert.{name}" for name in "safetensors families encoders hugging_face gguf run".split()}
 PERIPHERY = CONVERT | {
     "verify",
-    *(f"tasks.{name}" for name in "scores results tables task classification regression records".split()),
+    *(
+        f"tasks.{name}"
+        for name in "scores results tables task words classification regression tags questions records".split()
+    ),
     *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split()),
 }
 
