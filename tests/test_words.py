@@ -287,7 +287,7 @@ MISTAKES = [
     (SPANS, '{"question": "q", "context": "a b", "answer": 3}', "the answer is no string"),
     (SPANS, '{"question": " ", "context": "a b", "answer": "a"}', "the question is empty"),
     (SPANS, '{"question": "q", "contxt": "a b", "answer": "a"}', "; did you mean contxt?"),
-    (SPANS, json.dumps({"question": "q", "context": "a " * 90, "answer": "a " * 80 + "a"}), "answer is longer than what a row has"),
+    (SPANS, json.dumps({"question": "q", "context": "a " * 90, "answer": "a " * 80 + "a"}), "is longer than what a row has"),
 ]  # fmt: skip
 
 
