@@ -8,6 +8,7 @@ stories), sections (Debian descriptions; --packages is then a folder with Packag
 records to train on, those with the smallest hashes; what their makers set apart as a test stays apart.
 """
 
+import collections
 import csv
 import hashlib
 import json
@@ -90,13 +91,21 @@ def stories(packages: str) -> Splits:
 
 
 def sections(packages: str) -> Splits:
-    """A package's long description and its section of the archive; areas such as contrib/ are left off."""
-    section = {entry["Package"]: entry.get("Section", "").rpartition("/")[2] for entry in stanzas(packages, "Packages")}
-    found = []
+    """A package's description and its section of the archive, of the sixteen largest. Packages of one source share text, so
+    one of each source and section is taken, and a source is in one split."""
+    entry_of = {entry["Package"]: entry for entry in stanzas(packages, "Packages")}
+    taken: dict[tuple[str, str], str] = {}
     for entry in stanzas(packages, "Translation-en"):
-        if label := section.get(entry["Package"]):
-            found.append({"text": entry["Description-en"].replace("\n .\n", "\n\n"), "label": label})
-    return {"train": list({record["text"]: record for record in found}.values())}
+        if its := entry_of.get(entry["Package"]):
+            source = its.get("Source", its["Package"]).split()[0]
+            text = " ".join(entry["Description-en"].replace("\n .\n", "\n").split())
+            taken.setdefault((source, its.get("Section", "").rpartition("/")[2]), text)
+    largest = dict(collections.Counter(section for _, section in taken).most_common(16))
+    found: Splits = {"train": [], "validation": [], "test": []}
+    for (source, section), text in taken.items():
+        if section in largest:
+            found[split_of(source, 0.1, 0.1)[0]].append({"text": text, "label": section})
+    return found
 
 
 SETS = {function.__name__: function for function in (news, tweets, entities, boolq, stories, sections)}
@@ -127,7 +136,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--packages", default="weights", help="where the packages are installed")
     parser.add_argument("--num", type=int, default=0, help="records to train on; 0 = all")
-    parser.add_argument("--test", type=int, default=0, help="records of the makers' own test; 0 = all")
+    parser.add_argument("--held", type=int, default=0, help="records of each split that is set apart; 0 = all")
     parser.add_argument("--output", required=True, help="a folder")
     flags = parser.parse_args(arguments)
     try:
@@ -136,7 +145,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{error.filename} is not there: the first lines of {__file__} say what to install") from None
     os.makedirs(flags.output, exist_ok=True)
     for split, records in found.items():
-        kept = smallest(records, flags.test if split == "test" else flags.num)
+        kept = smallest(records, flags.num if split == "train" else flags.held)
         with open(os.path.join(flags.output, f"{split}.jsonl"), "w", encoding="utf-8") as out:
             out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         print(f"{len(kept):,} of {len(records):,} records in {flags.output}/{split}.jsonl")
