@@ -19,7 +19,7 @@ def get_config():
     kinds = ("PER", "LOC", "ORG", "MISC")
     config.model.labels = ("O", *(f"{letter}-{kind}" for kind in kinds for letter in "BI"))
     config.data.sources, config.data.test_fraction = "entities", 0.0
-    config.train.task, config.train.num_steps = "token_classification", 120
+    config.train.task, config.train.num_steps = "token_classification", 80
     config.optimizer.learning_rate = 2e-4
-    config.evaluate.every = 30
+    config.evaluate.every = 40
     return config

