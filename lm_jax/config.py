@@ -23,8 +23,13 @@ RECURRENT = ("rnn", "gru", "lstm")
 OBJECTIVES = {"encoder": ("masked", "masked_words"), "encoder_decoder": ("span_corruption",)}
 # Every task: the head that it gives its model (lm_jax/heads.py), and the kinds of model that can have it.
 ONE_TEXT = ("encoder", "transformer", *RECURRENT)
-HEADS = ("", "labels", "value", "tags")
-TASKS = {"classification": ("labels", ONE_TEXT), "regression": ("value", ONE_TEXT)}
+HEADS = ("", "labels", "value", "tags", "spans")
+TASKS = {
+    "classification": ("labels", ONE_TEXT),
+    "regression": ("value", ONE_TEXT),
+    "token_classification": ("tags", ONE_TEXT),
+    "question_answering": ("spans", ("encoder",)),  # where an answer starts is seen by what follows
+}
 NUM_SENTINELS = 100  # marks of hidden spans, as T5 has
 LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 

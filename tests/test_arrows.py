@@ -10,9 +10,10 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-config ramp heads sharding data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
+config ramp sharding heads data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
+tasks.scores tasks.tables tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.records
 data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places
-tasks.scores tasks.results tasks.tables tasks.task tasks.classification tasks.regression tasks.records distributed
+tasks.results distributed
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
 model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
 costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command chat
@@ -23,7 +24,7 @@ PERIPHERY = CONVERT | {
     "verify",
     "likelihood",
     "harness",
-    *(f"tasks.{name}" for name in "scores results tables task classification regression records".split()),
+    *(name for name in ORDER if name.startswith("tasks.")),
     *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split()),
 }
 

@@ -76,6 +76,10 @@ class HeldExamples:
     def rows(self, indices: list[int]) -> Batch:
         return stacked_or_padding(self.row, self.num_rows, indices)
 
+    def joined(self, results: tuple) -> tuple:
+        """Results of segments -> one of each record."""
+        return self.task.joined(results)
+
     def results(self, i: int, logits_TC: np.ndarray) -> list[Result]:
         """What the logits of row i say of each of its records."""
         found, start = [], 0
@@ -133,10 +137,11 @@ def open_records(config: Config, say: Callable[[str], None] = lambda line: None)
         raise UserError(f"config.data.sources: a task reads one folder of records, not {len(places)}")
     task = TASKS[config.train.task](config)
     found = read_splits(places[0], task, data)
+    task.look([values for _, values in found["train"]])
     by = tokenizer.make(data.tokenizer, (task.text(values) for _, values in found["train"]))
     records = {split: tokenised(task, found[split], by, data, split, say) for split in SPLITS}
     for split in SPLITS:
-        say(f"{split}: {len(found[split]):,} records{task.count(records[split].values)}")
+        say(f"{split}: {len(found[split]):,} records{task.count([values for _, values in found[split]])}")
     seen = {task.text(values) for _, values in found["train"]}
     for split in SPLITS[1:]:
         if twice := [where for where, values in found[split] if task.text(values) in seen]:
@@ -152,7 +157,9 @@ def read_splits(place: str, task: Task, data: Data) -> dict[str, list[tuple[str,
     files = files_of(place)
 
     def parse(row: Row) -> tuple[str, tuple]:
-        renamed = {own: row.content[its] for own, its in zip(task.columns, task.names, strict=True)}
+        own = (*task.columns, *task.optional)
+        its = (*task.names, *own[len(task.names) :])
+        renamed = {a: row.content[b] for a, b in zip(own, its, strict=True) if b in row.content}
         return row.where, task.parse(Row(renamed, row.where))
 
     found = {
@@ -175,6 +182,9 @@ def tokenised(
 
     How many are cut is said; with `data.packing` = best_fit_whole none may be. Raises UserError.
     """
+    num, found = len(found), task.spread(found, by, data.sequence_length)
+    if len(found) > num:
+        say(f"{split}: {num:,} records in {len(found):,} overlapping windows of up to {data.sequence_length} tokens")
     where, values = [w for w, _ in found], [v for _, v in found]
     encoded = task.encode(values, by, data.sequence_length)
     long = [k for k, one in enumerate(encoded) if one.whole > len(one.segment["tokens"])]

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.config import Config, UserError
+from lm_jax.config import Config, UserError, nearest
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks.tables import Row
 
@@ -27,17 +27,19 @@ class Encoded(NamedTuple):
 
 
 class Task:
-    """One task; a subclass each. `columns` are the names that its records have, as `data.columns` may rename them."""
+    """One task; a subclass each. `columns` are the names that its records have, and `optional` those that they may have, as
+    `data.columns` may rename them."""
 
     columns: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
     def __init__(self, config: Config):
         self.config, self.labels = config, config.model.labels
         given = config.data.columns
-        if given and len(given) != len(self.columns):
-            raise UserError(
-                f"config.data.columns = {given}: {config.train.task} has {len(self.columns)}: {self.columns}"
-            )
+        fewest, most = len(self.columns), len(self.columns) + len(self.optional)
+        if given and not fewest <= len(given) <= most:
+            further = f", and perhaps {', '.join(self.optional)}" if self.optional else ""
+            raise UserError(f"config.data.columns = {given}: {config.train.task} has {fewest}: {self.columns}{further}")
         self.names = given or self.columns
 
     def parse(self, row: Row) -> tuple:
@@ -48,6 +50,13 @@ class Task:
         """What of a record decides its split, trains a tokenizer, and must not stand in two splits."""
         return values[0]
 
+    def look(self, values: list[tuple]) -> None:
+        """What a task has to know of the records to train on before it reads an answer."""
+
+    def spread(self, found: list[tuple[str, tuple]], by: Tokenizer, room: int) -> list[tuple[str, tuple]]:
+        """Records (file and line, values) of which one may need several segments, as one for each; `joined` undoes it."""
+        return found
+
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         """Records -> segments of at most `room` tokens."""
         raise NotImplementedError
@@ -55,6 +64,10 @@ class Task:
     def result(self, where: str, values: tuple, segment: Segment, logits_NC: np.ndarray) -> Result:
         """What the logits of a record's segment say."""
         raise NotImplementedError
+
+    def joined(self, results: tuple) -> tuple:
+        """Results of segments -> one of each record."""
+        return results
 
     def scores(self, results: tuple) -> dict[str, float]:
         """The task's metrics, the first of which is what one looks at."""
@@ -76,3 +89,21 @@ def checked_text(row: Row, column: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{row.where}: the {column} is {'empty' if isinstance(text, str) else 'no string'}")
     return text
+
+
+def label_id(row: Row, label: Any, labels: tuple[str, ...]) -> int:
+    """The place of a record's label in the set of them. Raises UserError."""
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or str(label) not in labels:
+        known = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
+        raise UserError(
+            f"{row.where}: label {label!r} is none of config.model.labels: {known}{nearest(str(label), labels)}"
+        )
+    return labels.index(str(label))
+
+
+def counted(labels: tuple[str, ...], ids: list[int]) -> str:
+    """How often the most frequent labels stand there, in their order."""
+    each = np.bincount(np.array(ids, int), minlength=len(labels))
+    order = np.argsort(-each, kind="stable")[:8]
+    more = ", ..." * (len(each) > len(order))
+    return f" ({', '.join(f'{labels[k]} {each[k]:,}' for k in sorted(order))}{more})"
