@@ -11,17 +11,17 @@ from conftest import ROOT
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
 config ramp heads sharding data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
-tasks.tables tasks.task tasks.classification tasks.regression tasks.records
+chat tasks.tables tasks.task tasks.classification tasks.regression tasks.texts tasks.instruction tasks.preference tasks.records
 data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
 model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
-costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command chat
-sampling decoding beam generate evaluate train main verify
+costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command
+sampling decoding beam answers reference generate evaluate train main verify
 """.split()
 CONVERT = {f"convert.{name}" for name in "safetensors families encoders hugging_face gguf run".split()}
 PERIPHERY = CONVERT | {
     "verify",
-    *(f"tasks.{name}" for name in "tables task classification regression records".split()),
+    *(f"tasks.{name}" for name in "tables task classification regression texts instruction preference records".split()),
     *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split()),
 }
 

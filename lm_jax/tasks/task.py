@@ -24,12 +24,16 @@ class Result(NamedTuple):
 class Encoded(NamedTuple):
     segment: Segment
     whole: int  # tokens that the record has; the segment holds fewer where it was cut
+    first: int = 0  # of its tokens, those of a segment of their own; 0 = all are one
 
 
 class Task:
     """One task; a subclass each. `columns` are the names that its records have, as `data.columns` may rename them."""
 
     columns: tuple[str, ...]
+    writes = False  # whether its answers are texts that a model writes
+    chat_template = ""  # in which it writes conversations
+    compares = False  # whether its loss compares a model with the first parameters
 
     def __init__(self, config: Config):
         self.config, self.labels = config, config.model.labels
@@ -45,8 +49,12 @@ class Task:
         raise NotImplementedError
 
     def text(self, values: tuple) -> str:
-        """What of a record decides its split, trains a tokenizer, and must not stand in two splits."""
+        """What of a record decides its split, and must not stand in two."""
         return values[0]
+
+    def texts(self, values: tuple) -> tuple[str, ...]:
+        """All texts of a record, for a tokenizer to be trained on."""
+        return (self.text(values),)
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         """Records -> segments of at most `room` tokens."""
@@ -56,9 +64,25 @@ class Task:
         """What the logits of a record's segment say."""
         raise NotImplementedError
 
-    def scores(self, results: tuple) -> dict[str, float]:
-        """The task's metrics, the first of which is what one looks at."""
+    def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
+        """The ids, at most `room`, after which a model writes its answer."""
         raise NotImplementedError
+
+    def truth(self, values: tuple) -> str:
+        """The answer that a record has."""
+        raise NotImplementedError
+
+    def written(self, where: str, values: tuple, text: str) -> Result:
+        """What a model wrote for a record, without the white space around it."""
+        return Result(where, self.truth(values).strip(), text.strip())
+
+    def end(self, by: Tokenizer) -> int:
+        """The piece that ends an answer."""
+        return by.document_id
+
+    def scores(self, results: tuple) -> dict[str, float]:
+        """The task's metrics, the first of which is what one looks at; none where texts are written (lm_jax/answers.py)."""
+        return {}
 
     def count(self, values: list[tuple]) -> str:
         """What there is of each label, for the log; may be empty."""
