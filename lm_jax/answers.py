@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from lm_jax.beam import search
 from lm_jax.decoding import Marks, complete
@@ -52,7 +53,14 @@ def written(
 
 def scores(kind: str, results: Sequence) -> dict[str, float]:
     """The scores of a kind (config.evaluate.metrics). Raises UserError where the package that counts them is missing."""
-    from lm_jax.tasks.scores import KINDS
+    from lm_jax.tasks.results import measures_of
 
-    measures = KINDS[kind]([result.truth for result in results], [result.prediction for result in results])
-    return {name: measure.value(len(results)) for name, measure in measures.items()}
+    return {name: measure.value(len(results)) for name, measure in measures_of(kind, results).items()}
+
+
+def keep(workdir: epath.Path, split: str, kind: str, results: Sequence, about: dict[str, Any]) -> dict[str, float]:
+    """`scores`, and beside the run every answer and the scores with their intervals (lm_jax/tasks/results.py)."""
+    from lm_jax.tasks.results import Result, write
+
+    plain = [Result(result.record, result.truth, result.prediction) for result in results]
+    return write(workdir, split, kind, plain, about)

@@ -166,8 +166,9 @@ def main(arguments: list[str]) -> int:
         result["bytes"] = sum(int(part.num_bytes) for part in totals.values())
     result |= by_source(totals, "eval", mixed.scores)
     if texts:
-        found_scores = answers.scores(found.config.evaluate.metrics, texts)
-        result |= {"texts": len(texts)} | {f"eval/{name}": value for name, value in found_scores.items()}
+        about = {"model": flags.model, "step": found.step}
+        scored = answers.keep(found.workdir, flags.split, found.config.evaluate.metrics, texts, about)
+        result |= {"texts": len(texts)} | {f"eval/{name}": value for name, value in scored.items()}
     say(json.dumps(result))
     return 0
 

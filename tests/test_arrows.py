@@ -12,16 +12,18 @@ from conftest import ROOT
 ORDER = """
 config ramp heads sharding data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
 chat tasks.tables tasks.task tasks.classification tasks.regression tasks.texts tasks.instruction tasks.preference tasks.records
-data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
+data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places
+tasks.scores tasks.results distributed
 model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
 model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
 costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command
 sampling decoding beam answers reference generate evaluate train main verify
 """.split()
 CONVERT = {f"convert.{name}" for name in "safetensors families encoders hugging_face gguf run".split()}
+TASKS = "tables task classification regression texts instruction preference records scores results"
 PERIPHERY = CONVERT | {
     "verify",
-    *(f"tasks.{name}" for name in "tables task classification regression texts instruction preference records".split()),
+    *(f"tasks.{name}" for name in TASKS.split()),
     *(f"data.{name}" for name in "readers report clean overlap steps executors prepare".split()),
 }
 

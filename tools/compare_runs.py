@@ -1,4 +1,5 @@
-"""Runs side by side: `python tools/compare_runs.py runs/a runs/b [...] [--picture curves.png]`: curves and a table."""
+"""Runs side by side: `python tools/compare_runs.py runs/a runs/b [...] [--picture curves.png]`: curves, a table, and
+where runs have results of the same records the paired test of the first against the others."""
 
 import os
 import sys
@@ -8,6 +9,7 @@ from etils import epath
 
 from lm_jax import checkpoint, command, metrics
 from lm_jax.config import UserError, difference
+from lm_jax.tasks import results
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402
@@ -67,6 +69,11 @@ def main(arguments: list[str]) -> int:
     for place, other in zip(flags.runs[1:], others, strict=True):
         for path, (here, there) in difference(first, other).items():
             print(f"config.{path}: {here!r} in {flags.runs[0]}, {there!r} in {place}")
+    base, *rest = map(epath.Path, flags.runs)
+    for other in rest:
+        for split in results.evaluated(base):
+            if split in results.evaluated(other):
+                print(results.compared(base, other, split))
     draw(runs, flags.picture)
     print(f"curves: {flags.picture}")
     return 0
