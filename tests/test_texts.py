@@ -172,7 +172,7 @@ def arguments(place: str, workdir, *more: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["transformer", "encoder_decoder"])
 def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsys):
     """A text of one of two letters is answered by the other letter; what is written does not depend on the batch."""
-    pairs = [("ab"[i % 2], "xy"[i % 2]) for i in range(64)]
+    pairs = [("ab"[i % 2], "xy"[i % 2]) for i in range(256)]
     records = [{"source": f"{i} {a}", "target": b} for i, (a, b) in enumerate(pairs)]
     place = write_table(tmp_path, ".jsonl", records)
     kinds = [f"--config.{name.replace('__', '.')}={value}" for name, value in KINDS[kind].items()]

@@ -137,6 +137,11 @@ class Mixture:
         return False
 
     @property
+    def answers(self) -> bool:
+        """Whether what is learnt is what texts are answered with."""
+        return False
+
+    @property
     def chat_template(self) -> str:
         """In which a task writes conversations."""
         return ""

@@ -63,15 +63,16 @@ class Instruction(Task):
         return chat.encode(self.chat_template, values[0][: self.last(values)], by)[-room:]
 
 
-def folder_of(config: Config) -> epath.Path:
-    """Where the tokenizer stands."""
+def find_template(config: Config) -> str:
+    """The chat template that stands beside the tokenizer, "" where there is none."""
     place = epath.Path(config.data.tokenizer)
-    return place if place.is_dir() else place.parent
+    folder = place if place.is_dir() else place.parent
+    return chat.find_template(folder) if place.exists() else ""
 
 
 def template_of(config: Config) -> str:
     """The chat template that stands beside the tokenizer. Raises UserError."""
-    if template := chat.find_template(folder_of(config)):
+    if template := find_template(config):
         return template
     raise UserError(
         f"config.train.task = {config.train.task} needs a chat template, config.data.tokenizer = {config.data.tokenizer!r} has "

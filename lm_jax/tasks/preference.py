@@ -9,10 +9,9 @@ answer a part.
 
 import numpy as np
 
-from lm_jax import chat
 from lm_jax.config import Config, UserError
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.tasks.instruction import checked_messages, folder_of, template_of, turns
+from lm_jax.tasks.instruction import checked_messages, find_template, template_of, turns
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Encoded, Result, Segment, Task, checked_text
 from lm_jax.tasks.texts import continued
@@ -25,12 +24,12 @@ class Preference(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         self.beta = config.train.dpo_beta
-        self.chat_template = chat.find_template(folder_of(config))
+        self.chat_template = find_template(config)
 
     def parse(self, row: Row) -> tuple:
         is_chat = isinstance(row.content["prompt"], list)
-        self.chat_template = template_of(self.config) if is_chat else self.chat_template
         prompt = checked_messages(row, "prompt", answered=False) if is_chat else checked_text(row, "prompt")
+        self.chat_template = self.chat_template or (template_of(self.config) if is_chat else "")
         chosen, rejected = checked_text(row, "chosen"), checked_text(row, "rejected")
         if chosen.strip() == rejected.strip():
             raise UserError(f"{row.where}: chosen and rejected are the same text {chosen[:40]!r}")

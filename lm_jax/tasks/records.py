@@ -122,6 +122,10 @@ class TaskData(Mixture):
         return self.task.compares
 
     @property
+    def answers(self) -> bool:
+        return self.task.writes or self.task.compares
+
+    @property
     def longest_answer(self) -> int:
         """Tokens of the longest answer that is trained on, with its end."""
         records = self.records["train"]
