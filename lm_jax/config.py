@@ -23,13 +23,18 @@ RECURRENT = ("rnn", "gru", "lstm")
 OBJECTIVES = {"encoder": ("masked", "masked_words"), "encoder_decoder": ("span_corruption",)}
 # Every task: the head that it gives its model (lm_jax/heads.py), and the kinds of model that can have it.
 ONE_TEXT = ("encoder", "transformer", *RECURRENT)
+DECODERS = ("transformer", *RECURRENT)
 HEADS = ("", "labels", "value", "tags", "spans")
 TASKS = {
     "classification": ("labels", ONE_TEXT),
     "regression": ("value", ONE_TEXT),
     "token_classification": ("tags", ONE_TEXT),
     "question_answering": ("spans", ("encoder",)),  # where an answer starts is seen by what follows
+    "text_to_text": ("", ("encoder_decoder", *DECODERS)),
+    "instruction": ("", DECODERS),
+    "preference": ("", DECODERS),
 }
+WRITING = ("text_to_text", "instruction")  # the tasks whose answers are texts
 NUM_SENTINELS = 100  # marks of hidden spans, as T5 has
 LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 
@@ -146,6 +151,11 @@ class Data:
     columns: tuple[str, ...] = knob(
         (), "names of the columns that a task reads, in the order in which it names its own; () = its own", fixed=False
     )
+    prompt: str = knob(
+        "",
+        'what a model reads of a record before it writes, the columns in {braces} filled in; "" = {source}, and where one text '
+        "is both read and written a blank line after it",
+    )
     num_workers: int = knob(0, "processes that load rows; 0 = a thread", low=0, fixed=False)
     validation_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
     test_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
@@ -210,6 +220,9 @@ class Train:
     router_z_loss: float = knob(
         0.0, "weight of log(router's denominator)^2, a token and layer; ST-MoE: 1e-3", low=0.0, fixed=False
     )
+    dpo_beta: float = knob(
+        0.1, "of the task preference: how much a preference costs the distance from the first parameters", low=1e-6
+    )
     seed: int = knob(0, "of initialisation and dropout", low=0, high=2**32 - 1)
     init_from: str = knob("", "what a fresh run starts from: MODEL, or a text file of word vectors", fixed=False)
 
@@ -232,6 +245,13 @@ class Checkpoint:
 class Evaluate:
     every: Length = knob(500, "between evaluations, also one at the end; 0 = only at the end", low=0, fixed=False)
     num_rows: int = knob(64, "validation rows each time (at the end: all); 0 = all", low=0, fixed=False)
+    metrics: str = knob(
+        "",
+        "how texts that the model writes for held-out records are scored at the end: answers (exact match, F1), summaries "
+        '(ROUGE), translations (chrF, BLEU); "" = none are written',
+        choices=("", "answers", "summaries", "translations"),
+        fixed=False,
+    )
     prompt: str = knob("class", 'start of the text samples; "" = none', fixed=False)
 
 
@@ -505,6 +525,13 @@ def _check_together(config: Config) -> None:
 
 def _check_task(config: Config) -> None:
     labels, task, kind = config.model.labels, config.train.task, config.model.kind
+    if config.evaluate.metrics and task not in WRITING:
+        raise UserError(
+            f"config.evaluate.metrics = {config.evaluate.metrics} scores texts that a model writes: config.train.task = "
+            f"{' or '.join(WRITING)}, not {task!r}"
+        )
+    if config.data.prompt and task != "text_to_text":
+        raise UserError(f"config.data.prompt = {config.data.prompt!r} is of the task text_to_text, not of {task!r}")
     fitting = [name for name, (head, _) in TASKS.items() if head == (config.model.head or "labels")]
     if not task:
         if labels or config.model.head:

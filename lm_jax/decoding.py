@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import checkpoint
+from lm_jax import chat, checkpoint
 from lm_jax.config import OBJECTIVES, Model, UserError
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
 from lm_jax.model.attention import Context
@@ -130,7 +130,9 @@ def own_marks(tokenizer: Tokenizer) -> Marks:
 def marks_of(found: checkpoint.Located) -> Marks:
     """Those of a run, or of a Hugging Face folder: its tokenizer's post-processor, and the ids that its config.json names."""
     if not (found.described and isinstance(found.tokenizer, HuggingFace)):
-        return own_marks(found.tokenizer)
+        own = own_marks(found.tokenizer)
+        template = chat.find_template(found.workdir)
+        return own._replace(end=chat.end_of_turn(template, found.tokenizer)) if template else own
     described = checkpoint.read_json(found.workdir / "config.json")
     end, start = described.get("eos_token_id"), described.get("decoder_start_token_id")
     end = end[0] if isinstance(end, list) and end else end

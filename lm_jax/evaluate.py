@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import checkpoint, command, distributed
+from lm_jax import answers, checkpoint, command, distributed, reference
 from lm_jax.config import OBJECTIVES, Config, Mesh
 from lm_jax.data import mixture, packing, pipeline
 from lm_jax.distributed import settle
 from lm_jax.heads import losses
-from lm_jax.loss import loss_sum
+from lm_jax.loss import loss_sum, preferences
 from lm_jax.model.graph import Graph
 from lm_jax.sharding import batch_shards, make_mesh
 from lm_jax.terminal import Terminal
@@ -99,13 +99,21 @@ def results_of(rows, first: int, logits_BTC: np.ndarray) -> list:
 
 
 def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batch: dict) -> tuple:
-    """(loss, tokens, bytes) of a batch, float32 [] each, and the logits [B, T, C] of a task's head, on every process."""
+    """(loss, tokens, bytes) of a batch, float32 [] each, and the logits [B, T, C] of a task's head, or margins of pairs
+    [B, T, 1], on every process."""
     if graph.config.head:
         labels_BTC, mask_BT = graph.module(parameters).read(batch).labels_BTC, batch["loss_mask"]
         assert labels_BTC is not None
         loss = (losses(graph.config.head, labels_BTC, batch) * mask_BT).sum()
         everywhere = jax.sharding.reshard(labels_BTC.astype(jnp.float32), jax.sharding.PartitionSpec())
         return loss, mask_BT.sum(), jnp.zeros(()), everywhere
+    if "reference" in batch:
+        model, mask_BT = graph.module(parameters), batch["loss_mask"]
+        hidden_BTD = model.read(batch).hidden_BTD
+        assert hidden_BTD is not None
+        margins_BT = preferences(model, hidden_BTD, batch)
+        everywhere = jax.sharding.reshard(margins_BT[:, :, None], jax.sharding.PartitionSpec())
+        return (jax.nn.softplus(-margins_BT) * mask_BT).sum(), mask_BT.sum(), jnp.zeros(()), everywhere
     loss = loss_sum(graph, parameters, batch)
     if graph.config.kind in OBJECTIVES:
         return (loss, batch["loss_mask"].sum(), jnp.zeros(()), None)
@@ -123,18 +131,24 @@ def main(arguments: list[str]) -> int:
         "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
     )
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
+    parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = greedy")
+    parser.add_argument("--records", type=int, default=0, help="of written texts, the first of the split; 0 = all")
     parser.add_argument(
         "--batch_size", type=int, default=8, help="rows at a time on a device; the result does not depend on it"
     )
     flags = parser.parse_args(arguments)
     if flags.batch_size < 1:
         parser.error(f"--batch_size {flags.batch_size}: at least 1")
+    if not 1 <= flags.beams <= 64 or flags.records < 0:
+        parser.error("--beams is from 1 to 64, --records at least 0")
     say = Terminal()
     found = checkpoint.locate(flags.model, say)
     devices = distributed.devices()
     mesh = make_mesh(Mesh(), devices)
     mixed = open_data(found.config, say)
     command.check_tokenizer(found, mixed)
+    if mixed.compares:
+        reference.resume(mixed, found.config, found.workdir)
     rows = mixed.held(found.config.data, flags.split)
     with jax.set_mesh(mesh):
         graph, parameters = checkpoint.load_parameters(found)
@@ -142,12 +156,20 @@ def main(arguments: list[str]) -> int:
         evaluator = Evaluator(graph, mesh, mixed.tokenizer.bytes_per_piece, size)
         watch = lambda done, of: say.progress(f"row {done} of {of}")
         totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
+        texts = ()
+        if found.config.evaluate.metrics:
+            watch = lambda done, of: say.progress(f"writing: record {done} of {of}")
+            texts = answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
     documents = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
     result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": documents}
     if not found.config.train.task:
         result["tokens"] = sum(int(part.tokens) for part in totals.values())
         result["bytes"] = sum(int(part.num_bytes) for part in totals.values())
     result |= by_source(totals, "eval", mixed.scores)
+    if texts:
+        about = {"model": flags.model, "step": found.step}
+        scored = answers.keep(found.workdir, flags.split, found.config.evaluate.metrics, texts, about)
+        result |= {"texts": len(texts)} | {f"eval/{name}": value for name, value in scored.items()}
     say(json.dumps(result))
     return 0
 

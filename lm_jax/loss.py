@@ -1,4 +1,5 @@
 """Cross entropy as sums: losses and tokens are added up everywhere and divided once, by the global number of tokens.
+Beside it what compares pairs of answers, whose losses are added up in the same way.
 
 Shape suffixes: B batch, T length, D model, V vocabulary, N tokens of one device, C tokens of one chunk.
 """
@@ -52,6 +53,9 @@ def objective(
         assert labels_BTC is not None
         entropy = (heads.losses(graph.config.head, labels_BTC, batch) * batch["loss_mask"]).sum()
         return entropy + beside, entropy
+    if "reference" in batch:
+        of_pairs = (jax.nn.softplus(-preferences(model, hidden_BTD, batch)) * batch["loss_mask"]).sum()
+        return of_pairs + beside, of_pairs
     if labels_BTC is None:
         whole, entropy = vocabulary_loss(model, hidden_BTD, batch, z_loss)
         return whole + beside, entropy
@@ -79,6 +83,24 @@ def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_
         return loss, loss
     log_total_BT = jax.nn.logsumexp(logits_BTV.astype(jnp.float32), axis=-1)
     return loss + z_loss * (jnp.square(log_total_BT) * batch["loss_mask"]).sum(), loss
+
+
+def preferences(model: LanguageModel, hidden_BTD: jax.Array, batch: dict) -> jax.Array:
+    """The margins of direct preference optimisation (arXiv:2305.18290, equation 7), float32 [B, T]: where a pair begins, beta
+    times (log pi(chosen) - log pi(rejected)) less the same of the reference; its loss is -log sigmoid of that.
+
+    Segments 2k + 1 and 2k + 2 are a pair. `weight` is beta at the targets of the chosen answer, -beta at those of the rejected
+    one; `reference` is the reference's share, where the pair begins. A chunk of logits exists at a time, and is made once
+    more for the gradient.
+    """
+    length, vocab_size = hidden_BTD.shape[1], model.vocab_size
+    size = max(128, SMALL // vocab_size // max(1, len(hidden_BTD) // sharding.ways("batch")))
+    chunk = jax.checkpoint(lambda hidden_BCD, target_BC: -token_losses(model.logits(hidden_BCD), target_BC))
+    chunks = (slice(start, min(start + size, length)) for start in range(0, length, size))
+    log_BT = jnp.concatenate([chunk(hidden_BTD[:, at], batch["targets"][:, at]) for at in chunks], axis=1)
+    pair_BT = (batch["segment_ids"] + 1) // 2
+    is_same_BTS = pair_BT[:, :, None] == pair_BT[:, None, :]
+    return jnp.where(is_same_BTS, (batch["weight"] * log_BT)[:, None, :], 0).sum(-1) - batch["reference"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

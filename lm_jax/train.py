@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import checkpoint, command, costs, metrics, terminal
+from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, terminal
 from lm_jax.config import Config, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, word_vectors
 from lm_jax.data.packing import Held
@@ -26,7 +26,7 @@ from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.optimizer import averaged
-from lm_jax.places import Desk
+from lm_jax.places import Desk, write_whole
 from lm_jax.ramp import Ramp, make_ramp, with_steps
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
@@ -124,7 +124,12 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         if leads():
             checkpoint.write_config(workdir, config, origins, mixed.facts)
             checkpoint.write_tokenizer(workdir, mixed.tokenizer)
+            if mixed.chat_template:
+                write_whole(workdir / chat.FILE, mixed.chat_template.encode())
         this = Run(config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput)
+        if mixed.compares:
+            with goodput("reference"):
+                say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
         return train(this, stop, given)
 
 
@@ -433,7 +438,11 @@ def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
     except UserError as error:
         this.say(f"no evaluation: {error}")
         return None
-    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch), rows
+    return make_evaluator(this), rows
+
+
+def make_evaluator(this: Run) -> Evaluator:
+    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch)
 
 
 def evaluate_now(
@@ -462,7 +471,7 @@ def evaluate_now(
 
 def show_sample(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
     prompt = this.config.evaluate.prompt
-    if not prompt or jax.process_count() > 1 or this.config.data.objective != "causal":
+    if not prompt or jax.process_count() > 1 or this.config.data.objective != "causal" or this.config.train.task:
         return
     room = this.config.data.sequence_length - len(this.mixed.tokenizer.encode(prompt)) - 1
     limit = min(SAMPLE_TOKENS, room)
@@ -489,8 +498,26 @@ def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> N
         bits_per_byte = evaluate_now(this, evaluation, writer, 0, "final")
     else:
         bits_per_byte = evaluate_now(this, evaluation, writer, 0, "eval", "final")
-    if bits_per_byte:
+    if this.config.evaluate.metrics:
+        answer_now(this, writer)
+    if bits_per_byte and not this.config.train.task:
         this.say(compare_with_compressors(this.mixed, bits_per_byte))
+
+
+def answer_now(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
+    """The texts that the model writes for the first validation records, one of them shown, and their scores."""
+    if jax.process_count() > 1:
+        this.say("no texts are written by several processes: python -m lm_jax.evaluate, on one, scores them")
+        return
+    kind, num = this.config.evaluate.metrics, this.config.evaluate.num_rows
+    watch = lambda done, of: this.say.progress(f"writing: record {done} of {of}")
+    with this.goodput("evaluation"):
+        results = answers.written(this.program.graph, this.parameters, this.mixed, "validation", num, watch=watch)
+    values = answers.scores(kind, results)
+    writer.scalars(this.data.step, {f"final/{name}": value for name, value in values.items()})
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    this.say(f"step {this.data.step:>6,} {len(results):,} validation texts: {shown}")
+    this.say(f"the first: {results[0].prediction!r}\n      for: {results[0].truth!r}")
 
 
 def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> str:
@@ -511,7 +538,7 @@ def next_commands(this: Run, given: str) -> str:
         [
             f"done in {costs.duration(time.monotonic() - this.goodput.start)}; next:",
             f"  longer     {given} {longer}",
-            *[sample] * (this.config.data.objective == "causal"),
+            *[sample] * (this.config.data.objective == "causal" and not this.config.train.task),
             f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
             f"  look       tensorboard --logdir {checkpoint.steps_folder(this.workdir).parent.parent}",
         ]

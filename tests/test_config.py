@@ -20,14 +20,15 @@ model.experts_per_token model.tie_embedding model.window model.labels model.head
 model.attention model.remat
 model.unroll model.compute_dtype
 data.sources data.tokenizer data.sequence_length data.global_batch_size data.batch_ramp data.packing data.objective
-data.seed data.columns data.num_workers data.validation_fraction data.test_fraction
+data.seed data.columns data.prompt data.num_workers data.validation_fraction data.test_fraction
 optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup optimizer.decay_over optimizer.decay_to
 optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm optimizer.ema
 optimizer.loss_scale
-train.task train.num_steps train.microbatch_rows train.z_loss train.balance_loss train.router_z_loss train.seed train.init_from
+train.task train.num_steps train.microbatch_rows train.z_loss train.balance_loss train.router_z_loss train.dpo_beta train.seed
+train.init_from
 mesh.data mesh.fsdp mesh.tensor
 checkpoint.every checkpoint.keep_last checkpoint.keep_every
-evaluate.every evaluate.num_rows evaluate.prompt
+evaluate.every evaluate.num_rows evaluate.metrics evaluate.prompt
 log.every log.profile
 """
 

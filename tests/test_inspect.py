@@ -1,13 +1,15 @@
 """What is shown is what is trained on: `tools/inspect_data.py`."""
 
 import importlib.util
+import json
 import re
 
 import pytest
 from conftest import ROOT, tiny
+from test_instruction import TEMPLATES, tokenizer_json
 from test_shards import made_up, write
 
-from lm_jax import command
+from lm_jax import chat, command
 from lm_jax.data import mixture
 
 spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools" / "inspect_data.py")
@@ -65,3 +67,24 @@ def test_statistics_are_counted_against_the_weights(sources, capsys):
 def test_a_negative_step_is_refused():
     with pytest.raises(command.UserError, match="at least 0"):
         inspect_data.main([*CONFIG, "--step=-1"])
+
+
+def test_what_is_learnt_of_a_conversation_or_a_pair_is_told_apart(tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(""))
+    (tmp_path / chat.FILE).write_text(TEMPLATES["chatml"][1])
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "now?"), ("assistant", "soon")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    given = [f"--config.data.{name}={tmp_path}" for name in ("sources", "tokenizer")]
+    given += ["--config.data.packing=best_fit", "--config.data.global_batch_size=1", "--config.train.microbatch_rows=1"]
+    given += ["--config.data.validation_fraction=0.0", "--config.data.test_fraction=0.0"]
+    shown = {}
+    for task, record in (
+        ("instruction", {"messages": messages}),
+        ("preference", {"prompt": messages[:1], "chosen": "yes", "rejected": "no"}),
+    ):
+        (tmp_path / "train.jsonl").write_text(json.dumps(record) + "\n")
+        inspect_data.main([*CONFIG, *given, f"--config.train.task={task}"])
+        shown[task] = capsys.readouterr().out.split("\n", 1)[1].rstrip("\n")
+    asked = "[<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n]"
+    assert shown["instruction"] == (f"¦{asked}yes<|im_end|>[\n{asked[1:].replace('hi', 'now?')}soon<|im_end|>[\n]")
+    assert shown["preference"] == f"¦{asked}yes<|im_end|>\n¦{asked}-no<|im_end|>"

@@ -1,19 +1,22 @@
 """What the model is trained on: `python tools/inspect_data.py --config experiments/quickstart.py --step 100`.
 
-Each row of the step as text: tokens that are trained on in green, others grey; `¦` where a document starts; its source.
+Each row of the step as text: tokens that are trained on in green, others grey; `¦` where a document starts; its source. Of a
+task whose answers are texts: a segment a line, what the model reads grey, what it is to write green, special pieces by name.
 `--statistics 1000` counts instead, over that many steps: rows, tokens and epochs by source against the weights.
 """
 
+import itertools
 import sys
 
 import numpy as np
 
 from lm_jax import command
 from lm_jax.data import mixture
+from lm_jax.data.tokenizer import DOCUMENT, Tokenizer
 from lm_jax.evaluate import open_data
 from lm_jax.ramp import make_ramp, with_steps
 
-TRAINED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[1;35m", "\x1b[0m"
+TRAINED, REJECTED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\x1b[1;35m", "\x1b[0m"
 
 
 def main(arguments: list[str]) -> int:
@@ -45,6 +48,8 @@ def show(mixed: mixture.Mixture, stream: mixture.Mixed, i: int, colours: bool) -
     epoch = j / stream.streams[source].rows_per_epoch
     used, segments = int((row["segment_ids"] > 0).sum()), int(row["segment_ids"].max())
     title = f"row {i:,}: {mixed.places[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
+    if mixed.answers:
+        return [title, *show_answers(mixed.tokenizer, row, colours), ""]
     starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0))
     text = []
     for start, stop in zip(starts, [*starts[1:], len(row["tokens"])], strict=True):
@@ -58,6 +63,37 @@ def show(mixed: mixture.Mixture, stream: mixture.Mixed, i: int, colours: bool) -
         else:
             text.append(border + (part if trained else f"[{part}]"))
     return [title, "".join(text), ""]
+
+
+def show_answers(tokenizer: Tokenizer, row: dict, colours: bool) -> list[str]:
+    """The segments of a row of a task whose answers are texts: what is read, then every target, special pieces by their names;
+    of a pair of answers the rejected one in red, or after a minus."""
+    names = {index: name for name, index in tokenizer.special.items()} | {tokenizer.document_id: DOCUMENT}
+    weight, lines = row.get("weight", row["loss_mask"]), []
+    for segment in range(1, int(row["segment_ids"].max()) + 1):
+        own = row["segment_ids"] == segment
+        source = row["encoder_tokens"][row["encoder_segment_ids"] == segment] if "encoder_tokens" in row else []
+        ids = np.concatenate([source, row["tokens"][own][:1], row["targets"][own]]).astype(int)
+        trained = np.concatenate([np.zeros(len(source) + 1), np.sign(weight[own])])
+        text = BORDER * colours + "¦"
+        borders = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
+        for start, stop in itertools.pairwise(borders):
+            part = spelled(tokenizer, names, ids[start:stop])
+            kind = int(trained[start])
+            if colours:
+                text += {0: OTHER, 1: TRAINED, -1: REJECTED}[kind] + part + PLAIN
+            else:
+                text += {0: f"[{part}]", 1: part, -1: f"-{part}"}[kind]
+        lines.append(text)
+    return lines
+
+
+def spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray) -> str:
+    """The text of the ids with the names of those that stand for none."""
+    special = np.isin(ids, list(names))
+    borders = [0, *(np.flatnonzero(special[1:] | special[:-1]) + 1), len(ids)]
+    parts = [ids[start:stop] for start, stop in itertools.pairwise(borders)]
+    return "".join(names[part[0]] if part[0] in names else tokenizer.decode(part) for part in parts if len(part))
 
 
 def statistics(mixed: mixture.Mixture, stream: mixture.Mixed, first: int, last: int) -> list[str]:

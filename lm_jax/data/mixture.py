@@ -131,6 +131,21 @@ class Mixture:
     def tokenizer(self) -> tokenizer.Tokenizer:
         return next(iter(self.corpora.values())).tokenizer
 
+    @property
+    def compares(self) -> bool:
+        """Whether the loss compares a model with the first parameters, as a task may want it."""
+        return False
+
+    @property
+    def answers(self) -> bool:
+        """Whether what is learnt is what texts are answered with."""
+        return False
+
+    @property
+    def chat_template(self) -> str:
+        """In which a task writes conversations."""
+        return ""
+
     def stream(self, data: Data) -> Mixed:
         """The rows to train on. Raises UserError where a source has none, or all of them fill no batch."""
         streams: list[Stream | BestFit] = []

@@ -86,13 +86,15 @@ def starts_of_words(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([not text[:1].isalnum() for text in texts])
 
 
-def example(objective: str, length: int, head: str = "") -> Batch:
-    """A row like those of an objective, or of a task's head, for its names, shapes and dtypes."""
+def example(objective: str, length: int, head: str = "", task: str = "") -> Batch:
+    """A row like those of an objective, of a task or its head, for its names, shapes and dtypes."""
     row = make_row([(0, np.zeros(length + 1, np.int32))], length, 0)
     if head == "value":
         row["targets"] = row["targets"].astype(np.float32)
     if objective == "span_corruption":
         return span_corruption(row, key(objective, 0, 0), 0, 0)
+    if task == "preference":
+        row |= {"weight": row["loss_mask"], "reference": row["loss_mask"]}
     return row if objective == "causal" else row | {"token_type_ids": row["tokens"]}
 
 

@@ -45,7 +45,7 @@ def layout(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def abstract_batch(mesh: jax.sharding.Mesh, size: int, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layouts of a batch, for compiling before there is one."""
-    row = example(config.data.objective, config.data.sequence_length, config.model.head)
+    row = example(config.data.objective, config.data.sequence_length, config.model.head, config.train.task)
     lay = lambda x: NamedSharding(mesh, computed(("batch", "length")[: 1 + x.ndim]))
     return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=lay(x)) for name, x in row.items()}
 

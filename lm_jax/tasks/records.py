@@ -27,6 +27,7 @@ class Records:
 
     split: Split
     columns: Segment
+    firsts: np.ndarray  # tokens of each record's first segment where it has two, else 0
     where: list[str]
     values: list[tuple]
 
@@ -38,25 +39,40 @@ class Records:
 class Examples(BestFit):
     """Whole records packed into rows, with the targets and the mask that each brings."""
 
-    def __init__(self, split: Split, columns: Segment, sequence_length: int, seed: int):
+    def __init__(self, split: Split, columns: Segment, firsts: np.ndarray, sequence_length: int, seed: int):
         super().__init__(split, sequence_length, seed, document_id=0, cut=False)
-        self.columns = columns
+        self.columns, self.firsts = columns, firsts
 
     def __reduce__(self):
-        return type(self), (self.split, self.columns, self.sequence_length, self.seed)
+        return type(self), (self.split, self.columns, self.firsts, self.sequence_length, self.seed)
 
     def records(self, i: int) -> np.ndarray:
         """Which records row i holds, in the order of its segments."""
         return self.document[self.pieces(i)]
 
     def row(self, i: int) -> Batch:
-        owns = [slice(*self.split.offsets[k : k + 2]) for k in self.records(i)]
+        records = self.records(i)
+        owns = [slice(*self.split.offsets[k : k + 2]) for k in records]
         tokens = np.concatenate([self.split.tokens[own] for own in owns])
-        row = lay_out(tokens, np.zeros_like(tokens), [own.stop - own.start for own in owns], self.sequence_length, i)
+        parts = [(self.firsts[k], own.stop - own.start - self.firsts[k]) for k, own in zip(records, owns, strict=True)]
+        sizes = [size for part in parts for size in part if size]
+        row = lay_out(tokens, np.zeros_like(tokens), sizes, self.sequence_length, i)
         for name, column in self.columns.items():
             row[name] = np.zeros(self.sequence_length, column.dtype)
             row[name][: len(tokens)] = np.concatenate([column[own] for own in owns])
-        return row
+        return with_two_lengths(row) if "encoder_tokens" in row else row
+
+
+def with_two_lengths(row: Batch) -> Batch:
+    """A row whose records have a source as well: each takes as many places as the longer of its texts, in both."""
+    segments, positions = row["segment_ids"], row["positions"]
+    is_source, is_target = row["encoder_segment_ids"] > 0, row["loss_mask"] > 0
+    return row | {
+        "encoder_segment_ids": segments * is_source,
+        "encoder_positions": positions * is_source,
+        "segment_ids": segments * is_target,
+        "positions": positions * is_target,
+    }
 
 
 class HeldExamples:
@@ -105,9 +121,27 @@ class TaskData(Mixture):
     def tokenizer(self) -> Tokenizer:
         return self.by
 
+    @property
+    def compares(self) -> bool:
+        return self.task.compares
+
+    @property
+    def answers(self) -> bool:
+        return self.task.writes or self.task.compares
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer that is trained on, with its end."""
+        records = self.records["train"]
+        return int(np.add.reduceat(records.columns["loss_mask"], records.split.offsets[:-1]).max())
+
+    @property
+    def chat_template(self) -> str:
+        return self.task.chat_template
+
     def _examples(self, data: Data, split: str) -> Examples:
         records = self.records[split]
-        return Examples(records.split, records.columns, data.sequence_length, data.seed)
+        return Examples(records.split, records.columns, records.firsts, data.sequence_length, data.seed)
 
     def stream(self, data: Data) -> Mixed:
         examples = self._examples(data, "train")
@@ -138,7 +172,7 @@ def open_records(config: Config, say: Callable[[str], None] = lambda line: None)
     task = TASKS[config.train.task](config)
     found = read_splits(places[0], task, data)
     task.look([values for _, values in found["train"]])
-    by = tokenizer.make(data.tokenizer, (task.text(values) for _, values in found["train"]))
+    by = tokenizer.make(data.tokenizer, (text for _, values in found["train"] for text in task.texts(values)))
     records = {split: tokenised(task, found[split], by, data, split, say) for split in SPLITS}
     for split in SPLITS:
         say(f"{split}: {len(found[split]):,} records{task.count([values for _, values in found[split]])}")
@@ -202,4 +236,5 @@ def tokenised(
     sizes = [len(one.segment["tokens"]) for one in encoded]
     num_bytes = sum(len(task.text(one).encode()) for one in values)
     tokens = columns.pop("tokens")
-    return Records(Split(tokens, np.cumsum([0, *sizes]), num_bytes), columns, where, values)
+    firsts = np.array([one.first for one in encoded], np.int64)
+    return Records(Split(tokens, np.cumsum([0, *sizes]), num_bytes), columns, firsts, where, values)

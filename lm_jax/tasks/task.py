@@ -24,6 +24,7 @@ class Result(NamedTuple):
 class Encoded(NamedTuple):
     segment: Segment
     whole: int  # tokens that the record has; the segment holds fewer where it was cut
+    first: int = 0  # of its tokens, those of a segment of their own; 0 = all are one
 
 
 class Task:
@@ -32,6 +33,9 @@ class Task:
 
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    writes = False  # whether its answers are texts that a model writes
+    chat_template = ""  # in which it writes conversations
+    compares = False  # whether its loss compares a model with the first parameters
 
     def __init__(self, config: Config):
         self.config, self.labels = config, config.model.labels
@@ -47,7 +51,7 @@ class Task:
         raise NotImplementedError
 
     def text(self, values: tuple) -> str:
-        """What of a record decides its split, trains a tokenizer, and must not stand in two splits."""
+        """What of a record decides its split, and must not stand in two."""
         return values[0]
 
     def look(self, values: list[tuple]) -> None:
@@ -56,6 +60,10 @@ class Task:
     def spread(self, found: list[tuple[str, tuple]], by: Tokenizer, room: int) -> list[tuple[str, tuple]]:
         """Records (file and line, values) of which one may need several segments, as one for each; `joined` undoes it."""
         return found
+
+    def texts(self, values: tuple) -> tuple[str, ...]:
+        """All texts of a record, for a tokenizer to be trained on."""
+        return (self.text(values),)
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         """Records -> segments of at most `room` tokens."""
@@ -69,9 +77,25 @@ class Task:
         """Results of segments -> one of each record."""
         return results
 
-    def scores(self, results: tuple) -> dict[str, float]:
-        """The task's metrics, the first of which is what one looks at."""
+    def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
+        """The ids, at most `room`, after which a model writes its answer."""
         raise NotImplementedError
+
+    def truth(self, values: tuple) -> str:
+        """The answer that a record has."""
+        raise NotImplementedError
+
+    def written(self, where: str, values: tuple, text: str) -> Result:
+        """What a model wrote for a record, without the white space around it."""
+        return Result(where, self.truth(values).strip(), text.strip())
+
+    def end(self, by: Tokenizer) -> int:
+        """The piece that ends an answer."""
+        return by.document_id
+
+    def scores(self, results: tuple) -> dict[str, float]:
+        """The task's metrics, the first of which is what one looks at; none where texts are written (lm_jax/answers.py)."""
+        return {}
 
     def count(self, values: list[tuple]) -> str:
         """What there is of each label, for the log; may be empty."""

@@ -1,0 +1,27 @@
+"""Translation: Debian's package descriptions from English into German, by a small encoder-decoder that begins from nothing.
+
+    python tools/records_debian.py --lists lists --task de --held 500 --output english_german   # see its head
+    python -m lm_jax.main --config experiments/finetune_german.py
+    python -m lm_jax.evaluate --model runs/finetune_german --split test --beams 4
+    python tools/text_baselines.py --config experiments/finetune_german.py --split test
+
+Expected:
+"""
+
+from lm_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    model, data, optimizer = config.model, config.data, config.optimizer
+    model.kind, model.num_layers, model.model_dim, model.num_heads = "encoder_decoder", 2, 256, 4
+    model.positions, model.norm, model.activation, model.bias = "relative", "rmsnorm", "gelu", False
+    model.gated, model.mlp_dim, model.dropout, model.init_scale = True, 512, 0.1, 0.06
+    data.sources, data.tokenizer, data.objective = "english_german", "sentencepiece:4096", "span_corruption"
+    data.sequence_length, data.global_batch_size, data.packing = 128, 16, "best_fit"
+    optimizer.learning_rate, optimizer.warmup, optimizer.weight_decay = 2e-3, 50, 0.01
+    config.train.task, config.train.num_steps = "text_to_text", 600
+    config.checkpoint.every = 300
+    config.evaluate.every, config.evaluate.num_rows, config.evaluate.metrics = 200, 64, "translations"
+    config.log.every = 25
+    return config

@@ -1,0 +1,102 @@
+"""What the first parameters say of every pair of answers: computed once before the first step, and kept beside the run.
+
+Preference tuning needs the reference's log-probabilities alone, no second model: they stand in the rows (`reference`). A run that
+resumes reads them, so that it goes on to the bit.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from lm_jax.config import Config, UserError
+from lm_jax.data.sources import SPLITS
+from lm_jax.distributed import leads
+from lm_jax.places import write_whole
+
+FILE = "reference.npz"
+
+
+def settle(
+    mixed: Any, config: Config, workdir: epath.Path, parameters: dict, evaluator: Callable, resumes: bool
+) -> str:
+    """Puts the reference's margin of every pair into its rows; returns what was done. `mixed` holds the records of a task,
+    `parameters` are the first ones.
+
+    Raises UserError where a run resumes without what it began with.
+    """
+    of_data, kept = digest_of_data(mixed, config), read(workdir)
+    if resumes:
+        fill(mixed, expected(kept, of_data, workdir))
+        return "the reference's margins are those that the run began with"
+    of_parameters = digest(parameters)
+    if not kept or (str(kept["data"]), str(kept["parameters"])) != (of_data, of_parameters):
+        fill(mixed, {split: np.zeros(len(mixed.records[split].where), np.float32) for split in SPLITS})
+        kept = {split: margins(mixed, config, split, parameters, evaluator) for split in SPLITS}
+        if leads():
+            file = io.BytesIO()
+            np.savez(file, allow_pickle=False, data=of_data, parameters=of_parameters, **kept)
+            write_whole(workdir / FILE, file.getvalue())
+    fill(mixed, kept)
+    return f"the reference's margins of {sum(len(kept[split]) for split in SPLITS):,} pairs are in {workdir / FILE}"
+
+
+def resume(mixed: Any, config: Config, workdir: epath.Path) -> None:
+    """Puts what a run began with into the rows. Raises UserError where it is not there."""
+    fill(mixed, expected(read(workdir), digest_of_data(mixed, config), workdir))
+
+
+def expected(kept: dict[str, np.ndarray] | None, of_data: str, workdir: epath.Path) -> dict[str, np.ndarray]:
+    if kept and str(kept["data"]) == of_data:
+        return kept
+    what = "is of other records, or of another sequence_length or dpo_beta" if kept else "is missing or broken"
+    raise UserError(
+        f"{workdir / FILE} {what}: it holds what the first parameters say of every pair, and they are gone\n"
+        "put it back, or begin in another --workdir"
+    )
+
+
+def margins(mixed: Any, config: Config, split: str, parameters: dict, evaluator: Callable) -> np.ndarray:
+    """float32 [N]: beta * (log pi(chosen) - log pi(rejected)) of each pair of a split."""
+    records = mixed.records[split]
+    if not records.where:
+        return np.zeros(0, np.float32)
+    (rows,) = mixed.held(config.data, split).values()
+    found = {result.record: result.prediction for result in evaluator(parameters, rows).results}
+    return np.array([found[where] for where in records.where], np.float32)
+
+
+def fill(mixed: Any, kept: dict[str, np.ndarray]) -> None:
+    for split in SPLITS:
+        records = mixed.records[split]
+        records.columns["reference"][records.split.offsets[:-1]] = kept[split]
+
+
+def read(workdir: epath.Path) -> dict[str, np.ndarray] | None:
+    """The content of the file, None where there is none that is whole."""
+    if not (workdir / FILE).exists():
+        return None
+    try:
+        with np.load(io.BytesIO((workdir / FILE).read_bytes()), allow_pickle=False) as file:
+            return {name: file[name] for name in ("data", "parameters", *SPLITS)}
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+        return None
+
+
+def digest_of_data(mixed: Any, config: Config) -> str:
+    """A hash of what decides the pairs and their margins, but for the parameters."""
+    data = mixed.facts["data"], mixed.facts["tokenizer"], config.data.sequence_length, config.train.dpo_beta
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+
+
+def digest(parameters: dict) -> str:
+    """A hash of the sums of the parameters and of their squares, leaf by leaf."""
+    sums = jax.jit(lambda tree: jnp.stack([jnp.stack([x.sum(), jnp.square(x).sum()]) for x in jax.tree.leaves(tree)]))
+    return hashlib.sha256(np.asarray(sums(parameters), np.float32).tobytes()).hexdigest()[:16]

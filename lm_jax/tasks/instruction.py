@@ -1,0 +1,115 @@
+"""Instruction tuning: conversations in the chat template of the tokenizer's folder; what the assistant says is learnt.
+
+{"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]}
+
+The loss is on the assistant's words and on the token that ends each of its turns (lm_jax/chat.py). A long conversation keeps its
+start in training; where it is answered, its end.
+"""
+
+import numpy as np
+from etils import epath
+
+from lm_jax import chat
+from lm_jax.config import Config, UserError, nearest
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.tasks.tables import Row
+from lm_jax.tasks.task import Encoded, Task
+
+ROLES = ("system", "user", "assistant")
+
+
+class Instruction(Task):
+    columns: tuple[str, ...] = ("messages",)
+    writes = True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.chat_template = template_of(config)
+
+    def parse(self, row: Row) -> tuple:
+        return checked_messages(row, "messages"), row.where
+
+    def last(self, values: tuple) -> int:
+        """The index of the message that is the answer."""
+        return max(k for k, message in enumerate(values[0]) if message["role"] == "assistant")
+
+    def text(self, values: tuple) -> str:
+        """What was said before the last answer."""
+        return "\n".join(message["content"] for message in values[0][: self.last(values)])
+
+    def texts(self, values: tuple) -> tuple[str, ...]:
+        return tuple(message["content"] for message in values[0])
+
+    def truth(self, values: tuple) -> str:
+        return values[0][self.last(values)]["content"]
+
+    def end(self, by: Tokenizer) -> int:
+        return chat.end_of_turn(self.chat_template, by)
+
+    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
+        found = []
+        for messages, where in values:
+            ids, is_answer = turns(self.chat_template, messages, by, where)
+            segment = {"tokens": ids[:-1], "targets": ids[1:], "loss_mask": is_answer[1:].astype(np.float32)}
+            if not segment["loss_mask"][:room].any():
+                raise UserError(
+                    f"{where}: the assistant begins after {int(is_answer.argmax()):,} tokens, beyond a row of {room}:\n"
+                    "raise config.data.sequence_length"
+                )
+            found.append(Encoded({name: x[:room] for name, x in segment.items()}, len(ids) - 1))
+        return found
+
+    def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
+        return chat.encode(self.chat_template, values[0][: self.last(values)], by)[-room:]
+
+
+def find_template(config: Config) -> str:
+    """The chat template that stands beside the tokenizer, "" where there is none."""
+    place = epath.Path(config.data.tokenizer)
+    folder = place if place.is_dir() else place.parent
+    return chat.find_template(folder) if place.exists() else ""
+
+
+def template_of(config: Config) -> str:
+    """The chat template that stands beside the tokenizer. Raises UserError."""
+    if template := find_template(config):
+        return template
+    raise UserError(
+        f"config.train.task = {config.train.task} needs a chat template, config.data.tokenizer = {config.data.tokenizer!r} has "
+        f"none:\nname a folder with tokenizer.json and {chat.FILE} (or tokenizer_config.json), such as an imported model's"
+    )
+
+
+def turns(template: str, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
+    """The conversation of a record. Raises UserError that says where."""
+    try:
+        return chat.encode_turns(template, messages, by)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.Message]:
+    """A conversation that starts with a person (or a system before), with an answer or (not `answered`) up to one."""
+    messages = row.content[column]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'{row.where}: {column} is no list of messages {{"role": "user", "content": "..."}}')
+    roles = []
+    for number, message in enumerate(messages, 1):
+        where = f"{row.where}: message {number}"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f'{where} is no {{"role": ..., "content": ...}}')
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise UserError(f"{where}: role {role!r} is none of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise UserError(f"{where} ({role}) {'is empty' if isinstance(content, str) else 'has no text'}")
+        if role == "system" and number > 1:
+            raise UserError(f"{where}: a system speaks first or not at all")
+        if role == "assistant" and "user" not in roles:
+            raise UserError(f"{where}: an assistant speaks before anybody has said anything")
+        roles.append(role)
+    if answered and "assistant" not in roles:
+        raise UserError(f"{row.where}: no message is an assistant's: there is nothing to learn")
+    if not answered and roles[-1] != "user":
+        raise UserError(f"{row.where}: the last message of {column} is {roles[-1]}'s, not a user's")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -1,0 +1,85 @@
+"""Preference tuning (DPO, arXiv:2305.18290): of two answers to a prompt one is chosen; the model is to tell them as we do.
+
+{"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
+
+A prompt is a text, which the answers continue, or a list of messages, which they answer in the chat template. Both halves of a
+pair stand in one row as two segments; the loss (`loss.preferences`) is one of a pair. A long prompt loses its start, never an
+answer a part.
+"""
+
+import numpy as np
+
+from lm_jax.config import Config, UserError
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.tasks.instruction import checked_messages, find_template, template_of, turns
+from lm_jax.tasks.tables import Row
+from lm_jax.tasks.task import Encoded, Result, Segment, Task, checked_text
+from lm_jax.tasks.texts import continued
+
+
+class Preference(Task):
+    columns: tuple[str, ...] = ("prompt", "chosen", "rejected")
+    compares = True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.beta = config.train.dpo_beta
+        self.chat_template = find_template(config)
+
+    def parse(self, row: Row) -> tuple:
+        is_chat = isinstance(row.content["prompt"], list)
+        prompt = checked_messages(row, "prompt", answered=False) if is_chat else checked_text(row, "prompt")
+        self.chat_template = self.chat_template or (template_of(self.config) if is_chat else "")
+        chosen, rejected = checked_text(row, "chosen"), checked_text(row, "rejected")
+        if chosen.strip() == rejected.strip():
+            raise UserError(f"{row.where}: chosen and rejected are the same text {chosen[:40]!r}")
+        return prompt, chosen, rejected, row.where
+
+    def text(self, values: tuple) -> str:
+        prompt = values[0]
+        return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+    def texts(self, values: tuple) -> tuple[str, ...]:
+        return self.text(values), *values[1:3]
+
+    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
+        return [self._encode(value, by, room) for value in values]
+
+    def _encode(self, values: tuple, by: Tokenizer, room: int) -> Encoded:
+        halves = [self._half(values[0], answer, by, values[-1]) for answer in values[1:3]]
+        whole = sum(len(half["tokens"]) for half in halves)
+        cut = max(0, -(-(whole - room) // 2))
+        if cut > min(int(half["loss_mask"].argmax()) for half in halves):
+            raise UserError(
+                f"{values[-1]}: the two answers leave no room for their prompt in a row of {room} tokens ({whole:,} with it):\n"
+                "raise config.data.sequence_length; an answer is never cut"
+            )
+        first, second = ({name: x[cut:] for name, x in half.items()} for half in halves)
+        joined: Segment = {name: np.concatenate([first[name], second[name]]) for name in ("tokens", "targets")}
+        weight = np.concatenate([self.beta * first["loss_mask"], -self.beta * second["loss_mask"]]).astype(np.float32)
+        mask, nothing = np.zeros_like(weight), np.zeros_like(weight)
+        mask[0] = 1
+        segment = joined | {"loss_mask": mask, "weight": weight, "reference": nothing}
+        return Encoded(segment, whole, first=len(first["tokens"]))
+
+    def _half(self, prompt, answer: str, by: Tokenizer, where: str) -> Segment:
+        if isinstance(prompt, str):
+            before = np.append([by.document_id], by.encode(prompt))
+            return continued(before, by.encode(answer), by.document_id)
+        said = {"role": "assistant", "content": answer}
+        ids, is_answer = turns(self.chat_template, [*prompt, said], by, where)
+        stop = int(np.flatnonzero(is_answer)[-1]) + 1
+        start = (
+            int(np.flatnonzero(~is_answer[:stop])[-1]) + 1
+        )  # of the last answer: those before it belong to the prompt
+        mask = np.zeros(len(ids), np.float32)
+        mask[start:stop] = 1
+        return {"tokens": ids[: stop - 1], "targets": ids[1:stop], "loss_mask": mask[1:stop]}
+
+    def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
+        """The prediction is the margin, beta (log pi(chosen) / pi(rejected) less that of the reference): right above 0."""
+        return Result(where, "chosen", float(logits_NC[0, 0]))
+
+    def scores(self, results: tuple) -> dict[str, float]:
+        margins = np.array([result.prediction for result in results], np.float64)
+        return {"accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
