@@ -156,20 +156,21 @@ def main(arguments: list[str]) -> int:
         evaluator = Evaluator(graph, mesh, mixed.tokenizer.bytes_per_piece, size)
         watch = lambda done, of: say.progress(f"row {done} of {of}")
         totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
-        texts = ()
+        kind, kept = mixed.kept(added(list(totals.values())).results)
         if found.config.evaluate.metrics:
             watch = lambda done, of: say.progress(f"writing: record {done} of {of}")
-            texts = answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
+            kept = answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
     documents = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
     result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": documents}
     if not found.config.train.task:
         result["tokens"] = sum(int(part.tokens) for part in totals.values())
         result["bytes"] = sum(int(part.num_bytes) for part in totals.values())
     result |= by_source(totals, "eval", mixed.scores)
-    if texts:
+    kind = found.config.evaluate.metrics or kind
+    if kind and kept:
         about = {"model": flags.model, "step": found.step}
-        scored = answers.keep(found.workdir, flags.split, found.config.evaluate.metrics, texts, about)
-        result |= {"texts": len(texts)} | {f"eval/{name}": value for name, value in scored.items()}
+        scored = answers.keep(found.workdir, flags.split, kind, kept, about)
+        result |= {"records": len(kept)} | {f"eval/{name}": value for name, value in scored.items()}
     say(json.dumps(result))
     return 0
 

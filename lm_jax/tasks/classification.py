@@ -58,6 +58,7 @@ class OfSequence(Task):
 
 
 class Classification(OfSequence):
+    kind = "labels"
     columns = ("text", "label")
 
     def parse(self, row: Row) -> tuple[str, int, str]:

@@ -41,6 +41,7 @@ class Question(NamedTuple):
 
 
 class QuestionAnswering(Task):
+    kind = "answers"
     columns = ("question", "context", "answer")
     optional = ("start",)
     has_unanswered = False  # whether a record to train on has no answer

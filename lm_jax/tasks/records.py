@@ -160,6 +160,9 @@ class TaskData(Mixture):
         examples = self._examples(data, split)
         return {name: HeldExamples(self.task, self.records[split], examples, examples.rows_per_epoch)}
 
+    def kept(self, results: tuple) -> tuple[str, tuple]:
+        return self.task.kept(results)
+
     def scores(self, results: tuple) -> dict[str, float]:
         return self.task.scores(results)
 

@@ -17,6 +17,7 @@ from lm_jax.tasks.task import Result, checked_text
 
 
 class Regression(OfSequence):
+    kind = "numbers"
     columns = ("text", "value")
     mean, deviation = 0.0, 1.0
 

@@ -72,6 +72,13 @@ class TokenClassification(Task):
         np.add.at(counts, tuple(np.array(pairs).T), 1)
         return found | label_scores(counts)
 
+    def kept(self, results: tuple) -> tuple[str, tuple]:
+        """Whole spans of each record where tags are BIO, else every word for itself."""
+        if are_spans(self.labels):
+            return "spans", results
+        of_word = lambda r, k: Result(f"{r.record} word {k + 1}", r.truth[k], r.prediction[k])
+        return "labels", tuple(of_word(result, k) for result in results for k in range(len(result.truth)))
+
 
 def are_spans(labels: tuple[str, ...]) -> bool:
     """Whether tags mark spans: O outside, B-kind at a start, I-kind inside."""

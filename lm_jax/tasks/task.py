@@ -33,6 +33,7 @@ class Task:
 
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    kind = ""  # of its results, in lm_jax/tasks/scores.py
     writes = False  # whether its answers are texts that a model writes
     chat_template = ""  # in which it writes conversations
     compares = False  # whether its loss compares a model with the first parameters
@@ -96,6 +97,10 @@ class Task:
     def scores(self, results: tuple) -> dict[str, float]:
         """The task's metrics, the first of which is what one looks at; none where texts are written (lm_jax/answers.py)."""
         return {}
+
+    def kept(self, results: tuple) -> tuple[str, tuple]:
+        """What is kept of results, record by record: their kind (lm_jax/tasks/scores.py; "" = nothing) and themselves."""
+        return self.kind, results
 
     def count(self, values: list[tuple]) -> str:
         """What there is of each label, for the log; may be empty."""
