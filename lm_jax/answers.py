@@ -62,5 +62,6 @@ def keep(workdir: epath.Path, split: str, kind: str, results: Sequence, about: d
     """`scores`, and beside the run every answer and the scores with their intervals (lm_jax/tasks/results.py)."""
     from lm_jax.tasks.results import Result, write
 
-    plain = [Result(result.record, result.truth, result.prediction) for result in results]
+    sure = lambda result: result.confidence if kind == "labels" and result.confidence else None
+    plain = [Result(result.record, result.truth, result.prediction, sure(result)) for result in results]
     return write(workdir, split, kind, plain, about)

@@ -18,6 +18,7 @@ import numpy as np
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.decoding import Completion, Marks, Prompt, State, lay, next_logits, own_marks, prefill
 from lm_jax.model.graph import Graph
+from lm_jax.model.layers import Apart
 from lm_jax.sharding import iota, reshape
 
 NEVER = -1e9
@@ -41,13 +42,16 @@ def pick(x, at_BJ: jax.Array):
 
 
 def reorder(caches, parents_BK: jax.Array):
-    """Caches [L, B * K, ...] whose texts go on from other texts of the same prompt."""
+    """Caches [L, B * K, ...], or apart [B * K, ...], whose texts go on from other texts of the same prompt."""
     batch, beams = parents_BK.shape
+    lead = () if isinstance(caches, Apart) else ("layers",)
+    pick_one = jax.vmap(pick, (0, None)) if lead else pick
 
     def one(x):
-        rest = ("length", "kv_heads", "head_dim") if x.ndim == 5 else (None,) * (x.ndim - 2)
-        apart = reshape(x, (len(x), batch, beams, *x.shape[2:]), "layers", "batch", None, *rest)
-        return reshape(jax.vmap(pick, (0, None))(apart, parents_BK), x.shape, "layers", "batch", *rest)
+        layers, of_text = x.shape[: len(lead)], x.shape[len(lead) + 1 :]
+        rest = ("length", "kv_heads", "head_dim") if len(of_text) == 3 else (None,) * len(of_text)
+        of_prompt = reshape(x, (*layers, batch, beams, *of_text), *lead, "batch", None, *rest)
+        return reshape(pick_one(of_prompt, parents_BK), x.shape, *lead, "batch", *rest)
 
     return jax.tree.map(one, caches)
 
@@ -106,7 +110,7 @@ def search(
     marks: Marks | None = None,
 ) -> list[Completion]:
     """The best text of each prompt; its one log-probability is the sum over the text and its end. Raises UserError."""
-    marks = marks or own_marks(tokenizer)
+    marks, parameters = marks or own_marks(tokenizer), graph.apart(parameters)
     laid = lay(graph, tokenizer, marks, prompts, limit, beams)
     state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, marks.start)
     found = decode(graph, parameters, state, beams, limit, marks.end, np.float32(penalty))

@@ -24,10 +24,12 @@ OBJECTIVES = {"encoder": ("masked", "masked_words"), "encoder_decoder": ("span_c
 # Every task: the head that it gives its model (lm_jax/heads.py), and the kinds of model that can have it.
 ONE_TEXT = ("encoder", "transformer", *RECURRENT)
 DECODERS = ("transformer", *RECURRENT)
-HEADS = ("", "labels", "value", "tags")
+HEADS = ("", "labels", "value", "tags", "spans")
 TASKS = {
     "classification": ("labels", ONE_TEXT),
     "regression": ("value", ONE_TEXT),
+    "token_classification": ("tags", ONE_TEXT),
+    "question_answering": ("spans", ("encoder",)),  # where an answer starts is seen by what follows
     "text_to_text": ("", ("encoder_decoder", *DECODERS)),
     "instruction": ("", DECODERS),
     "preference": ("", DECODERS),

@@ -18,6 +18,7 @@ from lm_jax.data.tokenizer import HuggingFace, Tokenizer
 from lm_jax.model.attention import Context
 from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.graph import Graph
+from lm_jax.model.layers import Apart, is_apart
 from lm_jax.sampling import GREEDY, Sampling, draw
 from lm_jax.sharding import batch_shards, computed, constrain, iota, on_each_device
 
@@ -49,6 +50,7 @@ def prefill(
     """The state before the first new token; `slots` is what a text may have in all. An encoder reads the prompt whole."""
     model, (batch, length) = graph.module(parameters), tokens_BP.shape
     caches, zeros_B = graph.empty_caches(batch, slots), jnp.zeros_like(lengths_B)
+    caches = Apart.of(caches) if is_apart(parameters) else caches
     ended_B, step = zeros_B > 0, jnp.int32(0)
     seen_BV = seen(tokens_BP, lengths_B, model.vocab_size) if penalised else None
     positions_BP = iota((batch, length), "batch", "length")
@@ -201,7 +203,7 @@ def stream(
 
     A text ends before the first of the strings `stop`, at the end of a document, or after `limit` tokens. Raises UserError.
     """
-    marks = marks or own_marks(tokenizer)
+    marks, parameters = marks or own_marks(tokenizer), graph.apart(parameters)
     laid = lay(graph, tokenizer, marks, prompts, limit)
     penalised = bool(np.any(np.asarray(sampling.repetition_penalty) != 1))
     batch = len(laid.lengths_B)

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,14 +82,15 @@ class Evaluator:
     ):
         """Totals over the first `num_rows` rows (0: all). `watch(done, of)` is called after every batch."""
         wanted = min(num_rows or rows.num_rows, rows.num_rows)
-        limited = rows.first(wanted)
+        limited: Any = rows.first(wanted)
         parts: list[tuple] = []
         for batch in pipeline.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
             *sums, logits = settle(self._sums(parameters, batch))
             results = results_of(limited, len(parts) * self.size, np.asarray(logits)) if logits is not None else ()
             parts.append((*sums, results))
             watch(min(wanted, len(parts) * self.size), wanted)
-        return added(parts)
+        totals = added(parts)
+        return totals._replace(results=limited.joined(totals.results)) if totals.results else totals
 
 
 def results_of(rows, first: int, logits_BTC: np.ndarray) -> list:
@@ -103,7 +104,7 @@ def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batc
     if graph.config.head:
         labels_BTC, mask_BT = graph.module(parameters).read(batch).labels_BTC, batch["loss_mask"]
         assert labels_BTC is not None
-        loss = (losses(graph.config.head, labels_BTC, batch["targets"]) * mask_BT).sum()
+        loss = (losses(graph.config.head, labels_BTC, batch) * mask_BT).sum()
         everywhere = jax.sharding.reshard(labels_BTC.astype(jnp.float32), jax.sharding.PartitionSpec())
         return loss, mask_BT.sum(), jnp.zeros(()), everywhere
     if "reference" in batch:
@@ -155,20 +156,21 @@ def main(arguments: list[str]) -> int:
         evaluator = Evaluator(graph, mesh, mixed.tokenizer.bytes_per_piece, size)
         watch = lambda done, of: say.progress(f"row {done} of {of}")
         totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
-        texts = ()
+        kind, kept = mixed.kept(added(list(totals.values())).results)
         if found.config.evaluate.metrics:
             watch = lambda done, of: say.progress(f"writing: record {done} of {of}")
-            texts = answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
-    documents = sum(held.split.num_documents for held in rows.values())
+            kept = answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
+    documents = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
     result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": documents}
     if not found.config.train.task:
         result["tokens"] = sum(int(part.tokens) for part in totals.values())
         result["bytes"] = sum(int(part.num_bytes) for part in totals.values())
     result |= by_source(totals, "eval", mixed.scores)
-    if texts:
+    kind = found.config.evaluate.metrics or kind
+    if kind and kept:
         about = {"model": flags.model, "step": found.step}
-        scored = answers.keep(found.workdir, flags.split, found.config.evaluate.metrics, texts, about)
-        result |= {"texts": len(texts)} | {f"eval/{name}": value for name, value in scored.items()}
+        scored = answers.keep(found.workdir, flags.split, kind, kept, about)
+        result |= {"records": len(kept)} | {f"eval/{name}": value for name, value in scored.items()}
     say(json.dumps(result))
     return 0
 

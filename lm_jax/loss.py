@@ -51,7 +51,7 @@ def objective(
     beside = routing_loss(left, batch["loss_mask"], routing) if any(routing) and graph.config.num_experts else 0.0
     if hidden_BTD is None:  # a task's head alone
         assert labels_BTC is not None
-        entropy = (heads.losses(graph.config.head, labels_BTC, batch["targets"]) * batch["loss_mask"]).sum()
+        entropy = (heads.losses(graph.config.head, labels_BTC, batch) * batch["loss_mask"]).sum()
         return entropy + beside, entropy
     if "reference" in batch:
         of_pairs = (jax.nn.softplus(-preferences(model, hidden_BTD, batch)) * batch["loss_mask"]).sum()

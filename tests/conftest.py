@@ -76,7 +76,7 @@ def command(module: str, *arguments: str, devices: int = 1, **keywords) -> subpr
     """`python -m lm_jax.<module> ...` as a real process."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", f"lm_jax.{module}", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, **keywords)
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=600, **keywords)
 
 
 @pytest.fixture(scope="session")

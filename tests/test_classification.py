@@ -190,6 +190,7 @@ MISTAKES = [
     ('{"text": "a", "labels": "good"}', "has no column 'label', only 'text', 'labels'; did you mean labels?"),
     ("text,label", "is no JSON object"),
     ('{"text": "a", "label": null}', "label None is none of"),
+    ('{"text": "a", "second": "", "label": "good"}', "the second is empty"),
 ]
 
 
@@ -218,7 +219,7 @@ def test_what_users_get_wrong_is_said_with_file_and_line(tmp_path, line, words):
 )
 def test_a_task_that_does_not_fit_is_refused(changes, words):
     if words is None:  # what the task itself knows
-        with pytest.raises(UserError, match=r"classification has 2: \('text', 'label'\)"):
+        with pytest.raises(UserError, match=r"classification has 2: \('text', 'label'\), and perhaps second"):
             open_data(config_of("x", **changes))
         return
     with pytest.raises(UserError, match=words):

@@ -167,6 +167,20 @@ def test_one_program_serves_all_lengths_of_a_bucket(model):
     assert (decode._cache_size() - before[0], prefill._cache_size() - before[1]) == (0, 0)
 
 
+def test_no_weight_is_copied_for_a_token(model):
+    """The memory of the whole decode beside its arguments is less than one layer's largest matrix; out of stacks it is not."""
+    graph, stacked, _ = model
+    sampling = jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(1)))
+
+    def temporary(parameters) -> int:
+        state = prefill(graph, parameters, on_mesh(np.ones((1, 8), np.int32)), on_mesh(np.array([8])), 16)
+        compiled = decode.lower(graph, parameters, state, sampling, 8, 8, 0).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    largest = max(x[0].nbytes for x in jax.tree.leaves(stacked["block_0"]))
+    assert temporary(graph.apart(stacked)) < largest < temporary(stacked)
+
+
 def plain_beams(graph, parameters, tokenizer, prompt, limit, beams, penalty):
     """The same rules in plain Python over the full model: no cache, no batch."""
     start = [tokenizer.document_id, *tokenizer.encode(prompt)]
@@ -221,8 +235,9 @@ def test_an_encoder_decoder_writes_what_its_full_forward_says():
     prompts = np.random.default_rng(0).integers(1, 500, (2, 20)).astype(np.int32)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         sharded = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
-        state = prefill(graph, sharded, on_mesh(prompts), on_mesh(np.array([20, 13])), 32, start=1)
-        written, _, _ = decode(graph, sharded, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, 1)
+        apart = graph.apart(sharded)
+        state = prefill(graph, apart, on_mesh(prompts), on_mesh(np.array([20, 13])), 32, start=1)
+        written, _, _ = decode(graph, apart, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, 1)
     parameters, source = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), sharded), jnp.asarray(prompts)
     lengths, module = jnp.array([20, 13]), graph.module(parameters)
     places = jnp.broadcast_to(jnp.arange(20)[None], (2, 20))

@@ -15,6 +15,7 @@ from lm_jax import command as commands
 from lm_jax import evaluate, generate, main, verify
 
 SMOKE = "--config=experiments/quickstart.py:smoke"
+CLASSES = ["--config.train.task=classification", "--config.model.labels=('a', 'b')", "--config.data.packing=best_fit"]
 # (command, arguments, what the message must say); {run} is a finished run, {tmp} an empty folder
 MISTAKES = [
     ("main", ["--config.optimizer.learning_rat=1"], "did you mean optimizer.learning_rate?"),
@@ -53,7 +54,13 @@ MISTAKES = [
     ("main", [SMOKE, "--config.data.sources={tmp}/nowhere"], "no such folder"),
     ("main", [SMOKE, "--config.data.sources={tmp}/empty"], "holds no text"),
     ("main", [SMOKE, "--config.train.task=classificaton"], "did you mean classification?"),
-    ("main", [SMOKE, "--config.train.task=classification"], "needs an encoder, this model is of kind transformer"),
+    ("main", [SMOKE, "--config.train.task=classification"], "tells at least two labels apart, each named once"),
+    ("main", [SMOKE, *CLASSES, "--config.model.kind=encoder_decoder"], "needs a model of kind encoder or transformer"),
+    ("main", [SMOKE, *CLASSES, "--config.data.packing=split"], "would part records: take best_fit"),
+    ("main", [SMOKE, *CLASSES, "--config.data.sources={tmp}/empty"], "a task needs a folder with train.jsonl"),
+    ("main", [SMOKE, *CLASSES, "--config.data.sources={tmp}/records"], "has no column 'text', only 'Text', 'label'"),
+    ("main", [SMOKE, "--config.model.labels=('a', 'b')"], "without a task: add --config.train.task=classification"),
+    ("main", [SMOKE, "--config.data.columns=text"], "expected a tuple"),
     ("main", [SMOKE, "--config.data.tokenizer=gpt2"], 'expected "bytes", "sentencepiece:PIECES"'),
     ("main", [SMOKE, "--workdir={run}", "--config.model.num_layers=3"], "config.model.num_layers: 2 there, 3 here"),
     ("main", [SMOKE, "--workdir={run}", "--config.data.seed=3"], "use another --workdir"),
@@ -71,6 +78,12 @@ MISTAKES = [
     ("generate", ["--prompt", "x"], "required: --model"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--top_p", "1.5"], "--top_p 1.5: from 0 to 1"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--max_new_tokens", "1000"], "at most"),
+    ("generate", ["--model", "{run}", "--prompt", "x", "--system", "y"], "--system needs --chat"),
+    ("generate", ["--model", "{run}", "--prompt", "x", "--chat"], "has no chat template.*leave --chat out"),
+    ("generate", ["--model", "{run}", "--prompts", "{tmp}/file"], "is empty: a prompt a line is expected"),
+    ("generate", ["--model", "{run}", "--prompts", "{tmp}/nowhere"], "No such file"),
+    ("generate", ["--model", "{run}", "--prompt", "x", "--prompts", "y"], "one of them"),
+    ("generate", ["--model", "{tmp}/folder", "--prompt", "x"], "pytorch_model.bin|model.safetensors|safetensors"),
     ("verify", [], "required: --config"),
     ("main", [SMOKE, "--config.data.sources=s3://b/text"], "needs the package s3fs: pip install s3fs"),
     ("main", [SMOKE, "--workdir=s3://b/runs/x"], "needs the package s3fs: pip install s3fs"),
@@ -95,6 +108,11 @@ def places(tmp_path_factory, finished):
     place = tmp_path_factory.mktemp("mistakes")
     (place / "empty").mkdir()
     (place / "file").write_text("")
+    (place / "records").mkdir()
+    (place / "records" / "train.jsonl").write_text('{"Text": "a", "label": "b"}\n')
+    (place / "folder").mkdir()
+    (place / "folder" / "config.json").write_text('{"model_type": "llama", "vocab_size": 7}')
+    (place / "folder" / "pytorch_model.bin").write_bytes(b"\x80\x02}.")
     (place / "broken.py").write_text("def get_config():\n    return undefined\n")
     (place / "typo.py").write_text(
         "from lm_jax.config import default_config\n\ndef get_config():\n    config = default_config()\n"

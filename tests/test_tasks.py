@@ -97,6 +97,58 @@ def test_a_decoder_is_asked_at_the_last_token_which_sees_the_text(tmp_path):
     )
 
 
+PAIRS = [
+    {"text": "q" * 5, "second": "s" * 7, "label": "good"},
+    {"text": "q" * 9, "second": "s" * 90, "label": "bad"},
+    {"text": "q" * 90, "second": "s" * 90, "label": "good"},
+    {"text": "q" * 90, "second": "s" * 9, "label": "bad"},
+    {"text": "q" * 90, "label": "good"},
+]
+# What stays of each in rows of 64: beside [CLS] and two [SEP] are 61 of two texts, or 62 of one; a decoder has no [CLS].
+KEPT = [
+    ("encoder", [(5, 7), (9, 52), (30, 31), (52, 9), (62, 0)]),
+    ("transformer", [(5, 7), (9, 53), (31, 31), (53, 9), (63, 0)]),
+]
+
+
+@pytest.mark.parametrize(("kind", "kept"), KEPT)
+def test_of_two_texts_the_second_is_cut_first_and_has_its_own_type(tmp_path, kind, kept):
+    write_table(tmp_path, ".jsonl", PAIRS)
+    encoder = dict(model__kind="encoder", model__norm_place="post", data__objective="masked")
+    given = DECODER | CLASSES | {"data__sources": str(tmp_path), "data__validation_fraction": 0.0}
+    said: list[str] = []
+    records = open_data(tiny(**given | (encoder if kind == "encoder" else {})), said.append).records["train"]
+    assert any(line.startswith("train: 4 of 5 records cut to 64 tokens") for line in said)
+    for k, (first, second) in enumerate(kept):
+        segment, start = records.segment(k), [256] * (kind == "encoder")
+        ends = [ord("s")] * second + [256] if second else []
+        assert segment["tokens"].tolist() == [*start, *[ord("q")] * first, 256, *ends]
+        asked = 0 if kind == "encoder" else -1
+        assert segment["loss_mask"][asked] == segment["loss_mask"].sum() == 1
+        assert segment["targets"][asked] == ("bad", "good").index(PAIRS[k]["label"])
+        if kind == "encoder":
+            assert segment["token_type_ids"].tolist() == [0] * (len(segment["tokens"]) - len(ends)) + [1] * len(ends)
+
+
+def test_a_second_text_may_have_another_name_and_then_must_be_there(tmp_path):
+    rows = [{"question": r["text"], "passage": r.get("second"), "answer": r["label"]} for r in PAIRS[:2]]
+    given = DECODER | CLASSES | {"data__sources": write_table(tmp_path, ".csv", rows), "data__validation_fraction": 0.0}
+    named = dict(data__columns=("question", "answer", "passage"))
+    assert open_data(tiny(**given | named)).records["train"].values == [("q" * 5, 1, "s" * 7), ("q" * 9, 0, "s" * 90)]
+    with pytest.raises(UserError, match="has no column 'pasage', only .*; did you mean passage"):
+        open_data(tiny(**given | dict(data__columns=("question", "answer", "pasage"))))
+
+
+def test_values_are_learnt_in_their_own_units_and_scored_in_those_of_the_records(tmp_path):
+    place = write_table(tmp_path, ".jsonl", [{"text": "a" * k, "value": 100.0 + k} for k in (1, 3)])
+    config = tiny(**DECODER | {"data__sources": place, "train__task": "regression", "data__validation_fraction": 0.0})
+    data = open_data(config)
+    records = data.records["train"]
+    assert [records.segment(k)["targets"][-1] for k in (0, 1)] == [-1, 1]
+    result = data.task.result("here", records.values[1], records.segment(1), np.full((5, 1), 0.5))
+    assert (result.truth, result.prediction) == (103.0, 102.5)
+
+
 def arguments(place: str, task: str, labels: tuple = ()) -> list[str]:
     given = DECODER | {"data__sources": place, "train__task": task, "model__labels": labels}
     given |= dict(train__num_steps=60, optimizer__learning_rate=3e-3, evaluate__every=0, data__sequence_length=64)

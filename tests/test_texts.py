@@ -187,7 +187,7 @@ def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsy
     capsys.readouterr()
     assert evaluate.main(["--model", str(tmp_path / "run")]) == 0
     found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
-    assert found["eval/exact_match"] == last["final/exact_match"] and found["texts"] == found["documents"]
+    assert found["eval/exact_match"] == last["final/exact_match"] and found["records"] == found["documents"]
     located = checkpoint.locate(str(tmp_path / "run"))
     mixed = open_data(located.config)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):

@@ -54,7 +54,7 @@ def jax_writer(folder: str, batch: int):
     mesh = make_mesh(described.config.mesh, jax.devices()[:1])
     graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
     with jax.set_mesh(mesh):
-        parameters = jax.tree.map(on_mesh_whole, hugging_face.read_parameters(folder, described))
+        parameters = graph.apart(jax.tree.map(on_mesh_whole, hugging_face.read_parameters(folder, described)))
         tokens, lengths = on_mesh(prompts(batch)), on_mesh(np.full(batch, PROMPT, np.int32))
         greedy = jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(batch)))
 
@@ -117,8 +117,9 @@ def compare(folder: str, batch: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in running}
     busy = 0
     while len(seconds["jax"]) < rounds and busy < 2 * rounds:
-        if others() > BUSY:
+        if (used := others()) > BUSY:
             busy += 1
+            print(f"others use {100 * used:.0f}% of the cores: this round does not count", flush=True)
             continue
         for name, found in seconds.items():
             found.append(once(name)["seconds"])
@@ -143,11 +144,14 @@ def main(arguments: list[str]) -> int:
     parser = command.Parser("tools/benchmark_generate.py", __doc__)
     parser.add_argument("--model", default="", help="a Hugging Face folder; default: random weights")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8], help="requests at once, one comparison for each"
+    )
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = flags.model or make(place)
         print(f"prompts of {PROMPT} tokens, {NEW} new ones, float32", flush=True)
-        for batch in (1, 8):
+        for batch in flags.batch:
             compare(folder, batch, flags.rounds)
     return 0
 

@@ -1,6 +1,7 @@
-"""A GGUF file of the Llama family -> what a Hugging Face folder would hold: config, tensors, tokenizer.json, chat template."""
+"""A GGUF file of the Llama family <-> what a Hugging Face folder would hold: config, tensors, tokenizer.json, chat template."""
 
 import json
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-CONTROL = 3  # a token's type: a mark, no text
+NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # a token's type; a control is a mark, no text
 # How a text is cut before byte-pair merges, by `tokenizer.ggml.pre`.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CUTS: dict[str, list[dict[str, Any]]] = {
@@ -37,12 +38,17 @@ class Contents(NamedTuple):
     files: dict[str, bytes]
 
 
-def read(path: str) -> Contents:
-    """Quantised weights come back as float32. Raises UserError for another architecture, or what is no whole GGUF file."""
+def package():
     try:
         import gguf
     except ImportError:
         raise UserError("a GGUF file needs the package gguf: pip install 'lm_jax[gguf]'") from None
+    return gguf
+
+
+def read(path: str) -> Contents:
+    """Quantised weights come back as float32. Raises UserError for another architecture, or what is no whole GGUF file."""
+    gguf = package()
     try:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package raises whatever its arrays do
@@ -99,6 +105,11 @@ def in_halves(x: np.ndarray, num_heads: int) -> np.ndarray:
     return x.reshape(num_heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
 
 
+def in_neighbours(x: np.ndarray, num_heads: int) -> np.ndarray:
+    """What `in_halves` undoes."""
+    return x.reshape(num_heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+
+
 def tokenizer(path: str, value) -> bytes:
     """The byte-pair tokenizer of a file as a tokenizer.json."""
     kind, cut = value("tokenizer.ggml.model"), value("tokenizer.ggml.pre", "gpt-2")
@@ -125,3 +136,89 @@ def tokenizer(path: str, value) -> bytes:
         },
     }
     return json.dumps(content, ensure_ascii=False).encode()
+
+
+def write(path: str, contents: Contents, sentencepiece_model: bytes = b"") -> None:
+    """A GGUF file of float32 weights, whole or not at all. The tokenizer is a SentencePiece model of byte pairs (`llama`), else
+    the tokenizer.json of `contents` (`gpt2`).
+
+    No reader but ours has been seen to take it. Raises UserError for another family, and for a tokenizer that GGUF cannot say.
+    """
+    gguf, config = package(), contents.config
+    if config["model_type"] != "llama" or config["rope_parameters"]["rope_type"] != "default":
+        raise UserError(
+            f"{path}: of GGUF files llama without scaled positions is written, not {config['model_type']!r}"
+        )
+    if config["attention_bias"]:
+        raise UserError(f"{path}: a Llama with biases has no place in a GGUF file")
+    draft = f"{path}.unfinished"
+    writer = gguf.GGUFWriter(draft, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    if sentencepiece_model:
+        add_sentencepiece(writer, sentencepiece_model, config["vocab_size"])
+    else:
+        add_byte_pairs(path, writer, json.loads(contents.files["tokenizer.json"]), config["vocab_size"])
+    for name in ("bos_token_id", "eos_token_id"):
+        if config.get(name) is not None:
+            getattr(writer, f"add_{name}")(config[name])
+    writer.add_add_bos_token(False)
+    if "chat_template.jinja" in contents.files:
+        writer.add_chat_template(contents.files["chat_template.jinja"].decode())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    ours = {theirs: own for own, theirs in NAMES.items()}
+    for name, x in contents.tensors.items():
+        own = ours.get(name)
+        if own is None:
+            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+            own = f"blk.{layer}.{ours[part]}.weight"
+            x = in_neighbours(x, heads[part.split(".")[-1]]) if part.split(".")[-1] in heads else x
+        writer.add_tensor(own, np.ascontiguousarray(x, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(draft, path)
+
+
+def add_sentencepiece(writer, model: bytes, num_pieces: int) -> None:
+    """Pieces with their scores and types; no space is put before a text, as ours are trained."""
+    import sentencepiece
+
+    by = sentencepiece.SentencePieceProcessor(model_proto=model)
+    kinds = ((by.is_unknown, UNKNOWN), (by.is_control, CONTROL), (by.is_byte, BYTE), (by.is_unused, UNUSED))
+    known = range(min(num_pieces, by.get_piece_size()))
+    added = [f"<unused_{i}>" for i in range(len(known), num_pieces)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([by.id_to_piece(i) for i in known] + added)
+    writer.add_token_scores([by.get_score(i) for i in known] + [0.0] * len(added))
+    found = [next((kind for is_one, kind in kinds if is_one(i)), NORMAL) for i in known]
+    writer.add_token_types(found + [UNUSED] * len(added))
+    writer.add_add_space_prefix(False)
+
+
+def add_byte_pairs(path: str, writer, described: dict[str, Any], num_pieces: int) -> None:
+    cut = described.get("pre_tokenizer") or {}
+    cuts = cut.get("pretokenizers", [cut])
+    names = [name for name, known in CUTS.items() if known == cuts]
+    if described["model"]["type"] != "BPE" or not names:
+        raise UserError(f"{path}: the tokenizer is neither SentencePiece nor byte pairs cut as {' or '.join(CUTS)} do")
+    marks = {mark["id"]: mark["content"] for mark in described["added_tokens"]}
+    pieces = {i: piece for piece, i in described["model"]["vocab"].items()} | marks
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(names[0])
+    writer.add_token_list([pieces.get(i, f"<unused_{i}>") for i in range(num_pieces)])
+    kind = lambda i: UNUSED if i not in pieces else CONTROL if i in marks else NORMAL
+    writer.add_token_types([kind(i) for i in range(num_pieces)])
+    merges = described["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])

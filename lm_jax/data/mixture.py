@@ -178,6 +178,10 @@ class Mixture:
             raise UserError(f"the {split} split is empty: raise config.data.{split}_fraction, or give more documents")
         return found
 
+    def kept(self, results: tuple) -> tuple[str, tuple]:
+        """The kind of results that are kept record by record, and these; of a text there are none."""
+        return "", ()
+
     def scores(self, results: tuple) -> dict[str, float]:
         """Metrics of what a task's head made of records; a text has none."""
         return {}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import Model
+from lm_jax.heads import PER_TOKEN
 from lm_jax.model.attention import Context
 from lm_jax.model.language_model import Reading
 from lm_jax.model.layers import Dense, Dropout, Embedding, Norm, constant, declare
@@ -26,7 +27,7 @@ class Encoder(Transformer):
         dense = lambda num: Dense({"model": config.model_dim}, {"features": num}, config.init_scale, config.bias)
         self.segments = Embedding(NUM_SEGMENTS, config.model_dim, "segments", config.init_scale)
         self.embedding_norm = norm()
-        if config.head != "tags":
+        if config.head not in PER_TOKEN:
             self.pooler = dense(config.model_dim)
         if config.head:
             return
@@ -52,6 +53,6 @@ class Encoder(Transformer):
         return self.transform_norm(ACTIVATIONS[self.config.activation](self.transform(states_BTD)))
 
     def label_logits(self, states_BTD: jax.Array) -> jax.Array:
-        """[B, T, C]; of a segment only its first token is asked, but where each token has a tag."""
+        """[B, T, C]; of a segment only its first token is asked, but where each token has logits of its own."""
         head = self.labels or self.next_sentence
-        return head(states_BTD if self.config.head == "tags" else jnp.tanh(self.pooler(states_BTD)))
+        return head(states_BTD if self.config.head in PER_TOKEN else jnp.tanh(self.pooler(states_BTD)))

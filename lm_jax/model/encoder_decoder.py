@@ -13,7 +13,7 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.attention import Attention, Cache, Context, Rotation, rotation, seen_keys
 from lm_jax.model.language_model import LanguageModel, Reading
-from lm_jax.model.layers import Dropout, Embedding, Norm, declare, merge, normal, split, stacked
+from lm_jax.model.layers import Dropout, Embedding, Norm, declare, merge, normal, over_layers, split, stacked
 from lm_jax.model.transformer import KEPT, Mlp, sinusoids
 from lm_jax.sharding import constrain, take
 
@@ -139,7 +139,7 @@ class EncoderDecoder(LanguageModel):
         config, part = self.config, lambda name: getattr(self, f"{stack}_{name}")
         x_BTD = self.embed(tokens_BT, context.positions, part("positions"))
         x_BTD = drop(x_BTD, config.dropout, f"{stack}_embedding") if drop and config.dropout else x_BTD
-        seen = context if caches is None else seen_keys(context, caches.keys.shape[2])
+        seen = context if caches is None else seen_keys(context, jax.tree.leaves(caches)[0].shape[-3])
         bias_BHTS = part("bias")(context, seen) if part("bias") else None
         rotary = config.positions == "rotary"
         turn = rotation(context.positions, config.head_dim, config.rotary_base) if rotary else None
@@ -152,9 +152,8 @@ class EncoderDecoder(LanguageModel):
 
         if config.remat != "none" and caches is None:
             body = jax.checkpoint(body, policy=KEPT[config.remat], prevent_cse=config.unroll)
-        scanned = jnp.arange(config.num_layers), parameters, caches
         unroll = config.num_layers if config.unroll else 1
-        x_BTD, caches = jax.lax.scan(body, x_BTD, scanned, unroll=unroll)
+        x_BTD, caches = over_layers(body, x_BTD, parameters, caches, unroll)
         x_BTD = part("norm")(x_BTD) if part("norm") else x_BTD
         return drop(x_BTD, config.dropout, f"{stack}_end") if drop and config.dropout else x_BTD, caches
 

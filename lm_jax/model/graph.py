@@ -1,6 +1,7 @@
 """The seam between NNX modules and plain nested dicts of arrays: `init / apply / declarations`, for every kind of model."""
 
 import dataclasses
+import functools
 
 import jax
 from flax import nnx
@@ -9,7 +10,7 @@ from lm_jax.config import Model
 from lm_jax.model.encoder import Encoder
 from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Declaration, make, merge
+from lm_jax.model.layers import Apart, Declaration, is_apart, make, merge
 from lm_jax.model.recurrent import Recurrent
 from lm_jax.model.transformer import Transformer
 
@@ -48,6 +49,13 @@ class Graph:
         assert isinstance(module, LanguageModel)
         return module
 
+    def apart(self, parameters: dict) -> dict:
+        """The same parameters, every stack of layers an `Apart`, where the program of `config` unrolls its layers.
+
+        What generates reads them so. It is a copy; nothing is done to what is apart already.
+        """
+        return take_apart(self, parameters) if self.config.unroll and not is_apart(parameters) else parameters
+
     def empty_caches(self, batch: int, slots: int):
         """What generation keeps of `batch` texts, before their first token."""
         return KINDS[self.config.kind].empty_caches(self.config, batch, slots)
@@ -56,6 +64,13 @@ class Graph:
         """A nested dict like the parameters, with `of_declaration(declared)` at each leaf."""
         flat = {path: of_declaration(declared) for path, declared in self.declarations.items()}
         return nnx.traversals.unflatten_mapping(flat)
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def take_apart(graph: Graph, parameters: dict) -> dict:
+    """The jitted half of `Graph.apart`."""
+    layers = lambda declared, x: Apart.of(x) if "layers" in declared.axes else x
+    return jax.tree.map(layers, graph.tree(lambda declared: declared), parameters)
 
 
 def build(config: Model, num_pieces: int, sequence_length: int) -> Graph:

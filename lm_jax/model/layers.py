@@ -163,6 +163,41 @@ def stacked(block: nnx.Module, num: int) -> nnx.Module:
     return block
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """What stood in one array [L, ...] as L arrays (or trees of them), so that a loop over tokens reads each where it lies.
+
+    Out of a stack XLA cuts a copy of every layer for every token.
+    """
+
+    layers: tuple
+
+    @staticmethod
+    def of(stack) -> "Apart":
+        """From a tree of arrays [L, ...]."""
+        num = len(jax.tree.leaves(stack)[0])
+        return Apart(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(num)))
+
+
+def is_apart(tree) -> bool:
+    """Whether there is an `Apart` in a tree."""
+    return any(isinstance(node, Apart) for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Apart)))
+
+
+def over_layers(body: Callable, x, stack, left, unroll: int):
+    """`jax.lax.scan(body, x, (index, stack, left))`; where the stack is apart straight code, whose outputs are apart, too."""
+    if not is_apart(stack):
+        num = len(jax.tree.leaves(stack)[0])
+        return jax.lax.scan(body, x, (jnp.arange(num), stack, left), unroll=unroll)
+    one = lambda i: jax.tree.map(lambda node: node.layers[i], stack, is_leaf=lambda node: isinstance(node, Apart))
+    outputs = []
+    for i in range(len(jax.tree.leaves(stack)) // len(jax.tree.leaves(one(0)))):
+        x, output = body(x, (i, one(i), left and left.layers[i]))
+        outputs.append(output)
+    return x, Apart(tuple(outputs))
+
+
 def split(block: nnx.Module):
     """A stacked block as (graph, state tree), and its parameters as a plain dict for a scan over layers."""
     graph, state = nnx.split(block)

@@ -16,7 +16,7 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dense, Dropout, declare, merge, normal, split, stacked
+from lm_jax.model.layers import Dense, Dropout, declare, merge, normal, over_layers, split, stacked
 from lm_jax.sharding import constrain, einsum
 
 State = tuple[jax.Array, ...]  # float32 [B, D] each, the output first
@@ -117,8 +117,8 @@ class Recurrent(LanguageModel):
             body = jax.checkpoint(body, prevent_cse=self.config.unroll)
         num_layers = self.config.num_layers
         states = self.empty_caches(self.config, len(tokens_BT), 0) if caches is None else caches
-        scanned = (jnp.arange(num_layers), stack, states)
-        x_BTD, states = jax.lax.scan(body, x_BTD, scanned, unroll=num_layers if self.config.unroll else 1)
+        unroll = num_layers if self.config.unroll else 1
+        x_BTD, states = over_layers(body, x_BTD, stack, states, unroll)
         return x_BTD.astype(dtype), None if caches is None else states
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.attention import Attention, Cache, Context, Rotation, rotation
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dense, Dropout, Embedding, Norm, merge, split, stacked
+from lm_jax.model.layers import Dense, Dropout, Embedding, Norm, merge, over_layers, split, stacked
 from lm_jax.model.moe import Experts
 from lm_jax.sharding import constrain
 
@@ -171,9 +171,8 @@ class Transformer(LanguageModel):
         num_periods = self.config.num_layers // self.period
         if recomputed:  # unrolled, XLA would find the same expressions and keep them after all
             body = jax.checkpoint(body, policy=KEPT[self.config.remat], prevent_cse=self.config.unroll)
-        scanned = (jnp.arange(num_periods), stacks, caches)
         unroll = num_periods if self.config.unroll else 1
-        x_BTD, left = jax.lax.scan(body, constrain(x_BTD, "batch", "length", kept), scanned, unroll=unroll)
+        x_BTD, left = over_layers(body, constrain(x_BTD, "batch", "length", kept), stacks, caches, unroll)
         x_BTD = constrain(x_BTD, "batch", "length", None)
         return self.norm(x_BTD) if self.norm else x_BTD, left
 

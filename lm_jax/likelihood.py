@@ -1,0 +1,110 @@
+"""How probable a model finds given continuations: log-probabilities of their tokens, in batches of few shapes.
+
+Shape suffixes: B requests, T length, C last places, S slices of these, P places of a slice. Rows end together: continuations
+stand in the last places, and logits are made there alone.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_jax.config import UserError
+from lm_jax.decoding import on_mesh
+from lm_jax.loss import token_losses
+from lm_jax.model.attention import Context
+from lm_jax.model.graph import Graph
+from lm_jax.sharding import batch_shards, constrain, iota, reshape
+
+SHORTEST = 64  # lengths are its doubles, so that few programs serve all
+PLACES = 32  # of a row, whose logits exist at the same time
+
+Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, at least one, and of what continues it
+
+
+class Likelihood(NamedTuple):
+    log_probability: float  # of the continuation after its context, in nats
+    greedy: bool  # every token of it was the most probable one
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "places"))
+def of_rows(
+    graph: Graph, parameters: dict, tokens_BT: jax.Array, starts_B: jax.Array, targets_BC: jax.Array, places: int
+):
+    """(log-probabilities float32, whether each is the most probable), [S, B, P] each, of targets after the last C tokens.
+
+    A row's text starts at `starts`; what is before is padding.
+    """
+    model, batch = graph.module(parameters), len(tokens_BT)
+    place_BT = iota(tokens_BT.shape, "batch", "length")
+    is_text_BT = place_BT >= starts_B[:, None]
+    context = Context(jnp.where(is_text_BT, place_BT - starts_B[:, None], 0), is_text_BT.astype(jnp.int32))
+    hidden_BTD, _ = model(tokens_BT, context)
+    slices = places // PLACES
+
+    def sliced(x_BC, *rest: int):
+        axes = ("batch", None, "length", *[None] * len(rest))
+        return reshape(x_BC, (batch, slices, PLACES, *rest), *axes).swapaxes(0, 1)
+
+    def of_slice(some):
+        hidden_BPD, targets_BP = some
+        logits_BPV = model.logits(hidden_BPD)
+        best_BP = constrain(logits_BPV, "batch", "length", None).argmax(-1)
+        return -token_losses(logits_BPV, targets_BP), best_BP == targets_BP
+
+    hidden_SBPD = sliced(hidden_BTD[:, -places:], hidden_BTD.shape[-1])
+    return jax.lax.map(of_slice, (hidden_SBPD, sliced(targets_BC)))
+
+
+def likelihoods(
+    graph: Graph,
+    parameters: dict,
+    pairs: Sequence[Pair],
+    rows: int = 8,
+    limit: int = 0,
+    watch: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Likelihood]:
+    """Of each pair, on the mesh that is set, `rows` at a time on a device; neighbours in a batch do not enter.
+
+    A pair longer than the model sees (or than `limit` tokens) loses the start of its context. Raises UserError where a
+    continuation alone is longer.
+    """
+    sees = limit or graph.sequence_length
+    for context, continuation in pairs:
+        assert len(context) and len(continuation), "a context and a continuation have a token each"
+        if len(continuation) > sees:
+            raise UserError(f"a continuation of {len(continuation)} tokens is more than the {sees} that the model sees")
+    whole = [np.array([*context, *continuation][-(sees + 1) :], np.int32) for context, continuation in pairs]
+    found: dict[int, Likelihood] = {}
+    size = rows * batch_shards(dict(jax.sharding.get_mesh().shape))
+    for length, places, chosen in batches([len(x) - 1 for x in whole], [len(c) for _, c in pairs], size):
+        right = lambda x, width: np.pad(x, (width - len(x), 0))
+        nothing = np.zeros((size - len(chosen), length), np.int32)  # rows that are all padding
+        tokens_BT = np.concatenate([[right(whole[i][:-1], length) for i in chosen], nothing]).astype(np.int32)
+        targets_BC = np.concatenate([[right(whole[i][1:][-places:], places) for i in chosen], nothing[:, :places]])
+        starts_B = np.array([length + 1 - len(whole[i]) for i in chosen] + [length] * len(nothing), np.int32)
+        arrays = map(on_mesh, (tokens_BT, starts_B, targets_BC.astype(np.int32)))
+        sure, best = (
+            np.asarray(x).swapaxes(0, 1).reshape(size, places) for x in of_rows(graph, parameters, *arrays, places)
+        )
+        for row, i in enumerate(chosen):
+            last = slice(-len(pairs[i][1]), None)
+            found[i] = Likelihood(float(sure[row, last].sum(dtype=np.float64)), bool(best[row, last].all()))
+        watch(len(found), len(pairs))
+    return [found[i] for i in range(len(pairs))]
+
+
+def batches(lengths: Sequence[int], continuations: Sequence[int], size: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(length, places for continuations, at most `size` requests) that together are all requests, the longest first."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for i, (length, continuation) in enumerate(zip(lengths, continuations, strict=True)):
+        width = SHORTEST
+        while width < length:
+            width *= 2
+        shapes.setdefault((width, PLACES if continuation <= PLACES else width), []).append(i)
+    for (length, places), requests in sorted(shapes.items(), reverse=True):
+        for first in range(0, len(requests), size):
+            yield length, places, requests[first : first + size]

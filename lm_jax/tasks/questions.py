@@ -1,0 +1,182 @@
+"""Extractive question answering: records of a question, a context and the answer, which is a part of the context.
+
+{"question": "Who wrote it?", "context": "It was written by Ada Lovelace in 1843.", "answer": "Ada Lovelace", "start": 18}
+
+`start` (characters before the answer) may be left out: then the first place is meant where the answer stands. A list of answers
+has the one that is learnt first; any of them is right. An answer of "" means that the context has none: it starts and ends at
+[CLS] (Rajpurkar et al., arXiv:1806.03822). Any other answer that does not stand in the context is refused.
+
+Answers start and end at words or marks. A context that is longer than a row is seen through windows that overlap by half, each
+a segment of its own; those without the whole answer learn "none". Encoders alone: a causal model would have to say where an
+answer starts before it has read on.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lm_jax.config import UserError
+from lm_jax.data.objectives import specials
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.heads import ENDS, MAY_END, MAY_START, STARTS
+from lm_jax.tasks import scores
+from lm_jax.tasks.tables import Row
+from lm_jax.tasks.task import Encoded, Result, Task, checked_text
+from lm_jax.tasks.words import Unit, pieces_of, units
+
+LONGEST = 64  # pieces of an answer
+
+
+class Question(NamedTuple):
+    """`answers` are all that are right, none where there is none. Units [first, last) of the context are seen; of them
+    [begin, end) answer, nothing where begin = end."""
+
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    begin: int
+    end: int
+    first: int = 0
+    last: int = 0
+
+
+class QuestionAnswering(Task):
+    kind = "answers"
+    columns = ("question", "context", "answer")
+    optional = ("start",)
+    has_unanswered = False  # whether a record to train on has no answer
+
+    def parse(self, row: Row) -> Question:
+        question, context = checked_text(row, "question"), checked_text(row, "context")
+        answers = row.content["answer"]
+        answers = answers if isinstance(answers, list) else [answers]
+        if not answers or not all(isinstance(answer, str) for answer in answers):
+            raise UserError(f"{row.where}: the answer is no string, nor a list of strings")
+        answer = answers[0]
+        if not answer.strip():
+            return Question(context, question, (), 0, 0)
+        start = found_at(row, context, answer)
+        whole = units(context)
+        begin = next(k for k, unit in enumerate(whole) if unit.stop > start)
+        end = next((k for k, unit in enumerate(whole) if unit.start >= start + len(answer)), len(whole))
+        if begin >= end:
+            raise UserError(f"{row.where}: the answer {answer!r} has no word")
+        return Question(context, question, tuple(answers), begin, end)
+
+    def look(self, values: list) -> None:
+        self.has_unanswered = any(not value.answers for value in values)
+
+    def count(self, values: list) -> str:
+        without = sum(not value.answers for value in values)
+        return f" ({without:,} without an answer)" if without else ""
+
+    def spread(self, found: list, by: Tokenizer, room: int) -> list:
+        asked, contexts = self._pieces([value for _, value in found], by, room)
+        spread = []
+        for (where, value), question, pieces in zip(found, asked, contexts, strict=True):
+            left = room - 3 - min(len(question), room // 4)
+            seen = [value._replace(first=a, last=b) for a, b in windows([len(each) for each in pieces], left)]
+            if value.answers and not any(holds(window) for window in seen):
+                raise UserError(
+                    f"{where}: the answer is longer than what a row has room for: raise config.data.sequence_length"
+                )
+            spread += [(where, window) for window in seen]
+        return spread
+
+    def encode(self, values: list, by: Tokenizer, room: int) -> list[Encoded]:
+        """[CLS] question [SEP] window [SEP]; a question keeps its start, up to a quarter of a row."""
+        ids = specials(by, self.config.data.objective)
+        found = []
+        for value, question, pieces in zip(values, *self._pieces(values, by, room), strict=True):
+            kept, sizes = question[: room // 4], [len(each) for each in pieces[value.first : value.last]]
+            seen = np.concatenate(pieces[value.first : value.last])[: room - 3 - len(kept)]
+            tokens = np.concatenate([[ids.classifier], kept, [ids.document], seen, [ids.document]]).astype(np.int32)
+            stops = np.minimum(np.cumsum(sizes), len(seen)) + len(kept) + 2
+            starts = np.concatenate([[len(kept) + 2], stops[:-1]])
+            targets, mask = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
+            mask[0] = 1
+            targets[0] = MAY_START | MAY_END
+            targets[starts] |= MAY_START
+            targets[stops - 1] |= MAY_END
+            begin, end = (
+                (starts[value.begin - value.first], stops[value.end - value.first - 1] - 1) if holds(value) else (0, 0)
+            )
+            targets[begin] |= STARTS
+            targets[end] |= ENDS
+            types = (np.arange(len(tokens)) >= len(kept) + 2).astype(np.int32)
+            segment = {"tokens": tokens, "targets": targets, "loss_mask": mask, "token_type_ids": types}
+            found.append(Encoded(segment, len(tokens) + len(question) - len(kept)))
+        return found
+
+    def _pieces(self, values: list, by: Tokenizer, room: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """Pieces of each question, and of each unit of each context."""
+        texts = [[unit.text for unit in units(value.context)] for value in values]
+        return by.encode_batch([value.question for value in values]), pieces_of(texts, by)
+
+    def result(self, where: str, values, segment, logits_NC: np.ndarray) -> Result:
+        """The best answer in a window, and how probable it is beside none."""
+        starts, ends = (np.flatnonzero(segment["targets"] & bit)[1:] for bit in (MAY_START, MAY_END))
+        begin, end, score = best_span(logits_NC.astype(np.float64), starts, ends)
+        whole: list[Unit] = units(values.context)[values.first : values.last]
+        text = values.context[whole[begin].start : whole[end].stop]
+        none = float(logits_NC[0].sum())
+        return Result(where, list(values.answers), text, float(1 / (1 + np.exp(none - score))))
+
+    def joined(self, results: tuple) -> tuple:
+        """Of a record the most probable answer of its windows; none where that is more probable and was ever learnt."""
+        best: dict[str, Result] = {}
+        for result in results:
+            if result.record not in best or result.confidence > best[result.record].confidence:
+                best[result.record] = result
+        none = lambda result: self.has_unanswered and result.confidence < 0.5
+        return tuple(result._replace(prediction="") if none(result) else result for result in best.values())
+
+    def scores(self, results: tuple) -> dict[str, float]:
+        """Token F1 and exact match, by SQuAD's normalisation."""
+        measures = scores.answers([result.truth for result in results], [result.prediction for result in results])
+        return {name: measure.value(len(results)) for name, measure in measures.items()}
+
+
+def found_at(row: Row, context: str, answer: str) -> int:
+    """Characters before the answer. Raises UserError where it does not stand there, or nowhere."""
+    start = row.content.get("start")
+    if start is None:
+        if (found := context.find(answer)) < 0:
+            raise UserError(
+                f'{row.where}: the answer {answer[:60]!r} does not stand in the context ("" means: it has none)'
+            )
+        return found
+    try:
+        start = int(start)
+    except (TypeError, ValueError):
+        raise UserError(f"{row.where}: the start {start!r} is no number of characters") from None
+    if start < 0 or context[start : start + len(answer)] != answer:
+        near = f"; it stands at {found}" if (found := context.find(answer)) >= 0 else ""
+        raise UserError(f"{row.where}: at character {start} of the context stands no {answer[:60]!r}{near}")
+    return start
+
+
+def holds(window: Question) -> bool:
+    """Whether the whole answer is seen."""
+    return window.begin < window.end and window.first <= window.begin and window.end <= window.last
+
+
+def windows(sizes: list[int], room: int) -> list[tuple[int, int]]:
+    """Units [first, last) of these sizes in windows of at most `room`, the next from the middle of one on; a unit that is
+    longer than the room has a window of its own."""
+    offsets, found, first = np.concatenate([[0], np.cumsum(sizes)]), [], 0
+    while True:
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + room, side="right")) - 1)
+        found.append((first, last))
+        if last >= len(sizes):
+            return found
+        first = min(last, max(first + 1, int(np.searchsorted(offsets, offsets[first] + room // 2))))
+
+
+def best_span(logits_N2: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int, float]:
+    """(k, l, score): the span from the k-th start to the l-th end with the largest sum, not empty, at most LONGEST pieces."""
+    sizes = ends[None, :] - starts[:, None] + 1
+    score = logits_N2[starts, 0][:, None] + logits_N2[ends, 1][None, :]
+    score = np.where((sizes >= 1) & ((sizes <= LONGEST) | np.eye(len(starts), dtype=bool)), score, -np.inf)
+    k, end = np.unravel_index(int(score.argmax()), score.shape)
+    return int(k), int(end), float(score[k, end])

@@ -1,0 +1,94 @@
+"""Token classification: records of words and a tag of each; of every word one piece is asked, the first (or last) one.
+
+{"tokens": ["Ada", "Lovelace", "wrote", "it"], "tags": ["B-person", "I-person", "O", "O"]}
+
+In a table both are strings with a space between words. A word that becomes no piece stands as one unknown piece and keeps its
+tag. A record that is too long keeps the words that fit; only these are scored.
+"""
+
+import numpy as np
+
+from lm_jax.config import UserError
+from lm_jax.data.objectives import specials
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.tasks import scores
+from lm_jax.tasks.classification import label_scores
+from lm_jax.tasks.tables import Row
+from lm_jax.tasks.task import Encoded, Result, Task, counted, label_id
+from lm_jax.tasks.words import pieces_of, spaced
+
+
+class TokenClassification(Task):
+    columns = ("tokens", "tags")
+
+    def parse(self, row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        words, tags = (listed(row, column) for column in self.columns)
+        if len(words) != len(tags):
+            raise UserError(f"{row.where}: {len(words)} words and {len(tags)} tags; each word has one")
+        for k, word in enumerate(words, 1):
+            if not isinstance(word, str) or not word.strip():
+                raise UserError(f"{row.where}: word {k} is {'empty' if isinstance(word, str) else 'no string'}")
+        return tuple(words), tuple(label_id(row, tag, self.labels) for tag in tags)
+
+    def text(self, values: tuple) -> str:
+        return " ".join(values[0])
+
+    def count(self, values: list[tuple]) -> str:
+        return counted(self.labels, [tag for _, tags in values for tag in tags])
+
+    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
+        """[CLS] words [SEP], or words and end of document; loss_mask is 1 at one piece of each word."""
+        ids = specials(by, self.config.data.objective)
+        start = [] if self.asks_last else [ids.classifier]
+        room -= len(start) + 1
+        found = []
+        for pieces, (_, tags) in zip(pieces_of([spaced(words) for words, _ in values], by), values, strict=True):
+            ends = np.cumsum([len(each) for each in pieces])
+            num = max(
+                1, int(np.searchsorted(ends, room, side="right"))
+            )  # of a word longer than a row the start is kept
+            kept = np.concatenate(pieces[:num])[:room]
+            asked = np.minimum(ends[:num], room) - 1 if self.asks_last else ends[:num] - [len(p) for p in pieces[:num]]
+            tokens = np.concatenate([start, kept, [ids.document]]).astype(np.int32)
+            targets, mask = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
+            targets[len(start) + asked], mask[len(start) + asked] = tags[:num], 1
+            segment = {"tokens": tokens, "targets": targets, "loss_mask": mask}
+            segment |= {} if self.asks_last else {"token_type_ids": np.zeros_like(tokens)}
+            found.append(Encoded(segment, len(tokens) + int(ends[-1]) - len(kept)))
+        return found
+
+    def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
+        asked = segment["loss_mask"] > 0
+        truth, chosen = segment["targets"][asked], logits_NC[asked].argmax(-1)
+        return Result(where, [self.labels[k] for k in truth], [self.labels[k] for k in chosen])
+
+    def scores(self, results: tuple) -> dict[str, float]:
+        """Of words accuracy, macro-F1 and Matthews; where tags are BIO, F1 of whole spans before these."""
+        truths, predictions = ([getattr(result, name) for result in results] for name in ("truth", "prediction"))
+        spans = scores.spans(truths, predictions) if are_spans(self.labels) else {}
+        found = {f"span_{name}": measure.value(len(results)) for name, measure in spans.items()}
+        counts, ids = np.zeros((len(self.labels),) * 2), {label: k for k, label in enumerate(self.labels)}
+        pairs = [(ids[a], ids[b]) for x, y in zip(truths, predictions, strict=True) for a, b in zip(x, y, strict=True)]
+        np.add.at(counts, tuple(np.array(pairs).T), 1)
+        return found | label_scores(counts)
+
+    def kept(self, results: tuple) -> tuple[str, tuple]:
+        """Whole spans of each record where tags are BIO, else every word for itself."""
+        if are_spans(self.labels):
+            return "spans", results
+        of_word = lambda r, k: Result(f"{r.record} word {k + 1}", r.truth[k], r.prediction[k])
+        return "labels", tuple(of_word(result, k) for result in results for k in range(len(result.truth)))
+
+
+def are_spans(labels: tuple[str, ...]) -> bool:
+    """Whether tags mark spans: O outside, B-kind at a start, I-kind inside."""
+    return "O" in labels and all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
+
+
+def listed(row: Row, column: str) -> list:
+    """The list in a column; a string's parts between spaces. Raises UserError."""
+    found = row.content[column]
+    found = found.split() if isinstance(found, str) else found
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{row.where}: the {column} are {'empty' if found == [] else 'no list'}")
+    return found
