@@ -2,7 +2,7 @@
 
     python tools/records_debian.py --lists lists --task de --held 500 --output english_german   # see its head
     python -m lm_jax.main --config experiments/finetune_german.py
-    python -m lm_jax.evaluate --model runs/finetune_german --split test --beams 4
+    python -m lm_jax.evaluate --model runs/finetune_german --split test
     python tools/text_baselines.py --config experiments/finetune_german.py --split test
 
 Expected:
@@ -20,8 +20,8 @@ def get_config():
     data.sources, data.tokenizer, data.objective = "english_german", "sentencepiece:4096", "span_corruption"
     data.sequence_length, data.global_batch_size, data.packing = 128, 16, "best_fit"
     optimizer.learning_rate, optimizer.warmup, optimizer.weight_decay = 2e-3, 50, 0.01
-    config.train.task, config.train.num_steps = "text_to_text", 600
+    config.train.task, config.train.num_steps = "text_to_text", 300
     config.checkpoint.every = 300
-    config.evaluate.every, config.evaluate.num_rows, config.evaluate.metrics = 200, 64, "translations"
+    config.evaluate.every, config.evaluate.num_rows, config.evaluate.metrics = 100, 64, "translations"
     config.log.every = 25
     return config

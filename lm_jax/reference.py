@@ -75,8 +75,9 @@ def margins(mixed: Any, config: Config, split: str, parameters: dict, evaluator:
 
 def fill(mixed: Any, kept: dict[str, np.ndarray]) -> None:
     for split in SPLITS:
-        records = mixed.records[split]
-        records.columns["reference"][records.split.offsets[:-1]] = kept[split]
+        if len(kept[split]):
+            records = mixed.records[split]
+            records.columns["reference"][records.split.offsets[:-1]] = kept[split]
 
 
 def read(workdir: epath.Path) -> dict[str, np.ndarray] | None:

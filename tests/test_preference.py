@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, tiny
@@ -18,6 +17,7 @@ from lm_jax import chat, checkpoint, evaluate, loss, main, metrics, reference
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import pipeline
 from lm_jax.evaluate import Evaluator, open_data
+from lm_jax.heads import label_losses
 from lm_jax.model.graph import build
 from lm_jax.sharding import make_mesh
 
@@ -133,8 +133,7 @@ def log_probabilities(graph, parameters, texts: list[tuple[str, str]]) -> list[f
     @jax.jit
     def of(parameters, batch, targets, mask):
         module = graph.module(parameters)
-        sure = jax.nn.log_softmax(module.logits(module.read(batch).hidden_BTD))
-        return (jnp.take_along_axis(sure, targets[..., None], -1)[..., 0] * mask).sum(-1)
+        return -(label_losses(module.logits(module.read(batch).hidden_BTD), targets) * mask).sum(-1)
 
     return np.asarray(of(parameters, batch, np.roll(ids, -1, 1), mask)).tolist()
 
@@ -167,40 +166,36 @@ def test_the_loss_is_that_of_the_paper(model):
     np.testing.assert_allclose(scores["margin"], np.mean(list(expected.values())), atol=2e-4)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_it_starts_at_ln_2_and_a_step_goes_the_right_way(model, devices):
-    """On one device and on eight, with tensor and fsdp axes: the same loss; chosen answers rise, rejected ones fall."""
+def answered(graph, parameters, batch):
+    """Mean log-probability of a target of the chosen and of the rejected answers."""
+    module = graph.module(parameters)
+    log_BT = -loss.token_losses(module.logits(module.read(batch).hidden_BTD), batch["targets"])
+    of = lambda is_own: (log_BT * is_own).sum() / is_own.sum()
+    return of(batch["weight"] > 0), of(batch["weight"] < 0)
+
+
+def test_it_starts_at_ln_2_and_a_step_goes_the_right_way_on_any_mesh(model):
+    """On one device and on 2 x 2 x 2: the same loss and gradient; chosen answers rise, rejected ones fall."""
     config, mixed, graph = model
-    mesh = make_mesh(Mesh(data=-1, fsdp=2, tensor=2) if devices == 8 else Mesh(), jax.devices()[:devices])
-    with jax.set_mesh(mesh):
-        parameters = parameters_of(graph)
-        evaluator = Evaluator(graph, mesh, np.zeros(257), 8)
-        columns, split = mixed.records["train"].columns, mixed.records["train"].split
-        columns["reference"][split.offsets[:-1]] = reference.margins(mixed, config, "train", parameters, evaluator)
-        batch = next(pipeline.batches(mixed.stream(config.data), mesh, 0, 1, 8))
-        columns["reference"][:] = 0
-        of = lambda parameters: loss.loss_sum(graph, parameters, batch) / batch["loss_mask"].sum()
-        value, gradient = jax.jit(jax.value_and_grad(of))(parameters)
-        np.testing.assert_allclose(value, np.log(2), rtol=3e-6)
-
-        def answers(parameters):
-            """Mean log-probability of a target of the chosen and of the rejected answers."""
-            module = graph.module(parameters)
-            log_BT = -loss.token_losses(module.logits(module.read(batch).hidden_BTD), batch["targets"])
-            of = lambda is_own: (log_BT * is_own).sum() / is_own.sum()
-            return of(batch["weight"] > 0), of(batch["weight"] < 0)
-
-        before = jax.jit(answers)(parameters)
-        moved = jax.tree.map(lambda x, g: x - 1e-3 * g, parameters, gradient)
-        after = jax.jit(answers)(moved)
-    assert after[0] > before[0] and after[1] < before[1]
-    if devices == 1:
-        model[1].alone = float(value), [np.asarray(g) for g in jax.tree.leaves(gradient)]
-    else:
-        alone, gradients = model[1].alone
-        np.testing.assert_allclose(value, alone, rtol=1e-5)
-        for a, b in zip(jax.tree.leaves(gradient), gradients, strict=True):
-            np.testing.assert_allclose(np.asarray(a), b, atol=1e-4)
+    columns, split = mixed.records["train"].columns, mixed.records["train"].split
+    found = []
+    for mesh in (Mesh(), Mesh(data=-1, fsdp=2, tensor=2)):
+        mesh = make_mesh(mesh, jax.devices()[: 8 if found else 1])
+        with jax.set_mesh(mesh):
+            parameters = parameters_of(graph)
+            evaluator = Evaluator(graph, mesh, np.zeros(257), 8)
+            columns["reference"][split.offsets[:-1]] = reference.margins(mixed, config, "train", parameters, evaluator)
+            batch = next(pipeline.batches(mixed.stream(config.data), mesh, 0, 1, 8))
+            columns["reference"][:] = 0
+            of = lambda parameters, batch=batch: loss.loss_sum(graph, parameters, batch) / batch["loss_mask"].sum()
+            value, gradient = jax.jit(jax.value_and_grad(of))(parameters)
+            np.testing.assert_allclose(value, np.log(2), rtol=3e-6)
+            moved = jax.tree.map(lambda x, g: x - 1e-3 * g, parameters, gradient)
+            before, after = (jax.jit(lambda p, batch=batch: answered(graph, p, batch))(p) for p in (parameters, moved))
+            assert after[0] > before[0] and after[1] < before[1]
+        found.append([np.asarray(value), *map(np.asarray, jax.tree.leaves(gradient))])
+    for alone, sharded in zip(*found, strict=True):
+        np.testing.assert_allclose(sharded, alone, rtol=1e-5, atol=1e-4)
 
 
 def arguments(place: str, workdir) -> list[str]:
