@@ -43,7 +43,7 @@ def get_config(variant: str = ""):
         config.data.tokenizer = "sentencepiece:1024"
     elif variant == "summaries":
         config = from_quickstart()
-        config.train.task, config.train.num_steps = "text_to_text", "2 epochs"
+        config.train.task, config.train.num_steps = "text_to_text", 100
         config.data.prompt, config.evaluate.metrics = "{source}\n\nIn one line: ", "summaries"
     else:
         config = small("encoder_decoder", "span_corruption")
@@ -53,6 +53,6 @@ def get_config(variant: str = ""):
     config.data.sources, config.data.packing = f"records/{variant}", "best_fit"
     config.data.sequence_length, config.data.global_batch_size = 256, 8
     config.data.validation_fraction, config.data.test_fraction = 0.1, 0.1
-    config.evaluate.every, config.evaluate.num_rows, config.log.every = 0, 0, 25
+    config.evaluate.every, config.evaluate.num_rows, config.log.every = 0, 64, 25
     config.checkpoint.every = 1000
     return config
