@@ -39,7 +39,7 @@ def get_config(variant: str = ""):
         config.model.labels = ("asyncio", "email", "multiprocessing", "tkinter", "turtle", "unittest")
     elif variant == "questions":
         config = small("encoder", "masked")
-        config.train.task, config.train.num_steps = "question_answering", 400
+        config.train.task, config.train.num_steps = "question_answering", 320
         config.data.tokenizer = "sentencepiece:1024"
     elif variant == "summaries":
         config = from_quickstart()
@@ -48,7 +48,7 @@ def get_config(variant: str = ""):
     else:
         config = small("encoder_decoder", "span_corruption")
         config.model.positions, config.model.norm = "relative", "rmsnorm"
-        config.train.task, config.train.num_steps = "text_to_text", 400
+        config.train.task, config.train.num_steps = "text_to_text", 240
         config.data.tokenizer, config.evaluate.metrics = "sentencepiece:512", "translations"
     config.data.sources, config.data.packing = f"records/{variant}", "best_fit"
     config.data.sequence_length, config.data.global_batch_size = 256, 8
