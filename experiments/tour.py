@@ -43,7 +43,7 @@ def get_config(variant: str = ""):
         config.data.tokenizer = "sentencepiece:1024"
     elif variant == "summaries":
         config = from_quickstart()
-        config.train.task, config.train.num_steps = "text_to_text", 100
+        config.train.task, config.train.num_steps = "text_to_text", 40
         config.data.prompt, config.evaluate.metrics = "{source}\n\nIn one line: ", "summaries"
     else:
         config = small("encoder_decoder", "span_corruption")
