@@ -56,6 +56,10 @@ def miniature(command: str) -> list[str]:
             words += [f"--config.{change}" for change in SMALL]
         else:
             words[where] += ":smoke"
+        if (
+            "--workdir" in words and "runs/learned" not in words
+        ):  # the quickstart with another setting; nothing goes on from it
+            words += ["--dry_run"]
         words += [] if "--workdir" in words else ["--workdir", f"runs/{name}"]
         words += [f"--config.{change}" for change in LEAST if name != "quickstart" or "prompt" not in change]
     elif words[1] == "tools/inspect_data.py":
