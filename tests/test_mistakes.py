@@ -53,7 +53,7 @@ MISTAKES = [
     ("main", [SMOKE, "--config.data.sources={tmp}/nowhere"], "no such folder"),
     ("main", [SMOKE, "--config.data.sources={tmp}/empty"], "holds no text"),
     ("main", [SMOKE, "--config.train.task=classificaton"], "did you mean classification?"),
-    ("main", [SMOKE, "--config.train.task=classification"], "needs an encoder, this model is of kind transformer"),
+    ("main", [SMOKE, "--config.train.task=classification"], "tells at least two labels apart, each named once"),
     ("main", [SMOKE, "--config.data.tokenizer=gpt2"], 'expected "bytes", "sentencepiece:PIECES"'),
     ("main", [SMOKE, "--workdir={run}", "--config.model.num_layers=3"], "config.model.num_layers: 2 there, 3 here"),
     ("main", [SMOKE, "--workdir={run}", "--config.data.seed=3"], "use another --workdir"),
