@@ -13,8 +13,8 @@ ORDER = """
 config ramp sharding data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
 tasks.classification
 data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
-model.layers model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder
-model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
+model.layers trained model.adapters model.attention model.language_model model.moe model.transformer model.encoder
+model.encoder_decoder model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
 costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command chat
 sampling decoding beam generate evaluate train main verify
 """.split()

@@ -2,6 +2,7 @@
 
     python tools/convert_checkpoint.py runs/x out/x                 # where transformers is installed, logits are compared
     python tools/convert_checkpoint.py out/x runs/from_x            # then --config.train.init_from=runs/from_x
+    python tools/convert_checkpoint.py runs/x out/part --over runs/base   # what was trained alone: a MODEL that needs runs/base
     python tools/convert_checkpoint.py model.gguf out/model         # pip install -e '.[gguf]'
 
 Tokenizer and chat template go along. Nothing is written where anything is missing, unknown or of another shape.
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("output", help="the folder to make")
     parser.add_argument("--unproven", action="store_true", help="write without comparing logits in transformers")
+    parser.add_argument("--over", default="", help="write only what was trained, over this MODEL, which has the rest")
     flags, say = parser.parse_args(arguments), Terminal()
     with jax.set_mesh(make_mesh(Mesh(data=1), distributed.devices()[:1])):
         if flags.model.endswith(".gguf"):
@@ -65,6 +67,17 @@ def main(arguments: list[str]) -> int:
             graph, carried = hugging_face.graph_of(described), contents.files
         else:
             found = checkpoint.locate(flags.model, say)
+            if flags.over:
+                base = checkpoint.locate(flags.over, say)
+                run.write(
+                    epath.Path(flags.output),
+                    found,
+                    run.trained_part(found, base),
+                    hugging_face.carried_files(str(base.workdir)),
+                    base,
+                )
+                say(f"wrote {flags.output}, which needs {flags.over}")
+                return 0
             graph, parameters = checkpoint.load_parameters(found)
             carried = hugging_face.carried_files(str(found.workdir))
             if found.described:
