@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,6 @@ import pytest
 from conftest import FAMILIES, ROOT, tiny
 from flax.nnx.traversals import flatten_mapping
 from test_golden import batch
-from test_optimizer import of_one_layer
 from test_train import final_arrays, lines_of
 
 from lm_jax import checkpoint, costs, evaluate, generate, main
@@ -19,7 +22,6 @@ from lm_jax.convert import hugging_face, run
 from lm_jax.loss import loss_sum
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import build
-from lm_jax.optimizer import make_optimizer
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import accumulate, compile_step, zeros
@@ -118,18 +120,15 @@ def test_costs_count_what_is_trained():
     def compiled_flops(config) -> float:
         program = make_program(config, PIECES)
         state = jax.eval_shape(lambda: fresh(program))
-        return (
-            jax.jit(lambda s, b: accumulate(program, s, None, b))
-            .lower(state, rows(0))
-            .compile()
-            .cost_analysis()["flops"]
-        )
+        gradient = jax.jit(lambda state, data: accumulate(program, state, None, data))
+        return gradient.lower(state, rows(0)).compile().cost_analysis()["flops"]
 
-    everything, sizes = config_of(), {"data": 1, "fsdp": 1, "tensor": 1}
-    of_all = counted(everything)
-    assert of_all.trained == of_all.parameters
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    everything = config_of(model__unroll=True)  # a scan's body would be counted once
+    of_all, flops = counted(everything), compiled_flops(everything)
+    assert of_all.trained == of_all.parameters and of_all.backward
     for change, backward in ((SOME, True), ("^norm", False)):
-        config = config_of(optimizer__trainable=change)
+        config = config_of(optimizer__trainable=change, model__unroll=True)
         found, program = counted(config), make_program(config, PIECES)
         assert found.trained == sum(np.prod(program.graph.declarations[path].shape) for path in program.trained)
         assert found.backward == backward
@@ -138,7 +137,7 @@ def test_costs_count_what_is_trained():
         assert classes["optimizer"] == sum(x.size * 4 for x in jax.tree.leaves(state) if x.shape)
         assert classes["gradients"] == 4 * found.trained
         less = found.flops_per_token / of_all.flops_per_token
-        np.testing.assert_allclose(compiled_flops(config) / compiled_flops(everything), less, atol=0.05)
+        np.testing.assert_allclose(compiled_flops(config) / flops, less, atol=0.05)
 
 
 # Rates of layers.
@@ -162,41 +161,23 @@ DEPTHS = {
 
 @pytest.mark.parametrize("name", DEPTHS)
 def test_layers_learn_at_their_own_rates(name):
-    """Against a loop over layers, each with an optimizer of its own whose rate is the peak * decay^depth."""
-    changes = FAMILIES.get(name, ENCODER) | dict(
-        model__num_layers=4, optimizer__clip_norm=0.0, optimizer__layer_decay=0.5
-    )
-    config = config_of(**changes)
-    program = make_program(config, PIECES)
-    random = np.random.default_rng(0)
-    parameters = flat(program.graph.init(jax.random.key(0)))
-    gradients = {path: random.normal(size=x.shape).astype(np.float32) for path, x in parameters.items()}
-    nested = lambda tree: {key: value for key, value in jax.tree.map(jnp.asarray, nest(tree)).items()}
-    changes, _ = jax.jit(program.optimizer.update)(
-        nested(gradients), program.optimizer.init(nested(parameters)), nested(parameters)
-    )
-    found, peak = flat(changes), config.optimizer.learning_rate
-    for path, declared in program.graph.declarations.items():
+    """Against a loop: what a layer changes by at the whole rate, times decay^depth; the parameter's decay as well."""
+    changes = FAMILIES.get(name, ENCODER) | dict(model__num_layers=4, optimizer__name="sgd", optimizer__clip_norm=0.0)
+    graph = build(config_of(**changes).model, PIECES, 64)
+    parameters = jax.jit(graph.init)(jax.random.key(0))
+
+    def after_one_update(decay: float) -> dict[str, np.ndarray]:
+        rule = make_program(config_of(**changes, optimizer__layer_decay=decay), PIECES).optimizer
+        changes = lambda x: rule.update(jax.tree.map(jnp.cos, x), rule.init(x), x)[0]
+        return flat(jax.jit(changes)(parameters))
+
+    found, whole = after_one_update(0.5), after_one_update(1.0)
+    for path in graph.declarations:
         path_name, depths = "/".join(path), DEPTHS[name][path[0]]
-        stacked = isinstance(depths, tuple)
-        alone = of_one_layer(declared) if stacked else declared
-        for layer, depth in enumerate(depths if stacked else (depths,)):
-            at = (layer,) if stacked else ()
-            one = dataclasses.replace(config.optimizer, learning_rate=peak * 0.5**depth, layer_decay=1.0)
-            rule, x = make_optimizer(one, {"x": alone}), {"x": jnp.asarray(parameters[path_name][at])}
-            expected, _ = rule.update({"x": jnp.asarray(gradients[path_name][at])}, rule.init(x), x)
-            np.testing.assert_allclose(found[path_name][at], expected["x"], rtol=2e-5, atol=1e-9, err_msg=path_name)
-
-
-def nest(tree: dict) -> dict:
-    found: dict = {}
-    for path, x in tree.items():
-        *place, last = path.split("/")
-        node = found
-        for name in place:
-            node = node.setdefault(name, {})
-        node[last] = x
-    return found
+        if isinstance(depths, int):
+            np.testing.assert_allclose(found[path_name], whole[path_name] * 0.5**depths, rtol=1e-6)
+        for layer, depth in enumerate(depths if isinstance(depths, tuple) else ()):
+            np.testing.assert_allclose(found[path_name][layer], whole[path_name][layer] * 0.5**depth, rtol=1e-6)
 
 
 def test_a_run_may_change_the_decay():
@@ -218,9 +199,13 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("gemma3", "lstm") else pytest.param(name, marks=pytest.mark.proof) for name in ADAPTED],
+)
 def test_adapters_change_nothing_at_first_and_merge_away(name):
     changes, pattern, num = ADAPTED[name]
+    changes = changes | dict(model__unroll=False)
     plain = tiny(**changes).model
     config = tiny(**changes, model__lora_rank=3, model__lora_alpha=6.0, model__lora_pattern=pattern).model
     bare, graph = build(plain, PIECES, 64), build(config, PIECES, 64)
@@ -337,18 +322,17 @@ def test_a_run_trains_adapters_over_its_base_and_says_how_many(adapted, finished
     assert all(np.abs(x).max() > 0 for name, x in flat(parameters).items() if name.endswith("lora_b"))
 
 
-def test_a_run_that_broke_off_goes_on_to_the_bit(adapted, finished, tmp_path, monkeypatch):
-    class Gone(BaseException):
-        """What no one handles, as a kill is not."""
-
-    def poll(saver):
-        if checkpoint.complete_steps(saver.folder):
-            raise Gone
-
+def test_a_killed_run_goes_on_to_the_bit(adapted, finished, tmp_path):
     line = arguments(finished, tmp_path / "run")
-    with monkeypatch.context() as here, pytest.raises(Gone):
-        here.setattr(checkpoint.Saver, "poll", poll)
-        main.main(line)
+    killing = (
+        "import os, signal, sys; from lm_jax import checkpoint, command, main\n"
+        "def poll(saver):\n"
+        "    if checkpoint.complete_steps(saver.folder): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.Saver.poll = poll; command.door(main.main)"
+    )
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", killing, *line], env=environment, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
     assert main.main(line) == 0 and "resumed at step" in (tmp_path / "run" / "log.txt").read_text()
     assert lines_of(tmp_path / "run") == lines_of(adapted)
     for a, b in zip(final_arrays(tmp_path / "run"), final_arrays(adapted), strict=True):
@@ -386,12 +370,9 @@ def test_adapters_alone_over_their_base_are_the_model(adapted, alone, finished, 
     for name, x in found.items():
         np.testing.assert_array_equal(x, expected[name])
     assert any(not np.array_equal(x, loaded(finished, one_device)[1][name]) for name, x in found.items())
-    texts = []
-    for place in (adapted, alone):
-        capsys.readouterr()
-        assert generate.main(["--model", str(place), "--prompt", "class", "--max_new_tokens", "8"]) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
+    capsys.readouterr()
+    assert generate.main(["--model", str(alone), "--prompt", "class", "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("class")
     assert evaluate.main(["--model", str(alone)]) == 0
     result = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     final = [line["final/loss"] for line in lines_of(adapted) if "final/loss" in line]
@@ -400,15 +381,15 @@ def test_adapters_alone_over_their_base_are_the_model(adapted, alone, finished, 
     assert main.main(plain) == 0  # as what a run starts from
 
 
-def test_a_model_with_adapters_is_exported_merged(adapted, one_device, tmp_path):
-    found = checkpoint.locate(str(adapted))
-    with jax.set_mesh(one_device):
-        graph, parameters = checkpoint.load_parameters(found)
-        described = hugging_face.description_of(found.config, found.num_pieces)
-        hugging_face.write(str(tmp_path / "out"), described, parameters, {})
+def test_a_model_with_adapters_is_exported_merged(tmp_path):
+    config = tiny(**FAMILIES["llama"], model__lora_rank=3)
+    graph = build(config.model, PIECES, 64)
+    ours = merged(graph.init(jax.random.key(0)), graph.declarations, config.model)
+    hugging_face.write(str(tmp_path / "out"), hugging_face.description_of(config, PIECES), ours, {})
     there = hugging_face.read_parameters(str(tmp_path / "out"), hugging_face.read_description(str(tmp_path / "out")))
-    for name, x in flat(there).items():
-        np.testing.assert_array_equal(x, flat(parameters)[name][: len(x)])
+    assert flat(there).keys() == flat(ours).keys()
+    query = "block_0/attention/query/kernel"
+    np.testing.assert_array_equal(flat(there)[query], flat(ours)[query])
 
 
 def test_a_base_that_is_not_what_it_was_is_refused(adapted, alone, finished, one_device, tmp_path, monkeypatch):

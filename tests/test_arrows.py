@@ -14,8 +14,8 @@ config ramp sharding data.sources data.tokenizer data.word_vectors data.shards d
 tasks.classification
 data.pipeline data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places distributed
 model.layers trained model.adapters model.attention model.language_model model.moe model.transformer model.encoder
-model.encoder_decoder model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face convert.gguf loss
-costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command chat
+model.encoder_decoder model.recurrent model.graph convert.safetensors convert.families convert.encoders convert.hugging_face
+convert.gguf loss costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command chat
 sampling decoding beam generate evaluate train main verify
 """.split()
 CONVERT = {f"convert.{name}" for name in "safetensors families encoders hugging_face gguf run".split()}
