@@ -93,7 +93,8 @@ def bytes_by_class(
     Layer by layer, a token keeps by `model.remat`: its input; by names also attention's result and branch, and the heads'
     queries, keys and values; by dots also the MLP's products; by none also what norms, activations and residuals read
     (as compiled, docs/notebook.md).
-    Attention's square is kept by the `xla` backend alone, else there is one chunk of it at a time.
+    Attention's square is kept by the `xla` backend alone, else there is one chunk of it at a time. What is not trained has no
+    gradient and no moments; where only heads are, layers keep nothing.
     """
     model, length = config.model, config.data.sequence_length
     act = jnp.dtype(config.model.compute_dtype).itemsize
@@ -108,15 +109,16 @@ def bytes_by_class(
         "names": (1 + 1 / tensor) * model.model_dim + heads,
         "full": model.model_dim / tensor,
     }
+    kept_layers = model.num_layers if costs.backward else 1  # else nothing waits for a way back
     chunked = model.attention not in ("auto", "xla") or (model.attention == "auto" and length >= 512)
     square = tokens * length * model.num_heads / tensor * (act + 4)
-    squares = 2 * square * 256 / length if chunked else square * (model.num_layers if model.remat == "none" else 1)
+    squares = 2 * square * 256 / length if chunked else square * (kept_layers if model.remat == "none" else 1)
     again = kept["none"] if model.remat != "none" else 0  # one layer computed again
     if model.kind in CELLS:  # for every token its gates twice, their activations, its states before and after
         cell = CELLS[model.kind]
         floats = (3 * cell.num_gates + 2 * cell.num_states + 1) * model.model_dim
         kept, again, squares = dict.fromkeys(kept, floats * 4 / act) | {"full": float(model.model_dim)}, 0, 0
-    num_layers = model.num_layers * (
+    num_layers = kept_layers * (
         2.5 if model.kind == "encoder_decoder" else 1
     )  # attention to the source is half a layer
     squares *= 3 if model.kind == "encoder_decoder" else 1

@@ -196,9 +196,8 @@ def starting_point(
         _, parameters = checkpoint.load_parameters(source)
         say(f"parameters from {source.workdir} step {source.step:,}")
         parameters = with_the_rest(program, parameters, say)
-    return TrainState(
-        jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(program.split(parameters)[0])
-    ), data
+    optimizer_state = jax.jit(program.optimizer.init)(program.split(parameters)[0])
+    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer_state), data
 
 
 def with_the_rest(program: Program, given: dict, say: terminal.Terminal) -> dict:

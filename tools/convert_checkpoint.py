@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--over", default="", help="write only what was trained, over this MODEL, which has the rest")
     flags, say = parser.parse_args(arguments), Terminal()
     with jax.set_mesh(make_mesh(Mesh(data=1), distributed.devices()[:1])):
-        if flags.model.endswith(".gguf"):
+        if flags.model.endswith(".gguf") and not flags.over:
             contents = gguf.read(flags.model)
             described = hugging_face.describe(contents.config, flags.model, "bytes")
             parameters = hugging_face.parameters(described, contents.tensors, flags.model)
@@ -68,14 +68,7 @@ def main(arguments: list[str]) -> int:
         else:
             found = checkpoint.locate(flags.model, say)
             if flags.over:
-                base = checkpoint.locate(flags.over, say)
-                run.write(
-                    epath.Path(flags.output),
-                    found,
-                    run.trained_part(found, base),
-                    hugging_face.carried_files(str(base.workdir)),
-                    base,
-                )
+                run.write_part(epath.Path(flags.output), found, checkpoint.locate(flags.over, say))
                 say(f"wrote {flags.output}, which needs {flags.over}")
                 return 0
             graph, parameters = checkpoint.load_parameters(found)

@@ -13,6 +13,7 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax import checkpoint
 from lm_jax.config import UserError
+from lm_jax.convert import hugging_face
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import is_url
 from lm_jax.model.graph import build
@@ -52,6 +53,12 @@ def write(
     checkpoint.write_manifest(folder, {"step": 0} | {name: facts[name] for name in checkpoint.FACTS})
 
 
+def write_part(workdir: epath.Path, found: checkpoint.Located, base: checkpoint.Located) -> None:
+    """Only what was trained of a MODEL, with where its base lies and what it is. Raises UserError."""
+    carried = hugging_face.carried_files(str(base.workdir))
+    write(workdir, found, trained_part(found, base), carried, base)
+
+
 def place_of(located: checkpoint.Located) -> str:
     """A MODEL that stays what it is: where it lies, and of a run at which step."""
     place = str(located.workdir) if is_url(located.workdir) else os.path.abspath(located.workdir)
@@ -59,7 +66,7 @@ def place_of(located: checkpoint.Located) -> str:
 
 
 def trained_part(found: checkpoint.Located, base: checkpoint.Located) -> dict:
-    """What was trained of a MODEL, where all the rest is that of the base to the bit. Raises UserError."""
+    """The parameters of a MODEL that were trained, if all others are the base's to the bit. Raises UserError."""
     program, parameters = checkpoint.load_as_trained(found)
     part, frozen = program.split(parameters)
     if not frozen:
