@@ -142,7 +142,7 @@ def test_labels_give_what_the_confusion_matrix_gives():
     confusion = np.zeros((4, 4))
     for pair in zip(truths, predictions, strict=True):
         confusion[tuple("abcd".index(label) for label in pair)] += 1
-    assert values(scores.labels(truths, predictions), 60) == pytest.approx(evaluate.label_scores(confusion), abs=1e-12)
+    assert values(scores.labels(truths, predictions), 60) == pytest.approx(label_scores(confusion), abs=1e-12)
 
 
 def test_what_never_changes_is_correlated_with_nothing():
