@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
-from lm_jax import evaluate
 from lm_jax.config import UserError
 from lm_jax.tasks import results, scores
+from lm_jax.tasks.classification import label_scores
 
 LABELS = ("a b a c b a a c b b".split(), "a b b c a a c d b a".split())
 NUMBERS = ([1.0, 2.0, 2.0, 4.0, 5.5, 5.5, 7.0, 8.0], [1.5, 1.0, 2.5, 5.0, 4.0, 6.0, 6.0, 9.0])
