@@ -144,7 +144,9 @@ def main(arguments: list[str]) -> int:
     parser = command.Parser("tools/benchmark_generate.py", __doc__)
     parser.add_argument("--model", default="", help="a Hugging Face folder; default: random weights")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="requests at once, one comparison for each")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8], help="requests at once, one comparison for each"
+    )
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         folder = flags.model or make(place)
