@@ -11,7 +11,7 @@
     python tools/baselines.py --config experiments/finetune_sections.py --split test
 
 1,600 descriptions to train on, 800 for validation, 800 for the test; packages of one source are in one split.
-Expected: not measured yet.
+Expected: not measured yet; on the test TF-IDF with logistic regression has 0.799, the majority class 0.098.
 """
 
 from finetune_reviews import get_config as reviews
@@ -25,5 +25,5 @@ SECTIONS = (
 def get_config():
     config = reviews()
     config.model.labels, config.data.sources = SECTIONS, "sections"
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate, config.train.num_steps = 2e-4, 120
     return config

@@ -16,5 +16,5 @@ from finetune_reviews import get_config as reviews
 def get_config():
     config = reviews()
     config.model.labels, config.data.sources, config.train.task = (), "tweets", "regression"
-    config.optimizer.learning_rate, config.evaluate.every = 2e-4, 100
+    config.optimizer.learning_rate, config.train.num_steps = 2e-4, 100
     return config

@@ -28,7 +28,7 @@ SLICE = 16  # tokens that are decoded at once where somebody looks at them
 
 def writes(config: Model) -> bool:
     """Whether a model of this config writes text from left to right."""
-    return config.kind == "encoder_decoder" or config.kind not in OBJECTIVES
+    return not config.head and (config.kind == "encoder_decoder" or config.kind not in OBJECTIVES)
 
 
 class State(NamedTuple):

@@ -61,8 +61,9 @@ def main(arguments: list[str]) -> int:
     from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = checkpoint.locate(flags.model, Terminal())
     if not writes(found.config.model):
+        does = f"answers with its {found.config.model.head}" if found.config.model.head else "fills in what is hidden"
         raise UserError(
-            f"--model {flags.model} is an {found.config.model.kind}, which fills in what is hidden and writes no text\n"
+            f"--model {flags.model}, of kind {found.config.model.kind}, {does} and writes no text\n"
             f"measure it with python -m lm_jax.evaluate --model {flags.model}"
         )
     with jax.set_mesh(make_mesh(Mesh(), distributed.devices())):

@@ -72,7 +72,7 @@ def test_devices_and_neighbours_do_not_enter():
     for devices in (1, 8):
         mesh, graph, parameters = made("llama", devices)
         with jax.set_mesh(mesh):
-            found.append([x.log_probability for x in likelihoods(graph, parameters, PAIRS, 2)])
+            found.append([x.log_probability for x in likelihoods(graph, parameters, PAIRS[:4], 2)])
             alone = likelihoods(graph, parameters, PAIRS[3:4], 2)[0].log_probability
         assert alone == pytest.approx(found[-1][3], abs=1e-4)
     np.testing.assert_allclose(*found, rtol=1e-5)

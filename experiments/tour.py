@@ -1,0 +1,58 @@
+"""The four applications of the tour (docs/tour.md), on records that every machine can make: minutes on two CPU cores.
+
+    python tools/records_python.py --output records
+    python -m lm_jax.main --config experiments/tour.py:translation
+
+Variants: classification and summaries go on from the quickstart's model, questions and translation begin from nothing.
+Expected:
+"""
+
+import quickstart
+
+from lm_jax.config import default_config
+
+VARIANTS = ("classification", "questions", "summaries", "translation")
+
+
+def small(kind: str, objective: str):
+    """An encoder or an encoder-decoder of the quickstart's width that begins from nothing."""
+    config = default_config()
+    config.model.kind, config.data.objective, config.model.init_scale = kind, objective, 0.06
+    config.model.num_layers, config.model.model_dim, config.model.num_heads = 2, 128, 4
+    config.optimizer.learning_rate, config.optimizer.warmup = 2e-3, 50
+    return config
+
+
+def from_quickstart():
+    """The pretrained decoder, its tokenizer, a smaller rate."""
+    config = quickstart.get_config()
+    config.data.tokenizer = config.train.init_from = "runs/quickstart"
+    config.optimizer.learning_rate, config.optimizer.warmup, config.optimizer.weight_decay = 5e-4, 10, 0.01
+    return config
+
+
+def get_config(variant: str = ""):
+    variant = variant or VARIANTS[0]
+    if variant == "classification":
+        config = from_quickstart()
+        config.train.task, config.train.num_steps = "classification", "4 epochs"
+        config.model.labels = ("asyncio", "email", "multiprocessing", "tkinter", "turtle", "unittest")
+    elif variant == "questions":
+        config = small("encoder", "masked")
+        config.train.task, config.train.num_steps = "question_answering", 400
+        config.data.tokenizer = "sentencepiece:1024"
+    elif variant == "summaries":
+        config = from_quickstart()
+        config.train.task, config.train.num_steps = "text_to_text", "2 epochs"
+        config.data.prompt, config.evaluate.metrics = "{source}\n\nIn one line: ", "summaries"
+    else:
+        config = small("encoder_decoder", "span_corruption")
+        config.model.positions, config.model.norm = "relative", "rmsnorm"
+        config.train.task, config.train.num_steps = "text_to_text", 400
+        config.data.tokenizer, config.evaluate.metrics = "sentencepiece:512", "translations"
+    config.data.sources, config.data.packing = f"records/{variant}", "best_fit"
+    config.data.sequence_length, config.data.global_batch_size = 256, 8
+    config.data.validation_fraction, config.data.test_fraction = 0.1, 0.1
+    config.evaluate.every, config.evaluate.num_rows, config.log.every = 0, 0, 25
+    config.checkpoint.every = 1000
+    return config
