@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import ROOT, tiny
 from test_instruction import TEMPLATES, tokenizer_json
 from test_tasks import write_table
 
@@ -206,7 +210,7 @@ def lines_of(workdir) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in metrics.read(workdir)]
 
 
-def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, monkeypatch, capsys):
+def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, capsys):
     assert main.main(arguments(place, tmp_path / "whole")) == 0
     lines = lines_of(tmp_path / "whole")
     first = next(line for line in lines if "train/loss" in line)
@@ -214,19 +218,16 @@ def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, monk
     np.testing.assert_allclose(first["train/loss"], np.log(2), rtol=3e-6)
     last = [line for line in lines if "final/accuracy" in line][-1]
     assert last["final/accuracy"] == 1 and last["final/margin"] > 0.5
-    line, poll = arguments(place, tmp_path / "killed"), checkpoint.Saver.poll
-
-    class Killed(BaseException):
-        """Nothing in between is told."""
-
-    def polled(saver):
-        poll(saver)
-        if checkpoint.complete_steps(saver.folder):
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(checkpoint.Saver, "poll", polled)
-        main.main(line)
+    killing = (
+        "import os, signal; from lm_jax import checkpoint, command, main; done = checkpoint.Saver.poll\n"
+        "def poll(saver):\n    done(saver)\n"
+        "    if checkpoint.complete_steps(saver.folder): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.Saver.poll = poll; command.door(main.main)"
+    )
+    line = arguments(place, tmp_path / "killed")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the same eight devices
+    killed = subprocess.run([sys.executable, "-c", killing, *line], env=environment, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     kept = (tmp_path / "killed" / reference.FILE).read_bytes()
     (tmp_path / "killed" / reference.FILE).unlink()
     with pytest.raises(UserError, match="is missing or broken"):
