@@ -30,6 +30,7 @@ SMALL = (
 ).split()
 
 
+LEAST = ("model.unroll=false", "evaluate.prompt=")  # programs to compile: one body for all layers, no samples
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # nothing runs long: compile fast
 
 
@@ -56,7 +57,7 @@ def miniature(command: str) -> list[str]:
         else:
             words[where] += ":smoke"
         words += [] if "--workdir" in words else ["--workdir", f"runs/{name}"]
-        words += ["--config.evaluate.prompt="] * (name != "quickstart")  # no samples: each would compile a program
+        words += [f"--config.{change}" for change in LEAST if name != "quickstart" or "prompt" not in change]
     elif words[1] == "tools/inspect_data.py":
         words[words.index("--config") + 1] += ":smoke"
     elif words[1] == "tools/prepare_data.py":
