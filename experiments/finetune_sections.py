@@ -11,7 +11,9 @@
     python tools/baselines.py --config experiments/finetune_sections.py --split test
 
 1,600 descriptions to train on, 800 for validation, 800 for the test; packages of one source are in one split.
-Expected: not measured yet; on the test TF-IDF with logistic regression has 0.799, the majority class 0.098.
+Expected: test accuracy 0.818 (macro-F1 0.737, Matthews 0.804) after 120 steps of 8 rows (one epoch), 6 minutes on two busy
+CPU cores. TF-IDF with logistic regression has 0.799 (0.762, 0.782), better on rare sections; the majority class 0.098. The
+standard error is 0.014. Validation accuracy 0.791. One seed.
 """
 
 from finetune_reviews import get_config as reviews
