@@ -4,7 +4,9 @@
     python -m lm_jax.main --config experiments/tour.py:translation
 
 Variants: classification and summaries go on from the quickstart's model, questions and translation begin from nothing.
-Expected:
+Expected, on validation: classification 0.81 accuracy after four epochs (TF-IDF with logistic regression 0.89, the most frequent
+label 0.38); questions 0.68 exact match after 320 steps (the most frequent answer 0.14); translation chrF 99.4 of 64 numbers after
+240 steps (a dictionary 57.6). One seed each; two to three minutes on two idle CPU cores, longer on busy ones.
 """
 
 import quickstart
@@ -39,20 +41,20 @@ def get_config(variant: str = ""):
         config.model.labels = ("asyncio", "email", "multiprocessing", "tkinter", "turtle", "unittest")
     elif variant == "questions":
         config = small("encoder", "masked")
-        config.train.task, config.train.num_steps = "question_answering", 400
+        config.train.task, config.train.num_steps = "question_answering", 320
         config.data.tokenizer = "sentencepiece:1024"
     elif variant == "summaries":
         config = from_quickstart()
-        config.train.task, config.train.num_steps = "text_to_text", "2 epochs"
+        config.train.task, config.train.num_steps = "text_to_text", 40
         config.data.prompt, config.evaluate.metrics = "{source}\n\nIn one line: ", "summaries"
     else:
         config = small("encoder_decoder", "span_corruption")
         config.model.positions, config.model.norm = "relative", "rmsnorm"
-        config.train.task, config.train.num_steps = "text_to_text", 400
+        config.train.task, config.train.num_steps = "text_to_text", 240
         config.data.tokenizer, config.evaluate.metrics = "sentencepiece:512", "translations"
     config.data.sources, config.data.packing = f"records/{variant}", "best_fit"
     config.data.sequence_length, config.data.global_batch_size = 256, 8
     config.data.validation_fraction, config.data.test_fraction = 0.1, 0.1
-    config.evaluate.every, config.evaluate.num_rows, config.log.every = 0, 0, 25
+    config.evaluate.every, config.evaluate.num_rows, config.log.every = 0, 64, 25
     config.checkpoint.every = 1000
     return config
