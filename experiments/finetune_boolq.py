@@ -8,7 +8,7 @@
 
 2,000 by content hash; what is longer than 160 tokens (three in ten) loses the end of its paragraph. On one GPU, all 12,697:
 leave out --num, and add --config.data.sequence_length=320 --config.data.global_batch_size=32 --config.train.num_steps="5 epochs".
-Expected: not measured yet.
+Expected: not measured yet; on the test TF-IDF with logistic regression has 0.602, the majority class 0.616.
 """
 
 from finetune_reviews import get_config as reviews
@@ -18,5 +18,5 @@ def get_config():
     config = reviews()
     config.model.labels, config.data.sources = ("no", "yes"), "boolq"
     config.data.sequence_length = 160
-    config.train.num_steps = "1 epochs"
+    config.train.num_steps = 100
     return config

@@ -8,7 +8,10 @@
 
 A real set, but a small one: fifteen articles of the CoNLL 2003 sample, mostly sport. Ten of them to train on (138 lines) and for
 validation (16), five for the test (72 lines, 186 names).
-Expected: not measured yet.
+Expected: of whole names in the test F1 0.677 (precision 0.662, recall 0.694), of words accuracy 0.904, macro-F1 0.601 and
+Matthews 0.804, after 80 steps of 8 rows (31 epochs), 6 minutes on two CPU cores that others used too. The tag that a word mostly
+has: F1 0.279 (accuracy 0.756); O everywhere: 0 (0.708). Validation F1 0.712 after 40 steps, 0.833 at the end, of 29 names. One
+seed; three test lines also stand in train.
 """
 
 from finetune_reviews import get_config as reviews

@@ -7,8 +7,11 @@
     python tools/baselines.py --config experiments/finetune_news.py --split test
 
 897 posts to train on, 103 for validation, 1,000 of the makers' own test, which is of later days. Two in three are longer than 128
-tokens and keep their start; the baseline reads them whole. All 11,293 posts: leave out --num.
-Expected: not measured yet.
+tokens and keep their start; the baseline reads them whole. On one GPU, all 11,293
+posts (not run): leave out --num, and add --config.data.sequence_length=512 --config.data.global_batch_size=32.
+Expected: test accuracy 0.664 (macro-F1 0.623, Matthews 0.649) after two epochs, 203 steps of 8 rows, 5 minutes on two CPU cores
+that others used too. TF-IDF with logistic regression has 0.678 (0.670, 0.662): not beaten at this size and length, where the
+standard error is 0.015; the majority class 0.047. Validation accuracy 0.641 after one epoch, 0.699 after two. One seed.
 """
 
 from finetune_reviews import get_config as reviews

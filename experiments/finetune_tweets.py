@@ -6,8 +6,10 @@
     python -m lm_jax.evaluate --model runs/finetune_tweets --split test
     python tools/baselines.py --config experiments/finetune_tweets.py --split test
 
-The value is log10(1 + likes) - 4, real counts; retweets and other languages than English are left out. 3,000 by content hash.
-Expected: not measured yet.
+The value is log10(1 + likes) - 4, real counts; retweets and other languages than English are left out. 3,000 by
+content hash: 2,403 to train on, 305 for validation, 292 for the test.
+Expected: test RMSE 0.294, Pearson 0.669 after 100 steps of 8 rows (1.2 epochs), 6 minutes on two CPU cores that others used too.
+TF-IDF with ridge regression: RMSE 0.309, Pearson 0.625; the mean: 0.395, 0. Validation RMSE 0.267, Pearson 0.702. One seed.
 """
 
 from finetune_reviews import get_config as reviews
@@ -16,5 +18,5 @@ from finetune_reviews import get_config as reviews
 def get_config():
     config = reviews()
     config.model.labels, config.data.sources, config.train.task = (), "tweets", "regression"
-    config.optimizer.learning_rate, config.evaluate.every = 2e-4, 100
+    config.optimizer.learning_rate, config.train.num_steps = 2e-4, 100
     return config

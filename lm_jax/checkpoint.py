@@ -9,6 +9,7 @@ resume; (2) `train.init_from`: parameters only; (3) fresh.
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
@@ -29,9 +31,11 @@ from lm_jax.data.shards import check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import Tokenizer, load, named
 from lm_jax.distributed import leads
+from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
 from lm_jax.places import set_aside, write_whole
 from lm_jax.train_state import Program, TrainState, abstract, make_program
+from lm_jax.trained import joined
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -343,6 +347,7 @@ class Located(NamedTuple):
     config: Config
     tokenizer: Tokenizer
     described: Any = None  # of a Hugging Face folder, what its config.json says
+    base: "Located | None" = None  # what has the other parameters, where these are only the ones that were trained
 
     @property
     def num_pieces(self) -> int:
@@ -376,8 +381,32 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
             )
     else:
         raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
-    config = resolve(unflatten(read_config(workdir)["config"]))
-    return Located(workdir, step, config, load(str(workdir)))
+    content = read_config(workdir)
+    config = resolve(unflatten(content["config"]))
+    base = locate_base(workdir, content["base"], say) if "base" in content else None
+    return Located(workdir, step, config, load(str(workdir)), None, base)
+
+
+def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], None]) -> Located:
+    """The model over which a folder's parameters were trained, as its config.json names it. Raises UserError."""
+    where = f"put it back, or write its new place into {workdir / 'config.json'} (base, place)"
+    try:
+        found = locate(said["place"], say)
+    except UserError as error:
+        raise UserError(f"{workdir} needs its base: {str(error).removeprefix('--model ')}\n{where}") from None
+    if fingerprint(found) != said["hash"]:
+        raise UserError(f"{workdir} was trained over another model than {said['place']} is now\n{where}")
+    return found
+
+
+def fingerprint(located: Located) -> str:
+    """sha256 over what is known of the files that hold a model's arrays, wherever they lie."""
+    if located.described:
+        files = {path.name: file_hash(path) for path in located.workdir.glob("*.safetensors")}
+    else:
+        files = read_json(steps_folder(located.workdir) / str(located.step) / MANIFEST)["files"]
+    below = fingerprint(located.base) if located.base else ""
+    return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -404,29 +433,52 @@ def locate_hugging_face(folder: epath.Path) -> Located:
 
 
 def graph_of(located: Located) -> Graph:
-    """The model of a run. The attention backend was right where it was trained; here the best of this platform is."""
-    model = dataclasses.replace(located.config.model, attention="auto")
+    """The model of a run, its adapters merged. The attention backend was right where it was trained; here the best of this
+    platform is."""
+    model = dataclasses.replace(located.config.model, attention="auto", lora_rank=0)
     return build(model, located.num_pieces, located.config.data.sequence_length)
 
 
 def load_parameters(located: Located) -> tuple[Graph, dict]:
-    """The model of a run and its parameters on the mesh that is set: their average where the run keeps one."""
+    """The model of a run and its parameters on the mesh that is set, adapters merged: their average where the run keeps one."""
+    program, parameters = load_as_trained(located)
+    model = located.config.model
+    if not model.lora_rank:
+        return program.graph, parameters
+    plain = build(dataclasses.replace(model, lora_rank=0), located.num_pieces, located.config.data.sequence_length)
+    merge = jax.jit(lambda parameters: merged(parameters, program.graph.declarations, model))
+    return plain, merge(parameters)
+
+
+def load_as_trained(located: Located) -> tuple[Program, dict]:
+    """What trains a MODEL, and the parameters that are the model, adapters apart."""
     program = make_program(located.config, located.num_pieces)
     target = abstract(program)
     if located.described:
         from lm_jax.convert import hugging_face
 
         found = hugging_face.read_parameters(str(located.workdir), located.described)
-        return program.graph, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), found, target.parameters)
+        return program, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), found, target.parameters)
+    trained, frozen = program.split(target.parameters)
     # Only the average of the optimizer's state is read: {"3.average.embedding.table": ..., ...}.
-    named = {name: x for name, x in _named(target.optimizer_state).items() if ".average." in name}
-    args = ocp.args.Composite(parameters=ocp.args.StandardRestore(target.parameters))
+    named = {name: x for name, x in _named(target.optimizer_state).items() if ".average." in name and not located.base}
+    args: dict[str, Any] = {}
+    if frozen or not named:
+        args["parameters"] = ocp.args.StandardRestore(trained if located.base else target.parameters)
     if named:
         restore_args = ocp.checkpoint_utils.construct_restore_args(named)
-        args = ocp.args.Composite(optimizer=ocp.args.PyTreeRestore(named, restore_args, partial_restore=True))
+        args["optimizer"] = ocp.args.PyTreeRestore(named, restore_args, partial_restore=True)
     with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as orbax:
-        found = orbax.restore(steps_folder(located.workdir) / str(located.step), args=args)
-    if not named:
-        return program.graph, found.parameters
-    average = [found.optimizer[name] for name in named]
-    return program.graph, jax.tree.unflatten(jax.tree.structure(target.parameters), average)
+        found = orbax.restore(steps_folder(located.workdir) / str(located.step), args=ocp.args.Composite(**args))
+    parameters = found.parameters if "parameters" in args else {}
+    if named:
+        average = [found.optimizer[name] for name in named]
+        parameters = joined(parameters, jax.tree.unflatten(jax.tree.structure(trained), average))
+    return program, joined(under(located.base, frozen), parameters) if located.base else parameters
+
+
+def under(base: Located, frozen: dict) -> dict:
+    """The parameters of the base that are wanted, like `frozen`: its first places, and not its heads."""
+    found = flatten_mapping(load_parameters(base)[1])
+    wanted = flatten_mapping(frozen)
+    return unflatten_mapping({path: jax.device_put(found[path][: len(x)], x.sharding) for path, x in wanted.items()})

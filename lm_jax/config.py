@@ -36,6 +36,7 @@ TASKS = {
 }
 WRITING = ("text_to_text", "instruction")  # the tasks whose answers are texts
 NUM_SENTINELS = 100  # marks of hidden spans, as T5 has
+WITH_LORA = "/lora_|^(labels|pooler)/"  # what is trained beside a frozen base; a pooler belongs to the head
 LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 
 
@@ -97,6 +98,11 @@ class Model:
         (0,), "tokens each layer sees, repeated over the layers; 0 = all; GPT-3: (0, 256)", low=0
     )
     labels: tuple[str, ...] = knob((), "what a task tells apart, in the order of their ids")
+    lora_rank: int = knob(0, "of adapters beside dense layers, which are then what is trained (LoRA); 0 = none", low=0)
+    lora_alpha: float = knob(16.0, "adapters count lora_alpha / lora_rank times", low=0.0)
+    lora_pattern: str = knob(
+        "attention/(query|value)", "a regular expression, found in the paths of the dense layers that get an adapter"
+    )
     head: str = knob(
         "", 'what predicts: "" = the vocabulary, else what train.task asks for, which sets it', choices=HEADS
     )
@@ -185,6 +191,18 @@ class Optimizer:
     weight_decay: float = knob(0.1, "decoupled; only on parameters that are inside a product", low=0.0, fixed=False)
     clip_norm: float = knob(1.0, "largest global gradient norm; 0 = no clipping", low=0.0, fixed=False)
     ema: float = knob(0.0, "decay of an average of the parameters, which is then the model; 0 = off", low=0.0, high=1.0)
+    trainable: str = knob(
+        "",
+        'a regular expression, found in the paths of the parameters that are trained, such as "^labels/|attention/query"; the '
+        'others keep every bit; "" = all, or with model.lora_rank the adapters and the heads of a task',
+    )
+    layer_decay: float = knob(
+        1.0,
+        "rate of a layer as a share of that of the layer above; heads have the whole rate, embeddings the least; 1 = off",
+        low=0.0,
+        high=1.0,
+        fixed=False,
+    )
     loss_scale: int = knob(
         0,
         "first factor of the loss, a power of two; halves on overflow, doubles after 2,000 good steps; 0 = off",
@@ -433,6 +451,8 @@ def resolve(config) -> Config:
     model["head_dim"] = model["head_dim"] or model["model_dim"] // model["num_heads"]
     model["mlp_dim"] = model["mlp_dim"] or 4 * model["model_dim"]
     model["head"] = TASKS[nested["train"]["task"]][0] if nested["train"]["task"] else model["head"]
+    if model["lora_rank"]:
+        nested["optimizer"]["trainable"] = nested["optimizer"]["trainable"] or WITH_LORA
     resolved = Config(**{name: kind(**nested[name]) for name, kind in SECTIONS.items()})
     _check_together(resolved)
     return resolved

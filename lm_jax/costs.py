@@ -14,6 +14,7 @@ from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
 from lm_jax.ramp import Ramp
+from lm_jax.trained import depth, trained_paths
 
 # Dense peak of one chip in the compute dtype, FLOP/s, and its memory in bytes: the makers' data sheets.
 PEAK = {
@@ -43,34 +44,45 @@ class Costs:
     experts that it did not choose."""
 
     parameters: int
+    trained: int  # of these parameters
     matrix_parameters: int
     vocab_size: int  # padded
     flops_per_token: float  # forward and backward, strict: causal half of attention, no recomputation
+    backward: bool  # through the layers, for what is trained in them or below
 
 
 def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> Costs:
     """6 FLOPs a matrix parameter and token, and attention's 12 * head width a pair of tokens that see each other.
 
     The strict count of docs/benchmarks.md: no embedding lookup, softmax, norm, optimizer or recomputed FLOPs. Documents
-    packed in a row make less; the count takes rows as whole. A recurrent model sees no pairs.
+    packed in a row make less; the count takes rows as whole. A recurrent model sees no pairs. Of the 6 FLOPs two are the
+    gradient of the parameter itself, where it is trained, and two the way back to what is below it, where something is.
     """
     model, length = config.model, config.data.sequence_length
-    total = sum(math.prod(declared.shape) for declared in declarations.values())
+    trained = trained_paths(config, declarations)
+    total, num_trained = (
+        sum(math.prod(declarations[path].shape) for path in paths) for paths in (declarations.keys(), trained)
+    )
     is_lookup = lambda path, axes: (
         axes[0] in ("positions", "segments", "buckets")
         or (path[0] == "embedding" and (not model.tie_embedding or bool(model.head)))
     )
-    matrix = sum(
-        round(math.prod(d.shape) * share_at_work(model, d))
+    at_work = {
+        path: round(math.prod(d.shape) * share_at_work(model, d))
         for path, d in declarations.items()
         if d.inputs and d.outputs and not is_lookup(path, d.axes)
-    )
+    }
+    matrix, of_trained = sum(at_work.values()), sum(num for path, num in at_work.items() if path in trained)
+    backward = any(depth(path, declarations[path], model).max() > 0 for path in trained)
     both = 1 if model.kind == "encoder" else 2  # sides
     per_window = {w: w * length - w * (w - 1) / 2 if 0 < w < length else length**2 / both for w in set(model.window)}
     pairs = sum(per_window[w] for w in model.window) * model.num_layers / len(model.window)
     pairs *= 5 if model.kind == "encoder_decoder" else 1  # source to source and target to source have no half
     attention = 0 if model.kind in CELLS else 12 * model.num_heads * model.head_dim * pairs / length
-    return Costs(total, matrix, declarations["embedding", "table"].shape[0], 6 * matrix + attention)
+    is_head = lambda path: path[0] in ("embedding", "unembedding") or not depth(path, declarations[path], model).any()
+    way_back = matrix if backward else sum(num for path, num in at_work.items() if is_head(path))
+    flops = 2 * (matrix + way_back + of_trained) + attention * (1 if backward else 1 / 3)
+    return Costs(total, num_trained, matrix, declarations["embedding", "table"].shape[0], flops, backward)
 
 
 def bytes_by_class(
@@ -81,7 +93,8 @@ def bytes_by_class(
     Layer by layer, a token keeps by `model.remat`: its input; by names also attention's result and branch, and the heads'
     queries, keys and values; by dots also the MLP's products; by none also what norms, activations and residuals read
     (as compiled, docs/notebook.md).
-    Attention's square is kept by the `xla` backend alone, else there is one chunk of it at a time.
+    Attention's square is kept by the `xla` backend alone, else there is one chunk of it at a time. What is not trained has no
+    gradient and no moments; where only heads are, layers keep nothing.
     """
     model, length = config.model, config.data.sequence_length
     act = jnp.dtype(config.model.compute_dtype).itemsize
@@ -96,15 +109,16 @@ def bytes_by_class(
         "names": (1 + 1 / tensor) * model.model_dim + heads,
         "full": model.model_dim / tensor,
     }
+    kept_layers = model.num_layers if costs.backward else 1  # else nothing waits for a way back
     chunked = model.attention not in ("auto", "xla") or (model.attention == "auto" and length >= 512)
     square = tokens * length * model.num_heads / tensor * (act + 4)
-    squares = 2 * square * 256 / length if chunked else square * (model.num_layers if model.remat == "none" else 1)
+    squares = 2 * square * 256 / length if chunked else square * (kept_layers if model.remat == "none" else 1)
     again = kept["none"] if model.remat != "none" else 0  # one layer computed again
     if model.kind in CELLS:  # for every token its gates twice, their activations, its states before and after
         cell = CELLS[model.kind]
         floats = (3 * cell.num_gates + 2 * cell.num_states + 1) * model.model_dim
         kept, again, squares = dict.fromkeys(kept, floats * 4 / act) | {"full": float(model.model_dim)}, 0, 0
-    num_layers = model.num_layers * (
+    num_layers = kept_layers * (
         2.5 if model.kind == "encoder_decoder" else 1
     )  # attention to the source is half a layer
     squares *= 3 if model.kind == "encoder_decoder" else 1
@@ -113,8 +127,8 @@ def bytes_by_class(
     logits = 4 * (3 * min(tokens, CHUNK) * width + width * model.model_dim) if in_chunks else 4 * 3 * tokens * width
     return {
         "parameters": 4 * costs.parameters / shards,
-        "optimizer": 4 * moments * costs.parameters / shards,
-        "gradients": 4 * costs.parameters / shards * (2 if accumulates else 1),
+        "optimizer": 4 * moments * costs.trained / shards,
+        "gradients": 4 * costs.trained / shards * (2 if accumulates else 1),
         "activations": tokens * act * (num_layers * kept[model.remat] + again) + squares,
         "logits": logits,
     }

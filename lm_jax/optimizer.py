@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax.config import LARGEST_LOSS_SCALE, Optimizer
 from lm_jax.model.layers import Declaration
 from lm_jax.sharding import automatic, stored_reshape
+from lm_jax.trained import joined
 
 STABLE_SHARE = 0.8  # of the whole length, before warmup_stable_decay decays (arXiv:2405.18392: the last fifth)
 GROW_AFTER = 2000  # finite gradients before the loss scale doubles
@@ -194,16 +196,30 @@ def dynamic_loss_scale(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make_optimizer(config: Optimizer, declared) -> optax.GradientTransformationExtraArgs:
+def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.GradientTransformation:
+    """`rule` whose changes are multiplied by {path: factor}, and whose state is the same."""
+
+    def update(gradients, state, parameters=None):
+        changes, state = rule.update(gradients, state, parameters)
+        flat = flatten_mapping(changes)
+        return unflatten_mapping({path: factors[path] * change for path, change in flat.items()}), state
+
+    return optax.GradientTransformation(rule.init, update)
+
+
+def make_optimizer(config: Optimizer, declared, factors: dict | None = None) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; on mean gradients.
 
-    `declared` is a tree of declarations like the parameters. All of it inside `dynamic_loss_scale`.
+    `declared` is a tree of declarations like what is trained, `factors` {path: share of the rate} for `layer_decay`. All of it
+    inside `dynamic_loss_scale`.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(is_matrix, declared))
     parts = [clip, update_rule(config, declared)] + [decay] * (config.name != "adam")
     average = [average_of_parameters(config.ema)] if config.ema else []
-    whole = optax.chain(*parts, optax.scale_by_learning_rate(schedule(config)), *average)
+    rate = optax.scale_by_learning_rate(schedule(config))
+    rate = at_rates(rate, factors) if factors and config.layer_decay < 1 else rate
+    whole = optax.chain(*parts, rate, *average)
     return (
         dynamic_loss_scale(whole, config.loss_scale, LARGEST_LOSS_SCALE)
         if config.loss_scale
@@ -212,5 +228,6 @@ def make_optimizer(config: Optimizer, declared) -> optax.GradientTransformationE
 
 
 def averaged(parameters: dict, optimizer_state: optax.OptState) -> dict:
-    """The parameters that are the model: their average where the optimizer keeps one."""
-    return optax.tree.get(optimizer_state, "average", default=parameters)
+    """The parameters that are the model: the average of what is trained where the optimizer keeps one."""
+    average = optax.tree.get(optimizer_state, "average")
+    return parameters if average is None else joined(parameters, average)

@@ -27,6 +27,7 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
     "kv_heads": ("tensor", "tensor"),
     "head_dim": (None, None),
     "mlp": ("tensor", "tensor"),
+    "rank": (None, None),  # of an adapter, which is small
     "experts": (None, None),
     "choices": (None, None),  # what a router may choose
     "vocab": ("tensor", "tensor"),

@@ -72,9 +72,11 @@ def header(config: Config, name: str, counted: costs.Costs, mixed: Mixture, ramp
     """What will be trained, on what, how long it takes here and elsewhere, and whether it fits. `here`: (device, FLOP/s)."""
     device, flops_here = here
     tokens, flops = costs.total_flops(config, counted, ramp)
-    parameters = costs.short(counted.parameters)
+    parameters = f"{costs.short(counted.parameters)} parameters"
+    if counted.trained < counted.parameters:
+        parameters += f", {costs.short(counted.trained)} of them trained"
     lines = [
-        f"{name} · {parameters} parameters · {costs.short(tokens)} tokens = {flops:.1e} FLOP".replace("e+", "e"),
+        f"{name} · {parameters} · {costs.short(tokens)} tokens = {flops:.1e} FLOP".replace("e+", "e"),
         *data_lines(config, mixed, tokens),
     ]
     num_devices = math.prod(sizes.values())

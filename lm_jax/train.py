@@ -165,10 +165,11 @@ def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) 
         )
     mine, theirs = program.graph.declarations, checkpoint.graph_of(found).declarations
     differing = [path for path in mine.keys() & theirs.keys() if not fits(path, mine[path].shape, theirs[path].shape)]
+    new = {path for path in mine if path[-1] in ("lora_a", "lora_b")}
     if program.config.train.task:  # other heads
-        differing += [path for path in mine.keys() - theirs.keys() if path[0] not in ("labels", "pooler")]
+        differing += [path for path in mine.keys() - theirs.keys() - new if path[0] not in ("labels", "pooler")]
     else:
-        differing += list(mine.keys() ^ theirs.keys())
+        differing += list((mine.keys() - new) ^ theirs.keys())
     if differing:
         names = ", ".join(sorted("/".join(path) for path in differing)[:3])
         raise UserError(f"config.train.init_from = {place!r}: {len(differing)} parameters differ: {names}")
@@ -200,7 +201,8 @@ def starting_point(
         _, parameters = checkpoint.load_parameters(source)
         say(f"parameters from {source.workdir} step {source.step:,}")
         parameters = with_the_rest(program, parameters, say)
-    return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(program.optimizer.init)(parameters)), data
+    optimizer_state = jax.jit(program.optimizer.init)(program.split(parameters)[0])
+    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer_state), data
 
 
 def with_the_rest(program: Program, given: dict, say: terminal.Terminal) -> dict:

@@ -10,6 +10,7 @@ from lm_jax.config import Config
 from lm_jax.model import graph as graphs
 from lm_jax.optimizer import Guarded, make_optimizer
 from lm_jax.sharding import laid_out
+from lm_jax.trained import rates, split, trained_paths
 
 
 class TrainState(NamedTuple):
@@ -24,6 +25,11 @@ class Program(NamedTuple):
     config: Config
     graph: graphs.Graph
     optimizer: optax.GradientTransformationExtraArgs
+    trained: frozenset[tuple[str, ...]]  # paths of the parameters that it updates
+
+    def split(self, parameters: dict) -> tuple[dict, dict]:
+        """(what is trained, what keeps every bit)."""
+        return split(parameters, self.trained)
 
     @property
     def root(self) -> jax.Array:
@@ -32,13 +38,16 @@ class Program(NamedTuple):
 
 def make_program(config: Config, num_pieces: int) -> Program:
     graph = graphs.build(config.model, num_pieces, config.data.sequence_length)
-    return Program(config, graph, make_optimizer(config.optimizer, graph.tree(lambda declared: declared)))
+    trained = trained_paths(config, graph.declarations)
+    declared, _ = split(graph.tree(lambda declared: declared), trained)
+    factors = rates(config, {path: graph.declarations[path] for path in trained})
+    return Program(config, graph, make_optimizer(config.optimizer, declared, factors), trained)
 
 
 def fresh(program: Program) -> TrainState:
     """The state before the first step. Under `jax.set_mesh` and jit every device makes its own shards."""
     parameters = program.graph.init(program.root, sharded=not jax.sharding.get_abstract_mesh().empty)
-    return TrainState(jnp.zeros((), jnp.int32), parameters, program.optimizer.init(parameters))
+    return TrainState(jnp.zeros((), jnp.int32), parameters, program.optimizer.init(program.split(parameters)[0]))
 
 
 def abstract(program: Program) -> TrainState:

@@ -19,18 +19,19 @@ from lm_jax.model.layers import Dropout
 from lm_jax.optimizer import schedule
 from lm_jax.sharding import laid_out
 from lm_jax.train_state import Program, TrainState, abstract
+from lm_jax.trained import joined
 
 
 class Sums(NamedTuple):
-    """Over the microbatches of a step so far: the loss in nats times the loss scale, its gradients, target tokens."""
+    """Over the microbatches of a step so far: the loss in nats times the loss scale, its gradients by what is trained, tokens."""
 
     gradients: dict
     loss: jax.Array
     tokens: jax.Array  # float32: exact up to 16.7M tokens a step
 
 
-def zeros(parameters: dict) -> Sums:
-    return Sums(jax.tree.map(jnp.zeros_like, parameters), jnp.zeros(()), jnp.zeros(()))
+def zeros(program: Program, parameters: dict) -> Sums:
+    return Sums(jax.tree.map(jnp.zeros_like, program.split(parameters)[0]), jnp.zeros(()), jnp.zeros(()))
 
 
 def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
@@ -39,8 +40,9 @@ def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: di
     scaled = batch | {"loss_mask": batch["loss_mask"] * state.optimizer_state.scale}
     weights = program.config.train
     routing = weights.balance_loss, weights.router_z_loss
-    of = lambda parameters: objective(program.graph, parameters, scaled, drop, weights.z_loss, routing)
-    (_, loss), gradients = jax.value_and_grad(of, has_aux=True)(state.parameters)
+    trained, frozen = program.split(state.parameters)
+    of = lambda part: objective(program.graph, joined(frozen, part), scaled, drop, weights.z_loss, routing)
+    (_, loss), gradients = jax.value_and_grad(of, has_aux=True)(trained)
     new = Sums(gradients, loss, batch["loss_mask"].sum())
     return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
@@ -52,7 +54,9 @@ def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState,
     """
     num_tokens, before = jnp.maximum(sums.tokens, 1), state.optimizer_state
     gradients = jax.tree.map(lambda g: g / num_tokens, sums.gradients)
-    changes, optimizer_state = program.optimizer.update(gradients, state.optimizer_state, state.parameters)
+    trained, frozen = program.split(state.parameters)
+    changes, optimizer_state = program.optimizer.update(gradients, state.optimizer_state, trained)
+    parameters = joined(frozen, optax.apply_updates(trained, changes))
     rate = schedule(program.config.optimizer)(state.step - before.skipped)
     metrics = {
         "train/loss": sums.loss / before.scale / num_tokens,
@@ -63,7 +67,7 @@ def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState,
     }
     if program.config.optimizer.loss_scale:
         metrics["train/loss_scale"] = before.scale
-    return TrainState(state.step + 1, optax.apply_updates(state.parameters, changes), optimizer_state), metrics
+    return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
 
 def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -107,7 +111,8 @@ def compile_step(program: Program, mesh: jax.sharding.Mesh, one_microbatch: bool
     if one_microbatch:
         whole = compiled(functools.partial(train_step, program), state, batch, donate=0)
         return CompiledStep(whole, None, None, None)
-    sums = laid_out(jax.eval_shape(zeros, state.parameters))
+    start = functools.partial(zeros, program)
+    sums = laid_out(jax.eval_shape(start, state.parameters))
     add = compiled(functools.partial(accumulate, program), state, sums, batch, donate=1)
     finish = compiled(functools.partial(update, program), state, sums, donate=0)
-    return CompiledStep(None, compiled(zeros, state.parameters, donate=()), add, finish)
+    return CompiledStep(None, compiled(start, state.parameters, donate=()), add, finish)

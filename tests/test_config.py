@@ -16,14 +16,14 @@ model.kind model.num_layers model.model_dim model.num_heads model.num_kv_heads m
 model.positions
 model.rotary_base model.rotary_local_base model.rotary_scaling model.norm model.norm_place model.norm_epsilon
 model.activation model.gated model.bias model.qkv_bias model.qk_norm model.scale_embedding model.num_experts
-model.experts_per_token model.tie_embedding model.window model.labels model.head model.dropout model.init_scale
-model.attention model.remat
+model.experts_per_token model.tie_embedding model.window model.labels model.lora_rank
+model.lora_alpha model.lora_pattern model.head model.dropout model.init_scale model.attention model.remat
 model.unroll model.compute_dtype
 data.sources data.tokenizer data.sequence_length data.global_batch_size data.batch_ramp data.packing data.objective
 data.seed data.columns data.prompt data.num_workers data.validation_fraction data.test_fraction
 optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup optimizer.decay_over optimizer.decay_to
 optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm optimizer.ema
-optimizer.loss_scale
+optimizer.trainable optimizer.layer_decay optimizer.loss_scale
 train.task train.num_steps train.microbatch_rows train.z_loss train.balance_loss train.router_z_loss train.dpo_beta train.seed
 train.init_from
 mesh.data mesh.fsdp mesh.tensor

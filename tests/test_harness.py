@@ -197,7 +197,9 @@ def test_lm_eval_s_own_backend_gives_the_same_numbers(harness, smollm2, records,
     print("largest difference in nats", apart, "of requests", numbers)
     print(harness.table(found[0]), harness.table(found[1]), sep="\n")
     assert numbers["choices"] == 32 * 4 and apart["choices"] < 1e-3
-    shortest = min(len(ours.tok_encode(json.loads(line)["text"])) for line in open(records / "texts.jsonl"))
+    shortest = min(
+        len(ours.tok_encode(json.loads(line)["text"])) for line in (records / "texts.jsonl").read_text().splitlines()
+    )
     assert shortest > 50 and apart["texts"] < 1e-4 * shortest
     for task in tasks:
         a, b = ({k: v for k, v in result["results"][task].items() if isinstance(v, float)} for result in found)

@@ -99,6 +99,13 @@ MISTAKES = [
     ("main", [SMOKE, "--config.data.packing=bestfit"], "did you mean best_fit?"),
     ("main", [SMOKE, "--config.data.packing=best_fit_whole"], "documents are longer than a row of 64 tokens"),
     ("main", [SMOKE, "--config.data.objective=masked"], "masked needs an encoder"),
+    ("main", [SMOKE, "--config.optimizer.trainable=atention"], "found in none of the .* near are attention"),
+    ("main", [SMOKE, "--config.optimizer.trainable=(mlp"], "is no regular expression"),
+    (
+        "main",
+        [SMOKE, "--config.model.lora_rank=4", "--config.model.lora_pattern=querry"],
+        "config.model.lora_pattern = 'querry' is found in none of the 6 .* near are .*query",
+    ),
 ]
 COMMANDS = {"main": main.main, "evaluate": evaluate.main, "generate": generate.main, "verify": verify.main}
 

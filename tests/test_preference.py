@@ -1,5 +1,6 @@
 """Preference tuning: rows of pairs, the loss and its gradient, the reference kept beside the run, what users get wrong."""
 
+import json
 import math
 import os
 import signal
@@ -199,7 +200,7 @@ def test_it_starts_at_ln_2_and_a_step_goes_the_right_way_on_any_mesh(model):
 
 
 def arguments(place: str, workdir) -> list[str]:
-    given = PREFERENCE | {"data__sources": place, "train__num_steps": 12, "checkpoint__every": 4, "evaluate__every": 6}
+    given = PREFERENCE | {"data__sources": place, "train__num_steps": 12, "checkpoint__every": 4, "evaluate__every": 0}
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in given.items()]
     return ["--config", "experiments/quickstart.py:smoke", *flags, "--config.optimizer.learning_rate=3e-3",
             "--workdir", str(workdir)]  # fmt: skip
@@ -209,20 +210,22 @@ def lines_of(workdir) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in metrics.read(workdir)]
 
 
-def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path):
+def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, capsys):
     assert main.main(arguments(place, tmp_path / "whole")) == 0
     lines = lines_of(tmp_path / "whole")
-    np.testing.assert_allclose(lines[1]["train/loss"], np.log(2), rtol=3e-6)
+    first = next(line for line in lines if "train/loss" in line)
+    assert first["step"] == 1
+    np.testing.assert_allclose(first["train/loss"], np.log(2), rtol=3e-6)
     last = [line for line in lines if "final/accuracy" in line][-1]
     assert last["final/accuracy"] == 1 and last["final/margin"] > 0.5
     killing = (
         "import os, signal; from lm_jax import checkpoint, command, main; done = checkpoint.Saver.poll\n"
         "def poll(saver):\n    done(saver)\n"
-        "    if len(checkpoint.complete_steps(saver.folder)) >= 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if checkpoint.complete_steps(saver.folder): os.kill(os.getpid(), signal.SIGKILL)\n"
         "checkpoint.Saver.poll = poll; command.door(main.main)"
     )
     line = arguments(place, tmp_path / "killed")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the same eight devices
     killed = subprocess.run([sys.executable, "-c", killing, *line], env=environment, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     kept = (tmp_path / "killed" / reference.FILE).read_bytes()
@@ -236,4 +239,8 @@ def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path):
         found = [checkpoint.load_parameters(checkpoint.locate(str(tmp_path / name)))[1] for name in ("whole", "killed")]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    capsys.readouterr()
     assert evaluate.main(["--model", str(tmp_path / "whole")]) == 0
+    found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    assert found["eval/accuracy"] == last["final/accuracy"]
+    np.testing.assert_allclose(found["eval/margin"], last["final/margin"], rtol=1e-4)

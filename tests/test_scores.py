@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
-from lm_jax import evaluate
 from lm_jax.config import UserError
 from lm_jax.tasks import results, scores
+from lm_jax.tasks.classification import label_scores
 
 LABELS = ("a b a c b a a c b b".split(), "a b b c a a c d b a".split())
 NUMBERS = ([1.0, 2.0, 2.0, 4.0, 5.5, 5.5, 7.0, 8.0], [1.5, 1.0, 2.5, 5.0, 4.0, 6.0, 6.0, 9.0])
@@ -142,7 +142,7 @@ def test_labels_give_what_the_confusion_matrix_gives():
     confusion = np.zeros((4, 4))
     for pair in zip(truths, predictions, strict=True):
         confusion[tuple("abcd".index(label) for label in pair)] += 1
-    assert values(scores.labels(truths, predictions), 60) == pytest.approx(evaluate.label_scores(confusion), abs=1e-12)
+    assert values(scores.labels(truths, predictions), 60) == pytest.approx(label_scores(confusion), abs=1e-12)
 
 
 def test_what_never_changes_is_correlated_with_nothing():

@@ -169,7 +169,7 @@ def arguments(place: str, workdir, *more: str) -> list[str]:
     return ["--config", "experiments/quickstart.py:smoke", *flags, "--workdir", str(workdir), *more]
 
 
-@pytest.mark.parametrize("kind", ["transformer", "encoder_decoder"])
+@pytest.mark.parametrize("kind", ["transformer", pytest.param("encoder_decoder", marks=pytest.mark.proof)])
 def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsys):
     """A text of one of two letters is answered by the other letter; what is written does not depend on the batch."""
     pairs = [("ab"[i % 2], "xy"[i % 2]) for i in range(256)]

@@ -1,4 +1,4 @@
-"""Speeds, each in a script of its own: `python tools/benchmark.py train|gpu [...]`; results belong into docs/benchmarks.md."""
+"""Speeds, each in a script of its own: `python tools/benchmark.py NAME [...]`; results belong into docs/benchmarks.md."""
 
 import os
 import runpy

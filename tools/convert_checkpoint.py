@@ -2,6 +2,7 @@
 
     python tools/convert_checkpoint.py runs/x out/x                 # where transformers is installed, logits are compared
     python tools/convert_checkpoint.py out/x runs/from_x            # then --config.train.init_from=runs/from_x
+    python tools/convert_checkpoint.py runs/x out/part --over runs/base   # what was trained alone: a MODEL that needs runs/base
     python tools/convert_checkpoint.py model.gguf out/model         # pip install -e '.[gguf]'
     python tools/convert_checkpoint.py runs/x out/x.gguf            # written, but no other reader has been seen to take it
 
@@ -97,15 +98,20 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("output", help="the folder to make, or a .gguf file")
     parser.add_argument("--unproven", action="store_true", help="write without comparing logits in transformers")
+    parser.add_argument("--over", default="", help="write only what was trained, over this MODEL, which has the rest")
     flags, say = parser.parse_args(arguments), Terminal()
     with jax.set_mesh(make_mesh(Mesh(data=1), distributed.devices()[:1])):
-        if flags.model.endswith(".gguf"):
+        if flags.model.endswith(".gguf") and not flags.over:
             contents = gguf.read(flags.model)
             described = hugging_face.describe(contents.config, flags.model, "bytes")
             parameters = hugging_face.parameters(described, contents.tensors, flags.model)
             graph, carried = hugging_face.graph_of(described), contents.files
         else:
             found = checkpoint.locate(flags.model, say)
+            if flags.over:
+                run.write_part(epath.Path(flags.output), found, checkpoint.locate(flags.over, say))
+                say(f"wrote {flags.output}, which needs {flags.over}")
+                return 0
             graph, parameters = checkpoint.load_parameters(found)
             carried = hugging_face.carried_files(str(found.workdir))
             if flags.output.endswith(".gguf"):

@@ -34,6 +34,7 @@ TWICE = ("cls.predictions.decoder.bias", "encoder.embed_tokens.weight", "decoder
 HEADS = ("lm_head.", "cls.")  # their names have no prefix
 # What a model is, beside how it is trained and computed: this a config.json must say.
 TRAINING = {"dropout", "init_scale", "attention", "remat", "unroll", "compute_dtype"}
+TRAINING |= {"lora_rank", "lora_alpha", "lora_pattern"}  # what is written has its adapters merged
 
 
 class Description(NamedTuple):

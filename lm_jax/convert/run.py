@@ -1,21 +1,35 @@
-"""Parameters from elsewhere as a run at step 0: what `--model` and `train.init_from` take, sharded and verified."""
+"""Parameters from elsewhere as a run at step 0: what `--model` and `train.init_from` take, sharded and verified.
 
+The same of what was trained alone, with the name and the hash of the model that has the rest.
+"""
+
+import os
 from typing import Any
 
-import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax import checkpoint
 from lm_jax.config import UserError
+from lm_jax.convert import hugging_face
 from lm_jax.data.objectives import specials
+from lm_jax.data.shards import is_url
 from lm_jax.model.graph import build
 
 
-def write(workdir: epath.Path, found: checkpoint.Located, parameters: dict, carried: dict[str, bytes]) -> None:
+def write(
+    workdir: epath.Path,
+    found: checkpoint.Located,
+    parameters: dict,
+    carried: dict[str, bytes],
+    base: checkpoint.Located | None = None,
+) -> None:
     """The config, the tokenizer and what goes along with it, and the parameters; the manifest last. Raises UserError.
 
-    Pieces that the tokenizer does not have (tables are often rounded up) are left out.
+    Pieces that the tokenizer does not have (tables are often rounded up) are left out. With `base` the parameters are those
+    that it does not have.
     """
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"{workdir} is there and not empty; name another folder")
@@ -24,14 +38,48 @@ def write(workdir: epath.Path, found: checkpoint.Located, parameters: dict, carr
     for name, content in (carried | {tokenizer.file_name: tokenizer.model}).items():
         (workdir / name).write_bytes(content)
     facts: dict[str, Any] = {"pipeline": 0, "tokenizer": tokenizer.fingerprint, "data": "", "shards": {}}
-    checkpoint.write_config(workdir, found.config, {}, facts)
+    said = {"base": {"place": place_of(base), "hash": checkpoint.fingerprint(base)}} if base else {}
+    checkpoint.write_config(workdir, found.config, {}, facts | said)
     graph = build(
         found.config.model,
         specials(tokenizer, found.config.data.objective).num_pieces,
         found.config.data.sequence_length,
     )
-    kept = jax.tree.map(lambda x, declared: x[: declared.shape[0]], parameters, graph.tree(lambda declared: declared))
+    flat = flatten_mapping(parameters).items()
+    kept = unflatten_mapping({path: x[: graph.declarations[path].shape[0]] for path, x in flat})
     folder = checkpoint.steps_folder(workdir) / "0"
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
         orbax.save(folder, args=ocp.args.Composite(parameters=ocp.args.StandardSave(kept)))
     checkpoint.write_manifest(folder, {"step": 0} | {name: facts[name] for name in checkpoint.FACTS})
+
+
+def write_part(workdir: epath.Path, found: checkpoint.Located, base: checkpoint.Located) -> None:
+    """Only what was trained of a MODEL, with where its base lies and what it is. Raises UserError."""
+    carried = hugging_face.carried_files(str(base.workdir))
+    write(workdir, found, trained_part(found, base), carried, base)
+
+
+def place_of(located: checkpoint.Located) -> str:
+    """A MODEL that stays what it is: where it lies, and of a run at which step."""
+    place = str(located.workdir) if is_url(located.workdir) else os.path.abspath(located.workdir)
+    return place if located.described else f"{place}@{located.step}"
+
+
+def trained_part(found: checkpoint.Located, base: checkpoint.Located) -> dict:
+    """The parameters of a MODEL that were trained, if all others are the base's to the bit. Raises UserError."""
+    program, parameters = checkpoint.load_as_trained(found)
+    part, frozen = program.split(parameters)
+    if not frozen:
+        raise UserError(f"all of {found.workdir} was trained; what can lie over a base has config.optimizer.trainable")
+    have = checkpoint.graph_of(base).declarations
+    flat = flatten_mapping(frozen)
+    apart = ["/".join(path) for path, x in flat.items() if path not in have or have[path].shape[1:] != x.shape[1:]]
+    if not apart:
+        beneath = flatten_mapping(checkpoint.under(base, frozen))
+        apart = ["/".join(path) for path, x in flat.items() if not np.array_equal(x, beneath[path])]
+    if apart:
+        raise UserError(
+            f"{found.workdir} was not trained over {place_of(base)}: {len(apart)} of the {len(flat)} parameters that were not "
+            f"trained differ, such as {apart[0]}\nname the MODEL that config.train.init_from named"
+        )
+    return part

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from lm_jax.config import Model
+from lm_jax.model.adapters import adapt
 from lm_jax.model.encoder import Encoder
 from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.language_model import LanguageModel
@@ -75,7 +76,10 @@ def take_apart(graph: Graph, parameters: dict) -> dict:
 
 def build(config: Model, num_pieces: int, sequence_length: int) -> Graph:
     """The model of a config, for a tokenizer of `num_pieces` and rows of `sequence_length` tokens."""
-    graph, state = nnx.split(KINDS[config.kind](config, num_pieces, sequence_length))
+    model = KINDS[config.kind](config, num_pieces, sequence_length)
+    if config.lora_rank:
+        adapt(model, config)
+    graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     declarations = {tuple(map(str, path)): variable.get_metadata("declared") for path, variable in flat}
     return Graph(config, sequence_length, (graph, state), declarations)

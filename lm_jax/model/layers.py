@@ -88,6 +88,10 @@ class Dense(nnx.Module):
     The product itself has two dims, [B*T, I] x [I, O]: on CPU products of rank 3 cost half as much again.
     """
 
+    lora_a: nnx.Param | None = None
+    lora_b: nnx.Param | None = None
+    lora_scale = 0.0
+
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], stddev: float, bias: bool):
         num_inputs, num_dims = len(inputs), len(inputs) + len(outputs)
         self.num_inputs = num_inputs
@@ -96,23 +100,47 @@ class Dense(nnx.Module):
         self.kernel = declare(sizes, (*inputs, *outputs), normal(stddev), *dims)
         self.bias = declare(outputs.values(), outputs, constant(0.0)) if bias else None
 
+    def adapt(self, rank: int, alpha: float) -> None:
+        """An adapter beside the declared kernel (LoRA, arXiv:2106.09685): x W + alpha / rank * x A B. B is zero at first."""
+        of = self.kernel.get_metadata("declared")
+        start, middle = len(of.layers), len(of.layers) + len(of.inputs)
+        parts = lambda dims: (dims[:start], dims[start:middle], dims[middle:])
+        (layers, inputs, outputs), (of_layers, of_inputs, of_outputs) = parts(of.shape), parts(of.axes)
+        self.lora_a = declare(
+            (*layers, *inputs, rank), (*of_layers, *of_inputs, "rank"), normal(1 / math.sqrt(math.prod(inputs))),
+            of.inputs, (middle,), of.layers,
+        )  # fmt: skip
+        dims = tuple(range(start + 1, start + 1 + len(outputs)))
+        shape, axes = (*layers, rank, *outputs), (*of_layers, "rank", *of_outputs)
+        self.lora_b = declare(shape, axes, constant(0.0), (start,), dims, of.layers)
+        self.lora_scale = alpha / rank
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        declared = self.kernel.get_metadata("declared")
-        axes = declared.axes[-(len(declared.shape) - len(declared.layers)) :]  # of one layer
-        sizes = self.kernel[...].shape
-        inputs, outputs = axes[: self.num_inputs], axes[self.num_inputs :]
-        kernel = constrain(self.kernel[...].astype(x.dtype), *axes)
-        kernel_IO = reshape(
-            kernel, (math.prod(sizes[: self.num_inputs]), math.prod(sizes[self.num_inputs :])), inputs[0], outputs[0]
-        )
+        of = self.kernel.get_metadata("declared")
+        outputs, sizes = of.axes[-len(of.outputs) :], self.kernel[...].shape[self.num_inputs :]
         batch, length = x.shape[:2]
-        x_NI = reshape(x, (batch * length, kernel_IO.shape[0]), "tokens", inputs[0])
+        kernel_IO, axis = as_matrix(self.kernel, x.dtype)
+        x_NI = reshape(x, (batch * length, kernel_IO.shape[0]), "tokens", axis)
         y_NO = einsum("NI,IO->NO", x_NI, kernel_IO, "tokens", outputs[0])
-        y = reshape(y_NO, (batch, length, *sizes[self.num_inputs :]), "batch", "length", *outputs)
+        if self.lora_a is not None and self.lora_b is not None:
+            a_IR, b_RO = (as_matrix(part, x.dtype)[0] for part in (self.lora_a, self.lora_b))
+            x_NR = einsum("NI,IR->NR", x_NI, a_IR, "tokens", "rank")
+            y_NO = y_NO + self.lora_scale * einsum("NR,RO->NO", x_NR, b_RO, "tokens", outputs[0])
+        y = reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
         if self.bias is None:
             return y
         bias = constrain(self.bias[...].astype(x.dtype), *outputs)
         return y + bias[None, None]
+
+
+def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
+    """[I, O] of one layer as it is computed with, and the axis of I."""
+    declared = parameter.get_metadata("declared")
+    axes, num_inputs = declared.axes[len(declared.layers) :], len(declared.inputs)
+    sizes = parameter[...].shape
+    both = math.prod(sizes[:num_inputs]), math.prod(sizes[num_inputs:])
+    x = constrain(parameter[...].astype(dtype), *axes)
+    return reshape(x, both, axes[0], axes[num_inputs]), axes[0]
 
 
 class Norm(nnx.Module):
