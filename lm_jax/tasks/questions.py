@@ -63,6 +63,9 @@ class QuestionAnswering(Task):
             raise UserError(f"{row.where}: the answer {answer!r} has no word")
         return Question(context, question, tuple(answers), begin, end)
 
+    def texts(self, values) -> tuple[str, ...]:
+        return values.context, values.question
+
     def look(self, values: list) -> None:
         self.has_unanswered = any(not value.answers for value in values)
 
