@@ -4,7 +4,7 @@
     python -m lm_jax.main --config experiments/tour.py:translation
 
 Variants: classification and summaries go on from the quickstart's model, questions and translation begin from nothing.
-Expected, on validation: classification 0.81 accuracy after four epochs (TF-IDF with logistic regression 0.89, the most frequent
+Expected: on validation, classification 0.81 accuracy after four epochs (TF-IDF with logistic regression 0.89, the most frequent
 label 0.38); questions 0.68 exact match after 320 steps (the most frequent answer 0.14); translation chrF 99.4 of 64 numbers after
 240 steps (a dictionary 57.6); summaries ROUGE-1 0.06 after 40 steps (the first words of the text 0.15). One seed each; 3 to 11
 minutes on two CPU cores that several other jobs used; none has half of the quickstart's FLOPs.
