@@ -51,6 +51,13 @@ def written(
     return tuple(task.written(where, value, text) for where, value, text in pairs)
 
 
+def check(kind: str) -> None:
+    """Raises UserError where the package is missing that counts the scores of a kind."""
+    from lm_jax.tasks.scores import check
+
+    check(kind)
+
+
 def scores(kind: str, results: Sequence) -> dict[str, float]:
     """The scores of a kind (config.evaluate.metrics). Raises UserError where the package that counts them is missing."""
     from lm_jax.tasks.results import measures_of

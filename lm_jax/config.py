@@ -214,8 +214,7 @@ class Optimizer:
 class Train:
     task: str = knob(
         "",
-        "what is learnt from records, in the place of data.objective (which says what the model was pretrained on); "
-        '"" = language modelling',
+        'what is learnt from records; "" = a text, by data.objective',
         choices=("", *TASKS),
     )
     num_steps: Length = knob(1000, "steps, or tokens or epochs with their unit", low=1, fixed=False)
@@ -388,7 +387,8 @@ def _check(path: str, value: Any, kind: Any, metadata) -> Any:
     if kind is float and not math.isfinite(value):
         raise refuse("expected a finite number")
     if metadata["choices"] and kind is str and value not in metadata["choices"]:
-        raise refuse(f"choose one of {', '.join(metadata['choices'])}{nearest(value, metadata['choices'])}")
+        known = ", ".join(choice or "''" for choice in metadata["choices"])
+        raise refuse(f"choose one of {known}{nearest(value, metadata['choices'])}")
     for bound, wrong in (("low", lambda v, b: v < b), ("high", lambda v, b: v > b)):
         limit = metadata[bound]
         if limit is not None and not isinstance(value, (str, bool)) and wrong(value, limit):

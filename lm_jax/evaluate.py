@@ -145,6 +145,8 @@ def main(arguments: list[str]) -> int:
     found = checkpoint.locate(flags.model, say)
     devices = distributed.devices()
     mesh = make_mesh(Mesh(), devices)
+    if found.config.evaluate.metrics:
+        answers.check(found.config.evaluate.metrics)
     mixed = open_data(found.config, say)
     command.check_tokenizer(found, mixed)
     if mixed.compares:

@@ -90,6 +90,8 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     if pieces := mixture.pieces_expected(config.data):
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
+    if config.evaluate.metrics:
+        answers.check(config.evaluate.metrics)
     with goodput("data"):
         mixed = open_data(config, say)
         stream = mixed.stream(config.data)

@@ -281,8 +281,25 @@ def command_config(name: str) -> configs.Config:
 # The rows of GPT-3's table are one program in miniature: one of them is run, test_experiments.py traces the others.
 EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
 OTHER_ROWS = {name for name in EXPERIMENTS if "gpt3" in (ROOT / "experiments" / name).read_text()} - {"gpt_13b.py"}
-# In miniature the same program as another: BERT base and T5 small.
-TWINS = {"bert_small.py", "t5_tiny.py"}
+# In miniature the same program as another (BERT base, T5 small, reviews, German), or of a task that has tests of its own.
+FINETUNED = {f"finetune_{name}.py" for name in "news sections boolq tweets entities chinese".split()}
+TWINS = {"bert_small.py", "t5_tiny.py"} | FINETUNED
+OTHER_ROWS |= {"tour.py"}  # tests/test_tour.py runs its variants
+
+
+def record_of(task: str, labels: tuple[str, ...], i: int) -> dict:
+    """The i-th record of a task."""
+    words = [f"word{i}", "and", "more"] * 4
+    return {
+        "classification": {"text": f"{i} " * 20, "label": labels[i % len(labels)] if labels else ""},
+        "regression": {"text": f"{i} " * 20, "value": i % 7},
+        "token_classification": {
+            "tokens": words,
+            "tags": [labels[k % len(labels)] if labels else "" for k in range(12)],
+        },
+        "question_answering": {"question": "which?", "context": " ".join(words), "answer": f"word{i}"},
+        "text_to_text": {"source": f"{i} in full", "target": f"{i}"},
+    }[task]
 
 
 @pytest.mark.parametrize(
@@ -291,17 +308,20 @@ TWINS = {"bert_small.py", "t5_tiny.py"}
 )
 def test_smoke_of_every_experiment_runs_two_steps(name, tmp_path):
     arguments = ["--config", f"experiments/{name}:smoke", "--workdir", str(tmp_path / "run")]
-    if name.startswith("finetune_"):  # records and a tokenizer, in the place of those that are not here
-        label = lambda i: ("negative", "positive")[i % 2]
-        lines = [json.dumps({"text": f"{i} " * 20, "label": label(i)}) for i in range(60)]
+    config = command_config(name)
+    if task := config.train.task:  # records and a tokenizer, in the place of those that are not here
+        lines = [json.dumps(record_of(task, config.model.labels, i)) for i in range(120)]
         (tmp_path / "train.jsonl").write_text("\n".join(lines))
         arguments += [f"--config.data.sources={tmp_path}", "--config.data.tokenizer=bytes"]
+        arguments += ["--config.data.validation_fraction=0.2"]
+        if config.evaluate.metrics:  # those that need no package
+            arguments += ["--config.evaluate.metrics=answers"]
     result = command("main", *arguments, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert [line["step"] for line in metrics.read(tmp_path / "run") if "train/loss" in line] == [1, 2]
     for words in ("parameters", "this machine: cpu", "validation loss", "next:", "done in"):
         assert words in result.stdout
-    writes = command_config(name).model.kind not in OBJECTIVES
+    writes = config.model.kind not in OBJECTIVES and not config.train.task
     for words in ("sample at step 0", "gzip -9", "xz -9", "lm_jax.generate"):
         assert (words in result.stdout) == writes, "a sample, and a comparison by byte, of what does not write text"
 

@@ -9,6 +9,7 @@ Shares are from 0 to 1; BLEU and chrF from 0 to 100, as sacrebleu has them.
 
 import collections
 import hashlib
+import importlib.util
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -175,15 +176,22 @@ def spans(truths: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]])
     }
 
 
+def check(kind: str) -> None:
+    """Raises UserError where the package that counts the scores of a kind is missing: before a model is trained, not after."""
+    if kind == "summaries" and importlib.util.find_spec("rouge_score") is None:
+        raise UserError("ROUGE needs the package rouge-score: pip install 'lm_jax[eval]'")
+    if kind == "translations" and importlib.util.find_spec("sacrebleu") is None:
+        raise UserError("BLEU and chrF need the package sacrebleu: pip install 'lm_jax[eval]'")
+
+
 def summaries(truths: Sequence[str | Sequence[str]], predictions: Sequence[str]) -> dict[str, Measure]:
     """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L by `rouge-score`, without stemming, the best over a record's references.
 
     Its tokenizer knows a to z and 0 to 9 alone: other scripts need chrF. Raises UserError where the package is missing.
     """
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError:
-        raise UserError("ROUGE needs the package rouge-score: pip install 'lm_jax[eval]'") from None
+    check("summaries")
+    from rouge_score import rouge_scorer
+
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=False)
     pairs = zip(truths, predictions, strict=True)
@@ -198,10 +206,9 @@ def translations(
 
     Raises UserError where the package is missing.
     """
-    try:
-        from sacrebleu import metrics
-    except ImportError:
-        raise UserError("BLEU and chrF need the package sacrebleu: pip install 'lm_jax[eval]'") from None
+    check("translations")
+    from sacrebleu import metrics
+
     listed = [several(truth) for truth in truths]
     most = max(map(len, listed))
     references = [[each[k] if k < len(each) else None for each in listed] for k in range(most)]
