@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from lm_jax.config import UserError
+from lm_jax.tasks import scores
 from lm_jax.tasks.classification import OfSequence, second_text
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Result, checked_text
@@ -47,8 +48,5 @@ class Regression(OfSequence):
 
     def scores(self, results: tuple) -> dict[str, float]:
         """Root of the mean squared error; Pearson's correlation, 0 where one of both never changes."""
-        truth, guess = (np.array([getattr(r, name) for r in results]) for name in ("truth", "prediction"))
-        rmse = float(np.sqrt(np.mean((truth - guess) ** 2)))
-        spread = truth.std() * guess.std()
-        pearson = float(np.mean((truth - truth.mean()) * (guess - guess.mean())) / spread) if spread else 0.0
-        return {"rmse": rmse, "pearson": pearson}
+        measures = scores.numbers([result.truth for result in results], [result.prediction for result in results])
+        return {name: measures[name].value(len(results)) for name in ("rmse", "pearson")}
