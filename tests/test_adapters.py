@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +10,8 @@ import pytest
 from conftest import FAMILIES, ROOT, tiny
 from flax.nnx.traversals import flatten_mapping
 from test_golden import batch
-from test_train import final_arrays, lines_of
+from test_resume import kill_once_saved
+from test_train import assert_same_run, lines_of
 
 from lm_jax import checkpoint, costs, evaluate, generate, main
 from lm_jax.config import Mesh, UserError
@@ -330,19 +327,9 @@ def test_a_run_trains_adapters_over_its_base_and_says_how_many(adapted, finished
 
 def test_a_killed_run_goes_on_to_the_bit(adapted, finished, tmp_path):
     line = arguments(finished, tmp_path / "run")
-    killing = (
-        "import os, signal, sys; from lm_jax import checkpoint, command, main\n"
-        "def poll(saver):\n"
-        "    if checkpoint.complete_steps(saver.folder): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.Saver.poll = poll; command.door(main.main)"
-    )
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", killing, *line], env=environment, capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL
+    kill_once_saved(line)
     assert main.main(line) == 0 and "resumed at step" in (tmp_path / "run" / "log.txt").read_text()
-    assert lines_of(tmp_path / "run") == lines_of(adapted)
-    for a, b in zip(final_arrays(tmp_path / "run"), final_arrays(adapted), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same_run(tmp_path / "run", adapted)
 
 
 def test_another_pattern_on_resume_is_refused(adapted, finished):

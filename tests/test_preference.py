@@ -2,19 +2,17 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, tiny
+from conftest import tiny
 from test_instruction import TEMPLATES, tokenizer_json
+from test_resume import kill_once_saved
 from test_tasks import write_table
+from test_train import assert_same_run, lines_of
 
-from lm_jax import chat, checkpoint, evaluate, loss, main, metrics, reference
+from lm_jax import chat, evaluate, loss, main, reference
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import pipeline
 from lm_jax.evaluate import Evaluator, open_data
@@ -206,10 +204,6 @@ def arguments(place: str, workdir) -> list[str]:
             "--workdir", str(workdir)]  # fmt: skip
 
 
-def lines_of(workdir) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in metrics.read(workdir)]
-
-
 def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, capsys):
     assert main.main(arguments(place, tmp_path / "whole")) == 0
     lines = lines_of(tmp_path / "whole")
@@ -218,27 +212,15 @@ def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, caps
     np.testing.assert_allclose(first["train/loss"], np.log(2), rtol=3e-6)
     last = [line for line in lines if "final/accuracy" in line][-1]
     assert last["final/accuracy"] == 1 and last["final/margin"] > 0.5
-    killing = (
-        "import os, signal; from lm_jax import checkpoint, command, main; done = checkpoint.Saver.poll\n"
-        "def poll(saver):\n    done(saver)\n"
-        "    if checkpoint.complete_steps(saver.folder): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.Saver.poll = poll; command.door(main.main)"
-    )
     line = arguments(place, tmp_path / "killed")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the same eight devices
-    killed = subprocess.run([sys.executable, "-c", killing, *line], env=environment, capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    kill_once_saved(line)
     kept = (tmp_path / "killed" / reference.FILE).read_bytes()
     (tmp_path / "killed" / reference.FILE).unlink()
     with pytest.raises(UserError, match="is missing or broken"):
         main.main(line)
     (tmp_path / "killed" / reference.FILE).write_bytes(kept)
     assert main.main(line) == 0
-    assert lines_of(tmp_path / "killed") == lines
-    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        found = [checkpoint.load_parameters(checkpoint.locate(str(tmp_path / name)))[1] for name in ("whole", "killed")]
-    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
     capsys.readouterr()
     assert evaluate.main(["--model", str(tmp_path / "whole")]) == 0
     found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])

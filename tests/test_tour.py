@@ -1,7 +1,7 @@
 """The tour: every command of it runs, what it names exists, and its two languages say the same.
 
-All commands run one after the other in one process, each in miniature (`python tests/test_tour.py FOLDER`); as they stand they
-run as a proof. A block marked `bash` is a command, the `text` after it what it printed.
+All commands run one after the other in one process, each in miniature; as they stand they run as a proof. A block marked
+`bash` is a command, the `text` after it what it printed.
 """
 
 import ast
@@ -9,12 +9,12 @@ import json
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 
+import one_process
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,7 +31,6 @@ SMALL = (
 
 
 LEAST = ("model.unroll=false", "evaluate.prompt=")  # programs to compile: one body for all layers, no samples
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # nothing runs long: compile fast
 
 
 def blocks(page: str, kind: str) -> list[str]:
@@ -71,22 +70,6 @@ def miniature(command: str) -> list[str]:
     return words
 
 
-def perform(words: list[str]) -> int:
-    """A command in this process. Returns its exit code."""
-    if words[1] == "-c":
-        exec(compile(words[2], "tour", "exec"), {})
-        return 0
-    sys.argv = words[2:] if words[1] == "-m" else words[1:]
-    try:
-        if words[1] == "-m":
-            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(words[1], run_name="__main__")
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def workplace(folder: pathlib.Path) -> None:
     """A folder that looks like the clone to the tour."""
     for name in ("experiments", "tools", "docs"):
@@ -101,16 +84,10 @@ def performed(tmp_path_factory) -> dict[str, dict]:
     """{command: its code and output} of the whole tour in miniature."""
     folder = tmp_path_factory.mktemp("tour")
     workplace(folder)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_NUM_CPU_DEVICES": "1",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",
-        "XLA_FLAGS": QUICK,
-    }
-    line = [sys.executable, str(pathlib.Path(__file__)), str(folder)]
-    result = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return json.loads((folder / "performed.json").read_text())
+    commands = blocks("tour.md", "bash")
+    return dict(
+        zip(commands, one_process.performed([miniature(command)[1:] for command in commands], folder), strict=True)
+    )
 
 
 def test_every_command_runs_in_miniature(performed):
@@ -225,20 +202,3 @@ def test_a_card_is_written_from_a_run(finished, tmp_path):
     assert "| tokens seen | 1,024 |" in body and f"| validation | loss | {last['final/loss']:.4f} |" in body
     assert all(digest in body for digest in saved["shards"]["python"].values())
     assert f"{card.count('FILL IN')} lines to fill in" in ran.stdout and card.count("FILL IN") == 4
-
-
-def tour(folder: pathlib.Path) -> None:
-    """Performs all commands in miniature, in the folder that is current."""
-    from contextlib import redirect_stderr, redirect_stdout
-    from io import StringIO
-
-    found = {}
-    for command in blocks("tour.md", "bash"):
-        with redirect_stdout(StringIO()) as out, redirect_stderr(out):
-            code = perform(miniature(command))
-        found[command] = {"code": code, "output": out.getvalue()}
-        (folder / "performed.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    tour(pathlib.Path(sys.argv[1]))

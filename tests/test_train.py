@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, ROOT, command, tiny
+from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lm_jax import checkpoint, metrics
@@ -47,7 +48,7 @@ def final_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
         state, data = checkpoint.restore(
             found.workdir, found.step, make_program(found.config, found.tokenizer.num_pieces)
         )
-    assert data == checkpoint.DataState(found.step, 8 * found.step)
+    assert data == checkpoint.DataState(found.step, found.config.data.global_batch_size * found.step)
     return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
@@ -302,28 +303,41 @@ def record_of(task: str, labels: tuple[str, ...], i: int) -> dict:
     }[task]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.proof if n in TWINS else []) for n in EXPERIMENTS if n not in OTHER_ROWS],
-)
-def test_smoke_of_every_experiment_runs_two_steps(name, tmp_path):
-    arguments = ["--config", f"experiments/{name}:smoke", "--workdir", str(tmp_path / "run")]
+def smoke(name: str, folder: pathlib.Path) -> list[str]:
+    """The command of an experiment in miniature, with records and a tokenizer in the place of those that are not here."""
+    arguments = ["--config", str(ROOT / "experiments" / f"{name}:smoke"), "--workdir", str(folder / "run")]
     config = command_config(name)
-    if task := config.train.task:  # records and a tokenizer, in the place of those that are not here
+    if task := config.train.task:
         lines = [json.dumps(record_of(task, config.model.labels, i)) for i in range(120)]
-        (tmp_path / "train.jsonl").write_text("\n".join(lines))
-        arguments += [f"--config.data.sources={tmp_path}", "--config.data.tokenizer=bytes"]
+        folder.mkdir()
+        (folder / "train.jsonl").write_text("\n".join(lines))
+        arguments += [f"--config.data.sources={folder}", "--config.data.tokenizer=bytes"]
         arguments += ["--config.data.validation_fraction=0.2"]
         if config.evaluate.metrics:  # those that need no package
             arguments += ["--config.evaluate.metrics=answers"]
-    result = command("main", *arguments, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert [line["step"] for line in metrics.read(tmp_path / "run") if "train/loss" in line] == [1, 2]
-    for words in ("parameters", "this machine: cpu", "validation loss", "next:", "done in"):
-        assert words in result.stdout
-    writes = config.model.kind not in OBJECTIVES and not config.train.task
-    for words in ("sample at step 0", "gzip -9", "xz -9", "lm_jax.generate"):
-        assert (words in result.stdout) == writes, "a sample, and a comparison by byte, of what does not write text"
+    return ["-m", "lm_jax.main", *arguments]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [name for name in EXPERIMENTS if name not in OTHER_ROWS | TWINS],
+        pytest.param(sorted(TWINS), marks=pytest.mark.proof),
+    ],
+    ids=["all", "twins"],
+)
+def test_smoke_of_every_experiment_runs_two_steps(names, tmp_path):
+    for name, result in zip(names, performed([smoke(name, tmp_path / name) for name in names], tmp_path), strict=True):
+        assert result["code"] == 0, name + result["output"]
+        found, config = metrics.read(tmp_path / name / "run"), command_config(name)
+        assert [line["step"] for line in found if "train/loss" in line] == [1, 2], name
+        for words in ("parameters", "this machine: cpu", "validation loss", "next:", "done in"):
+            assert words in result["output"], name
+        writes = config.model.kind not in OBJECTIVES and not config.train.task
+        for words in ("sample at step 0", "gzip -9", "xz -9", "lm_jax.generate"):
+            assert (words in result["output"]) == writes, (
+                f"{name}: a sample and gzip's bytes, of what writes text alone"
+            )
 
 
 def test_a_run_goes_on_on_another_mesh(reference, tmp_path):

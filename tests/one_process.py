@@ -1,0 +1,56 @@
+"""Commands one after another in a process of their own: imported once, compiled fast, each with its exit code and output."""
+
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # nothing runs long: compile fast
+
+
+def performed(commands: list[list[str]], folder: pathlib.Path) -> list[dict]:
+    """[{"code": ..., "output": ...}] of commands (words after `python`), run in `folder` on one device."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # set: so that no command starts itself anew
+        "XLA_FLAGS": QUICK,
+    }
+    line = [sys.executable, str(pathlib.Path(__file__)), json.dumps(commands)]
+    result = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder, timeout=1200)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def perform(words: list[str]) -> int:
+    """A command in this process. Returns its exit code."""
+    if words[0] == "-c":
+        exec(compile(words[1], "command", "exec"), {})
+        return 0
+    sys.argv = words[1:] if words[0] == "-m" else words
+    try:
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except Exception:  # the next command is performed all the same
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    done = []
+    for words in json.loads(sys.argv[1]):
+        with redirect_stdout(StringIO()) as out, redirect_stderr(out):
+            code = perform(words)
+        done.append({"code": code, "output": out.getvalue()})
+    print(json.dumps(done))
