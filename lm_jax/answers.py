@@ -61,8 +61,9 @@ def check(kind: str) -> None:
 def scores(kind: str, results: Sequence) -> dict[str, float]:
     """The scores of a kind (config.evaluate.metrics). Raises UserError where the package that counts them is missing."""
     from lm_jax.tasks.results import measures_of
+    from lm_jax.tasks.scores import values
 
-    return {name: measure.value(len(results)) for name, measure in measures_of(kind, results).items()}
+    return values(measures_of(kind, results), len(results))
 
 
 def keep(workdir: epath.Path, split: str, kind: str, results: Sequence, about: dict[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
 from lm_jax.model.graph import build
 from lm_jax.sharding import make_mesh
-from lm_jax.tasks.classification import label_scores
+from lm_jax.tasks import scores
 
 LABELS = ("bad", "good", "odd")
 SEPARATOR = 256  # of the byte tokenizer, before and after a text
@@ -170,10 +170,8 @@ SCORED = [
 
 @pytest.mark.parametrize(("truth", "predicted", "expected"), SCORED)
 def test_metrics_are_those_of_scikit_learn(truth, predicted, expected):
-    counts = np.zeros((3, 3))
-    np.add.at(counts, (truth, predicted), 1)
-    scores = label_scores(counts)
-    np.testing.assert_allclose([scores[k] for k in ("accuracy", "macro_f1", "matthews")], expected, atol=1e-12)
+    found = scores.values(scores.labels(truth, predicted), len(truth))
+    np.testing.assert_allclose([found[k] for k in ("accuracy", "macro_f1", "matthews")], expected, atol=1e-12)
 
 
 MISTAKES = [

@@ -4,12 +4,11 @@
 {"text": "is it shown in colour", "second": "The film was made in 1926 ...", "label": "no"}
 """
 
-import math
-
 import numpy as np
 
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.tasks import scores
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import TARGET, Encoded, Result, Task, checked_text, counted, label_id
 
@@ -74,32 +73,10 @@ class Classification(OfSequence):
         return Result(where, self.labels[values[1]], self.labels[chosen], float(confidence))
 
     def scores(self, results: tuple) -> dict[str, float]:
-        counts = np.zeros((len(self.labels),) * 2)
-        for result in results:
-            counts[self.labels.index(result.truth), self.labels.index(result.prediction)] += 1
-        return label_scores(counts)
+        truths, predictions = ([getattr(result, name) for result in results] for name in ("truth", "prediction"))
+        return scores.values(scores.labels(truths, predictions), len(results))
 
 
 def second_text(row: Row) -> str:
     """The second text of a record, "" where it has none. Raises UserError."""
     return checked_text(row, "second") if row.content.get("second") is not None else ""
-
-
-def label_scores(confusion_CC: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro-F1 and Matthews correlation of counts [label, prediction].
-
-    F1 = 2 TP / (2 TP + FP + FN) of each label that stands or is predicted, then their mean. Matthews for any number of labels
-    (Gorodkin, doi:10.1016/j.compbiolchem.2004.09.006): the covariance of truth and prediction over the roots of their
-    variances; 0 where one of them never changes.
-    """
-    counts = np.asarray(confusion_CC, np.float64)
-    of_label, of_prediction, total, right = counts.sum(1), counts.sum(0), counts.sum(), np.trace(counts)
-    seen = (of_label + of_prediction) > 0
-    f1 = 2 * np.diag(counts)[seen] / (of_label + of_prediction)[seen]
-    spread = (total**2 - (of_label**2).sum()) * (total**2 - (of_prediction**2).sum())
-    together = right * total - of_label @ of_prediction
-    return {
-        "accuracy": float(right / max(total, 1)),
-        "macro_f1": float(f1.mean()) if seen.any() else 0.0,
-        "matthews": float(together / math.sqrt(spread)) if spread else 0.0,
-    }

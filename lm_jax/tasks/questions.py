@@ -137,7 +137,7 @@ class QuestionAnswering(Task):
     def scores(self, results: tuple) -> dict[str, float]:
         """Token F1 and exact match, by SQuAD's normalisation."""
         measures = scores.answers([result.truth for result in results], [result.prediction for result in results])
-        return {name: measure.value(len(results)) for name, measure in measures.items()}
+        return scores.values(measures, len(results))
 
 
 def found_at(row: Row, context: str, answer: str) -> int:

@@ -34,6 +34,11 @@ class Measure(NamedTuple):
         return float(self.of(np.ones((1, num)))[0])
 
 
+def values(measures: dict[str, Measure], num: int) -> dict[str, float]:
+    """The scores of all `num` records by name."""
+    return {name: measure.value(num) for name, measure in measures.items()}
+
+
 def of_sums(terms_NK: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> Measure:
     """The measure `value` [.., K] -> [..] of sums over records."""
     terms_NK = np.asarray(terms_NK, np.float64)
@@ -55,9 +60,11 @@ def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def labels(truths: Sequence[Any], predictions: Sequence[Any]) -> dict[str, Measure]:
-    """Accuracy, macro-F1 and Matthews correlation, by the formulas of `evaluate.label_scores`, which reads a confusion matrix.
+    """Accuracy, macro-F1 and Matthews correlation, functions of what each label is the truth of, is predicted for, and is both.
 
-    All three are functions of what each label is the truth of, is predicted for, and is both.
+    F1 = 2 TP / (2 TP + FP + FN) of each label that stands or is predicted, then their mean. Matthews for any number of labels
+    (Gorodkin, doi:10.1016/j.compbiolchem.2004.09.006): the covariance of truth and prediction over the roots of their
+    variances; 0 where one of them never changes.
     """
     names = {name: index for index, name in enumerate(dict.fromkeys([*truths, *predictions]))}
     one_hot = lambda found: np.eye(len(names))[[names[name] for name in found]]

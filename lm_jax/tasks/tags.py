@@ -6,13 +6,14 @@ In a table both are strings with a space between words. A word that becomes no p
 tag. A record that is too long keeps the words that fit; only these are scored.
 """
 
+import itertools
+
 import numpy as np
 
 from lm_jax.config import UserError
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks import scores
-from lm_jax.tasks.classification import label_scores
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Encoded, Result, Task, counted, label_id
 from lm_jax.tasks.words import pieces_of, spaced
@@ -66,11 +67,9 @@ class TokenClassification(Task):
         """Of words accuracy, macro-F1 and Matthews; where tags are BIO, F1 of whole spans before these."""
         truths, predictions = ([getattr(result, name) for result in results] for name in ("truth", "prediction"))
         spans = scores.spans(truths, predictions) if are_spans(self.labels) else {}
-        found = {f"span_{name}": measure.value(len(results)) for name, measure in spans.items()}
-        counts, ids = np.zeros((len(self.labels),) * 2), {label: k for k, label in enumerate(self.labels)}
-        pairs = [(ids[a], ids[b]) for x, y in zip(truths, predictions, strict=True) for a, b in zip(x, y, strict=True)]
-        np.add.at(counts, tuple(np.array(pairs).T), 1)
-        return found | label_scores(counts)
+        found = {f"span_{name}": value for name, value in scores.values(spans, len(results)).items()}
+        of_words = [list(itertools.chain.from_iterable(tags)) for tags in (truths, predictions)]
+        return found | scores.values(scores.labels(*of_words), len(of_words[0]))
 
     def kept(self, results: tuple) -> tuple[str, tuple]:
         """Whole spans of each record where tags are BIO, else every word for itself."""
