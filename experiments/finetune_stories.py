@@ -12,13 +12,15 @@ Expected: test F1 0.422, exact match 0.297 after 100 steps of 4 rows (one epoch)
 most frequent answer has F1 0, the whole context 0.082, both no exact match. Validation F1 0.422, exact match 0.281. One seed.
 """
 
-from finetune_reviews import get_config as reviews
+import finetune_reviews
+
+VARIANTS = finetune_reviews.VARIANTS
 
 
-def get_config():
-    config = reviews()
+def get_config(variant: str = ""):
+    config = finetune_reviews.get_config(variant)
     config.model.labels, config.data.sources, config.train.task = (), "stories", "question_answering"
     config.data.sequence_length, config.data.global_batch_size = 256, 4
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate *= 2
     config.train.num_steps = 100
     return config

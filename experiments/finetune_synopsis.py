@@ -15,22 +15,37 @@ description, as many as synopses have, 0.249, 0.092 and 0.225; of the whole desc
 One seed, nothing tuned. On one GPU, all of it once: --config.data.global_batch_size=16 --config.train.num_steps="1 epochs".
 """
 
+import finetune_reviews
+
 from lm_jax.config import default_config
 
+VARIANTS = ("smollm2", "small")  # what it goes on from; the small one as in finetune_reviews.py
 SMOLLM2 = "weights/smollm2"
 
 
-def get_config():
+def smollm2():
     config = default_config()
-    model, data, optimizer = config.model, config.data, config.optimizer
+    model = config.model
     model.num_layers, model.model_dim, model.mlp_dim, model.num_heads, model.num_kv_heads = 30, 576, 1536, 9, 3
     model.positions, model.rotary_base, model.norm, model.norm_epsilon = "rotary", 1e5, "rmsnorm", 1e-5
     model.activation, model.gated, model.bias = "silu", True, False
-    data.sources, data.tokenizer, data.prompt = "synopsis", SMOLLM2, "{source}\n\nIn one line:"
-    data.sequence_length, data.global_batch_size, data.packing = 256, 2, "best_fit"
-    optimizer.learning_rate, optimizer.warmup, optimizer.weight_decay, optimizer.schedule = 1e-4, 4, 0.01, "linear"
-    config.train.task, config.train.init_from, config.train.num_steps = "text_to_text", SMOLLM2, 30
-    config.checkpoint.every = 30
+    config.data.tokenizer = config.train.init_from = SMOLLM2
+    config.data.global_batch_size, config.train.num_steps = 2, 30
+    config.optimizer.learning_rate, config.optimizer.warmup, config.optimizer.weight_decay = 1e-4, 4, 0.01
+    return config
+
+
+def small():
+    config = finetune_reviews.small()
+    config.data.global_batch_size, config.train.num_steps, config.optimizer.warmup = 8, 600, 50
+    return config
+
+
+def get_config(variant: str = ""):
+    config = small() if variant == "small" else smollm2()
+    config.data.sources, config.data.prompt = "synopsis", "{source}\n\nIn one line:"
+    config.data.sequence_length, config.data.packing = 256, "best_fit"
+    config.optimizer.schedule, config.train.task = "linear", "text_to_text"
+    config.checkpoint.every, config.log.every = config.train.num_steps, config.train.num_steps // 6
     config.evaluate.every, config.evaluate.num_rows, config.evaluate.metrics = 0, 16, "summaries"
-    config.log.every = 5
     return config

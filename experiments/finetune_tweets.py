@@ -12,11 +12,14 @@ Expected: test RMSE 0.294, Pearson 0.669 after 100 steps of 8 rows (1.2 epochs),
 TF-IDF with ridge regression: RMSE 0.309, Pearson 0.625; the mean: 0.395, 0. Validation RMSE 0.267, Pearson 0.702. One seed.
 """
 
-from finetune_reviews import get_config as reviews
+import finetune_reviews
+
+VARIANTS = finetune_reviews.VARIANTS
 
 
-def get_config():
-    config = reviews()
+def get_config(variant: str = ""):
+    config = finetune_reviews.get_config(variant)
     config.model.labels, config.data.sources, config.train.task = (), "tweets", "regression"
-    config.optimizer.learning_rate, config.train.num_steps = 2e-4, 100
+    config.train.num_steps = 100
+    config.optimizer.learning_rate *= 2
     return config

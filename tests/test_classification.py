@@ -224,8 +224,8 @@ def test_a_task_that_does_not_fit_is_refused(changes, words):
 def arguments(place: str) -> list[str]:
     return [
         "--config", str(ROOT / "experiments" / "finetune_reviews.py:smoke"), f"--config.data.sources={place}",
-        "--config.data.tokenizer=bytes", f"--config.model.labels={LABELS}", "--config.checkpoint.every=4",
-        "--config.data.global_batch_size=4", "--config.train.microbatch_rows=2", "--config.evaluate.every=4",
+        "--config.data.tokenizer=bytes", f"--config.model.labels={LABELS}", "--config.checkpoint.every=40",
+        "--config.data.global_batch_size=4", "--config.train.microbatch_rows=2", "--config.evaluate.every=20",
         "--config.optimizer.learning_rate=3e-3",
     ]  # fmt: skip
 

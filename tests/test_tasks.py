@@ -151,7 +151,13 @@ def test_values_are_learnt_in_their_own_units_and_scored_in_those_of_the_records
 
 def arguments(place: str, task: str, labels: tuple = ()) -> list[str]:
     given = DECODER | {"data__sources": place, "train__task": task, "model__labels": labels}
-    given |= dict(train__num_steps=60, optimizer__learning_rate=3e-3, evaluate__every=0, data__sequence_length=64)
+    given |= dict(
+        train__num_steps=60,
+        checkpoint__every=60,
+        optimizer__learning_rate=3e-3,
+        evaluate__every=0,
+        data__sequence_length=64,
+    )
     given |= dict(data__global_batch_size=8, train__microbatch_rows=8)
     return [f"--config.{name.replace('__', '.')}={value}" for name, value in given.items()]
 

@@ -178,6 +178,7 @@ def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsy
     kinds = [f"--config.{name.replace('__', '.')}={value}" for name, value in KINDS[kind].items()]
     steps = [
         "--config.train.num_steps=60",
+        "--config.checkpoint.every=60",
         "--config.optimizer.learning_rate=3e-3",
         "--config.evaluate.metrics=answers",
     ]

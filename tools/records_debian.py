@@ -4,7 +4,7 @@
     mkdir -p lists/partial cache/archives/partial
     apt-get -c lang.conf -o Dir::State::lists=$PWD/lists -o Dir::Cache=$PWD/cache update
     python tools/records_debian.py --lists lists --task synopsis --held 100 --output synopsis
-    python tools/records_debian.py --lists lists --task de --held 500 --output english_german
+    python tools/records_debian.py --lists lists --task de --held 500 --characters 300 --output english_german
 
 `synopsis`: a long description and the line above it. `de`, `zh_CN`, ...: that line and each paragraph in English and in the other
 language. foo, foo-dev and foo-doc share text: all packages of a source package stand in one split.
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--lists", required=True, help="the folder that apt-get update filled")
     parser.add_argument("--task", required=True, help="synopsis, or a language that was downloaded")
     parser.add_argument("--held", type=int, default=0, help="records of validation and of test, drawn by hash; 0 = all")
+    parser.add_argument("--characters", type=int, default=0, help="the longest text of a record; 0 = any")
     parser.add_argument("--output", required=True, help="a folder")
     flags = parser.parse_args(arguments)
     source_of = {s["Package"]: s.get("Source", s["Package"]).split(" ")[0] for s in stanzas(flags.lists, "Packages")}
@@ -36,7 +37,11 @@ def main(arguments: list[str]) -> int:
     os.makedirs(flags.output, exist_ok=True)
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
     found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}  # {source: target}, the first of equal sources
+    too_long = 0
     for package, source, target in made:
+        if flags.characters and max(len(source), len(target)) > flags.characters:
+            too_long += 1
+            continue
         share = int(digest(source_of.get(package, package))[:8], 16) / 16**8
         split = next(split for split, end in SPLITS.items() if share < end)
         if not any(source in others for others in found.values()):
@@ -47,6 +52,8 @@ def main(arguments: list[str]) -> int:
             for source in order:
                 file.write(json.dumps({"source": source, "target": pairs[source]}, ensure_ascii=False) + "\n")
         print(f"{split}: {len(order):,} of {len(pairs):,} records in {flags.output}")
+    if too_long:
+        print(f"left out: {too_long:,} pairs with more than {flags.characters} characters in one text")
     return 0
 
 
