@@ -8,7 +8,8 @@
 
 2,000 by content hash; what is longer than 160 tokens (three in ten) loses the end of its paragraph. On one GPU, all 12,697:
 leave out --num, and add --config.data.sequence_length=320 --config.data.global_batch_size=32 --config.train.num_steps="5 epochs".
-Expected: not measured yet; on the test TF-IDF with logistic regression has 0.602, the majority class 0.616.
+Expected: nothing learnt in 100 steps, 7 minutes on one CPU core: test accuracy 0.616, as the majority class; TF-IDF with logistic
+regression 0.602. Two cores do not reach more in minutes; the command above does five epochs of all, and was not run here.
 """
 
 import finetune_reviews
