@@ -8,6 +8,7 @@ from conftest import ROOT
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "experiments")]
 import baselines  # noqa: E402
 import finetune_entities  # noqa: E402
+import records_debian  # noqa: E402
 import records_of  # noqa: E402
 
 from lm_jax.config import resolve, shrink  # noqa: E402
@@ -71,3 +72,30 @@ def test_a_word_has_the_tag_that_it_mostly_has():
     train = [(("Ada", "sang"), (person, nothing)), (("Ada", "Ada", "it"), (person, nothing, nothing))]
     truths, guesses = baselines.tags(task, train, [(("Ada", "slept"), (person, nothing))])
     assert truths == [["B-PER", "O"]] == guesses["word"] and guesses["majority"] == [["O", "O"]]
+
+
+def test_translations_are_pairs_of_one_place_and_long_ones_are_left_out_and_counted(tmp_path, monkeypatch, capsys):
+    """Packages of a source are in one split; paragraphs pair where both sides have as many."""
+    lists = {"Packages": [], "Translation-en": [], "Translation-de": []}
+    for k in range(40):
+        long = "x" * 60 if k % 4 == 0 else ""
+        for kind in ("tool", "tool-doc"):
+            lists["Packages"].append({"Package": f"{kind}{k}", "Source": f"source{k} (1.0)"})
+            english, german = f"{kind} {k}\nIt works.{k}{kind}{long}", f"{kind} {k} de\nEs geht.{k}{kind}"
+            german += "\n.\nMehr." if k % 4 == 1 else ""
+            both = {"Package": f"{kind}{k}", "Description-md5": f"{kind}{k}"}
+            lists["Translation-en"].append(both | {"Description-en": english})
+            lists["Translation-de"].append(both | {"Description-de": german})
+    monkeypatch.setattr(records_debian, "stanzas", lambda folder, ending: iter(lists[ending]))
+    line = ["--lists", "lists", "--task", "de", "--characters", "50", "--output", str(tmp_path)]
+    assert records_debian.main(line) == 0
+    splits = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "validation", "test")
+    }
+    pairs = {record["source"]: record["target"] for records in splits.values() for record in records}
+    assert len(pairs) == 2 * (40 + 20) and "left out: 20 pairs with more than 50 characters" in capsys.readouterr().out
+    assert pairs["tool 2"] == "tool 2 de" and pairs["It works.2tool"] == "Es geht.2tool"
+    assert "It works.1tool" not in pairs, "another number of paragraphs"
+    where = {record["source"]: name for name, records in splits.items() for record in records}
+    assert all(where[f"tool {k}"] == where[f"tool-doc {k}"] for k in range(40)) and len(set(where.values())) > 1
