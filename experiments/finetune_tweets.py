@@ -10,6 +10,7 @@ The value is log10(1 + likes) - 4, real counts; retweets and other languages tha
 content hash: 2,403 to train on, 305 for validation, 292 for the test.
 Expected: test RMSE 0.294, 0.303 and 0.305 of three seeds (Pearson 0.669, 0.643, 0.635) after 100 steps of 8 rows (1.2 epochs),
 5 minutes on one CPU core. TF-IDF with ridge regression: RMSE 0.309, Pearson 0.625; the mean: 0.395, 0.
+`:small --config.train.num_steps="4 epochs"` (finetune_reviews.py says what that is): RMSE 0.308, Pearson 0.631, 4 minutes.
 """
 
 import finetune_reviews
