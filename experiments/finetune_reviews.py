@@ -13,7 +13,8 @@ Expected: test accuracy 0.837, 0.838 and 0.836 of three seeds (Matthews 0.671 to
 the same split TF-IDF with logistic regression has 0.775 (Matthews 0.549), the majority class 0.481. Validation accuracy 0.821
 after 100 steps, 0.844 after 200, 0.842 after 300, 0.837 at the end: the second epoch adds nothing. 13 minutes on one CPU core.
 
-`:small` goes on from a decoder of 1.1M parameters that was pretrained here (docs/finetuning.md says how): 0.694 with --config.train.num_steps="4 epochs", 5 minutes.
+`:small --config.train.num_steps="4 epochs"` goes on from a decoder of 1.1M parameters that was pretrained here
+(docs/finetuning.md says how): 0.694, 5 minutes.
 """
 
 import small_decoders
