@@ -282,9 +282,9 @@ def command_config(name: str) -> configs.Config:
 # The rows of GPT-3's table are one program in miniature: one of them is run, test_experiments.py traces the others.
 EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
 OTHER_ROWS = {name for name in EXPERIMENTS if "gpt3" in (ROOT / "experiments" / name).read_text()} - {"gpt_13b.py"}
-# In miniature the same program as another (BERT base, T5 small, reviews, German), or of a task that has tests of its own.
+# In miniature the same program as another (BERT base, T5 small, decoders, reviews, German), or of a task with its own tests.
 FINETUNED = {f"finetune_{name}.py" for name in "news sections boolq tweets entities chinese".split()}
-TWINS = {"bert_small.py", "t5_tiny.py"} | FINETUNED
+TWINS = {"bert_small.py", "t5_tiny.py", "small_decoders.py", "llama_1b.py"} | FINETUNED
 OTHER_ROWS |= {"tour.py"}  # tests/test_tour.py runs its variants
 
 
