@@ -5,9 +5,10 @@
     python -m lm_jax.evaluate --model runs/finetune_german --split test
     python tools/text_baselines.py --config experiments/finetune_german.py --split test
 
-28,646 lines and paragraphs to train on; 500 of validation and 500 of test, of other source packages, drawn by hash.
-Expected: not trained here yet. What there is to beat on the test: a dictionary (IBM model 1), chrF 52.8 and BLEU 15.4; the
-English as it is 29.4 and 9.3, the most frequent line 11.6 and 0.9. 300 steps of two CPU cores are a taste; on one GPU take
+25,308 lines and paragraphs to train on; 500 of validation and 500 of test, of other source packages, drawn by hash.
+Expected: on the test chrF 34.3 and BLEU 9.3 after 2,000 steps of 8 rows (--config.train.num_steps=2000), 95 minutes of one busy
+core. Not beaten: a dictionary (IBM model 1), chrF 53.5 and BLEU 16.7; the English as it is has 29.3 and 9.6, the most frequent
+line 14.5 and 2.1. 300 steps of two CPU cores are a taste; on one GPU take
 --config.model.num_layers=6 --config.model.model_dim=512 --config.model.num_heads=8 --config.model.mlp_dim=1024
 --config.data.global_batch_size=128 --config.train.num_steps="20 epochs" --config.optimizer.learning_rate=1e-3.
 """
