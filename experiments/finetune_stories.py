@@ -14,11 +14,9 @@ Expected: test F1 0.422, 0.490 and 0.501 of three seeds (exact match 0.297, 0.35
 
 import finetune_reviews
 
-VARIANTS = finetune_reviews.VARIANTS
 
-
-def get_config(variant: str = ""):
-    config = finetune_reviews.get_config(variant)
+def get_config():
+    config = finetune_reviews.get_config()
     config.model.labels, config.data.sources, config.train.task = (), "stories", "question_answering"
     config.data.sequence_length, config.data.global_batch_size = 256, 4
     config.optimizer.learning_rate *= 2

@@ -30,12 +30,11 @@ def performed(commands: list[list[str]], folder: pathlib.Path) -> list[dict]:
 
 def perform(words: list[str]) -> int:
     """A command in this process. Returns its exit code."""
-    if words[0] == "-c":
-        exec(compile(words[1], "command", "exec"), {})
-        return 0
     sys.argv = words[1:] if words[0] == "-m" else words
     try:
-        if words[0] == "-m":
+        if words[0] == "-c":
+            exec(compile(words[1], "command", "exec"), {})
+        elif words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(words[0], run_name="__main__")

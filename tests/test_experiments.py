@@ -103,6 +103,15 @@ def test_the_products_of_idle_experts_are_not_counted():
     assert abs(costs.count(config, program.graph.declarations).matrix_parameters / 12.75e9 - 1) < 0.01
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("finetune_*.py")))
+def test_every_start_of_finetuning_is_a_config_that_can_be_run(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    variants = getattr(importlib.import_module(name), "VARIANTS", ("",))
+    found = [command.load_config(f"experiments/{name}.py:{variant}", {})[0] for variant in variants]
+    assert len({config.train.init_from for config in found}) == len(variants), "each from another model"
+    assert all(config.train.task for config in found)
+
+
 @pytest.mark.parametrize("place", ["small_decoders.py:mixtral", "small_decoders.py:gemma3"])
 def test_a_decoder_in_miniature_is_traced(place):
     """The step that `:smoke` of this variant would run."""
