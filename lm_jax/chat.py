@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm_jax.config import UserError
+from lm_jax.config import UserError, needs
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
@@ -51,7 +51,7 @@ def render(template: str, messages: Sequence[Message], prompt: bool = True, **na
     try:
         import jinja2
     except ImportError:
-        raise UserError("a chat template needs the package jinja2: pip install 'lm_jax[hf]'") from None
+        raise needs("a chat template", "jinja2", "hf") from None
     try:
         return compiled(template).render(messages=messages, add_generation_prompt=prompt, **names)
     except jinja2.exceptions.TemplateError as error:

@@ -44,6 +44,11 @@ class UserError(ValueError):
     """What a user can mend: reaches the terminal as one to five plain lines, exit code 2."""
 
 
+def needs(what: str, package: str, extra: str) -> UserError:
+    """The mistake of a missing package, with the command that installs it: always from the clone, under no name of an index."""
+    return UserError(f"{what} needs the package {package}: in the clone, pip install -e '.[{extra}]'")
+
+
 def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True):
     """A field: its default, its meaning, its range, and whether a run that resumes must keep it (`fixed`)."""
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "fixed": fixed}

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lm_jax import chat, checkpoint
-from lm_jax.config import OBJECTIVES, Mesh, UserError, nearest
+from lm_jax.config import OBJECTIVES, Mesh, UserError, nearest, needs
 from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.decoding import complete, marks_of
 from lm_jax.likelihood import likelihoods
@@ -28,7 +28,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
-    raise UserError("lm-eval is not installed: pip install 'lm_jax[lm_eval]'") from None
+    raise needs("tools/run_lm_eval.py", "lm_eval", "lm-eval") from None
 
 
 class HarnessModel(TemplateLM):

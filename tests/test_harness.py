@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 @pytest.fixture(scope="module")
 def harness():
-    pytest.importorskip("lm_eval", reason="pip install '.[lm_eval]'")
+    pytest.importorskip("lm_eval", reason="pip install -e '.[lm-eval]'")
     from lm_jax import harness
 
     return harness
@@ -213,7 +213,7 @@ def test_lm_eval_s_own_backend_gives_the_same_numbers(harness, smollm2, records,
 
 
 def test_the_command_runs_local_tasks(finished, records, tmp_path):
-    pytest.importorskip("lm_eval", reason="pip install '.[lm_eval]'")
+    pytest.importorskip("lm_eval", reason="pip install -e '.[lm-eval]'")
     line = [
         sys.executable,
         str(ROOT / "tools" / "run_lm_eval.py"),

@@ -258,7 +258,7 @@ def test_a_wrong_setting_is_refused_by_its_flag(raw, changes, words):
 def test_without_the_extra_its_flags_are_refused_with_the_mend(raw, monkeypatch, changes):
     for module in [name for name in sys.modules if name.startswith("datatrove.")] + ["datatrove"]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"pip install 'lm_jax\[prep\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[prep\]'"):
         run(raw[0], "raw", **changes)
     assert run(raw[0], "raw", workers=0)["out"]["documents"]
 
@@ -422,7 +422,7 @@ def test_pages_of_an_archive(tmp_path):
     assert len(list(readers.records(str(path)))) >= 1
 
 
-needs_datatrove = pytest.mark.skipif(not executors.has_datatrove(), reason="needs lm_jax[prep]")
+needs_datatrove = pytest.mark.skipif(not executors.has_datatrove(), reason="pip install -e '.[prep]'")
 PERSONAL = [
     "jane.doe+news@mail.example.net", "ROOT@sub.domain.co.uk", "203.0.113.77", "10.1.2.3", "8.8.8.8",
     "2001:db8:85a3::8a2e:370:7334", "fe80::1ff:fe23:4567:890a", "+1 415-555-2671", "(020) 7946 0958", "415-555-2671",

@@ -223,7 +223,7 @@ def test_the_paired_test_finds_what_is_there_and_nothing_else():
 @pytest.mark.parametrize("kind", NEEDS)
 def test_a_missing_package_is_named(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, NEEDS[kind], None)
-    with pytest.raises(UserError, match=r"pip install 'lm_jax\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[eval\]'"):
         scores.KINDS[kind](["x"], ["x"])
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.config import UserError
+from lm_jax.config import UserError, needs
 
 # Their names, which hold for weights alone; a number of a layer stands for `{layer}`.
 NAMES = {
@@ -42,7 +42,7 @@ def package():
     try:
         import gguf
     except ImportError:
-        raise UserError("a GGUF file needs the package gguf: pip install 'lm_jax[gguf]'") from None
+        raise needs("a GGUF file", "gguf", "gguf") from None
     return gguf
 
 

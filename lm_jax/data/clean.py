@@ -10,7 +10,7 @@ import re
 import unicodedata
 from typing import Any
 
-from lm_jax.config import UserError
+from lm_jax.config import needs
 
 FILTERS = ("gopher", "c4", "fineweb")
 EMAIL, ADDRESS, ADDRESS6, PHONE = "email@example.com", "192.0.2.1", "2001:db8::1", "555-0100"  # stand for nobody
@@ -47,7 +47,7 @@ def require(what: str) -> None:
         import datatrove.utils.hashes.xxhash  # noqa: F401
         import regex  # noqa: F401
     except ImportError:
-        raise UserError(f"{what} needs datatrove: pip install 'lm_jax[prep]'") from None
+        raise needs(what, "datatrove", "prep") from None
 
 
 def quiet() -> None:

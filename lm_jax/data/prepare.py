@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lm_jax.config import UserError
+from lm_jax.config import UserError, needs
 from lm_jax.data import clean, overlap, readers, report, shards, sources, steps, tokenizer
 from lm_jax.data.executors import Choice, Say, Stage, run_stage
 from lm_jax.data.report import Dropped, Tally
@@ -165,7 +165,7 @@ def check(settings: Settings) -> None:
         if wanted:
             clean.require(f"--{flag}")
     if settings.executor == "ray" and not importlib.util.find_spec("ray"):
-        raise UserError("--executor ray needs the package ray: pip install 'lm_jax[ray]'")
+        raise needs("--executor ray", "ray", "ray")
     if settings.executor == "slurm" and not settings.slurm_partition:
         raise UserError("--executor slurm needs --slurm_partition NAME")
 

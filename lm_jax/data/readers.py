@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from lm_jax.config import UserError
+from lm_jax.config import UserError, needs
 from lm_jax.data import sources
 
 PIECE = (
@@ -108,7 +108,7 @@ class Zstandard(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise UserError("a .zst file needs the package zstandard: pip install 'lm_jax[prep]'") from None
+            raise needs("a .zst file", "zstandard", "prep") from None
         self._file, self._package = file, zstandard
         self._frame, self._ready, self._fed = zstandard.ZstdDecompressor().decompressobj(), b"", False
 
@@ -275,7 +275,7 @@ def _needs(package: str, what: str):
     try:
         return __import__(package, fromlist=["_"])
     except ImportError:
-        raise UserError(f"{what} needs the package {package.split('.')[0]}: pip install 'lm_jax[prep]'") from None
+        raise needs(what, package.split(".")[0], "prep") from None
 
 
 def _parquet(where: Where, file, text_key: str) -> Iterator[Document | Bad]:

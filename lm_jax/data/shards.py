@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from lm_jax.config import Data, UserError
+from lm_jax.config import Data, UserError, needs
 from lm_jax.data import sources, tokenizer
 
 FORMAT = 2
@@ -223,9 +223,10 @@ def is_url(place) -> bool:
 
 def check_url(name: str, place) -> None:
     """Raises UserError where the package that reads a URL is not installed."""
-    package = {"gs": "gcsfs", "s3": "s3fs"}.get(str(place).partition("://")[0], "") if is_url(place) else ""
+    scheme = str(place).partition("://")[0] if is_url(place) else ""
+    package, extra = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}.get(scheme, ("", ""))
     if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"{name} {place} needs the package {package}: pip install {package}")
+        raise needs(f"{name} {place}", package, extra)
 
 
 def is_prepared(place: str) -> bool:

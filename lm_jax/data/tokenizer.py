@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from lm_jax.config import UserError
+from lm_jax.config import UserError, needs
 
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
 SPACE = "\u2581"  # how SentencePiece writes a space; the character itself is spelled in bytes
@@ -138,7 +138,7 @@ class HuggingFace:
         try:
             import tokenizers
         except ImportError:
-            raise UserError("a tokenizer.json needs the package tokenizers: pip install 'lm_jax[hf]'") from None
+            raise needs("a tokenizer.json", "tokenizers", "hf") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
             described = json.loads(model)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.config import UserError
+from lm_jax.config import UserError, needs
 
 RESAMPLES = 1000
 BLOCK = 2**22  # weights that exist at the same time
@@ -186,9 +186,9 @@ def spans(truths: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]])
 def check(kind: str) -> None:
     """Raises UserError where the package that counts the scores of a kind is missing: before a model is trained, not after."""
     if kind == "summaries" and importlib.util.find_spec("rouge_score") is None:
-        raise UserError("ROUGE needs the package rouge-score: pip install 'lm_jax[eval]'")
+        raise needs("ROUGE", "rouge-score", "eval")
     if kind == "translations" and importlib.util.find_spec("sacrebleu") is None:
-        raise UserError("BLEU and chrF need the package sacrebleu: pip install 'lm_jax[eval]'")
+        raise needs("a score as BLEU or chrF", "sacrebleu", "eval")
 
 
 def summaries(truths: Sequence[str | Sequence[str]], predictions: Sequence[str]) -> dict[str, Measure]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from lm_jax.config import UserError
+from lm_jax.config import UserError, needs
 from lm_jax.data.sources import SPLITS
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -107,7 +107,7 @@ def _parquet(path: epath.Path) -> Iterator[Row]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{path} needs the package pyarrow: pip install 'lm_jax[prep]'") from None
+        raise needs(str(path), "pyarrow", "prep") from None
     try:
         content = parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
     except pyarrow.ArrowException as error:
