@@ -13,7 +13,19 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
+from lm_jax.config import (
+    Config,
+    UserError,
+    check_key,
+    default_config,
+    flatten,
+    nearest,
+    parse_value,
+    resolve,
+    shown,
+    shrink,
+    without_unread,
+)
 
 EXIT_USER, EXIT_FAULT, EXIT_PREEMPTED = 2, 70, 75
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
@@ -34,8 +46,11 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
 
     def parse_args(self, arguments=None, namespace=None):
         known, rest = self.parse_known_args(arguments, namespace)
@@ -112,7 +127,8 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if not equals and not waiting:
             raise UserError(f"--config.{path} needs a value, such as --config.{path}=1")
         if path in overrides:
-            raise UserError(f"--config.{path} stands twice: {overrides[path]} and {value or waiting[0]}")
+            values = shown(overrides[path]), shown(value or waiting[0])
+            raise UserError(f"--config.{path} stands twice: {' and '.join(values)}")
         overrides[path] = value if equals else waiting.pop(0)
     return overrides, rest
 
@@ -194,6 +210,8 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     for path, value in given.items():
         section, name = path.split(".")
         from_file[section][name] = value
+    if place.endswith(":smoke"):
+        from_file = without_unread(from_file, given)
     return resolve(from_file), origins
 
 

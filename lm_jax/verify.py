@@ -56,9 +56,7 @@ def trace(config: Config, num_pieces: int, stream: pipeline.Rows, mesh: jax.shar
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("lm_jax.verify", __doc__)
-    parser.add_argument(
-        "--config", required=True, action=command.Once, help="an experiment file, file.py:variant; it is executed"
-    )
+    parser.add_argument("--config", required=True, help="an experiment file, file.py:variant; it is executed")
     parser.add_argument("--show", action="store_true", help="only print the parameters on the config's mesh")
     parser.add_argument("--num_steps", type=int, default=3)
     flags = parser.parse_args(rest)
