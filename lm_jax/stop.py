@@ -4,10 +4,12 @@ A thread takes them: a handler in Python waits until C++ (a compiler, the traini
 Nothing heavy is imported here: `lm_jax/__init__.py` listens before anything else is imported.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -85,6 +87,16 @@ def tell(line: str) -> None:
     os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())
 
 
+@contextlib.contextmanager
+def children_deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that start meanwhile never see SIGINT: it goes to all of a terminal's, and the parent says what is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited; here other threads still take it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def replace_process(program: str, arguments: list[str]) -> NoReturn:
     """`os.execv`; a signal meanwhile waits until the new program listens."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -92,7 +104,11 @@ def replace_process(program: str, arguments: list[str]) -> NoReturn:
 
 
 def is_command() -> bool:
-    """Whether this process was started as one of our commands: `python -m lm_jax.x`, which is being looked up, or a tool."""
-    tools = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools")
-    looked_up = sys.argv[:1] == ["-m"] and any(word.startswith("lm_jax.") for word in sys.orig_argv)
-    return looked_up or os.path.dirname(os.path.abspath(sys.argv[0] if sys.argv else "")) == tools
+    """Whether this process was started as one of our commands: `python -m lm_jax.x`, or a script of `tools`; no worker is."""
+    tools, script = (
+        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"),
+        (sys.argv or [""])[0],
+    )
+    if script == "-m":  # while Python looks the module up
+        return any(word.startswith("lm_jax.") for word in sys.orig_argv)
+    return script in sys.orig_argv and os.path.dirname(os.path.abspath(script)) == tools
