@@ -90,6 +90,14 @@ class Saver:
         self._commit: concurrent.futures.Future | None = None
         self.saved_at = time.monotonic()
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Where something else went wrong, what is being saved is saved first, or fails as well."""
+        if error is not None and self._commit is not None:
+            concurrent.futures.wait([self._commit], PATIENCE)
+
     def save(self, state: TrainState, data: DataState) -> None:
         """Returns once the state is copied; the state's arrays may then be donated."""
         self.wait()

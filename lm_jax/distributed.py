@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.places import leased
+from lm_jax.stop import SIGNALS
 
 
 def configure() -> None:
@@ -36,6 +38,8 @@ def devices() -> list[jax.Device]:
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         number = lambda name: int(os.environ[name]) if name in os.environ else None  # unset: the cluster knows
         jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+        for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
+            signal.signal(taken, signal.getsignal(taken))
     try:
         return jax.devices()
     except RuntimeError as error:

@@ -295,24 +295,24 @@ def train(this: Run, given: str) -> int:
         one_step = compiled(this) if this.data.step < this.num_steps else None
     say(this.goodput.start_up())
     writer = metrics.Writer(this.desk.folder, this.data.step) if leads() else metrics.Nowhere()
-    saver = checkpoint.Saver(this.workdir, config, this.mixed.facts, stop)
-    evaluation, log = make_evaluation(this), StepLog(this, writer)
-    try:
-        if this.data.step == 0:
-            writer.hyper_parameters(checkpoint.flatten(config))
-            show_sample(this, writer)
-        elif one_step:
-            look(this, evaluation, writer)
-        if one_step:
-            steps(this, one_step, log, evaluation, writer, saver)
-    except Stopped:
-        pass  # after a whole step
-    log.flush()
-    if log.hopeless:
-        return give_up(this, saver, writer)
-    writer.flush()
-    save(this, saver)
-    saver.close()
+    with checkpoint.Saver(this.workdir, config, this.mixed.facts, stop) as saver:
+        evaluation, log = make_evaluation(this), StepLog(this, writer)
+        try:
+            if this.data.step == 0:
+                writer.hyper_parameters(checkpoint.flatten(config))
+                show_sample(this, writer)
+            elif one_step:
+                look(this, evaluation, writer)
+            if one_step:
+                steps(this, one_step, log, evaluation, writer, saver)
+        except Stopped:
+            pass  # after a whole step
+        log.flush()
+        if log.hopeless:
+            return give_up(this, saver, writer)
+        writer.flush()
+        save(this, saver)
+        saver.close()
     finished = this.data.step == this.num_steps and not stop.requested
     if finished:
         finish(this, evaluation, writer)
