@@ -1,7 +1,6 @@
 """What every command shares: flags, the config they name, and how errors reach the terminal."""
 
 import argparse
-import contextlib
 import importlib.util
 import inspect
 import os
@@ -11,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import ml_collections
@@ -65,8 +64,11 @@ class Once(argparse.Action):
 def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> NoReturn:
     """Runs a command and leaves with its code: 0 done, 2 user error, 74 a fault of the machine, 75 preempted and saved, 70 a
     fault of ours; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved."""
-    with Stop(), quiet_threads():
+    with Stop():
+        speak = quiet_threads()
         code = outcome(main, sys.argv[1:] if arguments is None else arguments)
+    if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
+        speak()
     if code in (EXIT_FAULT, EXIT_MACHINE):
         threading.Thread(target=end_without_threads, args=(code,), daemon=True).start()
     sys.exit(code)
@@ -103,24 +105,24 @@ def give_up_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextlib.contextmanager
-def quiet_threads() -> Iterator[None]:
+def quiet_threads() -> Callable[[], None]:
     """What the system refuses a thread comes up again where that is waited for, and is said there; Orbax's and TensorStore's
-    threads would print it as well, and what it led to."""
-    before = threading.excepthook, sys.excepthook
+    threads would print it as well, and all that it led to. Returns what makes them speak again."""
+    before = threading.excepthook, sys.unraisablehook
 
     def of_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_value is None or not faults.described(args.exc_value):
             before[0](args)
 
-    threading.excepthook, sys.excepthook = (
-        of_thread,
-        lambda *error: None,
-    )  # of what C++ calls; `outcome` catches the rest
-    try:
-        yield
-    finally:
-        threading.excepthook, sys.excepthook = before
+    def of_callback(args: "sys.UnraisableHookArgs") -> None:
+        if threading.current_thread() is threading.main_thread():
+            before[1](args)
+
+    def speak() -> None:
+        threading.excepthook, sys.unraisablehook = before
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_callback
+    return speak
 
 
 def end_without_threads(code: int) -> None:

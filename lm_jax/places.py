@@ -43,7 +43,8 @@ def check_room(folder: epath.Path, num_bytes: float) -> None:
     """Raises OSError where a disk has not the room for so many bytes more: before it is filled for nothing."""
     if is_url(folder):
         return
-    free = shutil.disk_usage(folder).free
+    there = next(path for path in (folder, *epath.Path(os.path.abspath(folder)).parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if free < num_bytes:
         needed = f"a checkpoint needs {num_bytes / 1e9:,.3g} GB, and {free / 1e9:,.3g} are free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))

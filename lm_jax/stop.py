@@ -51,6 +51,8 @@ class Stop:
 
     def __exit__(self, *error) -> None:
         listening.remove(self)
+        for below in listening[-1:]:
+            below.done, below.saved = self.done, self.saved
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -125,10 +125,10 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     if dry_run:
         return 0
     check_memory(config, counted, ramp, sizes, here[0])
+    if not saved:
+        check_room(workdir, checkpoint_bytes(config, counted, sizes))
     with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop() as stop:
         if leads():
-            if not saved:
-                check_room(workdir, counted.parameters * 4)
             desk.fetch()
             say.log_to(desk.folder / "log.txt")
             checkpoint.clean(workdir, say)
@@ -162,6 +162,12 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
         kept = isinstance(before, int) and before and smallest % before == 0 and before % batch_shards(sizes) == 0
         rows = before if kept else chosen
     return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
+
+
+def checkpoint_bytes(config: Config, counted: costs.Costs, sizes: dict[str, int]) -> float:
+    """Of the parameters and the optimizer's state, wherever they lie."""
+    whole = costs.bytes_by_class(config, counted, 1, dict.fromkeys(sizes, 1), accumulates=False)
+    return whole["parameters"] + whole["optimizer"]
 
 
 def check_memory(config: Config, counted: costs.Costs, ramp: Ramp, sizes: dict[str, int], device: jax.Device) -> None:

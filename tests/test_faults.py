@@ -217,4 +217,6 @@ def test_a_limit_of_memory_ends_in_lines(gib, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
     result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=300)
     print(f"{gib} GiB: {result.returncode}\n{result.stderr[-1500:]}", flush=True)
-    assert result.returncode in (0, 74, 134) and "Traceback" not in result.stderr  # 134: a library in C++ ends the process
+    assert (
+        result.returncode in (0, 74, 134) and "Traceback" not in result.stderr
+    )  # 134: a library in C++ ends the process
