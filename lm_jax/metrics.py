@@ -30,7 +30,7 @@ class Writer:
     """Appends one line a step, after cutting off what a lost future wrote: no hole, no step twice."""
 
     def __init__(self, workdir: epath.Path, step: int):
-        kept = [line for line in read(workdir) if line["step"] <= step] if step else []
+        kept = [line for line in read(workdir) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         draft = workdir / "metrics.jsonl.draft"
         draft.write_text(text)
