@@ -27,14 +27,15 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
 from lm_jax.data.objectives import specials
-from lm_jax.data.shards import check_url, file_hash, is_url
+from lm_jax.data.shards import check_plain, check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import Tokenizer, load, named
 from lm_jax.distributed import leads
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
-from lm_jax.places import set_aside, write_whole
+from lm_jax.places import check_room, set_aside, write_whole
 from lm_jax.ramp import DataState
+from lm_jax.stop import Stop
 from lm_jax.train_state import Program, TrainState, abstract, make_program
 from lm_jax.trained import joined
 
@@ -67,9 +68,11 @@ def steps_folder(workdir: epath.Path) -> epath.Path:
 
 
 class Saver:
-    """Saves in the background. `poll` raises what went wrong there; `wait` ends with the manifest on disk."""
+    """Saves in the background. `poll` raises what went wrong there; `wait` ends with the manifest on disk. `stop` is told
+    what is saved."""
 
-    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, Any]):
+    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, Any], stop: Stop | None = None):
+        self.stop = stop or Stop()
         self.folder, self.config, self.facts = steps_folder(workdir), config, facts
         self.folder.mkdir(parents=True, exist_ok=True)
         # In a bucket every array is objects of its own: Orbax's OCDBT would join them, by generations that not every store has.
@@ -88,6 +91,7 @@ class Saver:
         if jax.default_backend() == "cpu":  # a CPU array on the host is a view, which the next step would write over
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         self.saved_at = time.monotonic()
+        check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(state)))
         self._orbax.save(self.folder / str(data.step), args=ocp.args.Composite(**items(state, data)), force=True)
         self._commit = self._thread.submit(self._finish, data.step)
 
@@ -100,6 +104,7 @@ class Saver:
             write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS})
             self._retain()
         wait_for(folder / MANIFEST)  # so that all processes know the same steps
+        self.stop.saved = step
 
     def _retain(self) -> None:
         """Keeps the newest `keep_last` and every multiple of `keep_every`; runs after the new manifest is durable."""
@@ -191,7 +196,12 @@ def fault(folder: epath.Path) -> str:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         expected = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (
+        FileNotFoundError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # a refusal of the system is no damage: it is let through
         return f"{MANIFEST} cannot be read"
     if manifest.get("format") != FORMAT:
         return f"{MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}"
@@ -291,7 +301,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     try:
         content = json.loads((workdir / "config.json").read_text())
         content["config"] = flatten(Config()) | content["config"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{workdir / 'config.json'} is no config of a run; use another --workdir") from None
     return content
 
@@ -369,6 +379,7 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     place, _, wanted = (model, "", "") if (epath.Path(model) / "config.json").exists() else model.rpartition("@")
     place, wanted = (place, wanted) if place else (wanted or model, "")
     workdir = epath.Path(place)
+    check_plain(str(workdir))
     if not (workdir / "config.json").exists():
         siblings = [str(path) for path in workdir.parent.glob("*") if (path / "config.json").exists()]
         raise UserError(f"--model {model}: {place} is not a run (it has no config.json){nearest(place, siblings)}")
@@ -420,7 +431,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """An object in a file, {} where there is none that can be read."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import fcntl
+import logging
 import os
-import signal
+import warnings
 from collections.abc import Callable, Iterator
 
 import jax
@@ -17,9 +18,15 @@ from lm_jax.places import leased
 
 
 def configure() -> None:
-    """JAX's settings for every command: strict shapes, and programs compiled once kept for the next run."""
+    """JAX's settings for every command: strict shapes, and programs compiled once kept for the next run, if they can be."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
+    with contextlib.suppress(OSError):  # only a time saver: what needs the cache says that it cannot be written
+        folder = os.path.join(cache_folder(), "compiled")
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", folder)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is compiled, then
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of all that it raises
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
@@ -64,10 +71,7 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
         with leased(workdir, say):
             yield
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}; use another --workdir") from None
+    workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,27 +80,3 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
                 f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir"
             ) from None
         yield
-
-
-class Stop:
-    """SIGINT and SIGTERM ask the loop to save and leave; the loop polls. A second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["Stop"]:
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._ask) for number in signals}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
-        if self.requested:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.requested = True
-        os.write(2, b"\nstopping: this pass is finished and the run is saved; once more to leave at once\n")

@@ -178,7 +178,7 @@ def dynamic_loss_scale(
 
     Where the gradient is not finite, or the parameters or `inner` would not be after the update, nothing of it reaches them: the
     update is skipped and counted, the scale halves, down to 1. After `grow_after` updates in a row it doubles, up to `largest`.
-    Powers of two change no bit of a gradient. With the defaults the scale stays 1, and this is a guard against what is not finite.
+    Powers of two change no bit of a gradient. With the defaults the scale stays 1, and this is a guard alone.
     """
     inner = optax.with_extra_args_support(inner)
 

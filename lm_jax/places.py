@@ -5,6 +5,7 @@ checkpoint and at the end; its lock is an object that only one can create, with 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -36,6 +37,16 @@ def write_whole(path: epath.Path, content: bytes) -> None:
         file.write(content)
         flush(file)
     os.replace(draft, path)
+
+
+def check_room(folder: epath.Path, num_bytes: float) -> None:
+    """Raises OSError where a disk has not the room for so many bytes more: before it is filled for nothing."""
+    if is_url(folder):
+        return
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        needed = f"a checkpoint needs {num_bytes / 1e9:,.3g} GB, and {free / 1e9:,.3g} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))
 
 
 def set_aside(folder: epath.Path, to: epath.Path) -> None:

@@ -5,6 +5,7 @@ only state is an integer, the cursor: neither batch size, mesh, processes nor wo
 """
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -68,6 +69,15 @@ def end_with_parent(index: int, count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def deaf_to_ctrl_c(iterator) -> None:
+    """Starts the workers of an iterator; Ctrl-C goes to all processes of a terminal, and what to do is for us to say."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which processes inherit
+    try:
+        iterator.start_prefetch()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def batches(
     rows: Rows, mesh: jax.sharding.Mesh, first: int, num: int, size: int, num_workers: int = 0
 ) -> Iterator[dict[str, jax.Array]]:
@@ -81,7 +91,10 @@ def batches(
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=end_with_parent)
     place = {row: index for index, row in enumerate(local)}
-    for batch in dataset:
+    found = iter(dataset)
+    if num_workers:
+        deaf_to_ctrl_c(found)
+    for batch in found:
         yield {name: _on_mesh(value, mesh, size, place) for name, value in batch.items()}
 
 

@@ -8,6 +8,7 @@ is a place that a config can name. What a config names as raw text is built once
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import glob
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from typing import IO
@@ -213,8 +215,15 @@ def shard_names(counts: dict[str, dict[str, int]]) -> list[str]:
 
 
 def cache_folder() -> str:
-    """Where what can be made again is kept: $LM_JAX_CACHE, else ~/.cache/lm_jax."""
-    return os.environ.get("LM_JAX_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lm_jax")
+    """Where what can be made again is kept: $LM_JAX_CACHE, else ~/.cache/lm_jax. Raises FileNotFoundError without a home."""
+    if given := os.environ.get("LM_JAX_CACHE"):
+        return given
+    home = os.path.expanduser("~")
+    if not os.path.isdir(home):
+        raise FileNotFoundError(
+            errno.ENOENT, "this user has no home: say LM_JAX_CACHE=FOLDER, where the cache may be", home
+        )
+    return os.path.join(home, ".cache", "lm_jax")
 
 
 def is_url(place) -> bool:
@@ -227,6 +236,15 @@ def check_url(name: str, place) -> None:
     package, extra = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}.get(scheme, ("", ""))
     if package and importlib.util.find_spec(package) is None:
         raise needs(f"{name} {place}", package, extra)
+
+
+def check_plain(*places: str) -> None:
+    """Raises UserError where a file, or one of a folder, is a pipe or a device: it would be read, or waited for, for ever."""
+    for place in places:
+        if os.path.isdir(place):
+            check_plain(*(entry.path for entry in os.scandir(place)))
+        elif os.path.lexists(place) and not stat.S_ISREG(os.stat(place).st_mode):
+            raise UserError(f"{place} is a pipe or a device, and no file; remove it, or name another place")
 
 
 def is_prepared(place: str) -> bool:
@@ -247,6 +265,7 @@ def open_corpus(
     """
     place = place or data.sources[0][0]
     if is_prepared(place):
+        check_plain(*[place] * (not is_url(place)))
         return read(local_copy(place, say), "prepare it again, or restore it from a copy")
     pieces = 0 if given else tokenizer.num_pieces(data.tokenizer)
     given = given or (None if pieces else tokenizer.load(data.tokenizer))
@@ -258,6 +277,7 @@ def open_corpus(
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     name = "python" if place == "python" else os.path.basename(source)
     folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
+    check_plain(folder, folder + ".lock")
     if not os.path.exists(os.path.join(folder, MANIFEST)):
         with writer_lock(folder + ".lock", say):
             if not os.path.exists(os.path.join(folder, MANIFEST)):
@@ -363,7 +383,7 @@ def read_manifest(folder: str, mend: str) -> dict:
         with open(path) as file:
             manifest = json.load(file)
         found, names = manifest["format"], [manifest["tokenizer_file"], *shard_names(manifest["counts"])]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} cannot be read as the manifest of a corpus; {mend}") from None
     if found != FORMAT:
         raise UserError(f"{path} has format {found!r}, this version reads {FORMAT}; {mend}")
@@ -386,12 +406,12 @@ def verify(folder: str, manifest: dict, mend: str) -> None:
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             raise UserError(f"{path} is missing; {mend}")
-        stat = os.stat(path)
-        if stat.st_size != expected["bytes"]:
+        found = os.stat(path)
+        if found.st_size != expected["bytes"]:
             raise UserError(
-                f"{path} is changed since it was built: {stat.st_size:,} bytes, not {expected['bytes']:,}; {mend}"
+                f"{path} is changed since it was built: {found.st_size:,} bytes, not {expected['bytes']:,}; {mend}"
             )
-        seen[name] = [stat.st_size, stat.st_mtime_ns, expected["sha256"]]
+        seen[name] = [found.st_size, found.st_mtime_ns, expected["sha256"]]
         if known.get(name) != seen[name] and file_hash(path) != expected:
             raise UserError(f"{path} is changed since it was built; {mend}")
     if seen != known:
