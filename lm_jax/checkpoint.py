@@ -35,6 +35,7 @@ from lm_jax.distributed import leads
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
 from lm_jax.places import check_room, set_aside, write_whole
+from lm_jax.ramp import DataState
 from lm_jax.stop import Stop
 from lm_jax.train_state import Program, TrainState, abstract, make_program
 from lm_jax.trained import joined
@@ -43,14 +44,6 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 PATIENCE = 600  # seconds that one process waits for a file of another
 FACTS = ("pipeline", "tokenizer", "data")  # of the mixture, kept with every step; config.json has its shards too
-
-
-class DataState(NamedTuple):
-    """Where the training stream is: after `step` updates the next row is `cursor`; `skipped` row ranges were dropped."""
-
-    step: int
-    cursor: int
-    skipped: tuple[tuple[int, int], ...] = ()
 
 
 def items(state: TrainState, data: DataState) -> dict[str, Any]:
@@ -274,9 +267,23 @@ def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainStat
         )
     _, structure = jax.tree.flatten(target.optimizer_state)
     optimizer_state = jax.tree.unflatten(structure, [found.optimizer[name] for name in named])
-    data = DataState(found.data["step"], found.data["cursor"], tuple(map(tuple, found.data["skipped"])))
+    data = as_data_state(found.data)
     step_array = jax.device_put(np.int32(data.step), target.step.sharding)
     return TrainState(step_array, found.parameters, optimizer_state), data
+
+
+def as_data_state(kept: dict[str, Any]) -> DataState:
+    return DataState(kept["step"], kept["cursor"], tuple(map(tuple, kept["skipped"])))
+
+
+def read_data_state(workdir: epath.Path, step: int | None = None) -> DataState:
+    """That of a step, by default of the newest, which is not verified here: the start of the run where it cannot be read."""
+    folder = steps_folder(workdir)
+    steps = complete_steps(folder) if step is None else [step]
+    try:
+        return as_data_state(json.loads((folder / str(steps[-1]) / "data" / "metadata").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return DataState(0, 0)
 
 
 def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], facts: dict[str, Any]) -> None:
