@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from lm_jax import compile_cache
 from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.places import leased
@@ -19,9 +20,7 @@ from lm_jax.places import leased
 def configure() -> None:
     """JAX's settings for every command: strict shapes, and programs compiled once kept for the next run."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compile_cache.use(os.path.join(cache_folder(), "compiled"))
 
 
 def devices() -> list[jax.Device]:

@@ -26,7 +26,7 @@ from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.optimizer import averaged
-from lm_jax.places import Desk, write_whole
+from lm_jax.places import Desk
 from lm_jax.ramp import Ramp, make_ramp, with_steps
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
@@ -56,6 +56,7 @@ class Run:
     state: TrainState
     data: checkpoint.DataState
     goodput: Goodput
+    facts: dict[str, Any]  # what a run must find again
 
     @property
     def microbatch(self) -> int:
@@ -106,6 +107,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
+    facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
@@ -120,18 +122,20 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         for line in changes:
             say(line)
         with goodput("state"):
-            state, data = starting_point(program, workdir, source, say)
+            state, data = starting_point(program, workdir, source, say, facts["run"])
         if data.step >= int(config.train.num_steps):
             return already_done(desk, say)
-        if leads():
-            checkpoint.write_config(workdir, config, origins, mixed.facts)
-            checkpoint.write_tokenizer(workdir, mixed.tokenizer)
-            if mixed.chat_template:
-                write_whole(workdir / chat.FILE, mixed.chat_template.encode())
-        this = Run(config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput)
+        this = Run(
+            config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput, facts
+        )
         if mixed.compares:
             with goodput("reference"):
                 say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
+        if leads():
+            checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
+            if mixed.chat_template:
+                checkpoint.write_run_file(workdir, chat.FILE, mixed.chat_template.encode(), say)
+            checkpoint.write_config(workdir, config, origins, facts)
         return train(this, stop, given)
 
 
@@ -185,10 +189,10 @@ def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) 
 
 
 def starting_point(
-    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal
+    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str
 ) -> tuple[TrainState, checkpoint.DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
-    if step := agree((checkpoint.newest_valid(workdir, say, quarantine=True) or 0) if leads() else 0):
+    if step := agree((checkpoint.newest_valid(workdir, say, quarantine=True, run=run) or 0) if leads() else 0):
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
@@ -230,10 +234,10 @@ def with_rows(parameters: dict, given: WordVectors) -> dict:
 
 
 def already_done(desk: Desk, say: terminal.Terminal) -> int:
-    last = [line for line in metrics.read(desk.folder) if "final/loss" in line][-1:]
-    result = (
-        ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
-    )
+    last = [line for line in metrics.read(desk.folder, say) if "final/loss" in line][-1:]
+    shown = lambda value: "not finite" if value is None else f"{value:.4f}"
+    values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
+    result = ", ".join(values) or "no result"
     say(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
     return 0
 
@@ -246,8 +250,8 @@ def train(this: Run, stop: Stop, given: str) -> int:
         one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
         one_step = compile_step(this.program, this.mesh, one_microbatch)
     say(goodput.start_up())
-    writer = metrics.Writer(this.desk.folder, this.data.step) if leads() else metrics.Nowhere()
-    saver = checkpoint.Saver(this.workdir, config, this.mixed.facts)
+    writer = metrics.Writer(this.desk.folder, this.data.step, say) if leads() else metrics.Nowhere()
+    saver = checkpoint.Saver(this.workdir, config, this.facts)
     if not this.data.step:
         writer.hyper_parameters(checkpoint.flatten(config))
     evaluation = make_evaluation(this)

@@ -159,7 +159,7 @@ def test_training_is_a_function_of_the_texts(made):
 
 def test_a_run_and_a_corpus_keep_the_file_under_its_name(one, tmp_path):
     place = checkpoint.epath.Path(tmp_path)
-    checkpoint.write_tokenizer(place, one)
+    checkpoint.write_run_file(place, one.file_name, one.model, print)
     assert [path.name for path in place.iterdir()] == [one.file_name]
     found = tokenizer.load(str(tmp_path))
     assert type(found) is type(one) and found.fingerprint == one.fingerprint
