@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_jax import beam, chat, checkpoint, command, distributed
 from lm_jax.config import Mesh, UserError
-from lm_jax.decoding import SLICE, Completion, marks_of, stream, writes
+from lm_jax.decoding import SLICE, Completion, stream, writes
 from lm_jax.model.graph import Graph
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import make_mesh
@@ -39,6 +39,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stop", action="append", default=[], help="a text ends before it; may stand several times")
     parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = off")
     parser.add_argument("--length_penalty", type=float, default=1.0, help="of beam search: above 0 longer texts win")
+    drawn = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    parser.reads({"beams": (1,)}, *drawn)  # what beam search neither draws nor stops at
+    parser.reads({"beams": tuple(range(2, 65))}, "length_penalty")
+    parser.reads({"chat": ()}, "system")
     flags = parser.parse_args(arguments)
     bounds = {
         "max_new_tokens": (1, 1e6),
@@ -56,8 +60,6 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
     if flags.prompt and flags.prompts:
         parser.error("--prompt and --prompts: one of them")
-    if flags.system and not flags.chat:
-        parser.error("--system needs --chat")
     from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = checkpoint.locate(flags.model, Terminal())
     if not writes(found.config.model):
@@ -105,8 +107,9 @@ def read_prompts(place: str) -> list[str]:
 
 def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
-    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, marks_of(located)
+    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
     template = chat.read_template(located.workdir) if flags.chat else ""
+    marks = marks.also(chat.end_of_turn(template, tokenizer)) if template else marks
     before = [{"role": "system", "content": flags.system}] if flags.system else []
 
     def write(

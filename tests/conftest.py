@@ -7,7 +7,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of `-m device`: cuda, or tpu
 os.environ.setdefault("LM_JAX_CACHE", str(ROOT / ".pytest_cache" / "lm_jax"))
 
 import jax  # noqa: E402
@@ -26,7 +26,8 @@ def tiny(**changes) -> configs.Config:
     for path, value in changes.items():
         section, name = path.split("__")
         config[section][name] = value
-    return configs.resolve(configs.without_unread(config, [path.replace("__", ".") for path in changes]))
+    given = [path.replace("__", ".") for path in changes]
+    return configs.resolve(configs.unflatten(configs.without_unread(configs.flatten(config.to_dict()), given)))
 
 
 # Changes of `tiny` that make the families: what every specification is held against.

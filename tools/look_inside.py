@@ -5,11 +5,14 @@ attention   who looks at whom in `--layer`: a line a query, a column a key, a sq
 next        the likeliest next pieces; with --compare, how likely each of the given endings is after the text
 """
 
+from lm_jax import command  # first: Ctrl-C is answered while the others are imported
+
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import checkpoint, command, distributed
+from lm_jax import checkpoint, distributed
 from lm_jax.config import Mesh, UserError
 from lm_jax.model.attention import Context, attend, rotate
 from lm_jax.model.layers import merge, split
@@ -63,6 +66,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--text", required=True)
     parser.add_argument("--layer", type=int, default=0, help="of attention, from 0 on")
     parser.add_argument("--compare", nargs="+", default=[], help="endings, each with its space before it")
+    parser.reads({"view": ("attention",)}, "layer")
+    parser.reads({"view": ("next",)}, "compare")
     flags, say = parser.parse_args(arguments), Terminal()
     found = checkpoint.locate(flags.model, say)
     if found.config.model.kind != "transformer":
