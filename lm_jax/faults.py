@@ -101,10 +101,12 @@ def where(path: str) -> str:
     """How another place is named for what lies in the cache; all else has a flag of the command."""
     from lm_jax.data.shards import cache_folder  # late: it wakes up NumPy, and mistakes are answered before
 
-    cache = os.path.abspath(cache_folder())
-    return (
-        f"; the cache is at {cache}, unless LM_JAX_CACHE says where" if os.path.abspath(path).startswith(cache) else ""
-    )
+    try:
+        cache = os.path.abspath(cache_folder())
+    except FileNotFoundError:  # there is no home for it, which may be what is being told
+        return ""
+    inside = os.path.abspath(path).startswith(cache)
+    return f"; the cache is at {cache}, unless LM_JAX_CACHE says where" if inside else ""
 
 
 def raised_at(error: BaseException) -> str:
