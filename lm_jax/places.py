@@ -63,7 +63,7 @@ def set_aside(folder: epath.Path, to: epath.Path) -> None:
 class Desk:
     """The local folder where a run writes what grows: `folder`, the workdir itself where that is local."""
 
-    NAMES = ("metrics.jsonl", "log.txt")  # what a run on another machine goes on with
+    NAMES = ("metrics.jsonl", "metrics.crc32", "log.txt")  # what a run on another machine goes on with
 
     def __init__(self, workdir: epath.Path):
         self.workdir, self.folder = workdir, workdir

@@ -17,10 +17,11 @@ from etils import epath
 from flax import nnx
 
 from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, terminal
-from lm_jax.config import Config, UserError, parse_length
-from lm_jax.data import mixture, objectives, pipeline, word_vectors
+from lm_jax.config import Config, Length, UserError, parse_length
+from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
+from lm_jax.data.tokenizer import BESIDE
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import SLICE, stream
 from lm_jax.distributed import agree, devices, leads, workdir_lock
@@ -29,8 +30,8 @@ from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.optimizer import averaged
-from lm_jax.places import Desk, check_room, write_whole
-from lm_jax.ramp import Ramp, make_ramp, with_steps
+from lm_jax.places import Desk, check_room
+from lm_jax.ramp import Clocks, DataState, Every, Ramp, clocks, every, make_ramp, with_steps
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.stop import EXIT_PREEMPTED, NEVER, Stop, Stopped
@@ -59,8 +60,9 @@ class Run:
     counted: costs.Costs
     peak_flops: float
     state: TrainState
-    data: checkpoint.DataState
+    data: DataState
     goodput: Goodput
+    facts: dict[str, Any]  # what a run must find again
     stop: Stop
 
     def progress(self, text: str) -> None:
@@ -80,6 +82,13 @@ class Run:
     @property
     def num_steps(self) -> int:
         return int(self.config.train.num_steps)
+
+    def every(self, length: Length) -> Every:
+        return every(length, self.config, self.stream.rows_per_epoch)
+
+    def is_due(self, length: Length) -> bool:
+        """Whether what is due again after every such length is due after the step that was done."""
+        return self.every(length).due(self.ramp, self.data.step)
 
 
 def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
@@ -107,17 +116,18 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     with goodput("data"):
         mixed = open_data(config, say)
         stream = mixed.stream(config.data)
-    ramp = make_ramp(config)
-    config = with_steps(config, ramp, stream.rows_per_epoch)
+    as_written, expected = config, checkpoint.read_data_state(workdir)
+    config, ramp, ticking = counted_from(as_written, expected, stream.rows_per_epoch)
     num_pieces = objectives.specials(mixed.tokenizer, config.data.objective).num_pieces
     preflight(config, padded(num_pieces), sizes)
     with goodput("plan"):
         mesh = make_mesh(config.mesh, here)
-        program = make_program(config, num_pieces)
+        program = make_program(config, num_pieces, ticking)
         counted = costs.count(config, program.graph.declarations)
         config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
+    facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
@@ -135,22 +145,65 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         for line in changes:
             say(line)
         with goodput("state"):
-            state, data = starting_point(program, workdir, source, say)
+            state, data = starting_point(program, workdir, source, say, facts["run"])
+        if data[:2] != expected[:2]:  # the newest step was broken
+            again, ramp, ticking = counted_from(as_written, data, stream.rows_per_epoch)
+            config = dataclasses.replace(config, optimizer=again.optimizer, train=again.train)
+            config = with_rows_of_microbatch(config, program.config.train.microbatch_rows)
+            program = make_program(config, num_pieces, ticking)
         stop.done, stop.saved = data.step, data.step if saved else NEVER
         if agree(is_over(desk, mixed, config, data.step) if leads() else 0):
             return already_done(desk, say)
         if leads():
-            checkpoint.write_config(workdir, config, origins, mixed.facts)
-            checkpoint.write_tokenizer(workdir, mixed.tokenizer)
-            if mixed.chat_template:
-                write_whole(workdir / chat.FILE, mixed.chat_template.encode())
+            write_run_files(workdir, mixed, source, saved, say)
         this = Run(
-            config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput, stop
+            config,
+            workdir,
+            say,
+            desk,
+            mixed,
+            stream,
+            program,
+            mesh,
+            ramp,
+            counted,
+            peak,
+            state,
+            data,
+            goodput,
+            facts,
+            stop,
         )
         if mixed.compares:
             with goodput("reference"):
                 say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
+        if leads():
+            checkpoint.write_config(workdir, config, origins, facts)
         return train(this, given)
+
+
+def write_run_files(
+    workdir: epath.Path, mixed: mixture.Mixture, source: Source | None, saved: dict[str, Any], say: terminal.Terminal
+) -> None:
+    """What a run consists of beside its config.json. Raises UserError where what only the run has is not as it was written."""
+    checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
+    if mixed.chat_template:
+        checkpoint.write_run_file(workdir, chat.FILE, mixed.chat_template.encode(), say)
+    checkpoint.check_run_files(workdir, saved)
+    if not saved or not (workdir / BESIDE).exists():
+        inherited = source.special_ids.ends if isinstance(source, checkpoint.Located) else ()
+        ids = special_ids.files(mixed.tokenizer, mixed.special_ids.also(*inherited))
+        checkpoint.write_run_file(workdir, BESIDE, ids[BESIDE], say)
+
+
+def counted_from(config: Config, data: DataState, rows_per_epoch: float) -> tuple[Config, Ramp, Clocks]:
+    """The config with its lengths in steps, the batches and the clocks of the schedule, from where the data stand."""
+    ramp = make_ramp(config).through(data.step, data.cursor)
+    return with_steps(config, ramp, rows_per_epoch), ramp, clocks(config, ramp)
+
+
+def with_rows_of_microbatch(config: Config, rows: int | str) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
@@ -161,7 +214,7 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
         smallest = config.data.batch_ramp[0] or config.data.global_batch_size
         kept = isinstance(before, int) and before and smallest % before == 0 and before % batch_shards(sizes) == 0
         rows = before if kept else chosen
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
+    return with_rows_of_microbatch(config, rows)
 
 
 def checkpoint_bytes(config: Config, counted: costs.Costs, sizes: dict[str, int]) -> float:
@@ -221,15 +274,15 @@ def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) 
 
 
 def starting_point(
-    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal
-) -> tuple[TrainState, checkpoint.DataState]:
+    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str
+) -> tuple[TrainState, DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
-    newest = checkpoint.newest_valid(workdir, say, quarantine=True) if leads() else None
+    newest = checkpoint.newest_valid(workdir, say, quarantine=True, run=run) if leads() else None
     if (step := agree(NEVER if newest is None else newest)) != NEVER:
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
-    data = checkpoint.DataState(0, 0)
+    data = DataState(0, 0)
     if source is None:
         return jax.jit(lambda: fresh(program))(), data
     if isinstance(source, WordVectors):
@@ -283,10 +336,10 @@ def is_there(mixed: mixture.Mixture, config: Config, split: str) -> bool:
 
 
 def already_done(desk: Desk, say: terminal.Terminal) -> int:
-    last = [line for line in metrics.read(desk.folder) if "final/loss" in line][-1:]
-    result = (
-        ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
-    )
+    last = [line for line in metrics.read(desk.folder, say) if "final/loss" in line][-1:]
+    shown = lambda value: "not finite" if value is None else f"{value:.4f}"
+    values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
+    result = ", ".join(values) or "no result"
     say(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
     return 0
 
@@ -300,8 +353,8 @@ def train(this: Run, given: str) -> int:
     with this.goodput("compile"):
         one_step = compiled(this) if this.data.step < this.num_steps else None
     say(this.goodput.start_up())
-    writer = metrics.Writer(this.desk.folder, this.data.step) if leads() else metrics.Nowhere()
-    with checkpoint.Saver(this.workdir, config, this.mixed.facts, stop) as saver:
+    writer = metrics.Writer(this.desk.folder, this.data.step, say) if leads() else metrics.Nowhere()
+    with checkpoint.Saver(this.workdir, config, this.facts, stop) as saver:
         evaluation, log = make_evaluation(this), StepLog(this, writer)
         try:
             if this.data.step == 0:
@@ -362,7 +415,8 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
         if outcome is None:
             return
         this.state = outcome[0]
-        this.data = checkpoint.DataState(step + 1, this.data.cursor + rows, this.data.skipped)
+        this.data = DataState(step + 1, this.data.cursor + rows, this.data.skipped)
+        assert this.data.cursor == this.ramp.cursor(this.data.step), this.data
         stop.done = step + 1
         log.done(step + 1, rows, outcome[1])
         saver.poll()
@@ -375,8 +429,10 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
 
 def between_steps(this: Run, log: "StepLog", evaluation, writer: metrics.Writer | metrics.Nowhere, saver) -> None:
     """What is due after a step that is not the last: a checkpoint, then what looks at the model."""
-    number, unit = parse_length(this.config.checkpoint.every)
-    due = time.monotonic() - saver.saved_at >= 60 * number if unit == "min" else this.data.step % int(number) == 0
+    length = this.config.checkpoint.every
+    number, unit = parse_length(length)
+    in_time = unit == "min" and time.monotonic() - saver.saved_at >= 60 * number
+    due = in_time or unit != "min" and this.is_due(length)
     if due or is_looked_at(this):
         log.flush()
     if due:
@@ -392,14 +448,12 @@ def save(this: Run, saver: checkpoint.Saver) -> None:
 
 
 def is_looked_at(this: Run) -> bool:
-    every = int(this.config.evaluate.every)
-    return bool(every and this.data.step % every == 0) or this.data.step == this.num_steps // 2
+    return this.is_due(this.config.evaluate.every) or this.data.step == this.num_steps // 2
 
 
 def look(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> None:
     """The evaluation that is due after a step, and half-way a sample."""
-    every = int(this.config.evaluate.every)
-    if evaluation and every and this.data.step % every == 0:
+    if evaluation and this.is_due(this.config.evaluate.every):
         writer.scalars(this.data.step, evaluate_now(this, evaluation, this.config.evaluate.num_rows, "eval"))
     if this.data.step == this.num_steps // 2:
         show_sample(this, writer)
@@ -437,7 +491,8 @@ class StepLog:
         self.unread: list[tuple[int, dict]] = []  # the steps since the last line
         self.skipped = float(this.state.optimizer_state.skipped)  # read once, before the loop
         self.hopeless = False
-        self.every = int(this.config.log.every)
+        self.every = this.every(this.config.log.every)
+        self.row_at = mixture.Kept(this.stream, this.data.skipped).row_at
         self.first = this.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, this.data.step
         self.tokens = 0.0  # since this process started
@@ -475,7 +530,7 @@ class StepLog:
             self.flush()
         self.unread.append((step, device_metrics))
         self.tokens += rows * self.this.config.data.sequence_length
-        if step % self.every == 0 or step in (1, self.this.num_steps):
+        if self.every.due(self.this.ramp, step) or step in (1, self.this.num_steps):
             self.waiting = (step, device_metrics)
             if all(value.is_ready() for value in device_metrics.values()):  # on a CPU: nothing would wait
                 self.flush()
@@ -487,7 +542,8 @@ class StepLog:
         names, first, last = ("train/skipped", "train/skipped_in_a_row"), 0, 0
 
         def tell() -> None:
-            rows = f"{self.this.ramp.cursor(first - 1):,} to {self.this.ramp.cursor(last) - 1:,}"
+            ramp = self.this.ramp
+            rows = f"{self.row_at(ramp.cursor(first - 1)):,} to {self.row_at(ramp.cursor(last) - 1):,}"
             steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
             self.this.say(f"{steps} skipped: the gradient of rows {rows} is not finite")
 
