@@ -92,7 +92,8 @@ def path_of_file(frames: TracebackType | None) -> str:
         local = frames.tb_frame.f_locals
         for value in (*local.values(), *getattr(local.get("self"), "__dict__", {}).values()):
             if isinstance(value, io.IOBase) and getattr(value, "mode", "r")[:1] in "wax":
-                found = str(getattr(value, "name", found))
+                name = str(getattr(value, "name", ""))
+                found = found if name.startswith("<") else name or found
         frames = frames.tb_next
     return found
 
