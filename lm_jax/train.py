@@ -420,11 +420,13 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
         stop.done = step + 1
         log.done(step + 1, rows, outcome[1])
         saver.poll()
-        if stop.requested or log.hopeless:
+        if stop.requested:
             return
         if step + 1 < this.num_steps:
             with log.paused():
                 between_steps(this, log, evaluation, writer, saver)
+        if log.hopeless:
+            return
 
 
 def between_steps(this: Run, log: "StepLog", evaluation, writer: metrics.Writer | metrics.Nowhere, saver) -> None:
