@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -30,10 +29,9 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, replace_process
+from lm_jax.stop import Stop, listening, replace_process
 
 EXIT_FAULT = 70
-GRACE = 2.0  # seconds that other threads have after the main one, where something went wrong
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -84,8 +82,9 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         code = outcome(main, sys.argv[1:] if arguments is None else arguments)
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
-    if code in (EXIT_FAULT, EXIT_MACHINE):
-        threading.Thread(target=end_without_threads, args=(code,), daemon=True).start()
+    if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
+        give_up_output()
+        os._exit(code)  # whatever other threads still wait for
     sys.exit(code)
 
 
@@ -138,13 +137,6 @@ def quiet_threads() -> Callable[[], None]:
 
     threading.excepthook, sys.unraisablehook = of_thread, of_callback
     return speak
-
-
-def end_without_threads(code: int) -> None:
-    """Ends the process shortly after its main thread, whatever other threads still wait for."""
-    threading.main_thread().join()
-    time.sleep(GRACE)
-    os._exit(code)
 
 
 def with_kept_memory() -> None:
