@@ -3,11 +3,12 @@
 import os
 import pathlib
 import random
+import runpy
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import ROOT, tiny
 
 from lm_jax import checkpoint, main, metrics
 from lm_jax.data import pipeline
@@ -181,7 +182,7 @@ def not_finite(monkeypatch):
 def test_a_run_that_is_resumed_with_other_batches_counts_what_it_read(folder, tmp_path, fed, not_finite, capsys):
     """8 rows a step, then 16, then 4, over two epochs: every row once, and every number from the rows that went in."""
     lengths = dict(train__num_steps="2 epochs", optimizer__warmup="0.3 epochs", checkpoint__every="0.5 epochs")
-    workdir, evaluate_card = tmp_path / "run", card.main
+    workdir, card = tmp_path / "run", runpy.run_path(str(ROOT / "tools" / "model_card.py"))["main"]
     for session, (batch, stop) in enumerate([(8, 5), (16, 8), (4, "2 epochs")]):
         given = lengths | dict(data__global_batch_size=batch, train__num_steps=stop)
         given |= dict(optimizer__decay_over="2 epochs")
@@ -207,5 +208,5 @@ def test_a_run_that_is_resumed_with_other_batches_counts_what_it_read(folder, tm
     assert saved == [step for step in crossed if step not in (5, 8, len(lines))] and saved
     data = checkpoint.read_data_state(checkpoint.epath.Path(workdir), len(lines))
     assert data == (len(lines), after[-1], ())
-    assert evaluate_card(["--model", str(workdir)]) == 0
+    assert card(["--model", str(workdir)]) == 0
     assert f"| tokens seen | {after[-1] * LENGTH:,} |" in capsys.readouterr().out

@@ -151,12 +151,23 @@ def same_run(a, b) -> None:
 
 
 @pytest.fixture
-def recovered(poisoned, tmp_path, capsys):
+def recovered(poisoned, tmp_path, capsys, monkeypatch):
     """A run that went back on its own."""
+    rows, plain = [], pipeline.batches
+
+    def listed(*given):
+        rows.append([])
+        for batch in plain(*given):
+            rows[-1].extend(np.asarray(batch["row"]).tolist())
+            yield batch
+
+    monkeypatch.setattr(pipeline, "batches", listed)
     poisoned(240, 264)
     assert main.main([*REWIND, "--workdir", str(tmp_path / "whole")]) == 0
     said = capsys.readouterr().out
     assert "step 31, rows 240 to 247: loss" in said and "went back to step 24: from there on rows 224 to 263" in said
+    monkeypatch.setattr(pipeline, "batches", plain)
+    assert rows[1] == [*range(192, 224), *range(264, 424)] and set(rows[0]) >= {*range(192)}, "all others once"
     return tmp_path / "whole"
 
 
