@@ -319,10 +319,10 @@ def train(this: Run, given: str) -> int:
     saver, evaluation = checkpoint.Saver(this.workdir, config, this.mixed.facts, stop), make_evaluation(this)
     writer, log, trouble = stretch(this, one_step, evaluation, saver)
     while log.spike and not trouble:
-        writer.close()
         trouble = go_back(this, log, saver)
         if trouble or stop.requested:
             break
+        writer.close()
         writer, log, trouble = stretch(this, one_step, evaluation, saver, log.watch)
     saver.close()
     finished = this.data.step == this.num_steps and not stop.requested and not trouble
@@ -348,6 +348,7 @@ def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpo
     """
     writer = metrics.Writer(this.desk.folder, this.data.step) if leads() else metrics.Nowhere()
     log = StepLog(this, writer, watch or spikes.Watch(checkpoint.saved_beside(this.workdir, this.data.step)))
+    trouble = ""
     try:
         try:
             if this.data.step == 0:
@@ -362,18 +363,14 @@ def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpo
         log.flush()
         log.agree_on_spike()
         if log.hopeless:
-            return (
-                writer,
-                log,
-                f"{MOST_IN_A_ROW} updates in a row were not finite (inf or NaN); none of them was applied",
-            )
-        if not log.spike:
+            trouble = f"{MOST_IN_A_ROW} updates in a row were not finite (inf or NaN); none of them was applied"
+        elif not log.spike:
             writer.flush()
             save(this, saver, log)
             saver.wait()
     except checkpoint.NotFinite as error:
-        return writer, log, str(error)
-    return writer, log, ""
+        trouble = str(error)
+    return writer, log, trouble
 
 
 def go_back(this: Run, log: "StepLog", saver: checkpoint.Saver) -> str:
