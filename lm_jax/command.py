@@ -64,10 +64,11 @@ class Once(argparse.Action):
 def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> NoReturn:
     """Runs a command and leaves with its code: 0 done, 2 user error, 74 a fault of the machine, 75 preempted and saved, 70 a
     fault of ours; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved."""
-    threading.excepthook, of_threads = quiet, threading.excepthook
     with Stop():
+        speak = quiet_threads()
         code = outcome(main, sys.argv[1:] if arguments is None else arguments)
-    threading.excepthook = of_threads
+    if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
+        speak()
     if code in (EXIT_FAULT, EXIT_MACHINE):
         threading.Thread(target=end_without_threads, args=(code,), daemon=True).start()
     sys.exit(code)
@@ -89,16 +90,39 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
         if refused := faults.described(error):
             code, lines = refused
             print(f"lm_jax: {lines}", file=sys.stderr)
+            give_up_output()
             return code
         traceback.print_exc()
         print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)
         return EXIT_FAULT
 
 
-def quiet(args: threading.ExceptHookArgs) -> None:
-    """Of a thread: what the system refused comes up again where the thread is waited for, and is said there."""
-    if args.exc_value is None or not faults.described(args.exc_value):
-        threading.__excepthook__(args)
+def give_up_output() -> None:
+    """What stdout does not take is dropped, or the interpreter would try once more at its end and say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quiet_threads() -> Callable[[], None]:
+    """What the system refuses a thread comes up again where that is waited for, and is said there; Orbax's and TensorStore's
+    threads would print it as well, and all that it led to. Returns what makes them speak again."""
+    before = threading.excepthook, sys.unraisablehook
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or not faults.described(args.exc_value):
+            before[0](args)
+
+    def of_callback(args: "sys.UnraisableHookArgs") -> None:
+        if threading.current_thread() is threading.main_thread():
+            before[1](args)
+
+    def speak() -> None:
+        threading.excepthook, sys.unraisablehook = before
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_callback
+    return speak
 
 
 def end_without_threads(code: int) -> None:

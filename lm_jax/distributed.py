@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
-import warnings
+import signal
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,23 +12,18 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from lm_jax import compile_cache
 from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.places import leased
+from lm_jax.stop import SIGNALS
 
 
 def configure() -> None:
     """JAX's settings for every command: strict shapes, and programs compiled once kept for the next run, if they can be."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    with contextlib.suppress(OSError):  # only a time saver: what needs the cache says that it cannot be written
-        folder = os.path.join(cache_folder(), "compiled")
-        os.makedirs(folder, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            jax.config.update("jax_compilation_cache_dir", folder)
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is compiled, then
+    compile_cache.use(os.path.join(cache_folder(), "compiled"))
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of all that it raises
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def devices() -> list[jax.Device]:
@@ -36,6 +31,8 @@ def devices() -> list[jax.Device]:
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         number = lambda name: int(os.environ[name]) if name in os.environ else None  # unset: the cluster knows
         jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+        for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
+            signal.signal(taken, signal.getsignal(taken))
     try:
         return jax.devices()
     except RuntimeError as error:

@@ -132,11 +132,17 @@ def adafactor() -> optax.GradientTransformation:
 
 def muon(beta: float) -> optax.GradientTransformation:
     """Momentum made orthogonal, of one matrix (github.com/KellerJordan/Muon), its entries as large as AdamW's."""
+    rule = optax.contrib.scale_by_muon(beta=beta)
+
+    def in_float32(changes, state, parameters):
+        with jax.default_matmul_precision("highest"):
+            return rule.update(changes, state, parameters)
 
     def as_large_as_adamw(changes, parameters):
         return MUON_RMS * math.sqrt(max(changes.shape)) * changes
 
-    return optax.chain(optax.contrib.scale_by_muon(beta=beta), optax.stateless(as_large_as_adamw))
+    momentum = optax.GradientTransformation(rule.init, in_float32)
+    return optax.chain(momentum, optax.stateless(as_large_as_adamw))
 
 
 def update_rule(config: Optimizer, declared) -> optax.GradientTransformation:

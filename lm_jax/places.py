@@ -43,7 +43,8 @@ def check_room(folder: epath.Path, num_bytes: float) -> None:
     """Raises OSError where a disk has not the room for so many bytes more: before it is filled for nothing."""
     if is_url(folder):
         return
-    free = shutil.disk_usage(folder).free
+    there = next(path for path in (folder, *epath.Path(os.path.abspath(folder)).parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if free < num_bytes:
         needed = f"a checkpoint needs {num_bytes / 1e9:,.3g} GB, and {free / 1e9:,.3g} are free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))
@@ -62,7 +63,7 @@ def set_aside(folder: epath.Path, to: epath.Path) -> None:
 class Desk:
     """The local folder where a run writes what grows: `folder`, the workdir itself where that is local."""
 
-    NAMES = ("metrics.jsonl", "log.txt")  # what a run on another machine goes on with
+    NAMES = ("metrics.jsonl", "metrics.crc32", "log.txt")  # what a run on another machine goes on with
 
     def __init__(self, workdir: epath.Path):
         self.workdir, self.folder = workdir, workdir

@@ -4,15 +4,21 @@ A thread takes them: a handler in Python waits until C++ (a compiler, the traini
 Nothing heavy is imported here: `lm_jax/__init__.py` listens before anything else is imported.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_PREEMPTED = 75
 NEVER = -1  # in the place of a step: there is none
+LAST = b"\0"  # in the place of a signal's number
+
+
+listening: list["Stop"] = []  # the last takes what comes
 
 
 class Stopped(Exception):
@@ -36,12 +42,17 @@ class Stop:
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=(read,), daemon=True)
+        self._thread.start()
         os.register_at_fork(after_in_child=self._forget)
+        listening.append(self)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while this process replaced itself comes now
         return self
 
     def __exit__(self, *error) -> None:
+        listening.remove(self)
+        for below in listening[-1:]:
+            below.done, below.saved = self.done, self.saved
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -59,7 +70,16 @@ class Stop:
         while taken := os.read(read, 1):  # the number of a signal; nothing once `__exit__` has closed the other end
             if taken[0] in SIGNALS:
                 self._take(taken[0])
+            elif taken == LAST:
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now waits
+                os.close(self._write)  # what came before is answered
         os.close(read)
+
+    def hand_over(self) -> None:
+        """Ends listening so that no signal is lost: those that are not answered here stay with the process."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        os.write(self._write, LAST)
+        self._thread.join()
 
     def _take(self, number: int) -> None:
         if self.done <= max(self.saved, 0) or self.requested:
@@ -82,17 +102,33 @@ def leave(number: int, saved: int = NEVER) -> NoReturn:
 
 def tell(line: str) -> None:
     """On stderr, below the line of progress that may stand open on a terminal."""
-    os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())
+    with contextlib.suppress(OSError):  # nobody listens: it is done all the same
+        os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())
+
+
+@contextlib.contextmanager
+def children_deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that start meanwhile never see SIGINT: it goes to all of a terminal's, and the parent says what is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited; here other threads still take it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def replace_process(program: str, arguments: list[str]) -> NoReturn:
     """`os.execv`; a signal meanwhile waits until the new program listens."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for one in listening:
+        one.hand_over()
     os.execv(program, arguments)
 
 
 def is_command() -> bool:
-    """Whether this process was started as one of our commands: `python -m lm_jax.x`, which is being looked up, or a tool."""
-    tools = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools")
-    looked_up = sys.argv[:1] == ["-m"] and any(word.startswith("lm_jax.") for word in sys.orig_argv)
-    return looked_up or os.path.dirname(os.path.abspath(sys.argv[0] if sys.argv else "")) == tools
+    """Whether this process was started as one of our commands: `python -m lm_jax.x`, or a script of `tools`; no worker is."""
+    tools, script = (
+        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"),
+        (sys.argv or [""])[0],
+    )
+    if script == "-m":  # while Python looks the module up
+        return any(word.startswith("lm_jax.") for word in sys.orig_argv)
+    return script in sys.orig_argv and os.path.dirname(os.path.abspath(script)) == tools

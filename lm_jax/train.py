@@ -18,9 +18,10 @@ from flax import nnx
 
 from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, spikes, terminal
 from lm_jax.config import Config, Length, UserError, parse_length
-from lm_jax.data import mixture, objectives, pipeline, word_vectors
+from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
+from lm_jax.data.tokenizer import BESIDE
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import SLICE, stream
 from lm_jax.distributed import agree, devices, leads, workdir_lock
@@ -29,7 +30,7 @@ from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.optimizer import averaged
-from lm_jax.places import Desk, check_room, write_whole
+from lm_jax.places import Desk, check_room
 from lm_jax.ramp import Clocks, DataState, Every, Ramp, clocks, every, make_ramp, with_steps
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
@@ -61,6 +62,7 @@ class Run:
     state: TrainState
     data: DataState
     goodput: Goodput
+    facts: dict[str, Any]  # what a run must find again
     stop: Stop
 
     def progress(self, text: str) -> None:
@@ -125,6 +127,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
+    facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
@@ -132,17 +135,17 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     if dry_run:
         return 0
     check_memory(config, counted, ramp, sizes, here[0])
+    if not saved:
+        check_room(workdir, checkpoint_bytes(config, counted, sizes))
     with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop() as stop:
         if leads():
-            if not saved:
-                check_room(workdir, counted.parameters * 4)
             desk.fetch()
             say.log_to(desk.folder / "log.txt")
             checkpoint.clean(workdir, say)
         for line in changes:
             say(line)
         with goodput("state"):
-            state, data = starting_point(program, workdir, source, say)
+            state, data = starting_point(program, workdir, source, say, facts["run"])
         if data[:2] != expected[:2]:  # the newest step was broken
             again, ramp, ticking = counted_from(as_written, data, stream.rows_per_epoch)
             config = dataclasses.replace(config, optimizer=again.optimizer, train=again.train)
@@ -152,17 +155,45 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         if agree(is_over(desk, mixed, config, data.step) if leads() else 0):
             return already_done(desk, say)
         if leads():
-            checkpoint.write_config(workdir, config, origins, mixed.facts)
-            checkpoint.write_tokenizer(workdir, mixed.tokenizer)
-            if mixed.chat_template:
-                write_whole(workdir / chat.FILE, mixed.chat_template.encode())
+            write_run_files(workdir, mixed, source, saved, say)
         this = Run(
-            config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput, stop
+            config,
+            workdir,
+            say,
+            desk,
+            mixed,
+            stream,
+            program,
+            mesh,
+            ramp,
+            counted,
+            peak,
+            state,
+            data,
+            goodput,
+            facts,
+            stop,
         )
         if mixed.compares:
             with goodput("reference"):
                 say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
+        if leads():
+            checkpoint.write_config(workdir, config, origins, facts)
         return train(this, given)
+
+
+def write_run_files(
+    workdir: epath.Path, mixed: mixture.Mixture, source: Source | None, saved: dict[str, Any], say: terminal.Terminal
+) -> None:
+    """What a run consists of beside its config.json. Raises UserError where what only the run has is not as it was written."""
+    checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
+    if mixed.chat_template:
+        checkpoint.write_run_file(workdir, chat.FILE, mixed.chat_template.encode(), say)
+    checkpoint.check_run_files(workdir, saved)
+    if not saved or not (workdir / BESIDE).exists():
+        inherited = source.special_ids.ends if isinstance(source, checkpoint.Located) else ()
+        ids = special_ids.files(mixed.tokenizer, mixed.special_ids.also(*inherited))
+        checkpoint.write_run_file(workdir, BESIDE, ids[BESIDE], say)
 
 
 def counted_from(config: Config, data: DataState, rows_per_epoch: float) -> tuple[Config, Ramp, Clocks]:
@@ -184,6 +215,12 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
         kept = isinstance(before, int) and before and smallest % before == 0 and before % batch_shards(sizes) == 0
         rows = before if kept else chosen
     return with_rows_of_microbatch(config, rows)
+
+
+def checkpoint_bytes(config: Config, counted: costs.Costs, sizes: dict[str, int]) -> float:
+    """Of the parameters and the optimizer's state, wherever they lie."""
+    whole = costs.bytes_by_class(config, counted, 1, dict.fromkeys(sizes, 1), accumulates=False)
+    return whole["parameters"] + whole["optimizer"]
 
 
 def check_memory(config: Config, counted: costs.Costs, ramp: Ramp, sizes: dict[str, int], device: jax.Device) -> None:
@@ -237,10 +274,10 @@ def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) 
 
 
 def starting_point(
-    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal
+    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str
 ) -> tuple[TrainState, DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
-    newest = checkpoint.newest_valid(workdir, say, quarantine=True) if leads() else None
+    newest = checkpoint.newest_valid(workdir, say, quarantine=True, run=run) if leads() else None
     if (step := agree(NEVER if newest is None else newest)) != NEVER:
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
@@ -299,10 +336,10 @@ def is_there(mixed: mixture.Mixture, config: Config, split: str) -> bool:
 
 
 def already_done(desk: Desk, say: terminal.Terminal) -> int:
-    last = [line for line in metrics.read(desk.folder) if "final/loss" in line][-1:]
-    result = (
-        ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
-    )
+    last = [line for line in metrics.read(desk.folder, say) if "final/loss" in line][-1:]
+    shown = lambda value: "not finite" if value is None else f"{value:.4f}"
+    values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
+    result = ", ".join(values) or "no result"
     say(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
     return 0
 
@@ -316,15 +353,16 @@ def train(this: Run, given: str) -> int:
     with this.goodput("compile"):
         one_step = compiled(this) if this.data.step < this.num_steps else None
     say(this.goodput.start_up())
-    saver, evaluation = checkpoint.Saver(this.workdir, config, this.mixed.facts, stop), make_evaluation(this)
-    writer, log, trouble = stretch(this, one_step, evaluation, saver)
-    while log.spike and not trouble:
-        trouble = go_back(this, log, saver)
-        if trouble or stop.requested:
-            break
-        writer.close()
-        writer, log, trouble = stretch(this, one_step, evaluation, saver, log.watch)
-    saver.close()
+    with checkpoint.Saver(this.workdir, config, this.facts, stop) as saver:
+        evaluation = make_evaluation(this)
+        writer, log, trouble = stretch(this, one_step, evaluation, saver)
+        while log.spike and not trouble:
+            trouble = go_back(this, log, saver)
+            if trouble or stop.requested:
+                break
+            writer.close()
+            writer, log, trouble = stretch(this, one_step, evaluation, saver, log.watch)
+        saver.close()
     finished = this.data.step == this.num_steps and not stop.requested and not trouble
     if finished:
         finish(this, evaluation, writer)
@@ -346,7 +384,7 @@ def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpo
 
     "" is none. What was trained is saved, unless there is trouble or a spike (`log.spike`).
     """
-    writer = metrics.Writer(this.desk.folder, this.data.step) if leads() else metrics.Nowhere()
+    writer = metrics.Writer(this.desk.folder, this.data.step, this.say) if leads() else metrics.Nowhere()
     log = StepLog(this, writer, watch or spikes.Watch(checkpoint.saved_beside(this.workdir, this.data.step)))
     trouble = ""
     try:

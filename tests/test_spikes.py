@@ -14,7 +14,7 @@ from test_train import lines_of
 
 from lm_jax import checkpoint, command, main, spikes
 from lm_jax.config import Mesh
-from lm_jax.data import pipeline
+from lm_jax.data import mixture, pipeline
 from lm_jax.ramp import DataState, Ramp
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import make_program
@@ -125,7 +125,8 @@ def poison(first: int, last: int) -> None:
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    monkeypatch.setattr(pipeline.Stream, "block", pipeline.Stream.block)  # as it was, afterwards
+    """`poison`, and limits in miniature; as they were afterwards."""
+    monkeypatch.setattr(pipeline.Stream, "block", pipeline.Stream.block)
     for name, value in SMALL.items():
         monkeypatch.setattr(spikes, name, value)
     return poison
@@ -150,66 +151,73 @@ def same_run(a, b) -> None:
     assert rest == of_b and all(map(np.array_equal, arrays, expected))
 
 
-@pytest.fixture
-def recovered(poisoned, tmp_path, capsys, monkeypatch):
-    """A run that went back on its own."""
-    rows, plain = [], pipeline.batches
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory):
+    """A run that went back on its own, and the rows that it read, pass by pass."""
+    workdir, rows, plain = tmp_path_factory.mktemp("recovered") / "run", [], pipeline.batches
 
-    def listed(*given):
+    def listed(stream, *given):
         rows.append([])
-        for batch in plain(*given):
-            rows[-1].extend(np.asarray(batch["row"]).tolist())
+        for batch in plain(stream, *given):
+            if isinstance(stream, mixture.Kept):  # not those of an evaluation
+                rows[-1].extend(np.asarray(batch["row"]).tolist())
             yield batch
 
-    monkeypatch.setattr(pipeline, "batches", listed)
-    poisoned(240, 264)
-    assert main.main([*REWIND, "--workdir", str(tmp_path / "whole")]) == 0
-    said = capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipeline, "batches", listed)
+        poisoned.__wrapped__(patched)(240, 264)
+        assert main.main([*REWIND, "--workdir", str(workdir)]) == 0
+    return workdir, [read for read in rows if read]
+
+
+def test_a_run_goes_back_behind_a_spike_and_leaves_its_rows_out(recovered):
+    workdir, (before, after) = recovered
+    said = (workdir / "log.txt").read_text()
     assert "step 31, rows 240 to 247: loss" in said and "went back to step 24: from there on rows 224 to 263" in said
-    monkeypatch.setattr(pipeline, "batches", plain)
-    assert rows[1] == [*range(192, 224), *range(264, 424)] and set(rows[0]) >= {*range(192)}, "all others once"
-    return tmp_path / "whole"
+    assert before[:248] == list(range(248)) and after == [*range(192, 224), *range(264, 424)], "every other row once"
+    assert last_state(workdir)[1] == DataState(48, 384, ((224, 264),))
+    assert max(line["train/loss"] for line in lines_of(workdir) if "train/loss" in line) < 7
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("point", ["before", "later steps removed", "manifest written", "restoring", "after a step"])
-def test_a_run_that_is_killed_while_it_goes_back_is_the_one_that_was_not(recovered, tmp_path, monkeypatch, point):
-    """Rows that poison the run are left out; wherever it dies on the way, the same command ends with the same bits."""
-    workdir, line = tmp_path / "killed", [*REWIND, "--workdir", str(tmp_path / "killed")]
-    real_go_back, real_write, real_restore = checkpoint.go_back, checkpoint.write_whole, checkpoint.restore
+def die(*_):
+    raise Killed
 
-    def die(*_):
-        raise Killed
 
-    def dying(place, data):
-        if point == "before":
-            raise Killed
-        if point == "later steps removed":
-            monkeypatch.setattr(checkpoint, "write_whole", die)
-        real_go_back(place, data)
-        if point == "manifest written":
-            raise Killed
-        if point == "restoring":
-            monkeypatch.setattr(checkpoint, "restore", die)
-        if point == "after a step":
-            monkeypatch.setattr(checkpoint.Saver, "save", die)
+POINTS = ["later steps removed", "manifest written"]
+MORE_POINTS = ["before", "restoring", "at the next save"]
 
-    with monkeypatch.context() as patched:
+
+@pytest.mark.parametrize("point", POINTS + [pytest.param(point, marks=pytest.mark.proof) for point in MORE_POINTS])
+def test_a_run_that_is_killed_while_it_goes_back_is_the_one_that_was_not(recovered, poisoned, tmp_path, point):
+    """Wherever it dies on the way, the same command ends with the same bits."""
+    poisoned(240, 264)
+    line, real = [*REWIND, "--workdir", str(tmp_path / "killed")], checkpoint.go_back
+    with pytest.MonkeyPatch.context() as patched:
+
+        def dying(*given):
+            if point == "before":
+                die()
+            if point == "later steps removed":
+                patched.setattr(checkpoint, "write_whole", die_at_the_manifest)
+            real(*given)
+            if point == "manifest written":
+                die()
+            patched.setattr(*(checkpoint, "restore") if point == "restoring" else (checkpoint.Saver, "save"), die)
+
+        def die_at_the_manifest(path, content, write=checkpoint.write_whole):
+            if path.name == checkpoint.MANIFEST:
+                die()
+            write(path, content)
+
         patched.setattr(checkpoint, "go_back", dying)
         with pytest.raises(Killed):
             main.main(line)
-    monkeypatch.setattr(checkpoint, "write_whole", real_write)
-    monkeypatch.setattr(checkpoint, "restore", real_restore)
-    monkeypatch.undo()
-    for name, value in SMALL.items():
-        monkeypatch.setattr(spikes, name, value)
-    poison(240, 264)
-    assert checkpoint.go_back is real_go_back
     assert main.main(line) == 0
-    same_run(workdir, recovered)
+    same_run(tmp_path / "killed", recovered[0])
 
 
 KILLING = f"""
@@ -229,12 +237,13 @@ command.door(main.main)
 """
 
 
-def test_sigkill_in_the_middle_of_going_back_changes_no_bit(recovered, tmp_path):
+def test_sigkill_in_the_middle_of_going_back_changes_no_bit(recovered, poisoned, tmp_path):
+    poisoned(240, 264)
     line, environment = [*REWIND, "--workdir", str(tmp_path / "killed")], os.environ | {"PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", KILLING, *line], env=environment, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert main.main(line) == 0
-    same_run(tmp_path / "killed", recovered)
+    same_run(tmp_path / "killed", recovered[0])
 
 
 def test_what_comes_again_and_again_ends_with_70(poisoned, tmp_path, capsys):
@@ -247,7 +256,7 @@ def test_what_comes_again_and_again_ends_with_70(poisoned, tmp_path, capsys):
     steps = checkpoint.complete_steps(tmp_path / "run" / "checkpoints")
     assert main.main(line) == command.EXIT_FAULT and "went back" not in capsys.readouterr().out
     assert checkpoint.complete_steps(tmp_path / "run" / "checkpoints") == steps
-    assert main.main([*line, "--config.train.on_spike=log"]) == 0
+    assert main.main([*LINE, "--config.train.on_spike=log", "--workdir", str(tmp_path / "run")]) == 0
 
 
 def test_off_and_log_change_nothing(poisoned, tmp_path, capsys):

@@ -55,7 +55,7 @@ def evaluation(workdir, lines: list[dict]) -> str:
 
 def card(found: checkpoint.Located) -> str:
     config, workdir, saved = found.config, found.workdir, checkpoint.read_config(found.workdir)
-    lines, log = [line for line in metrics.read(workdir) if line["step"] <= found.step], workdir / "log.txt"
+    lines, log = [line for line in metrics.read(workdir, print) if line["step"] <= found.step], workdir / "log.txt"
     counted = costs.count(config, make_program(config, found.num_pieces).graph.declarations)
     seen = checkpoint.read_data_state(workdir, found.step)
     tokens, dropped = seen.cursor * config.data.sequence_length, sum(last - first for first, last in seen.skipped)

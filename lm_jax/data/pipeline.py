@@ -16,12 +16,14 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
+from lm_jax import stop
 from lm_jax.config import Config
 from lm_jax.data.mixture import Kept, Mixed
 from lm_jax.data.objectives import example
 from lm_jax.data.packing import Batch, BestFit, Held, Stream
 from lm_jax.sharding import computed
 
+SOON = 10.0  # seconds after SIGTERM that a worker is over
 Rows = Stream | BestFit | Mixed | Kept | Held
 
 
@@ -58,8 +60,12 @@ def local_rows(mesh: jax.sharding.Mesh, size: int, length: int) -> tuple[int, ..
 
 
 def end_with_parent(index: int, count: int) -> None:
-    """In a worker: leaves within a second of the process that started it, however that ended."""
+    """In a worker: leaves within a second of the process that started it, however that ended.
+
+    SIGTERM goes to all processes of a job, and the rows that are on their way are needed until the run is saved.
+    """
     parent = os.getppid()
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(SOON, os._exit, (1,)).start())
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -67,15 +73,6 @@ def end_with_parent(index: int, count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def deaf_to_ctrl_c(iterator) -> None:
-    """Starts the workers of an iterator; Ctrl-C goes to all processes of a terminal, and what to do is for us to say."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which processes inherit
-    try:
-        iterator.start_prefetch()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def batches(
@@ -93,9 +90,13 @@ def batches(
     place = {row: index for index, row in enumerate(local)}
     found = iter(dataset)
     if num_workers:
-        deaf_to_ctrl_c(found)
-    for batch in found:
-        yield {name: _on_mesh(value, mesh, size, place) for name, value in batch.items()}
+        with stop.children_deaf_to_ctrl_c():
+            found.start_prefetch()
+    try:
+        for batch in found:
+            yield {name: _on_mesh(value, mesh, size, place) for name, value in batch.items()}
+    finally:
+        found.close()
 
 
 def _on_mesh(local: np.ndarray, mesh: jax.sharding.Mesh, size: int, place: dict[int, int]) -> jax.Array:
