@@ -254,19 +254,23 @@ def test_nothing_but_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, ca
     assert all(np.isfinite(x).all() for x in final_arrays(workdir))
 
 
-DECAYS = [*OFTEN, "--config.train.num_steps=50", "--config.optimizer.weight_decay=1e39"]
+@pytest.fixture
+def decays_too_much(monkeypatch):
+    """Every update is beyond float32, though its gradient is not."""
+    plain = optax.add_decayed_weights
+    monkeypatch.setattr(optimizer.optax, "add_decayed_weights", lambda decay, mask: plain(1e39, mask))
 
 
-def test_nothing_but_updates_that_are_not_finite_ends_the_run(tmp_path, capsys):
-    assert main.main([*DECAYS, "--workdir", str(tmp_path / "run")]) == command.EXIT_FAULT
+def test_nothing_but_updates_that_are_not_finite_ends_the_run(tmp_path, capsys, decays_too_much):
+    assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == command.EXIT_FAULT
     said = capsys.readouterr().out
     assert "skipped: the update of rows 0 to" in said and f"stopped: {train.MOST_IN_A_ROW} updates in a row" in said
     assert all(np.isfinite(x).all() for x in final_arrays(tmp_path / "run"))
 
 
-def test_a_run_whose_state_is_not_finite_ends_before_it_saves(tmp_path, capsys, monkeypatch):
+def test_a_run_whose_state_is_not_finite_ends_before_it_saves(tmp_path, capsys, monkeypatch, decays_too_much):
     """The guard switched off: nothing else stands between NaN and a checkpoint."""
     monkeypatch.setattr(optimizer, "all_finite", lambda tree: True)
-    assert main.main([*DECAYS, "--workdir", str(tmp_path / "run")]) == command.EXIT_FAULT
+    assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == command.EXIT_FAULT
     assert "stopped: the state after step 2 is not finite (inf or NaN), and is not saved" in capsys.readouterr().out
     assert not checkpoint.complete_steps(tmp_path / "run" / "checkpoints")
