@@ -3,7 +3,8 @@
     <workdir>/config.json  tokenizer.{model,json,bytes}  checkpoints/<step>/{parameters,optimizer,data}  .../MANIFEST.json
 
 A step's manifest is written last and durably, and has the hash of every file of the step; config.json has those of the files
-beside it. Both are sealed, and name the same run. Order of restore: (1) the workdir has a valid step: resume;
+beside it. Both are sealed, and name the same run. Where rows were left out after a step was saved, its manifest has them
+(`skipped`) in the place of its data state. Order of restore: (1) the workdir has a valid step: resume;
 (2) `train.init_from`: parameters only; (3) fresh.
 """
 

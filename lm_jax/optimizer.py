@@ -195,8 +195,7 @@ def dynamic_loss_scale(
     def update(gradients, state, parameters, **extra):
         if largest > 1:
             gradients = jax.tree.map(lambda gradient: gradient / state.scale, gradients)
-        # Judged apart, on what the compiler cannot see to be the same: else everything that is new, some copies of the
-        # parameters, would wait for the verdict, and the update itself would have other bits.
+        # Judged apart, on what the compiler cannot see to be the same, so that the update itself is the program it was.
         apart = jax.lax.optimization_barrier((gradients, state.inner, parameters))
         changes, changed = inner.update(*apart, **extra)
         finite = jnp.isfinite(optax.tree.norm(gradients)) & all_finite(
