@@ -403,6 +403,13 @@ class Train:
     )
     seed: int = knob(0, "of initialisation and dropout", low=0, high=2**32 - 1)
     init_from: str = knob("", "what a fresh run starts from: MODEL, or a text file of word vectors", fixed=False)
+    on_spike: str = knob(
+        "log",
+        "what is done where loss and gradient norm jump: nothing, it is said, or the run goes back to a saved step before and "
+        "leaves out the rows around it",
+        choices=("off", "log", "rewind"),
+        fixed=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

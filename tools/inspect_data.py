@@ -1,7 +1,8 @@
 """What the model is trained on: `python tools/inspect_data.py --config experiments/quickstart.py --step 100`.
 
-Each row of the step as text: tokens that are trained on in green, others grey; `¦` where a document starts; its source. Of a
-task whose answers are texts: a segment a line, what the model reads grey, what it is to write green, special pieces by name.
+Each row of the step (of a run that always had this config) as text: tokens that are trained on in green, others grey; `¦` where
+a document starts; its source. Of a task whose answers are texts: a segment a line, what the model reads grey, what it is to
+write green, special pieces by name.
 `--statistics 1000` counts instead, over that many steps: rows, tokens and epochs by source against the weights.
 """
 
