@@ -7,7 +7,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of `-m device`: cuda, or tpu
 os.environ.setdefault("LM_JAX_CACHE", str(ROOT / ".pytest_cache" / "lm_jax"))
 
 import jax  # noqa: E402
@@ -26,7 +26,7 @@ def tiny(**changes) -> configs.Config:
     for path, value in changes.items():
         section, name = path.split("__")
         config[section][name] = value
-    return configs.resolve(config)
+    return configs.resolve(configs.without_unread(config, [path.replace("__", ".") for path in changes]))
 
 
 # Changes of `tiny` that make the families: what every specification is held against.
@@ -76,7 +76,7 @@ FAMILIES = {
         model__multipliers=(3.0, 0.4, 0.1, 2.0),
     ),
     "no_positions": dict(model__positions="none", model__norm="rmsnorm"),
-    "lstm": dict(model__kind="lstm", model__init_scale=0.2, model__positions="none"),
+    "lstm": dict(model__kind="lstm", model__init_scale=0.2),
 }
 
 

@@ -181,7 +181,7 @@ def read_gemma3(theirs: Theirs) -> dict[str, Any]:
     if near["rotary_scaling"][0] != 1:
         raise UserError(f"{theirs.where}: scaled rotary positions in layers with a window are not supported")
     pattern = repeating(read_windows(theirs, window, lambda layer: (layer + 1) % every != 0))
-    more = {"rotary_local_base": near["rotary_base"], "window": pattern, "qk_norm": True}
+    more = {"rotary_local_base": near["rotary_base"] if any(pattern) else 0.0, "window": pattern, "qk_norm": True}
     return read_gemma(theirs) | read_rotary(theirs, "full_attention") | more
 
 

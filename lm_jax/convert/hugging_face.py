@@ -16,18 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve
+from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve_found
 from lm_jax.convert import encoders, families, safetensors
 from lm_jax.convert.families import EXPERT, LAYER, Family
 from lm_jax.convert.fields import theirs_of
+from lm_jax.files import MODEL_FILES
 from lm_jax.model.graph import Graph, build
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
 # What describes the text beside the weights goes along as it is.
-CARRIED = (
-    "tokenizer.json", "tokenizer.model", "tokenizer.bytes", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 # Not parameters: masks and frequencies that older versions saved as well.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
 # The same arrays under other names, where the tables are one.
@@ -168,7 +165,7 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
     config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
     config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
     try:
-        return Description(name, resolve(config), num_pieces, content)
+        return Description(name, resolve_found(config), num_pieces, content)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -355,7 +352,7 @@ def write(
 
 def carried_files(folder: str) -> dict[str, bytes]:
     found = {}
-    for name in CARRIED:
+    for name in MODEL_FILES:
         if os.path.isfile(path := os.path.join(folder, name)):
             with open(path, "rb") as file:
                 found[name] = file.read()
