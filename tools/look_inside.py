@@ -14,7 +14,7 @@ import numpy as np
 
 from lm_jax import checkpoint, distributed
 from lm_jax.config import Mesh, UserError
-from lm_jax.model.attention import Context, attend, rotate
+from lm_jax.model.attention import Context, attend
 from lm_jax.model.layers import merge, split
 from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
@@ -44,18 +44,14 @@ def attention_weights(model, tokens: np.ndarray, layer: int) -> np.ndarray:
         before_BTD = x_BTD
         x_BTD, _ = block(x_BTD, context, turn, i, None, None)
     own, post = block.attention, model.config.norm_place == "post"
-    x_BTD = before_BTD if post else block.attention_norm(before_BTD)
-    q_BTHK, k_BSGK = own.query(x_BTD), own.key(x_BTD)
-    if own.query_norm:
-        q_BTHK, k_BSGK = own.query_norm(q_BTHK), own.key_norm(k_BSGK)
-    if turn is not None:
-        q_BTHK, k_BSGK = rotate(q_BTHK, turn), rotate(k_BSGK, turn)
+    x_BTD = before_BTD if post or not block.attention_norm else block.attention_norm(before_BTD)
+    q_BTHK, k_BSGK = own.queries_and_keys(x_BTD, x_BTD, turn)
     width, num = k_BSGK.shape[-1], len(tokens)
     identity = np.eye(num, -(-num // width) * width, dtype=np.float32)
-    weights = []
+    weights, more = [], (own.causal, None, model.config.logit_softcap[0])
     for start in range(0, num, width):
         values = np.broadcast_to(identity[None, :, None, start : start + width], k_BSGK.shape)
-        weights.append(attend(q_BTHK, k_BSGK, values, context, context, own.window, "xla", own.causal))
+        weights.append(attend(q_BTHK, k_BSGK, values, context, context, own.window, "xla", *more))
     return np.concatenate(weights, axis=-1)[0, :, :, :num]
 
 
