@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import lzma
 import time
 from typing import Any
@@ -18,7 +19,7 @@ from lm_jax.config import Config, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_url
-from lm_jax.data.tokenizer import BESIDE
+from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import generate
 from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
@@ -95,6 +96,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         answers.check(config.evaluate.metrics)
     with goodput("data"):
         mixed = open_data(config, say)
+        tell_losses(mixed.tokenizer, say)
         stream = mixed.stream(config.data)
     ramp = make_ramp(config)
     config = with_steps(config, ramp, stream.rows_per_epoch)
@@ -449,7 +451,7 @@ def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
 
 
 def make_evaluator(this: Run) -> Evaluator:
-    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch)
+    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer, this.microbatch)
 
 
 def evaluate_now(
@@ -531,9 +533,10 @@ def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> st
     """Bits per byte of the model beside gzip's and xz's on the same validation text, up to 16 MB of it."""
     splits = [corpus.splits["validation"] for corpus in mixed.corpora.values()]
     line = f"validation text: yours {bits_per_byte:.2f} bits/byte"
-    if sum(split.num_bytes for split in splits) > 16e6:
+    if sum(split.num_bytes for split in splits) > 16e6 or mixed.tokenizer.losses:  # else they would read another text
         return line
-    text = "".join(mixed.tokenizer.decode(split.tokens) for split in splits).encode()
+    documents = (split.tokens[a:b] for split in splits for a, b in itertools.pairwise(split.offsets.tolist()))
+    text = "".join(map(mixed.tokenizer.decode, documents)).encode()
     of = lambda compressed: 8 * len(compressed) / max(1, len(text))
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 
