@@ -21,7 +21,9 @@ from lm_jax.model.graph import build
 from lm_jax.sampling import GREEDY, Sampling
 from lm_jax.sharding import make_mesh
 
-RECORDED = ROOT / "tests" / "fixtures" / "special_ids.json"  # what transformers made of the shapes; `-m proof` compares it live
+RECORDED = (
+    ROOT / "tests" / "fixtures" / "special_ids.json"
+)  # what transformers made of the shapes; `-m proof` compares it live
 
 
 def read(folder: pathlib.Path) -> SpecialIds:
