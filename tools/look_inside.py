@@ -14,6 +14,7 @@ import numpy as np
 
 from lm_jax import checkpoint, distributed
 from lm_jax.config import Mesh, UserError
+from lm_jax.data.tokenizer import continuation
 from lm_jax.model.attention import Context, attend
 from lm_jax.model.layers import merge, split
 from lm_jax.sharding import make_mesh
@@ -68,8 +69,10 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--model {flags.model} is of kind {found.config.model.kind}: this looks into a transformer")
     if not 0 <= flags.layer < found.config.model.num_layers:
         raise UserError(f"--layer {flags.layer}: the model has layers 0 to {found.config.model.num_layers - 1}")
-    encode, name = found.tokenizer.encode, lambda piece: repr(found.tokenizer.decode([piece]))
-    tokens = np.concatenate([[found.tokenizer.document_id], encode(flags.text)])
+    first = np.array(found.special_ids.first, np.int32)
+    encode = lambda text: np.concatenate([first, found.tokenizer.encode(text)])
+    tokens = encode(flags.text)
+    name = lambda piece: repr(continuation(found.tokenizer, tokens, [piece]))
     with jax.set_mesh(make_mesh(Mesh(data=1), distributed.devices()[:1])):
         graph, parameters = checkpoint.load_parameters(found)
         model = graph.module(parameters)
@@ -84,9 +87,10 @@ def main(arguments: list[str]) -> int:
                 say(f"{name(piece):>16} " + " ".join(f"|{''.join(line)}|" for line in shades))
         elif flags.compare:
             for ending in flags.compare:
-                ids = encode(ending)
-                sure_TV = log_probabilities(model, np.concatenate([tokens, ids]))
-                total = sure_TV[np.arange(len(tokens) - 1, len(tokens) + len(ids) - 1), ids].sum()
+                whole = encode(flags.text + ending)  # apart it may be other pieces
+                same = next((k for k, (a, b) in enumerate(zip(tokens, whole, strict=False)) if a != b), len(tokens))
+                sure_TV = log_probabilities(model, whole)
+                total = sure_TV[np.arange(same - 1, len(whole) - 1), whole[same:]].sum()
                 say(f"{np.exp(total):8.1e}  {total:7.2f} nats  {ending!r}")
         else:
             last_V = log_probabilities(model, tokens)[-1]

@@ -5,6 +5,7 @@ import json
 import sys
 
 from lm_jax import checkpoint, command, distributed
+from lm_jax.data.tokenizer import tell_losses
 from lm_jax.terminal import Terminal
 
 
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
 
     say = Terminal()
     found = checkpoint.locate(flags.model, say)
+    tell_losses(found.tokenizer, say)
     model = harness.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), say)
     results = harness.run(
         model,

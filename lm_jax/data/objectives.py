@@ -13,7 +13,7 @@ import numpy as np
 
 from lm_jax.config import NUM_SENTINELS, Data
 from lm_jax.data.packing import Batch, Hide, as_it_is, make_row
-from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.data.tokenizer import Tokenizer, continuation
 
 Key = np.random.Philox
 EXTRA = {
@@ -83,7 +83,9 @@ def starts_of_words(tokenizer: Tokenizer) -> np.ndarray:
     texts = [tokenizer.decode([i]) for i in range(tokenizer.num_pieces)] + [""] * EXTRA["masked_words"]
     if any(text.startswith("##") and text[2:].isalpha() for text in texts):
         return np.array([not text.startswith("##") for text in texts])
-    return np.array([not text[:1].isalnum() for text in texts])
+    after = tokenizer.encode("a")  # many a decoder leaves out the space that a text's first piece begins with
+    inside = [continuation(tokenizer, after, [i]) for i in range(tokenizer.num_pieces)] + [""] * EXTRA["masked_words"]
+    return np.array([not text[:1].isalnum() for text in inside])
 
 
 def example(objective: str, length: int, head: str = "", task: str = "") -> Batch:
