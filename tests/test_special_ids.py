@@ -209,6 +209,7 @@ def test_any_of_the_ends_ends_a_text(path, model):
         assert found.tokens == free[:stop]
 
 
+REFUSES = "{{ raise_exception('nobody asked') }}"
 IMPORTED = ("llama2", "gemma3", "llama's model")
 
 
@@ -231,6 +232,7 @@ def imported(tmp_path_factory) -> dict[str, pathlib.Path]:
         hugging_face.write(str(place / "theirs"), described, parameters, {})
         given = json.loads((place / "theirs" / "config.json").read_text())
         shapes.write(place / "theirs", name, {"eos_token_id": [2, 5]}, **given)
+        (place / "theirs" / chat.FILE).write_text(REFUSES)
         located = checkpoint.locate(str(place / "theirs"))
         with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
             _, loaded = checkpoint.load_parameters(located)
@@ -265,12 +267,11 @@ def test_a_piece_beyond_the_table_is_refused_in_a_text_alone(imported):
             made.encode_control("an image: <image_soft_token>")
 
 
-def test_a_template_is_asked_only_where_there_is_a_chat(imported, monkeypatch):
-    place = imported["llama2"]
+def test_a_template_is_asked_only_where_there_is_a_chat(imported):
+    """One that refuses every conversation stands beside both."""
     for part in ("theirs", "ours"):
-        (place / part / chat.FILE).write_text("{{ raise_exception('nobody asked') }}")
-        monkeypatch.setattr(chat, "end_of_turn", lambda *_: pytest.fail("a template was asked"))
-        assert checkpoint.locate(str(place / part)).special_ids.ends == (2, 5)
+        assert (imported["llama2"] / part / chat.FILE).read_text() == REFUSES
+        assert checkpoint.locate(str(imported["llama2"] / part)).special_ids.ends == (2, 5)
 
 
 def test_further_ends_are_added_once():
