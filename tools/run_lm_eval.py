@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
     found = checkpoint.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
     model = harness.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), say)
+    if flags.apply_chat_template:
+        model.in_chat()
     results = harness.run(
         model,
         flags.tasks.split(","),

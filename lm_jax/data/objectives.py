@@ -38,7 +38,8 @@ class Specials(NamedTuple):
 
 
 def specials(tokenizer: Tokenizer, objective: str) -> Specials:
-    num, document = tokenizer.num_pieces, tokenizer.document_id
+    num, known = tokenizer.num_pieces, tokenizer.known_document
+    document = -1 if known is None else known  # a model whose texts nothing ends writes, but is not trained
     last = f"<extra_id_{NUM_SENTINELS - 1}>"
     has_its_own = ("[MASK]" if objective.startswith("masked") else last) in tokenizer.special
     extra = 0 if has_its_own else EXTRA[objective]
