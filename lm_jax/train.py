@@ -489,7 +489,7 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
         stop.done = step + 1
         log.done(step + 1, rows, outcome[1])
         saver.poll()
-        if stop.requested or log.hopeless or log.spike:
+        if stop.requested or log.spike:
             return
         if step + 1 < this.num_steps:
             with log.paused():

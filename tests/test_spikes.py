@@ -157,17 +157,18 @@ def recovered(tmp_path_factory):
     workdir, rows, plain = tmp_path_factory.mktemp("recovered") / "run", [], pipeline.batches
 
     def listed(stream, *given):
-        rows.append([])
+        read: list[int] = []
+        if isinstance(stream, mixture.Kept):  # not those of an evaluation
+            rows.append(read)
         for batch in plain(stream, *given):
-            if isinstance(stream, mixture.Kept):  # not those of an evaluation
-                rows[-1].extend(np.asarray(batch["row"]).tolist())
+            read.extend(np.asarray(batch["row"]).tolist())
             yield batch
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pipeline, "batches", listed)
         poisoned.__wrapped__(patched)(240, 264)
         assert main.main([*REWIND, "--workdir", str(workdir)]) == 0
-    return workdir, [read for read in rows if read]
+    return workdir, rows
 
 
 def test_a_run_goes_back_behind_a_spike_and_leaves_its_rows_out(recovered):
@@ -183,7 +184,7 @@ class Killed(BaseException):
     pass
 
 
-def die(*_):
+def die(*_, **__):
     raise Killed
 
 
