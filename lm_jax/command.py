@@ -16,7 +16,19 @@ from typing import Any, NoReturn
 import ml_collections
 
 from lm_jax import faults
-from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
+from lm_jax.config import (
+    Config,
+    UserError,
+    check_key,
+    default_config,
+    flatten,
+    nearest,
+    parse_value,
+    resolve,
+    shown,
+    shrink,
+    without_unread,
+)
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
 from lm_jax.stop import Stop, listening, replace_process
 
@@ -39,8 +51,11 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
 
     def parse_args(self, arguments=None, namespace=None):
         known, rest = self.parse_known_args(arguments, namespace)
@@ -151,7 +166,8 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if not equals and not waiting:
             raise UserError(f"--config.{path} needs a value, such as --config.{path}=1")
         if path in overrides:
-            raise UserError(f"--config.{path} stands twice: {overrides[path]} and {value or waiting[0]}")
+            values = shown(overrides[path]), shown(value or waiting[0])
+            raise UserError(f"--config.{path} stands twice: {' and '.join(values)}")
         overrides[path] = value if equals else waiting.pop(0)
     return overrides, rest
 
@@ -233,6 +249,8 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     for path, value in given.items():
         section, name = path.split(".")
         from_file[section][name] = value
+    if place.endswith(":smoke"):
+        from_file = without_unread(from_file, given)
     return resolve(from_file), origins
 
 
