@@ -1,6 +1,7 @@
 """What every command shares: flags, the config they name, and how errors reach the terminal."""
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -83,7 +84,8 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
     if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
-        give_up_output()
+        with contextlib.suppress(OSError):  # which may be what was refused
+            sys.stdout.flush()
         os._exit(code)  # whatever other threads still wait for
     sys.exit(code)
 
@@ -104,19 +106,10 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
         if refused := faults.described(error):
             code, lines = refused
             print(f"lm_jax: {lines}", file=sys.stderr)
-            give_up_output()
             return code
         traceback.print_exc()
         print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)
         return EXIT_FAULT
-
-
-def give_up_output() -> None:
-    """What stdout does not take is dropped, or the interpreter would try once more at its end and say so."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def quiet_threads() -> Callable[[], None]:
