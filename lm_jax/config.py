@@ -586,6 +586,8 @@ def shown(value: Any) -> str:
     if isinstance(value, (str, float, int)):
         text = repr(value if not isinstance(value, str) else value[:100])
         return text if len(text) <= 100 else f"{text[:60]}..."
+    if value is not None and not isinstance(value, (tuple, list, dict)):
+        return f"({type(value).__name__})"
     short = reprlib.Repr()
     short.maxtuple = short.maxlist = short.maxdict = 12
     short.maxlevel, short.maxstring, short.maxother = 4, 100, 100
@@ -636,7 +638,7 @@ def _check(path: str, value: Any, kind: Any, metadata) -> Any:
     if number_or_name:
         kind = str if isinstance(value, str) else int
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if value.bit_length() < 1000 else math.copysign(math.inf, value)
+        value = float(value) if value.bit_length() < 1000 else math.inf
     if type(value) is not kind:
         whole = isinstance(value, float) and kind is int and value.is_integer()
         hint = f"; did you mean {int(value)}?" if whole else ""
@@ -992,19 +994,19 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.optimizer.warmup, config.optimizer.decay_over = 1, 0
     config.train.num_steps, config.train.microbatch_rows, config.train.init_from = 2, 8, ""
     config.checkpoint.every, config.evaluate.every, config.evaluate.num_rows, config.log.every = 2, 2, 8, 1
-    return without_unread(config)
+    for path, value in without_unread(flatten(config.to_dict())).items():
+        if path in SHRUNK:
+            section, name = path.split(".")
+            config[section][name] = value
+    return config
 
 
 SHRUNK = ("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim")  # of those that `shrink` sets
 
 
-def without_unread(config: ml_collections.ConfigDict, given=()) -> ml_collections.ConfigDict:
+def without_unread(flat: dict[str, Any], given=()) -> dict[str, Any]:
     """A shrunk config in which sizes that a model of this kind has not are as by default, but those `given` by name."""
-    for path in unread(flatten(config.to_dict())):
-        section, name = path.split(".")
-        if path in SHRUNK and path not in given:
-            config[section][name] = leaves()[path].default
-    return config
+    return flat | {path: leaves()[path].default for path in unread(flat) if path in SHRUNK and path not in given}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -158,6 +158,10 @@ def main(arguments: list[str]) -> int:
     mesh = make_mesh(Mesh(), devices)
     if found.config.evaluate.metrics:
         answers.check(found.config.evaluate.metrics)
+    elif flags.beams > 1 or flags.records:
+        parser.error(
+            "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
+        )
     mixed = open_data(found.config, say)
     command.check_tokenizer(found, mixed)
     if mixed.compares:

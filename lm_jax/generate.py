@@ -41,6 +41,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stop", action="append", default=[], help="a text ends before it; may stand several times")
     parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = off")
     parser.add_argument("--length_penalty", type=float, default=1.0, help="of beam search: above 0 longer texts win")
+    drawn = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    parser.reads({"beams": (1,)}, *drawn)  # what beam search neither draws nor stops at
+    parser.reads({"beams": tuple(range(2, 65))}, "length_penalty")
+    parser.reads({"chat": ()}, "system")
     flags = parser.parse_args(arguments)
     bounds = {
         "max_new_tokens": (1, 1e6),
@@ -58,8 +62,6 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
     if flags.prompt and flags.prompts:
         parser.error("--prompt and --prompts: one of them")
-    if flags.system and not flags.chat:
-        parser.error("--system needs --chat")
     say = Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = checkpoint.locate(flags.model, say)

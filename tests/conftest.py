@@ -26,7 +26,8 @@ def tiny(**changes) -> configs.Config:
     for path, value in changes.items():
         section, name = path.split("__")
         config[section][name] = value
-    return configs.resolve(configs.without_unread(config, [path.replace("__", ".") for path in changes]))
+    given = [path.replace("__", ".") for path in changes]
+    return configs.resolve(configs.unflatten(configs.without_unread(configs.flatten(config.to_dict()), given)))
 
 
 # Changes of `tiny` that make the families: what every specification is held against.

@@ -63,6 +63,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--text", required=True)
     parser.add_argument("--layer", type=int, default=0, help="of attention, from 0 on")
     parser.add_argument("--compare", nargs="+", default=[], help="endings, each with its space before it")
+    parser.reads({"view": ("attention",)}, "layer")
+    parser.reads({"view": ("next",)}, "compare")
     flags, say = parser.parse_args(arguments), Terminal()
     found = checkpoint.locate(flags.model, say)
     if found.config.model.kind != "transformer":
