@@ -1,6 +1,7 @@
 """What every command shares: flags, the config they name, and how errors reach the terminal."""
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -8,7 +9,6 @@ import re
 import shlex
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -31,10 +31,9 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, replace_process
+from lm_jax.stop import Stop, listening, replace_process
 
 EXIT_FAULT = 70
-GRACE = 2.0  # seconds that other threads have after the main one, where something went wrong
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -102,8 +101,10 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         code = outcome(main, sys.argv[1:] if arguments is None else arguments)
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
-    if code in (EXIT_FAULT, EXIT_MACHINE):
-        threading.Thread(target=end_without_threads, args=(code,), daemon=True).start()
+    if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
+        with contextlib.suppress(OSError):  # which may be what was refused
+            sys.stdout.flush()
+        os._exit(code)  # whatever other threads still wait for
     sys.exit(code)
 
 
@@ -123,19 +124,10 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
         if refused := faults.described(error):
             code, lines = refused
             print(f"lm_jax: {lines}", file=sys.stderr)
-            give_up_output()
             return code
         traceback.print_exc()
         print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)
         return EXIT_FAULT
-
-
-def give_up_output() -> None:
-    """What stdout does not take is dropped, or the interpreter would try once more at its end and say so."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def quiet_threads() -> Callable[[], None]:
@@ -156,13 +148,6 @@ def quiet_threads() -> Callable[[], None]:
 
     threading.excepthook, sys.unraisablehook = of_thread, of_callback
     return speak
-
-
-def end_without_threads(code: int) -> None:
-    """Ends the process shortly after its main thread, whatever other threads still wait for."""
-    threading.main_thread().join()
-    time.sleep(GRACE)
-    os._exit(code)
 
 
 def with_kept_memory() -> None:
