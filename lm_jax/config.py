@@ -51,7 +51,9 @@ def needs(what: str, package: str, extra: str) -> UserError:
     return UserError(f"{what} needs the package {package}: in the clone, pip install -e '.[{extra}]'")
 
 
-Reach = dict[str, tuple]  # {path of another leaf: the values with which it is read; () = all but "off"}
+Reach = dict[
+    str, tuple
+]  # {path of another leaf: the values with which it is read; () = any but its default, which is off}
 
 
 def knob(
@@ -132,7 +134,7 @@ class Model:
         "where wavelengths between the two ends pass from one to the other: by what turns in length tokens (Llama 3), or by "
         "place in the head (YaRN, which also makes queries and keys larger)",
         choices=("llama3", "yarn"),
-        reach=ROTARY | ONE_STACK,
+        reach=ROTARY | ONE_STACK | {"model.rotary_scaling": ()},
     )
     rotary_share: tuple[float, ...] = knob(
         (1.0,),
@@ -701,19 +703,15 @@ def _check_sources(path: str, value: Any) -> Sources:
 
 def is_read(flat: dict[str, Any], path: str) -> bool:
     """Whether what `flat` says makes anything read this leaf: every condition of its reach holds."""
-    return all(
-        _value(flat, other) in values if values else _is_on(_value(flat, other))
-        for other, values in leaves()[path].metadata["reach"].items()
-    )
+    return all(_holds(flat, other, values) for other, values in leaves()[path].metadata["reach"].items())
 
 
-def _value(flat: dict[str, Any], path: str) -> Any:
-    """Of a leaf; what nothing reads has its default."""
-    return flat[path] if is_read(flat, path) else leaves()[path].default
-
-
-def _is_on(value: Any) -> bool:
-    return any(value) if isinstance(value, tuple) else bool(value)
+def _holds(flat: dict[str, Any], path: str, values: tuple) -> bool:
+    """Whether a leaf has one of these values, () = any that asks for something; what nothing reads has its default."""
+    value = flat[path] if is_read(flat, path) else leaves()[path].default
+    if values:
+        return value in values
+    return value != leaves()[path].default and (any(value) if isinstance(value, tuple) else bool(value))
 
 
 def unread(flat: dict[str, Any]) -> list[str]:
@@ -731,8 +729,7 @@ def _check_reach(flat: dict[str, Any]) -> None:
     def missing(path: str) -> tuple[str, tuple]:
         """The first condition of its reach that does not hold."""
         reach = leaves()[path].metadata["reach"]
-        holds = lambda other, values: _value(flat, other) in values if values else _is_on(_value(flat, other))
-        return next((other, values) for other, values in reach.items() if not holds(other, values))
+        return next((other, values) for other, values in reach.items() if not _holds(flat, other, values))
 
     def line(path: str) -> str:
         other, values = missing(path)
