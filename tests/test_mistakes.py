@@ -31,7 +31,7 @@ MISTAKES = [
     ("main", [SMOKE, "--config.model.compute_dtype=float16"], "add --config.optimizer.loss_scale=1024"),
     ("main", [SMOKE, "--config.optimizer.loss_scale=1000"], "no power of two up to 2^24; the nearest is 1024"),
     ("main", [SMOKE, "--config.optimizer.name=adamW"], "did you mean adamw?"),
-    ("main", [SMOKE, "stray"], "unknown argument stray"),
+    ("main", [SMOKE, "stray"], "unknown argument 'stray'"),
     ("main", [SMOKE, "--wokdir=x"], "did you mean --workdir?"),
     ("main", [SMOKE, "--workdir=x", "--workdir=y"], "--workdir stands twice"),
     ("main", [SMOKE, "--config.train.seed=1", "--config.train.seed=2"], "--config.train.seed stands twice"),
