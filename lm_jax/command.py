@@ -68,10 +68,12 @@ class Parser(argparse.ArgumentParser):
 class Once(argparse.Action):
     """A flag that may stand once."""
 
+    stood = False
+
     def __call__(self, parser, namespace, values, option_string=None):
-        if getattr(namespace, f"_{self.dest}_seen", False):
+        if self.stood:
             raise UserError(f"{option_string} stands twice")
-        setattr(namespace, f"_{self.dest}_seen", True)
+        self.stood = True  # the parser is made anew for every command line
         setattr(namespace, self.dest, values)
 
 
