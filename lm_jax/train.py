@@ -124,7 +124,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         if data.step >= int(config.train.num_steps):
             return already_done(desk, say)
         if leads():
-            checkpoint.write_config(workdir, config, origins, mixed.facts)
+            checkpoint.write_config(workdir, config, origins, mixed.facts | kept_context(saved, source))
             checkpoint.write_tokenizer(workdir, mixed.tokenizer)
             if mixed.chat_template:
                 write_whole(workdir / chat.FILE, mixed.chat_template.encode())
@@ -133,6 +133,13 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             with goodput("reference"):
                 say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
         return train(this, stop, given)
+
+
+def kept_context(saved: dict[str, Any], source: Source | None) -> dict[str, int]:
+    """{"context": tokens} for config.json: rows may be shorter than what the model that a run started from can read."""
+    if isinstance(source, checkpoint.Located):
+        return {"context": checkpoint.context_of(source)}
+    return {name: saved[name] for name in ("context",) if name in saved}
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
