@@ -81,7 +81,8 @@ class Filled(NamedTuple):
 def fill(template: str, messages: Sequence[Message], tokenizer: HuggingFace, prompt: bool) -> Filled:
     names = {index: name for name, index in tokenizer.special.items()}
     first = "".join(names.get(index, "") for index in tokenizer.around()[0])
-    tokens = {"bos_token": first, "eos_token": names.get(tokenizer.document_id, "")}
+    end = tokenizer.known_document
+    tokens = {"bos_token": first, "eos_token": "" if end is None else names.get(end, "")}
     marked = [message | {"content": MARK.format(i)} for i, message in enumerate(messages)]
     text, said = render(template, marked, prompt, **tokens), [message["content"] for message in messages]
     parts = MARKED.split(text)

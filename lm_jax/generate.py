@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_jax import beam, chat, checkpoint, command, distributed
 from lm_jax.config import Mesh, UserError
-from lm_jax.decoding import SLICE, Completion, marks_of, stream, writes
+from lm_jax.decoding import SLICE, Completion, stream, writes
 from lm_jax.model.graph import Graph
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import make_mesh
@@ -105,8 +105,9 @@ def read_prompts(place: str) -> list[str]:
 
 def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
-    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, marks_of(located)
+    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
     template = chat.read_template(located.workdir) if flags.chat else ""
+    marks = marks.also(chat.end_of_turn(template, tokenizer)) if template else marks
     before = [{"role": "system", "content": flags.system}] if flags.system else []
 
     def write(

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, ROOT, command, tiny
+from one_process import performed
 
 from lm_jax import chat, checkpoint
 from lm_jax.config import Mesh, UserError
-from lm_jax.convert import export, hugging_face, proof, safetensors, text_files, tokenizer_json
+from lm_jax.convert import export, gguf, hugging_face, proof, safetensors, text_files, tokenizer_json
 from lm_jax.data import special_ids, tokenizer
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.decoding import complete
@@ -29,6 +30,7 @@ from lm_jax.sharding import make_mesh
 
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_checkpoint  # noqa: E402
+import parity_families as parity  # noqa: E402
 
 GREEDY = Sampling(temperature=0.0)
 GPT = ["--config.model.positions=learned", "--config.model.norm=layernorm"]
@@ -128,8 +130,7 @@ class Here:
 
     def write(self, ids, limit):
         ours, prompt = self.ours, np.array(ids, np.int32)
-        marks = proof.marks_of(ours.ids)
-        [found] = complete(ours.graph, ours.parameters, ours.tokenizer, [prompt], limit, GREEDY, marks=marks)
+        [found] = complete(ours.graph, ours.parameters, ours.tokenizer, [prompt], limit, GREEDY, marks=ours.ids)
         ended = len(found.tokens) < limit
         return [
             *found.tokens,
@@ -237,14 +238,46 @@ def test_a_planted_mistake_is_refused_and_far_outside(mutant, place):
     assert said in proof.compared_texts(ours, peer)[0].problem
 
 
+@on_one
+def met(family: str) -> tuple[int]:
+    """What a model of random weights writes after some tokens: as an end it ends texts."""
+    described, parameters, text, _ = leaving(family, "chat")
+    prompt, graph = (
+        [*text.ids.first, *text.tokenizer.encode(proof.PROMPTS[1]).tolist()],
+        hugging_face.graph_of(described),
+    )
+    [found] = complete(
+        graph, parameters, text.tokenizer, [np.array(prompt)], 12, GREEDY, marks=text.ids._replace(ends=())
+    )
+    return (found.tokens[5],)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 @on_one
 def test_what_is_not_mistaken_passes_and_its_ends_are_seen(family, place):
-    folder, tensors, ours = small_files(family, "chat", str(place / f"{family}-right"), ends=(300, 301))
+    folder, tensors, ours = small_files(family, "chat", str(place / f"{family}-right"), ends=met(family))
     said = proof.prove(ours, Here(folder, tensors))
+    assert ", 0 of them up to their end" not in said
     assert "proven: in a mutant logits are within" in said and "6 greedy texts are the same" in said
     with pytest.raises(UserError, match="another model"):
         proof.prove(ours, Here(folder, tensors, tensor("norm.weight", lambda x: x[::-1] * 1.1)))
+
+
+LEAVE = ("gpt2", "llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3", "mixtral", "t5", "bert")  # one row a family
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("family", LEAVE)
+@on_one
+def test_every_family_says_and_ends_the_same_in_transformers(family, tmp_path, capsys):
+    """Live: logits, greedy texts plain and in chat, and the token that ends them."""
+    pytest.importorskip("torch")
+    kind = "bpe" if family == "bert" else "chat"
+    one = leaving(family, kind, ends=() if family == "bert" else met(family))
+    export.write_folder(str(tmp_path / "out"), one, convert_checkpoint.prover(False, "again", print), print)
+    said = capsys.readouterr().out
+    assert "proven: in transformers" in said
+    assert family == "bert" or "6 greedy texts are the same" in said and ", 0 of them up to their end" not in said, said
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "bytes", "chat"])
@@ -277,6 +310,226 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
         assert found.tokenizer.encode(text).tolist() == whole.encode(text).tolist() == by.encode(text).tolist()
         assert whole.decode(whole.encode(text)) == text
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(checkpoint.load_parameters(found)[1]), one.parameters)
+
+
+class Fields:
+    """A GGUF writer that keeps what it is told, and gives it back as a reader does."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def __getattr__(self, name: str):
+        key = f"tokenizer.ggml.{name.removeprefix('add_')}"
+        return lambda value: self.kept.update({key: value})
+
+
+IDS = {
+    "one end": SpecialIds((), (), -1, (2,)),
+    "a text's and a turn's": SpecialIds((0,), (), -1, (0, 2)),
+    "three": SpecialIds((1,), (), -1, (9, 2, 5)),
+    "none": SpecialIds((), (), -1, ()),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_gguf_file_says_the_first_token_and_every_end(name):
+    writer, ids = Fields(), IDS[name]
+    gguf.add_ids("x.gguf", writer, ids)
+    assert gguf.ids_in(lambda key, default=None: writer.kept.get(key, default)) == ids
+
+
+def test_a_gguf_file_is_refused_that_could_not_say_every_end():
+    with pytest.raises(UserError, match="end at any of .1, 2, 3, 4.; a GGUF file says one first token and 3 ends"):
+        gguf.add_ids("x.gguf", Fields(), SpecialIds((), (), -1, (1, 2, 3, 4)))
+
+
+EXPERIMENT = """
+from lm_jax.config import default_config, shrink
+
+
+def get_config(variant=""):
+    config = shrink(default_config())
+    model = config.model
+    model.positions, model.norm, model.activation, model.gated, model.bias = "rotary", "rmsnorm", "silu", True, False
+    model.num_kv_heads, model.tie_embedding = 2, False
+    config.data.sources, config.data.tokenizer, config.train.init_from = "chats", "base", "base"
+    config.data.sequence_length, config.data.packing, config.train.task = 64, "best_fit", "instruction"
+    config.data.validation_fraction = 0.0
+    config.optimizer.learning_rate, config.train.num_steps, config.evaluate.every = 1e-2, 80, 0
+    return config
+"""
+ASKED = ("What is the capital of France?", "Say yes.", "Name a colour, please.", "And now?")
+
+
+@pytest.fixture(scope="module")
+def instructed(tmp_path_factory):
+    """(folder, what was said): a small model with a long context that learns one answer, in short rows, and leaves."""
+    folder = tmp_path_factory.mktemp("instructed")
+    (folder / "experiment.py").write_text(EXPERIMENT)
+    (folder / "chats").mkdir()
+    answer = {"role": "assistant", "content": "Blue."}
+    chats = [{"messages": [{"role": "user", "content": text}, answer]} for text in ASKED]
+    (folder / "chats" / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    base = on_one(export.write_folder)
+    base(str(folder / "base"), leaving("llama", "chat", context=4096), lambda *given: None, print)
+    tool = str(ROOT / "tools" / "convert_checkpoint.py")
+    chat_with = [
+        "-m",
+        "lm_jax.generate",
+        "--chat",
+        "--prompt",
+        "Say yes.",
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "24",
+    ]
+    done = performed(
+        [
+            ["-m", "lm_jax.main", "--config", "experiment.py", "--workdir", "run"],
+            [tool, "run", "out"],
+            [*chat_with, "--model", "out"],
+            [tool, "out", "again"],
+            [tool, "again", "third", "--unproven"],
+            [tool, "run", "out"],
+        ],
+        folder,
+    )
+    assert [one["code"] for one in done] == [0, 0, 0, 0, 0, 2], done
+    return folder, [one["output"] for one in done]
+
+
+def test_an_instruction_run_leaves_with_its_ends_its_template_and_its_bases_context(instructed):
+    """Finetuned in rows of 64, on a base that reads 4,096; what left becomes a run, and leaves once more."""
+    folder, said = instructed
+    for name in ("out", "third"):
+        there = {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+        content = {key: json.loads(there[key]) for key in there if key.endswith("config.json")}
+        assert content["config.json"]["max_position_embeddings"] == 4096, name
+        assert set(content["generation_config.json"]["eos_token_id"]) == {1, 401}, "<|endoftext|> and <|im_end|>"
+        assert there["chat_template.jinja"].decode() == TEMPLATE
+        assert tokenizer.HuggingFace(there["tokenizer.json"]).around() == ([1], [])
+        assert content["tokenizer_config.json"]["add_bos_token"] is True
+    assert said[2] == "Say yes.Blue.\n", "it stops"
+    assert ("proven: in transformers" in said[1]) == bool(importlib.util.find_spec("transformers")), said[1]
+    assert "out is there and not empty; name another folder" in said[5]
+
+
+@pytest.mark.proof
+def test_an_exported_instruction_run_stops_in_transformers(instructed):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder, said = instructed
+    assert "6 greedy texts are the same" in said[1] and "0 of them up to their end" not in said[1], said[1]
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder / "out")).eval()
+    by = transformers.AutoTokenizer.from_pretrained(str(folder / "out"))
+    asked = by.apply_chat_template(
+        [chat.user("Say yes.")], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert by.decode(found) == "Blue.<|im_end|>"
+
+
+FIXTURE = ROOT / "tests" / "fixtures" / "export.npz"
+NEW = 24  # tokens
+
+
+def prompts_of(name: str) -> np.ndarray:
+    return np.random.RandomState(len(name)).randint(3, parity.PIECES, (3, 6)).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", parity.FIRST)
+@on_one
+def test_greedy_texts_and_their_ends_are_those_that_transformers_wrote(name):
+    """The seven families of tests/fixtures/families.npz; every token, and the one of two ends that was met."""
+    content, tensors, _ = parity.recorded(name)
+    described = hugging_face.describe(content, name, "bytes")
+    ours, graph = hugging_face.parameters(described, tensors, name), hugging_face.graph_of(described)
+    with np.load(FIXTURE) as arrays:
+        written, ends = arrays[f"{name}|written"], tuple(arrays[f"{name}|ends"].tolist())
+    prompts, by = prompts_of(name), tokenizer_of("bytes")
+    found = complete(graph, ours, by, list(prompts), NEW, GREEDY, marks=SpecialIds((), (), -1, ends))
+    stops = [next((k for k, token in enumerate(row) if token in ends), NEW) for row in written.tolist()]
+    assert min(stops) < NEW, "an end is met"
+    for mine, row, stop, prompt in zip(found, written.tolist(), stops, prompts, strict=True):
+        assert list(mine.tokens) == row[:stop]
+        if stop < NEW:
+            one = proof.Exported(described, graph, ours, by, SpecialIds((), (), -1, ends))
+            assert proof.likeliest(one, prompt.tolist(), row[: stop + 1])
+
+
+T5 = ("one_table", "two_tables")  # a T5 1.1 that transformers 5 made, and one that was published and saved again
+
+
+@pytest.mark.parametrize("name", T5)
+def test_a_t5_as_transformers_5_saves_it_is_read(name):
+    """Its config.json says `tie_word_embeddings` of either; the table stands once where it is one."""
+    with np.load(FIXTURE) as arrays:
+        mine = {key.split("|")[1]: arrays[key] for key in arrays.files if key.startswith(f"{name}|")}
+    content, logits = json.loads(str(mine.pop("config.json"))), mine.pop("logits")
+    assert content["tie_word_embeddings"] is True and content["scale_decoder_outputs"] is False
+    assert ("lm_head.weight" in mine) == (name == "two_tables")
+    tensors = {key: x.astype(np.float32) for key, x in mine.items()}
+    described = hugging_face.describe(content, name, "bytes")
+    ours = hugging_face.parameters(described, tensors, name)
+    found = proof.heads(hugging_face.graph_of(described), ours, proof.random_row(described))[0]
+    assert proof.relative(np.asarray(found)[..., : described.num_pieces], logits) <= proof.LIMIT / 10
+    published = {key: value for key, value in content.items() if key != "scale_decoder_outputs"}
+    assert hugging_face.describe(published | {"tie_word_embeddings": False}, name, "bytes").family == "t5"
+    with pytest.raises(UserError, match="this is the first T5"):
+        hugging_face.describe(published, name, "bytes")
+    if name == "one_table":  # a folder that says that it has two
+        with pytest.raises(UserError, match="missing: lm_head.weight"):
+            untied = hugging_face.describe(content | {"tie_word_embeddings": False}, name, "bytes")
+            hugging_face.parameters(untied, tensors, name)
+
+
+def record() -> None:
+    """What `transformers` writes from the weights of families.npz, and two T5 1.1 as it saves them. Needs torch."""
+    import tempfile
+
+    import torch
+    import transformers
+
+    arrays: dict[str, np.ndarray] = {}
+    for name in parity.FIRST:
+        content, tensors, _ = parity.recorded(name)
+        kind = getattr(transformers, content["architectures"][0])
+        config = transformers.AutoConfig.for_model(**content)
+        state = {key: torch.from_numpy(x) for key, x in tensors.items()}
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype="float32").eval()
+        given = torch.tensor(prompts_of(name)).long()
+        settings = dict(attention_mask=torch.ones_like(given), max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        whole = model.generate(given, eos_token_id=None, **settings)[:, given.shape[1] :]
+        ends = [int(whole[0, 7]), int(whole[1, 11])]
+        written = model.generate(given, eos_token_id=ends, **settings)[:, given.shape[1] :].numpy()
+        arrays[f"{name}|written"] = np.pad(written, ((0, 0), (0, NEW - written.shape[1]))).astype(np.int32)
+        arrays[f"{name}|ends"] = np.array(ends, np.int32)
+    small = dict(vocab_size=40, d_model=16, d_kv=6, d_ff=20, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
+    for name in T5:
+        torch.manual_seed(3)
+        config = transformers.T5Config(
+            **small, tie_word_embeddings=False, decoder_start_token_id=0, initializer_factor=3.0
+        )
+        model = transformers.T5ForConditionalGeneration(config).eval()
+        if name == "two_tables":
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(40, 16))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half().float()
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            found = safetensors.folder_tensors(folder)
+            arrays |= {f"{name}|{key}": tensor.read().astype(np.float16) for key, tensor in found.items()}
+            arrays[f"{name}|config.json"] = np.array(pathlib.Path(folder, "config.json").read_text())
+            batch = proof.random_row(hugging_face.read_description(folder))
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.tensor(batch["encoder_tokens"]).long(),
+                decoder_input_ids=torch.tensor(batch["tokens"]).long(),
+            ).logits
+        arrays[f"{name}|logits"] = logits.numpy()
+    np.savez_compressed(FIXTURE, allow_pickle=False, **arrays)
+    print(f"{FIXTURE.name}: {FIXTURE.stat().st_size:,} bytes")
 
 
 def trained(name: str, folder) -> str:
@@ -347,6 +600,7 @@ def test_a_gguf_file_has_every_tensor_and_piece(tmp_path, capsys):
     value = lambda name: reader.fields[name].contents()
     by = checkpoint.locate(run).tokenizer
     assert value("tokenizer.ggml.model") == "llama" and value("tokenizer.ggml.eos_token_id") == by.document_id
+    assert value("tokenizer.ggml.bos_token_id") == by.document_id and value("tokenizer.ggml.add_bos_token") is True
     pieces = value("tokenizer.ggml.tokens")
     assert len(pieces) == len(set(pieces)) == by.num_pieces == len(value("tokenizer.ggml.scores"))
     spoken = "".join(pieces[i] for i in by.encode("def add(a, b):").tolist())
@@ -380,5 +634,11 @@ def test_a_gguf_file_comes_back_bitwise(tmp_path, capsys):
     by = [checkpoint.locate(place).tokenizer for place in (places[0], places[2])]
     text = pydoc_data.topics.topics["for"]
     np.testing.assert_array_equal(by[0].encode(text), by[1].encode(text))
-    described = [json.loads(pathlib.Path(place, "config.json").read_text()) for place in (places[0], places[2])]
-    assert described[0] == described[1]
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        first, third = (pathlib.Path(place, name).read_text() for place in (places[0], places[2]))
+        assert first == third, name
+    assert json.loads(pathlib.Path(places[0], "generation_config.json").read_text())["eos_token_id"] == [2]
+
+
+if __name__ == "__main__":
+    record()

@@ -99,6 +99,7 @@ def heads(graph: Graph, parameters: dict, batch: dict) -> list[jax.Array]:
     """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first place."""
     model = graph.module(parameters)
     reading = model.read(batch)
+    assert reading.hidden_BTD is not None  # a model with another head than text's is in no family
     return [model.logits(reading.hidden_BTD), *([] if reading.labels_BTC is None else [reading.labels_BTC[:, 0]])]
 
 
@@ -153,7 +154,7 @@ def compared_texts(ours: Exported, peer: Peer) -> list[Compared]:
         return other
     prompts = [np.array(ids, np.int32) for _, ids, _ in asked]
     mine = decoding.complete(
-        ours.graph, ours.parameters, ours.tokenizer, prompts, limit, decoding.GREEDY, marks=marks_of(ours.ids)
+        ours.graph, ours.parameters, ours.tokenizer, prompts, limit, decoding.GREEDY, marks=ours.ids
     )
     return [compared(ours, peer, *one, limit) for one in zip(asked, mine, strict=True)]
 
@@ -193,7 +194,3 @@ def row_of(ids: list[int], prefix: str = "") -> dict[str, np.ndarray]:
     segments = (np.arange(tokens.shape[1]) < len(ids)).astype(np.int32)[None]
     positions = np.arange(tokens.shape[1], dtype=np.int32)[None] * segments
     return {f"{prefix}tokens": tokens, f"{prefix}segment_ids": segments, f"{prefix}positions": positions}
-
-
-def marks_of(ids: SpecialIds):
-    return decoding.Marks(ids.first, ids.last, ids.start, ids.ends[0] if ids.ends else -1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lm_jax.config import NUM_SENTINELS, UserError
 from lm_jax.convert import tokenizer_json
 from lm_jax.data.special_ids import SpecialIds
-from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.data.tokenizer import Bytes, HuggingFace, Tokenizer
 
 CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, in every version of transformers
 CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
@@ -62,6 +62,8 @@ def made(text: Text, fields: dict[str, Any], context: int) -> tuple[dict[str, by
     try:
         files[HuggingFace.file_name] = with_ids(as_json(tokenizer), text.ids, text.added)
     except UserError as error:
+        if isinstance(tokenizer, Bytes):
+            raise  # nobody but lm_jax knows its own file
         files.pop(HuggingFace.file_name, None)
         why = f"no {HuggingFace.file_name} beside {tokenizer.file_name}: {error}"
     names = names_of(text, files.get(HuggingFace.file_name))

@@ -86,7 +86,7 @@ def letters() -> list[str]:
 
 def of_pieces(model: bytes) -> dict[str, Any]:
     """A SentencePiece model of byte pairs or unigrams with byte fallback that leaves a text as it is."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (UNIGRAM, PAIRS) or not trainer.byte_fallback:
         raise UserError("it is no SentencePiece model of byte pairs or unigrams with byte fallback")
