@@ -187,11 +187,12 @@ def another(name: str):
 
 
 def whole_and_index(folder):
-    """One file with all arrays, which wins; the index beside it names parts of which one is not even there."""
+    """One file with all arrays, which wins; the index beside it names parts that are not even there."""
     arrays = {
         name: x.read() + (name == "model.norm.weight") for name, x in safetensors.folder_tensors(str(folder)).items()
     }
-    min(folder.glob("model-*.safetensors")).unlink()
+    for path in folder.glob("model-*.safetensors"):
+        path.unlink()
     safetensors.write_file(str(folder / safetensors.WHOLE), arrays)
 
 

@@ -84,7 +84,7 @@ def on_one(work):
 @on_one
 def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = (), context: int = 0) -> export.Leaving:
     """A model of random weights, large enough to say various things; `ends` are there beside the tokenizer's own."""
-    changes = dict(FAMILIES | ENCODERS)[family] | dict(model__init_scale=3.0, data__sequence_length=128)
+    changes = dict(FAMILIES | ENCODERS)[family] | dict(model__init_scale=0.3, data__sequence_length=128)
     changes = changes | ({"model__positions": "learned"} if family == "gpt2" else {})
     config, by = tiny(**changes), tokenizer_of(kind)
     first = by.document_id
@@ -99,6 +99,12 @@ def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = ()
     return export.Leaving(described, ours, text_files.Text(by, ids, added, template), no_chat)
 
 
+@functools.cache
+def built(config, num_pieces: int):
+    """A graph is compiled by its identity: one for all mutants of the same config."""
+    return hugging_face.graph_of(hugging_face.Description("", config, num_pieces, {}))
+
+
 class Here:
     """lm_jax itself as the peer of a folder, with a mistake in its config.json, its arrays or its small files."""
 
@@ -110,12 +116,13 @@ class Here:
         tensors = {name: np.array(x) for name, x in tensors.items()}
         mistake(content, tensors, files)
         described = hugging_face.describe(content, "a mutant", "bytes")
+        graph = built(described.config, described.num_pieces)
         by = tokenizer.HuggingFace(files["tokenizer.json"])
         ends = json.loads(files["generation_config.json"])["eos_token_id"]
         template = files.get("chat_template.jinja", b"").decode()
         ids = SpecialIds(tuple(by.around()[0]), (), content["eos_token_id"][0], tuple(ends))
         parameters = hugging_face.parameters(described, tensors, "a mutant")
-        self.ours = proof.Exported(described, hugging_face.graph_of(described), parameters, by, ids, template)
+        self.ours = proof.Exported(described, graph, parameters, by, ids, template)
         self.ends = set(ends)
 
     def logits(self, batch):
@@ -183,8 +190,8 @@ MUTANTS = {
     "another rotary base": ("llama", rope(20_000.0), "logits are"),
     "a rotary base one percent off": ("llama", rope(10_100.0), "logits are"),
     "gate and up swapped": ("llama", swapped, "logits are"),
-    "another epsilon": ("llama", setting(rms_norm_eps=1e-6), "logits are"),
-    "a head too few scaled": ("llama", tensor("1.self_attn.q_proj.weight", lambda x: x * 0.999), "logits are"),
+    "another epsilon": ("llama", setting(rms_norm_eps=1e-4), "logits are"),
+    "queries a thousandth smaller": ("llama", tensor("1.self_attn.q_proj.weight", lambda x: x * 0.999), "logits are"),
     "one weight": ("llama", tensor("1.mlp.down_proj.weight", lambda x: x + (np.arange(x.size) == 77).reshape(x.shape)), "logits"),
     "half precision": ("llama", tensor("embed_tokens.weight", lambda x: np.float32(np.float16(x))), "logits are"),
     "a bias dropped": ("qwen2", tensor("q_proj.bias", np.zeros_like), "logits are"),
@@ -214,7 +221,8 @@ def small_files(family: str, kind: str, folder: str, **settings):
     def keep(small, tensors, ours):
         for path in pathlib.Path(small).iterdir():
             pathlib.Path(folder, path.name).write_bytes(path.read_bytes())
-        seen.extend([folder, tensors, ours])
+        graph = built(ours.described.config, ours.described.num_pieces)
+        seen.extend([folder, tensors, ours._replace(graph=graph)])
 
     export.write_folder(f"{folder}-whole", one, keep, print)
     return seen
@@ -259,8 +267,6 @@ def test_what_is_not_mistaken_passes_and_its_ends_are_seen(family, place):
     said = proof.prove(ours, Here(folder, tensors))
     assert ", 0 of them up to their end" not in said
     assert "proven: in a mutant logits are within" in said and "6 greedy texts are the same" in said
-    with pytest.raises(UserError, match="another model"):
-        proof.prove(ours, Here(folder, tensors, tensor("norm.weight", lambda x: x[::-1] * 1.1)))
 
 
 LEAVE = ("gpt2", "llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3", "mixtral", "t5", "bert")  # one row a family
@@ -285,7 +291,8 @@ def test_every_family_says_and_ends_the_same_in_transformers(family, tmp_path, c
 def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     one = leaving("llama", kind, ends=(7,), context=4096)
     by, ids = one.text.tokenizer, one.text.ids
-    export.write_folder(str(tmp_path / "out"), one, lambda *given: None, print)
+    out = str(tmp_path / "out")
+    export.write_folder(out, one, lambda *given: None, print)
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     expected = {"config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json", "tokenizer.json"}
     assert files.keys() == expected | {by.file_name} | ({"chat_template.jinja"} if kind == "chat" else set())
@@ -301,7 +308,7 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     assert (named["bos_token"], named["eos_token"], named["pad_token"]) == ("<|endoftext|>",) * 3
     assert named["add_bos_token"] and named["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert files.get("chat_template.jinja", b"").decode() == one.text.template
-    found = checkpoint.locate(str(tmp_path / "out"))
+    found = checkpoint.locate(out)
     again = special_ids.read(found.workdir, found.tokenizer)
     assert (again.first, set(again.ends)) == (ids.first, set(ends))
     whole = tokenizer.HuggingFace(files["tokenizer.json"])
@@ -309,7 +316,12 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     for text in texts:
         assert found.tokenizer.encode(text).tolist() == whole.encode(text).tolist() == by.encode(text).tolist()
         assert whole.decode(whole.encode(text)) == text
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(checkpoint.load_parameters(found)[1]), one.parameters)
+    arrays = hugging_face.their_tensors(one.described, one.parameters)
+    jax.tree.map(
+        np.testing.assert_array_equal, {k: x.read() for k, x in safetensors.folder_tensors(out).items()}, arrays
+    )
+    again = hugging_face.their_tensors(found.described, checkpoint.load_parameters(found)[1])
+    jax.tree.map(np.testing.assert_array_equal, again, arrays)
 
 
 class Fields:

@@ -11,8 +11,8 @@ from lm_jax.config import UserError
 from lm_jax.convert import gguf, hugging_face, text_files
 from lm_jax.convert.proof import Exported
 from lm_jax.convert.text_files import Text
-from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
+from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
 
 Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, the arrays, and the model as it is here
@@ -48,7 +48,7 @@ def of_gguf(path: str) -> Leaving:
 def text_of(found: checkpoint.Located) -> tuple[Text, str]:
     """What a MODEL knows of text, and why its conversations cannot be compared ("" = they can)."""
     tokenizer, data, no_chat = found.tokenizer, found.config.data, ""
-    ids, template = special_ids.read(found.workdir, tokenizer), chat.find_template(found.workdir)
+    ids, template = found.special_ids, chat.find_template(found.workdir)
     if found.config.model.kind == "encoder":
         own = specials(tokenizer, data.objective)
         ids = ids._replace(first=(own.classifier,), last=(own.document,), ends=())
@@ -59,7 +59,7 @@ def text_of(found: checkpoint.Located) -> tuple[Text, str]:
     return Text(tokenizer, ids, added, template, kept), no_chat
 
 
-def with_turns(ids: special_ids.SpecialIds, template: str, tokenizer: Tokenizer) -> tuple[special_ids.SpecialIds, str]:
+def with_turns(ids: SpecialIds, template: str, tokenizer: Tokenizer) -> tuple[SpecialIds, str]:
     """The ends with that of an assistant's turn; and why there is none though there is a template."""
     if not template:
         return ids, ""
@@ -82,7 +82,7 @@ def write_folder(folder: str, leaving: Leaving, prove: Prove, say: Callable[[str
     def as_read(small: str, tensors: dict) -> None:
         """The folder's own text is compared, not the run's."""
         again = checkpoint.locate_hugging_face(epath.Path(small))
-        ids = special_ids.read(again.workdir, again.tokenizer)
+        ids = again.special_ids
         if text.ids.ends and (ids.first, set(ids.ends)) != (text.ids.first, set(text.ids.ends)):
             raise UserError(f"not written: texts begin and end with {text.ids} here, and read again with {ids}")
         graph, template = hugging_face.graph_of(described), "" if no_chat else text.template

@@ -66,8 +66,7 @@ def made(text: Text, fields: dict[str, Any], context: int) -> tuple[dict[str, by
             raise  # nobody but lm_jax knows its own file
         files.pop(HuggingFace.file_name, None)
         why = f"no {HuggingFace.file_name} beside {tokenizer.file_name}: {error}"
-    names = names_of(text, files.get(HuggingFace.file_name))
-    files[CONFIG] = written(tokenizer_config(read(text.kept, CONFIG), text.ids, names, context))
+    files[CONFIG] = written(tokenizer_config(read(text.kept, CONFIG), text.ids, names_of(text), context))
     if text.ids.ends:
         ends = {"eos_token_id": list(text.ids.ends)}
         files[GENERATION] = written({"pad_token_id": text.ids.ends[0]} | read(text.kept, GENERATION) | fields | ends)
@@ -104,12 +103,12 @@ def with_ids(model: bytes, ids: SpecialIds, added: tuple[tuple[int, str], ...] =
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def names_of(text: Text, model: bytes | None) -> dict[str, str]:
-    """{"bos_token": its name, ...}, of what has one in a tokenizer.json."""
-    names = {i: name for name, i in tokenizer_json.vocab_of(json.loads(model)).items()} if model else {}
+def names_of(text: Text) -> dict[str, str]:
+    """{"bos_token": its name, ...}, of what has one."""
+    names = tokenizer_json.piece_names(text.tokenizer) | dict(text.added)
     found = {"bos_token": names.get(text.ids.first[0]) if text.ids.first else None}
     found |= {"eos_token": names.get(text.ids.ends[0]) if text.ids.ends else None}
-    found |= {"mask_token": "[MASK]" if text.added[:1] and text.added[0][1] == "[MASK]" else None}
+    found |= {"mask_token": "[MASK]" if "[MASK]" in dict(text.added).values() else None}
     return {kind: name for kind, name in found.items() if name is not None}
 
 

@@ -63,6 +63,20 @@ def vocab_of(content: dict[str, Any]) -> dict[str, int]:
     return pieces | {token["content"]: token["id"] for token in content["added_tokens"]}
 
 
+def piece_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """{id: piece} as a tokenizer's own file has them; of bytes only the one that has a name."""
+    if isinstance(tokenizer, HuggingFace):
+        return {i: name for name, i in vocab_of(json.loads(tokenizer.model)).items()}
+    if isinstance(tokenizer, Bytes):
+        return {tokenizer.document_id: DOCUMENT}
+    return {i: piece.piece for i, piece in enumerate(parsed(tokenizer.model).pieces)}
+
+
+def parsed(model: bytes):
+    """The protobuf message that a SentencePiece model is."""
+    return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+
+
 def pairs_model(vocab: dict[str, int], merges: list[list[str]], **more: Any) -> dict[str, Any]:
     plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     plain |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False} | more
@@ -86,7 +100,7 @@ def letters() -> list[str]:
 
 def of_pieces(model: bytes) -> dict[str, Any]:
     """A SentencePiece model of byte pairs or unigrams with byte fallback that leaves a text as it is."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    proto = parsed(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (UNIGRAM, PAIRS) or not trainer.byte_fallback:
         raise UserError("it is no SentencePiece model of byte pairs or unigrams with byte fallback")
