@@ -7,15 +7,21 @@ import os
 import re
 import shlex
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import ml_collections
 
+from lm_jax import faults
 from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
+from lm_jax.faults import EXIT_MACHINE, EXIT_USER
+from lm_jax.stop import Stop, replace_process
 
-EXIT_USER, EXIT_FAULT, EXIT_PREEMPTED = 2, 70, 75
+EXIT_FAULT = 70
+GRACE = 2.0  # seconds that other threads have after the main one, where something went wrong
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -56,26 +62,74 @@ class Once(argparse.Action):
 
 
 def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> NoReturn:
-    """Runs a command and leaves with its code: 0 done, 2 user error, 75 preempted and saved, 70 fault."""
-    from lm_jax import distributed
+    """Runs a command and leaves with its code: 0 done, 2 user error, 74 a fault of the machine, 75 preempted and saved, 70 a
+    fault of ours; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved."""
+    with Stop():
+        speak = quiet_threads()
+        code = outcome(main, sys.argv[1:] if arguments is None else arguments)
+    if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
+        speak()
+    if code in (EXIT_FAULT, EXIT_MACHINE):
+        threading.Thread(target=end_without_threads, args=(code,), daemon=True).start()
+    sys.exit(code)
 
+
+def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """The exit code of a command; what went wrong is said."""
     try:
+        from lm_jax import distributed
+
         distributed.configure()
-        code = main(sys.argv[1:] if arguments is None else arguments) or 0
+        code = main(arguments) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"lm_jax: {error}", file=sys.stderr)
-        code = EXIT_USER
-    except KeyboardInterrupt:
-        print("\nlm_jax: stopped", file=sys.stderr)
-        code = 130
-    except Exception:
+        return EXIT_USER
+    except Exception as error:
+        if refused := faults.described(error):
+            code, lines = refused
+            print(f"lm_jax: {lines}", file=sys.stderr)
+            give_up_output()
+            return code
         traceback.print_exc()
-        print(
-            "lm_jax: a fault of ours or of the machine, not of yours; the same command resumes the run", file=sys.stderr
-        )
-        code = EXIT_FAULT
-    sys.stdout.flush()
-    sys.exit(code)
+        print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)
+        return EXIT_FAULT
+
+
+def give_up_output() -> None:
+    """What stdout does not take is dropped, or the interpreter would try once more at its end and say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quiet_threads() -> Callable[[], None]:
+    """What the system refuses a thread comes up again where that is waited for, and is said there; Orbax's and TensorStore's
+    threads would print it as well, and all that it led to. Returns what makes them speak again."""
+    before = threading.excepthook, sys.unraisablehook
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or not faults.described(args.exc_value):
+            before[0](args)
+
+    def of_callback(args: "sys.UnraisableHookArgs") -> None:
+        if threading.current_thread() is threading.main_thread():
+            before[1](args)
+
+    def speak() -> None:
+        threading.excepthook, sys.unraisablehook = before
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_callback
+    return speak
+
+
+def end_without_threads(code: int) -> None:
+    """Ends the process shortly after its main thread, whatever other threads still wait for."""
+    threading.main_thread().join()
+    time.sleep(GRACE)
+    os._exit(code)
 
 
 def with_kept_memory() -> None:
@@ -87,7 +141,7 @@ def with_kept_memory() -> None:
     given = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in given:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, KEPT_MEMORY)))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        replace_process(sys.executable, sys.orig_argv)
 
 
 def ask(prompt: str) -> str:
@@ -197,12 +251,16 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     return resolve(from_file), origins
 
 
+def as_typed(*words: str) -> str:
+    """A command of this interpreter as it was called, to paste into a shell."""
+    return shlex.join([sys.orig_argv[0], *words])
+
+
 def as_given(place: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
     """The command that trains this, to paste; without its workdir and number of steps."""
     values = flatten(config)
     given = [path for path, origin in origins.items() if origin["from"] == "command line" and path != "train.num_steps"]
-    flags = [f"--config.{path}={shlex.quote(str(values[path]))}" for path in given]
-    return " ".join(["python -m lm_jax.main --config", place, *flags])
+    return as_typed("-m", "lm_jax.main", "--config", place, *[f"--config.{path}={values[path]}" for path in given])
 
 
 def run_name(place: str) -> str:

@@ -80,7 +80,7 @@ def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]
         hidden_B1D, caches = model.decode(token_B1, context, state.source, None, state.caches)
     else:
         hidden_B1D, caches = model(token_B1, context, None, state.caches)
-    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0].astype(jnp.float32), caches
+    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0], caches
 
 
 def is_any(ids: jax.Array, ends: tuple[int, ...]) -> jax.Array:

@@ -105,7 +105,7 @@ def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batc
         labels_BTC, mask_BT = graph.module(parameters).read(batch).labels_BTC, batch["loss_mask"]
         assert labels_BTC is not None
         loss = (losses(graph.config.head, labels_BTC, batch) * mask_BT).sum()
-        everywhere = jax.sharding.reshard(labels_BTC.astype(jnp.float32), jax.sharding.PartitionSpec())
+        everywhere = jax.sharding.reshard(labels_BTC, jax.sharding.PartitionSpec())
         return loss, mask_BT.sum(), jnp.zeros(()), everywhere
     if "reference" in batch:
         model, mask_BT = graph.module(parameters), batch["loss_mask"]

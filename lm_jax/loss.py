@@ -17,12 +17,19 @@ from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Dropout
 
 CHUNK = 1024  # tokens of a device whose logits exist at the same time
-SMALL = 2**22  # logits of a device up to which they are made all at once: as fast there, and the same bits as ever
+SMALL = (
+    2**22
+)  # float32 logits of a device up to which they are made all at once: as fast there, and the same bits as ever
+
+
+def is_chunked(num_logits: float, dtype) -> bool:
+    """Whether so many logits of a device, from hidden states of this dtype, are made in chunks; always where the gradient of
+    the table would otherwise be rounded to it."""
+    return num_logits > SMALL or jnp.dtype(dtype) != jnp.float32
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] in nats, float32 [B, T]; also where the vocabulary is split over devices."""
-    logits_BTV = logits_BTV.astype(jnp.float32)
+    """-log softmax(logits)[target] in nats, of float32 logits, [B, T]; also where the vocabulary is split over devices."""
     is_target_BTV = sharding.iota(logits_BTV.shape, "batch", "length", "vocab") == targets_BT[:, :, None]
     return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
 
@@ -74,14 +81,14 @@ def routing_loss(left: list[jax.Array], mask_BT: jax.Array, weights: tuple[float
 def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float):
     """`objective` of what predicts pieces."""
     num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.vocab_size // sharding.ways("vocab"))
-    if num_logits > SMALL:
+    if is_chunked(num_logits, hidden_BTD.dtype):
         arrays = hidden_BTD, model.output_table, model.bias_V, batch["targets"], batch["loss_mask"]
         return in_chunks(model.num_pieces, z_loss, *arrays)
     logits_BTV = model.logits(hidden_BTD)
     loss = (token_losses(logits_BTV, batch["targets"]) * batch["loss_mask"]).sum()
     if not z_loss:
         return loss, loss
-    log_total_BT = jax.nn.logsumexp(logits_BTV.astype(jnp.float32), axis=-1)
+    log_total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     return loss + z_loss * (jnp.square(log_total_BT) * batch["loss_mask"]).sum(), loss
 
 
@@ -171,7 +178,9 @@ def _on_a_device(
 def _chunk(num_pieces: int, z_loss: float, with_gradients: bool, table_VD, bias_V, hidden_CD, target_C, mask_C):
     """((objective, cross entropy, gradients of table and bias) of a chunk, gradient of its hidden states)."""
     piece_V = sharding.part_index("vocab") * len(table_VD) + jnp.arange(len(table_VD))
-    logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
+    full = sharding.precision(hidden_CD.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=full)
+    logits_CV = product("CD,VD->CV", hidden_CD, table_VD)
     logits_CV = logits_CV if bias_V is None else logits_CV + bias_V[None]
     logits_CV = jnp.where(piece_V[None] < num_pieces, logits_CV, -1e9)  # padding of the vocabulary never wins
     is_target_CV = piece_V[None] == target_C[:, None]
@@ -188,6 +197,5 @@ def _chunk(num_pieces: int, z_loss: float, with_gradients: bool, table_VD, bias_
     of_logits_CV = powers_CV * slope_C[:, None] - jnp.where(is_target_CV, mask_C[:, None], 0)
     of_bias_V = None if bias_V is None else of_logits_CV.sum(0)
     of_logits_CV = of_logits_CV.astype(hidden_CD.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     of_hidden_CD = sharding.sum_over(product("CV,VD->CD", of_logits_CV, table_VD), "vocab")
     return (*sums, product("CV,CD->VD", of_logits_CV, hidden_CD), of_bias_V), of_hidden_CD.astype(hidden_CD.dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT, tiny
@@ -154,7 +155,7 @@ def test_the_command_to_paste_trains_the_same():
     }
     config, origins = command.load_config("experiments/quickstart.py", overrides)
     line = shlex.split(command.as_given("experiments/quickstart.py", config, origins))
-    assert line[:5] == ["python", "-m", "lm_jax.main", "--config", "experiments/quickstart.py"]
+    assert line[:5] == [sys.orig_argv[0], "-m", "lm_jax.main", "--config", "experiments/quickstart.py"]
     again, rest = command.split_overrides(line[5:])
     assert not rest and "train.num_steps" not in again
     assert command.load_config("experiments/quickstart.py", again | {"train.num_steps": "7"})[0] == config

@@ -15,11 +15,14 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
+from lm_jax import command  # first: Ctrl-C is answered while the others are imported
+
+# isort: split
 import jax
 import numpy as np
 from etils import epath
 
-from lm_jax import chat, checkpoint, command, distributed
+from lm_jax import chat, checkpoint, distributed
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import export, hugging_face, proof, run, text_files
 from lm_jax.sharding import make_mesh

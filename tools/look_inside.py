@@ -5,11 +5,14 @@ attention   who looks at whom in `--layer`: a line a query, a column a key, a sq
 next        the likeliest next pieces; with --compare, how likely each of the given endings is after the text
 """
 
+from lm_jax import command  # first: Ctrl-C is answered while the others are imported
+
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import checkpoint, command, distributed
+from lm_jax import checkpoint, distributed
 from lm_jax.config import Mesh, UserError
 from lm_jax.model.attention import Context, attend, rotate
 from lm_jax.model.layers import merge, split

@@ -2,7 +2,8 @@
 
     pip install -e '.[peers]'
     python tools/parity_families.py              compares every config of the table live, both ways
-    python tools/parity_families.py --record     writes tests/fixtures/families.npz, which tests/test_convert.py is held to
+    python tools/parity_families.py --record     writes tests/fixtures/families.npz, which tests/test_convert.py is held to,
+                                                 and config_defaults.json, which tests/test_fields.py is
 
 The configs are odd on purpose: heads in threes, heads wider than dim / heads, windows shorter than the text, scaled positions.
 """
@@ -22,6 +23,7 @@ from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "families.npz"
+DEFAULTS = FIXTURE.parent / "config_defaults.json"
 LIMIT = 1e-4  # of every logit, absolute
 LENGTH, PIECES = 24, 53
 
@@ -233,6 +235,17 @@ def record() -> None:
             arrays[f"{name}|logits"] = logits_there(model, tokens, lengths)[:, ::3]
     np.savez_compressed(FIXTURE, allow_pickle=False, **arrays)
     print(f"{FIXTURE.name}: {FIXTURE.stat().st_size:,} bytes")
+    DEFAULTS.write_text(
+        "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(d)}" for k, d in defaults().items()) + "\n}\n"
+    )
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """What `transformers` takes where a config.json says nothing but its model_type, of every family."""
+    import transformers
+
+    found = {kind: transformers.AutoConfig.for_model(kind).to_dict() for kind in hugging_face.FAMILIES}
+    return json.loads(json.dumps(found))
 
 
 def recorded(name: str) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:

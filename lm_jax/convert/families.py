@@ -9,14 +9,15 @@ A row is (our path, their name, kind). A row whose path a model does not have (n
     query     the same, and a query is also divided by another root than that of its width
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lm_jax.config import Model, UserError
+from lm_jax.convert.fields import DEFAULTS, LARGEST, Theirs
 
 Row = tuple[str, str, str]
 LAYER, EXPERT = "{layer}", "{expert}"
-LARGEST = 100_000  # layers, or experts, that a config may ask for
 
 
 class Family(NamedTuple):
@@ -25,56 +26,11 @@ class Family(NamedTuple):
     architecture: str
     prefix: str  # of their names, but for the output table's
     rows: tuple[Row, ...]
-    read: Callable[["Theirs"], dict[str, Any]]
+    read: Callable[[Theirs], dict[str, Any]]
     write: Callable[[Model], dict[str, Any]]
     length: str = "max_position_embeddings"  # where the longest text is said
     kind: str = "transformer"  # `model.kind` of its models
     optional: tuple[str, ...] = ()  # their names start so where a folder may lack them: nought, then
-
-
-class Theirs:
-    """A config.json, read by name and type. Raises UserError for what is missing, of another type, or not supported."""
-
-    def __init__(self, content: dict[str, Any], where: str = "config.json"):
-        self.content, self.where = content, where
-
-    def __call__(self, name: str, kind: type, default: Any = ...) -> Any:
-        value = self.content.get(name)
-        if value is None:
-            if default is ...:
-                raise UserError(f"{self.where} has no {name}")
-            return default
-        if kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not kind:
-            raise UserError(f"{self.where}: {name} = {str(value)[:40]!r}: expected {kind.__name__}")
-        return value
-
-    def size(self, name: str, default: Any = ..., largest: int = 2**40) -> int:
-        """A number of something, or `default` (may be 0: derived) where it is not given."""
-        value = self(name, int, default)
-        if value != default and not 0 < value <= largest:
-            raise UserError(f"{self.where}: {name} = {value}: expected 1 to {largest:,}")
-        return value
-
-    def only(self, **expected: Any) -> None:
-        """Refuses fields that are there with another value than the one that is computed here."""
-        for name, value in expected.items():
-            if self.content.get(name, value) != value:
-                raise UserError(f"{self.where}: {name} = {self.content[name]!r} is not supported, only {value!r}")
-
-    def inside(self, name: str, kind: str = "") -> "Theirs":
-        """An object in it ({} where there is none), and in that the one of a kind of layer where there are several."""
-        value = self(name, dict, {})
-        if kind and isinstance(value.get(kind), dict):
-            value = value[kind]
-        return Theirs(value, f"{self.where} {name}")
-
-    def choice(self, name: str, choices: dict[str, str], default: str) -> str:
-        value = self(name, str, default)
-        if value not in choices:
-            raise UserError(f"{self.where}: {name} = {value!r} is not supported; known are {', '.join(choices)}")
-        return choices[value]
 
 
 ACTIVATIONS = {
@@ -88,22 +44,49 @@ ACTIVATIONS = {
 OFF = (1.0, 1.0, 4.0, 8192.0)  # model.rotary_scaling
 
 
-def read_rotary(theirs: Theirs, kind: str = "full_attention", base: float = 10_000.0) -> tuple[float, tuple]:
-    """(base, scaling) of a kind of layer: in `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
-    name = "rope_parameters" if theirs.content.get("rope_parameters") else "rope_scaling"
-    part = theirs.inside(name, kind)
-    base = part("rope_theta", float, theirs("rope_theta", float, base))
-    rope = part("rope_type", str, part("type", str, "default"))
+# Of each way to scale rotary positions the fields that are read, with their defaults (`...`: none).
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": ...},
+    "llama3": dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"], ...),
+}
+EVERY_ROPE = {"rope_type": "default", "type": "default", "rope_theta": None, "partial_rotary_factor": 1.0}
+
+
+def read_rope(part: Theirs, longest: int) -> tuple:
+    """`model.rotary_scaling` of an object that tells of rotary positions; `longest` where it does not say of which length."""
+    kind = part("rope_type" if "rope_type" in part else "type", str)
+    if kind not in ROPES or part.content.get("type", kind) not in (kind, None):
+        known = ", ".join(ROPES)
+        raise UserError(f"{part.where}: rope_type = {kind!r} is not supported; known are {known}, one of them")
+    part.defaults = EVERY_ROPE | ROPES[kind]
+    if "original_max_position_embeddings" in part.defaults:
+        part.defaults["original_max_position_embeddings"] = longest
+    part.nothing_else(f"rotary positions of type {kind}")
     part.only(partial_rotary_factor=1.0)
-    if rope == "default":
-        return base, OFF
-    if rope == "linear":
-        return base, (part("factor", float), *OFF[1:3], 0.0)
-    if rope == "llama3":
-        low, high = part("low_freq_factor", float), part("high_freq_factor", float)
-        length = part("original_max_position_embeddings", int)
-        return base, (part("factor", float), low, high, float(length))
-    raise UserError(f"{part.where}: rope_type = {rope!r} is not supported; known are default, linear, llama3")
+    if kind == "default":
+        return OFF
+    if kind == "linear":
+        return (part("factor", float), *OFF[1:3], 0.0)
+    low, high = part("low_freq_factor", float), part("high_freq_factor", float)
+    return part("factor", float), low, high, float(part.size("original_max_position_embeddings"))
+
+
+def read_rotary(theirs: Theirs, layers: str = "", base: str = "rope_theta") -> tuple[float, tuple]:
+    """(base, scaling), in `rope_parameters` (new), or `rope_scaling` and the field `base` (old), which may not differ.
+
+    `layers` is the kind of layers where `rope_parameters` tells kinds apart; `rope_scaling` is not of those with a window.
+    """
+    names = ["rope_parameters"] if layers == "sliding_attention" else ["rope_parameters", "rope_scaling"]
+    parts = [theirs.inside(name, EVERY_ROPE, layers) for name in names]
+    parts = [part for part in parts if part.content]
+    scalings = {read_rope(part, theirs.size("max_position_embeddings")) for part in parts} or {OFF}
+    bases = {part("rope_theta", float) for part in parts if "rope_theta" in part}
+    bases |= {theirs(base, float)} if base in theirs or not bases else set()
+    if len(bases) > 1 or len(scalings) > 1:
+        what = f"{base} is {' and '.join(map(str, sorted(bases)))}" if len(bases) > 1 else "scalings differ"
+        raise UserError(f"{theirs.where}: rotary positions are said twice, and {what}; leave one of them")
+    return bases.pop(), scalings.pop()
 
 
 def write_rotary(model: Model) -> dict[str, Any]:
@@ -145,9 +128,9 @@ def read_windows(theirs: Theirs, is_local: Callable[[int], bool]) -> tuple[int, 
     return repeating([window if kind == "sliding_attention" else 0 for kind in kinds])
 
 
-def read_shared(theirs: Theirs) -> dict[str, Any]:
+def read_shared(theirs: Theirs, layers: str = "", activation: str = "hidden_act") -> dict[str, Any]:
     """What Llama, Mistral, Qwen, Gemma and Mixtral have in common."""
-    base, scaling = read_rotary(theirs)
+    base, scaling = read_rotary(theirs, layers)
     return {
         "num_layers": theirs.size("num_hidden_layers", largest=LARGEST),
         "model_dim": theirs.size("hidden_size"),
@@ -155,9 +138,9 @@ def read_shared(theirs: Theirs) -> dict[str, Any]:
         "num_kv_heads": theirs.size("num_key_value_heads", 0),
         "head_dim": theirs.size("head_dim", 0),
         "mlp_dim": theirs.size("intermediate_size"),
-        "norm_epsilon": theirs("rms_norm_eps", float, 1e-6),
-        "activation": theirs.choice("hidden_act", ACTIVATIONS, "silu"),
-        "tie_embedding": theirs("tie_word_embeddings", bool, False),
+        "norm_epsilon": theirs("rms_norm_eps", float),
+        "activation": theirs.choice(activation, ACTIVATIONS),
+        "tie_embedding": theirs("tie_word_embeddings", bool),
         **{"bias": False, "gated": True, "norm": "rmsnorm", "positions": "rotary"},
         **{"rotary_base": base, "rotary_scaling": scaling},
     }
@@ -179,7 +162,8 @@ def write_shared(model: Model) -> dict[str, Any]:
 
 
 def read_llama(theirs: Theirs) -> dict[str, Any]:
-    biases = theirs("attention_bias", bool, False), theirs("mlp_bias", bool, False)
+    theirs.only(rope_interleaved=False)
+    biases = theirs("attention_bias", bool), theirs("mlp_bias", bool)
     if biases[0] != biases[1]:
         raise UserError(f"{theirs.where}: attention_bias and mlp_bias differ, which is not supported")
     return read_shared(theirs) | {"bias": biases[0]}
@@ -207,10 +191,11 @@ def read_qwen(theirs: Theirs) -> dict[str, Any]:
     """Qwen2 has biases of queries, keys and values, Qwen3 norms of heads."""
     theirs.only(attention_bias=False, mlp_bias=False)
     second = theirs.content.get("model_type") == "qwen2"
-    first = theirs("max_window_layers", int, 28) if theirs("use_sliding_window", bool, False) else LARGEST + 1
-    found = read_shared(theirs) | {"qkv_bias": second, "qk_norm": not second}
-    found["window"] = read_windows(theirs, lambda layer: layer >= first) if first <= LARGEST else (0,)
-    return found if second else found | {"head_dim": theirs.size("head_dim", 128)}
+    if second:
+        theirs.only(use_mrope=False)
+    used, first = theirs("use_sliding_window", bool), theirs("max_window_layers", int)
+    window = read_windows(theirs, lambda layer: layer >= first) if used else (0,)
+    return read_shared(theirs) | {"qkv_bias": second, "qk_norm": not second, "window": window}
 
 
 def write_qwen(model: Model) -> dict[str, Any]:
@@ -222,21 +207,25 @@ def write_qwen(model: Model) -> dict[str, Any]:
 def read_gemma(theirs: Theirs) -> dict[str, Any]:
     theirs.only(final_logit_softcapping=None, attn_logit_softcapping=None, use_bidirectional_attention=False)
     theirs.only(attention_bias=False, mlp_bias=False)
-    every = theirs.size("sliding_window_pattern", 6)
-    near, near_scaling = read_rotary(theirs, "sliding_attention", 10_000.0)
-    if not theirs.inside("rope_parameters").content.get("sliding_attention"):
-        near, near_scaling = theirs("rope_local_base_freq", float, 10_000.0), OFF
+    theirs.inside("rope_parameters", {"full_attention": {}, "sliding_attention": {}}).nothing_else("rotary positions")
+    if not (pre := theirs("query_pre_attn_scalar", float)) > 0:
+        raise UserError(f"{theirs.where}: query_pre_attn_scalar = {pre}: expected more than 0")
+    every = theirs.size("sliding_window_pattern")
+    near, near_scaling = read_rotary(theirs, "sliding_attention", "rope_local_base_freq")
     if near_scaling != OFF:
         raise UserError(f"{theirs.where}: scaled rotary positions in layers with a window are not supported")
-    base, scaling = read_rotary(theirs, base=1_000_000.0)
-    return read_shared(theirs) | {
-        **{"rotary_base": base, "rotary_scaling": scaling, "rotary_local_base": near},
-        "activation": theirs.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+    return read_shared(theirs, "full_attention", "hidden_activation") | {
+        "rotary_local_base": near,
         "window": read_windows(theirs, lambda layer: (layer + 1) % every != 0),
-        "head_dim": theirs.size("head_dim", 256),
-        "tie_embedding": theirs("tie_word_embeddings", bool, True),
         **{"qk_norm": True, "norm_place": "both", "scale_embedding": True},
     }
+
+
+def query_scale(family: str, content: dict[str, Any], head_dim: int) -> float:
+    """What queries are multiplied by where their products with keys are divided by another root than that of `head_dim`."""
+    name = "query_pre_attn_scalar"
+    pre = Theirs(content, "config.json", DEFAULTS[family])(name, float) if name in DEFAULTS[family] else head_dim
+    return math.sqrt(head_dim / pre)
 
 
 def write_gemma(model: Model) -> dict[str, Any]:
@@ -254,10 +243,8 @@ def write_gemma(model: Model) -> dict[str, Any]:
 
 
 def read_mixtral(theirs: Theirs) -> dict[str, Any]:
-    experts = theirs.size("num_local_experts", 8, LARGEST)
-    return read_mistral(theirs) | {
-        **{"num_experts": experts, "experts_per_token": theirs.size("num_experts_per_tok", 2, LARGEST)}
-    }
+    names = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+    return read_mistral(theirs) | {ours: theirs.size(name, largest=LARGEST) for ours, name in names.items()}
 
 
 def write_mixtral(model: Model) -> dict[str, Any]:
@@ -267,15 +254,15 @@ def write_mixtral(model: Model) -> dict[str, Any]:
 
 
 def read_gpt2(theirs: Theirs) -> dict[str, Any]:
-    theirs.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    theirs.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     return {
         "num_layers": theirs.size("n_layer", largest=LARGEST),
         "model_dim": theirs.size("n_embd"),
         "num_heads": theirs.size("n_head"),
         "mlp_dim": theirs.size("n_inner", 0),
-        "norm_epsilon": theirs("layer_norm_epsilon", float, 1e-5),
-        "activation": theirs.choice("activation_function", ACTIVATIONS, "gelu_new"),
-        "tie_embedding": theirs("tie_word_embeddings", bool, True),
+        "norm_epsilon": theirs("layer_norm_epsilon", float),
+        "activation": theirs.choice("activation_function", ACTIVATIONS),
+        "tie_embedding": theirs("tie_word_embeddings", bool),
     }
 
 

@@ -18,15 +18,13 @@ from flax import nnx
 
 from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve
 from lm_jax.convert import encoders, families, safetensors
-from lm_jax.convert.families import EXPERT, LAYER, Family, Theirs
+from lm_jax.convert.families import EXPERT, LAYER, Family
+from lm_jax.convert.fields import theirs_of
+from lm_jax.files import MODEL_FILES
 from lm_jax.model.graph import Graph, build
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
 # What describes the text beside the weights goes along as it is.
-CARRIED = (
-    "tokenizer.json", "tokenizer.model", "tokenizer.bytes", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 # Not parameters: masks and frequencies that older versions saved as well.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
 # The same arrays under other names, where the tables are one.
@@ -146,15 +144,15 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
     """What a config.json says, `where` for messages. Raises UserError for what it lacks and what is not supported."""
     if not isinstance(content, dict):
         raise UserError(f"{where} is no JSON object")
-    theirs = Theirs(content, where)
-    name = theirs("model_type", str)
+    name = content.get("model_type")
     if name == "gemma3":
         raise UserError(f"{where}: model_type = 'gemma3' is the model with images; its text part is 'gemma3_text'")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type = {name!r} is not supported; known are {', '.join(FAMILIES)}")
     if "quantization_config" in content:
         raise UserError(f"{where}: quantised weights are not read; take the model's own weights")
-    length = theirs.size(FAMILIES[name].length, 512 if name == "t5" else ...)
+    theirs = theirs_of(name, content, where)
+    length = theirs.size(FAMILIES[name].length)
     num_pieces = theirs.size("vocab_size", largest=2**31 - 1)
     config = default_config()
     config.model.update(FAMILIES[name].read(theirs))
@@ -214,8 +212,7 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
         problems.append(f"of another shape: {listed(wrong)}, such as {shown[wrong[0]]}")
     if problems:
         raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
-    pre = described.content.get("query_pre_attn_scalar", described.config.model.head_dim)
-    query_scale = math.sqrt(described.config.model.head_dim / pre) if isinstance(pre, (int, float)) and pre > 0 else 1.0
+    query_scale = families.query_scale(described.family, described.content, described.config.model.head_dim)
     flat = {path: np.empty(declared.shape, np.float32) for path, declared in graph.declarations.items()}
     for name, parts in wanted.items():
         x = found[name]
@@ -367,7 +364,7 @@ def check_read(folder: str, described: Description, tensors: dict[str, np.ndarra
 
 def carried_files(folder: str) -> dict[str, bytes]:
     found = {}
-    for name in CARRIED:
+    for name in MODEL_FILES:
         if os.path.isfile(path := os.path.join(folder, name)):
             with open(path, "rb") as file:
                 found[name] = file.read()

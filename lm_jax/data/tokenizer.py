@@ -345,7 +345,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """An object in a file, {} where there is none that can be read."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

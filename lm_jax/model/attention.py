@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import Model, UserError
 from lm_jax.model.layers import Dense, Norm
-from lm_jax.sharding import computed, constrain, einsum, iota, on_each_device, platform, reshape
+from lm_jax.sharding import computed, constrain, einsum, iota, on_each_device, platform, precision, reshape
 
 CHUNK = 256  # queries in one chunk of the chunked backend
 
@@ -184,7 +184,9 @@ def _splash(q_BTHK, k_BSGK, v_BSGK, context: Context, window: int, causal: bool 
             interpret=interpret,
         )
         rows = (x.swapaxes(1, 2) for x in (q_BTHK / head_dim**0.5, k_BSGK, v_BSGK))
-        return jax.vmap(kernel)(*rows, splash.SegmentIds(ids_BT, ids_BT)).swapaxes(1, 2)
+        full = precision(q_BTHK.dtype)
+        with jax.default_matmul_precision(full and "highest"):  # the kernel's products say nothing of it
+            return jax.vmap(kernel)(*rows, splash.SegmentIds(ids_BT, ids_BT)).swapaxes(1, 2)
 
     heads, tokens = _layouts()
     return on_each_device(on_a_device, (*heads, tokens), heads[0])(q_BTHK, k_BSGK, v_BSGK, context.segment_ids)

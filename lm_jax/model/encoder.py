@@ -53,6 +53,7 @@ class Encoder(Transformer):
         return self.transform_norm(ACTIVATIONS[self.config.activation](self.transform(states_BTD)))
 
     def label_logits(self, states_BTD: jax.Array) -> jax.Array:
-        """[B, T, C]; of a segment only its first token is asked, but where each token has logits of its own."""
+        """float32 [B, T, C]; of a segment only its first token is asked, but where each token has logits of its own."""
         head = self.labels or self.next_sentence
-        return head(states_BTD if self.config.head in PER_TOKEN else jnp.tanh(self.pooler(states_BTD)))
+        seen_BTD = states_BTD if self.config.head in PER_TOKEN else jnp.tanh(self.pooler(states_BTD))
+        return head(seen_BTD.astype(jnp.float32))

@@ -86,7 +86,8 @@ class Layer(nnx.Module):
         x_BTD, cache = branch(x_BTD, self.attention_norm, "attention", own)
         if self.cross is not None and self.cross_norm is not None:
             look = self.cross
-            across = lambda x_BTD: look(x_BTD, context, None, None, source=source)
+            seen = source and (source[0].astype(x_BTD.dtype), source[1])
+            across = lambda x_BTD: look(x_BTD, context, None, None, source=seen)
             x_BTD, _ = branch(x_BTD, self.cross_norm, "cross", across)
         return branch(x_BTD, self.mlp_norm, "mlp", lambda x_BTD: (self.mlp(x_BTD), None))[0], cache
 
@@ -144,6 +145,8 @@ class EncoderDecoder(LanguageModel):
         rotary = config.positions == "rotary"
         turn = rotation(context.positions, config.head_dim, config.rotary_base) if rotary else None
         graph, parameters = split(part("layers"))
+        if source:  # all layers read it: its gradient is their sum
+            source = source[0].astype(jnp.float32), source[1]
 
         def body(x_BTD, scanned):
             index, parameters, cache = scanned

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm_jax.sharding import constrain, einsum, reshape, stored, take_rows
+from lm_jax.sharding import constrain, einsum, reshape, stored, take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Dense(nnx.Module):
         y = reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
         if self.bias is None:
             return y
-        bias = constrain(self.bias[...].astype(x.dtype), *outputs)
-        return y + bias[None, None]
+        bias = constrain(self.bias[...], *outputs)  # float32, as is the sum over all tokens that is its gradient
+        return (y.astype(bias.dtype) + bias[None, None]).astype(x.dtype)
 
 
 def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
@@ -169,8 +169,9 @@ class Embedding(nnx.Module):
         self.table = declare((num, dim), (axis, "model"), normal(stddev), (0,), (1,))
 
     def __call__(self, ids_BT: jax.Array, dtype) -> jax.Array:
+        """-> [B, T, D] in `dtype`; the gradient of a vector is added up in float32, also of one that is read at every token."""
         axes = self.table.get_metadata("declared").axes
-        return take_rows(constrain(self.table[...].astype(dtype), *axes), ids_BT)
+        return take(constrain(self.table[...], *axes), ids_BT, "batch", "length", None).astype(dtype)
 
 
 def stacked(block: nnx.Module, num: int) -> nnx.Module:
