@@ -27,7 +27,7 @@ from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax import __version__
-from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
+from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url, is_url
@@ -438,7 +438,9 @@ def check_run_files(workdir: epath.Path, content: dict[str, Any]) -> None:
 
 def check_resume(workdir: epath.Path, saved: dict[str, Any], config: Config, facts: dict[str, Any]) -> list[str]:
     """Lines on what changed since the run was started. Raises UserError for what a run must keep."""
-    changed = difference(saved["config"], flatten(config))
+    here = flatten(config)
+    changed = difference(saved["config"], here)
+    changed = {path: both for path, both in changed.items() if path not in leaves() or is_read(here, path)}
     fixed = {
         path: values for path, values in changed.items() if path not in leaves() or leaves()[path].metadata["fixed"]
     }
@@ -501,6 +503,8 @@ def other_data(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 
 
 class Located(NamedTuple):
+    """A MODEL, as every command reads it: what only the place of its training needed is as it is by default (`resolve_found`)."""
+
     workdir: epath.Path
     step: int
     config: Config
@@ -548,7 +552,7 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
             )
     else:
         raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
-    config = resolve(unflatten(content["config"]))
+    config = resolve_found(unflatten(content["config"]))
     base = locate_base(workdir, content["base"], say) if "base" in content else None
     return Located(workdir, step, config, load(str(workdir)), None, base)
 
@@ -595,9 +599,8 @@ def locate_hugging_face(folder: epath.Path) -> Located:
 
 
 def graph_of(located: Located) -> Graph:
-    """The model of a run, its adapters merged. The attention backend was right where it was trained; here the best of this
-    platform is."""
-    model = dataclasses.replace(located.config.model, attention="auto", lora_rank=0)
+    """The model of a run, its adapters merged."""
+    model = dataclasses.replace(located.config.model, lora_rank=0)
     return build(model, located.num_pieces, located.config.data.sequence_length)
 
 

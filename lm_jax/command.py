@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -16,12 +15,23 @@ from typing import Any, NoReturn
 import ml_collections
 
 from lm_jax import faults
-from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
+from lm_jax.config import (
+    Config,
+    UserError,
+    check_key,
+    default_config,
+    flatten,
+    nearest,
+    parse_value,
+    resolve,
+    shown,
+    shrink,
+    without_unread,
+)
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, replace_process
+from lm_jax.stop import Stop, listening, replace_process
 
 EXIT_FAULT = 70
-GRACE = 2.0  # seconds that other threads have after the main one, where something went wrong
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -40,8 +50,11 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
 
     def parse_args(self, arguments=None, namespace=None):
         known, rest = self.parse_known_args(arguments, namespace)
@@ -69,8 +82,9 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         code = outcome(main, sys.argv[1:] if arguments is None else arguments)
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
-    if code in (EXIT_FAULT, EXIT_MACHINE):
-        threading.Thread(target=end_without_threads, args=(code,), daemon=True).start()
+    if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
+        give_up_output()
+        os._exit(code)  # whatever other threads still wait for
     sys.exit(code)
 
 
@@ -125,13 +139,6 @@ def quiet_threads() -> Callable[[], None]:
     return speak
 
 
-def end_without_threads(code: int) -> None:
-    """Ends the process shortly after its main thread, whatever other threads still wait for."""
-    threading.main_thread().join()
-    time.sleep(GRACE)
-    os._exit(code)
-
-
 def with_kept_memory() -> None:
     """Starts this process once more, with a glibc that keeps memory and has it in huge pages; elsewhere than on Linux, nothing.
 
@@ -166,7 +173,8 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if not equals and not waiting:
             raise UserError(f"--config.{path} needs a value, such as --config.{path}=1")
         if path in overrides:
-            raise UserError(f"--config.{path} stands twice: {overrides[path]} and {value or waiting[0]}")
+            values = shown(overrides[path]), shown(value or waiting[0])
+            raise UserError(f"--config.{path} stands twice: {' and '.join(values)}")
         overrides[path] = value if equals else waiting.pop(0)
     return overrides, rest
 
@@ -248,6 +256,8 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     for path, value in given.items():
         section, name = path.split(".")
         from_file[section][name] = value
+    if place.endswith(":smoke"):
+        from_file = without_unread(from_file, given)
     return resolve(from_file), origins
 
 

@@ -22,7 +22,8 @@ from lm_jax.stop import SIGNALS
 def configure() -> None:
     """JAX's settings for every command: strict shapes, and programs compiled once kept for the next run, if they can be."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    compile_cache.use(os.path.join(cache_folder(), "compiled"))
+    with contextlib.suppress(FileNotFoundError):  # no home: no program is kept; what needs the cache says so
+        compile_cache.use(os.path.join(cache_folder(), "compiled"))
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of all that it raises
 
 

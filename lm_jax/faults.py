@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -51,17 +52,17 @@ def described(error: BaseException) -> tuple[int, str] | None:
             continue
         path = path_of(one)
         what = (getattr(one, "strerror", "") or os.strerror(number)) if number else first_line(one)
-        mend = MENDS.get(number) or NAMES.get(number) or "mend it, or name another place"
+        mend = MENDS.get(number) or NAMES.get(number) or f"mend it, or name another place ({raised_at(one)})"
         lines = f"{path}: {what}\n{mend}{where(path)}" if path else f"{what}\n{mend}"
         return (EXIT_USER if number in NAMES else EXIT_MACHINE), lines
     return None
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it came of."""
+    """An error, and those that it was raised from; what was only being handled meanwhile says nothing about it."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def number_of(error: BaseException) -> int | None:
@@ -84,15 +85,16 @@ def path_of(error: BaseException) -> str:
     return path_of_file(error.__traceback__)
 
 
-def path_of_file(traceback: TracebackType | None) -> str:
+def path_of_file(frames: TracebackType | None) -> str:
     """The file that was written when an error came up: a refused `write` does not say where, its frame has the file."""
     found = ""
-    while traceback is not None:
-        local = traceback.tb_frame.f_locals
+    while frames is not None:
+        local = frames.tb_frame.f_locals
         for value in (*local.values(), *getattr(local.get("self"), "__dict__", {}).values()):
             if isinstance(value, io.IOBase) and getattr(value, "mode", "r")[:1] in "wax":
-                found = str(getattr(value, "name", found))
-        traceback = traceback.tb_next
+                name = str(getattr(value, "name", ""))
+                found = found if name.startswith("<") else name or found
+        frames = frames.tb_next
     return found
 
 
@@ -100,10 +102,18 @@ def where(path: str) -> str:
     """How another place is named for what lies in the cache; all else has a flag of the command."""
     from lm_jax.data.shards import cache_folder  # late: it wakes up NumPy, and mistakes are answered before
 
-    cache = os.path.abspath(cache_folder())
-    return (
-        f"; the cache is at {cache}, unless LM_JAX_CACHE says where" if os.path.abspath(path).startswith(cache) else ""
-    )
+    try:
+        cache = os.path.abspath(cache_folder())
+    except FileNotFoundError:  # there is no home for it, which may be what is being told
+        return ""
+    inside = os.path.abspath(path).startswith(cache)
+    return f"; the cache is at {cache}, unless LM_JAX_CACHE says where" if inside else ""
+
+
+def raised_at(error: BaseException) -> str:
+    """The line of ours that an error came through last."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if os.path.dirname(__file__) in frame.filename]
+    return f"{os.path.basename(ours[-1].filename)} line {ours[-1].lineno}" if ours else type(error).__name__
 
 
 def first_line(error: BaseException) -> str:

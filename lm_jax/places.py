@@ -46,7 +46,7 @@ def check_room(folder: epath.Path, num_bytes: float) -> None:
     there = next(path for path in (folder, *epath.Path(os.path.abspath(folder)).parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < num_bytes:
-        needed = f"a checkpoint needs {num_bytes / 1e9:,.3g} GB, and {free / 1e9:,.3g} are free"
+        needed = f"a checkpoint needs {num_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} are free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))
 
 

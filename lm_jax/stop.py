@@ -18,7 +18,9 @@ NEVER = -1  # in the place of a step: there is none
 LAST = b"\0"  # in the place of a signal's number
 
 
-listening: list["Stop"] = []  # the last takes what comes
+listening: list[
+    "Stop"
+] = []  # the last takes what comes; the first, where the process is a command of ours, from its start on
 
 
 class Stopped(Exception):

@@ -368,7 +368,7 @@ def train(this: Run, given: str) -> int:
                 writer.hyper_parameters(checkpoint.flatten(config))
                 show_sample(this, writer)
             elif one_step:
-                look(this, evaluation, writer)
+                look(this, None if is_evaluated(this) else evaluation, writer)
             if one_step:
                 steps(this, one_step, log, evaluation, writer, saver)
         except Stopped:
@@ -427,11 +427,13 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
         stop.done = step + 1
         log.done(step + 1, rows, outcome[1])
         saver.poll()
-        if stop.requested or log.hopeless:
+        if stop.requested:
             return
         if step + 1 < this.num_steps:
             with log.paused():
                 between_steps(this, log, evaluation, writer, saver)
+        if log.hopeless:
+            return
 
 
 def between_steps(this: Run, log: "StepLog", evaluation, writer: metrics.Writer | metrics.Nowhere, saver) -> None:
@@ -459,17 +461,17 @@ def is_looked_at(this: Run) -> bool:
 
 
 def look(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> None:
-    """The evaluation that is due after a step, unless the metrics have it, and half-way a sample."""
-    due = evaluation and this.is_due(this.config.evaluate.every)
-    if due and not agree(is_evaluated(this) if leads() else 0):
+    """The evaluation that is due after a step, and half-way a sample."""
+    if evaluation and this.is_due(this.config.evaluate.every):
         writer.scalars(this.data.step, evaluate_now(this, evaluation, this.config.evaluate.num_rows, "eval"))
     if this.data.step == this.num_steps // 2:
         show_sample(this, writer)
 
 
 def is_evaluated(this: Run) -> bool:
-    """Whether the metrics have the evaluation of this step: a run was stopped after it, or before."""
-    return any("eval/loss" in line and line["step"] == this.data.step for line in metrics.read(this.desk.folder))
+    """Whether the metrics have the evaluation of the step that a run is gone on with from: it was stopped after it, or before."""
+    lines = metrics.read(this.desk.folder) if leads() else []
+    return bool(agree(any("eval/loss" in line and line["step"] == this.data.step for line in lines)))
 
 
 def give_up(this: Run, saver: checkpoint.Saver, writer: metrics.Writer | metrics.Nowhere) -> int:
@@ -653,7 +655,7 @@ def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> N
         return
     num_rows = this.config.evaluate.num_rows
     limited = 0 < num_rows < max(held.num_rows for held in evaluation[1].values())
-    if limited and not agree(is_evaluated(this) if leads() else 0):
+    if limited and not is_evaluated(this):
         writer.scalars(this.data.step, evaluate_now(this, evaluation, num_rows, "eval"))
     values = evaluate_now(this, evaluation, 0, *["eval"] * (not limited), "final")
     if this.config.evaluate.metrics:

@@ -66,9 +66,7 @@ def hashed_whole(mixed: Mixture) -> str:
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("lm_jax.verify", __doc__)
-    parser.add_argument(
-        "--config", required=True, action=command.Once, help="an experiment file, file.py:variant; it is executed"
-    )
+    parser.add_argument("--config", required=True, help="an experiment file, file.py:variant; it is executed")
     parser.add_argument("--show", action="store_true", help="only print the parameters on the config's mesh")
     parser.add_argument(
         "--files", action="store_true", help="only hash every file of the data, also those that are large"

@@ -26,7 +26,7 @@ def tiny(**changes) -> configs.Config:
     for path, value in changes.items():
         section, name = path.split("__")
         config[section][name] = value
-    return configs.resolve(config)
+    return configs.resolve(configs.without_unread(config, [path.replace("__", ".") for path in changes]))
 
 
 # Changes of `tiny` that make the families: what every specification is held against.
@@ -56,7 +56,7 @@ FAMILIES = {
     ),
     "mixtral": dict(LLAMA, model__num_experts=4),
     "no_positions": dict(model__positions="none", model__norm="rmsnorm"),
-    "lstm": dict(model__kind="lstm", model__init_scale=0.2, model__positions="none"),
+    "lstm": dict(model__kind="lstm", model__init_scale=0.2),
 }
 
 

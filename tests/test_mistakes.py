@@ -63,7 +63,7 @@ MISTAKES = [
     ("main", [SMOKE, *CLASSES[:2], "--config.data.packing=split"], "would part records: take best_fit"),
     ("main", [SMOKE, *CLASSES, "--config.data.sources={tmp}/empty"], "a task needs a folder with train.jsonl"),
     ("main", [SMOKE, *CLASSES, "--config.data.sources={tmp}/records"], "has no column 'text', only 'Text', 'label'"),
-    ("main", [SMOKE, "--config.model.labels=('a', 'b')"], "without a task: add --config.train.task=classification"),
+    ("main", [SMOKE, "--config.model.labels=('a', 'b')"], "to have it read: --config.train.task=classification"),
     ("main", [SMOKE, "--config.data.columns=text"], "expected a tuple"),
     ("main", [SMOKE, "--config.data.tokenizer=gpt2"], 'expected "bytes", "sentencepiece:PIECES"'),
     ("main", [SMOKE, "--workdir={run}", "--config.model.num_layers=3"], "config.model.num_layers: 2 there, 3 here"),

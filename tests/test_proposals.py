@@ -11,10 +11,9 @@ SMOKE = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
 HARD = """it's "a" $HOME `b` \\ !"""  # a prompt that a shell would take apart
 # {kind: (case of test_resume, or "" for text; flags; lines that must be there; words that must not)}
 KINDS = {
-    "hard to quote": ("", [f"--config.evaluate.prompt={HARD}"], ("longer", "generate", "evaluate", "look"), ""),
-    "no test split": (
+    "hard to quote, no test split": (
         "",
-        ["--config.data.test_fraction=0.0"],
+        [f"--config.evaluate.prompt={HARD}", "--config.data.test_fraction=0.0"],
         ("longer", "generate", "evaluate", "look"),
         "--split test",
     ),
@@ -43,7 +42,7 @@ KINDS = {
         "",
     ),
 }
-QUICK = ("hard to quote", "nothing held out", "instruction")
+QUICK = ("hard to quote, no test split", "instruction")
 
 
 def proposed(output: str) -> dict[str, list[str]]:

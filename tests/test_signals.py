@@ -93,9 +93,11 @@ def check(workdir, phase: str, numbers: tuple[int, ...], code: int, output: str)
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """The run that nobody interrupts, in this process."""
+    """The run that nobody interrupts."""
     workdir = tmp_path_factory.mktemp("reference") / "run"
-    assert main.main([*RUN[2:], "--config.mesh.data=1", "--workdir", str(workdir)]) == 0
+    process = start([*RUN, "--workdir", str(workdir)])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
     return workdir
 
 
@@ -152,28 +154,39 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize(("num_rows", "crash"), [(8, 1), (8, 2), (8, 3), (0, 1), (0, 2)])
-def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(num_rows, crash, tmp_path, monkeypatch):
-    """The `crash`-th evaluation raises; gone on with, the metrics are those of the run that nobody interrupted."""
+def evaluated(num_rows: int, workdir) -> list[str]:
+    """A run of four steps that evaluates at the second and at its end: in two parts with 8 rows, with 0 in one."""
     words = ["--config", "experiments/quickstart.py:smoke", "--config.train.num_steps=4", "--config.checkpoint.every=2"]
     words += ["--config.evaluate.every=2", f"--config.evaluate.num_rows={num_rows}", "--config.evaluate.prompt="]
     words += ["--config.data.tokenizer=bytes", "--config.data.validation_fraction=0.002", "--config.mesh.data=1"]
-    assert main.main([*words, "--workdir", str(tmp_path / "whole")]) == 0
-    whole, calls = evaluate.Evaluator.__call__, []
+    return [*words, "--workdir", str(workdir)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Such runs that nothing crashed, by their rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert all(main.main(evaluated(num_rows, folder / str(num_rows))) == 0 for num_rows in (8, 0))
+    return folder
+
+
+@pytest.mark.parametrize(("num_rows", "crash"), [(8, 1), (8, 2), (8, 3), (0, 1), (0, 2)])
+def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(num_rows, crash, whole, tmp_path, monkeypatch):
+    """The `crash`-th evaluation raises; gone on with, the metrics are those of the run that nobody interrupted."""
+    line, evaluator, calls = evaluated(num_rows, tmp_path), evaluate.Evaluator.__call__, []
 
     def crashing(*arguments, **named):
         calls.append(1)
         if len(calls) == crash:
             raise Crash
-        return whole(*arguments, **named)
+        return evaluator(*arguments, **named)
 
     monkeypatch.setattr(evaluate.Evaluator, "__call__", crashing)
-    workdir = tmp_path / "crashed"
     with pytest.raises(Crash):
-        main.main([*words, "--workdir", str(workdir)])
-    assert checkpoint.complete_steps(workdir / "checkpoints")[-1] == (2 if crash == 1 else 4)
-    assert main.main([*words, "--workdir", str(workdir)]) == 0
-    assert lines_of(workdir) == lines_of(tmp_path / "whole")
+        main.main(line)
+    assert checkpoint.complete_steps(tmp_path / "checkpoints")[-1] == (2 if crash == 1 else 4)
+    assert main.main(line) == 0
+    assert lines_of(tmp_path) == lines_of(whole / str(num_rows))
 
 
 @pytest.mark.proof

@@ -22,7 +22,7 @@ TRAINED, REJECTED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("tools/inspect_data.py", __doc__)
-    parser.add_argument("--config", required=True, action=command.Once, help="an experiment file; it is executed")
+    parser.add_argument("--config", required=True, help="an experiment file; it is executed")
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--rows", type=int, default=4, help="rows of the step to show; 0 = all")
     parser.add_argument("--statistics", type=int, default=0, help="count over this many steps from --step on")

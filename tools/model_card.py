@@ -65,7 +65,7 @@ def card(found: checkpoint.Located) -> str:
     size, purpose = costs.short(counted.parameters), f" for {task}" if task else ""
     sources = [(place, weight, len(saved.get("shards", {}).get(place, {}))) for place, weight in data.sources]
     hashes = [(name, digest) for files in saved.get("shards", {}).values() for name, digest in sorted(files.items())]
-    changed = [(path, f"`{checkpoint.flatten(config)[path]}`") for path in sorted(saved.get("origins", {}))]
+    changed = [(path, f"`{saved['config'][path]}`") for path in sorted(saved.get("origins", {}))]
     facts = [
         ("parameters", f"{counted.parameters:,}"),
         ("tokens seen", f"{tokens:,}" + f" ({dropped:,} rows left out)" * bool(dropped)),

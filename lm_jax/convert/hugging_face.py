@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve
+from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve_found
 from lm_jax.convert import encoders, families, safetensors
 from lm_jax.convert.families import EXPERT, LAYER, Family
 from lm_jax.convert.fields import theirs_of
@@ -159,7 +159,7 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
     config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
     config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
     try:
-        return Description(name, resolve(config), num_pieces, content)
+        return Description(name, resolve_found(config), num_pieces, content)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

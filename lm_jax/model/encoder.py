@@ -45,8 +45,8 @@ class Encoder(Transformer):
 
     def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
         context = Context(batch["positions"], batch["segment_ids"])
-        states_BTD, _ = self(batch["tokens"], context, drop, types_BT=batch["token_type_ids"])
-        return Reading(None if self.config.head else self.fill(states_BTD), self.label_logits(states_BTD))
+        states_BTD, left = self(batch["tokens"], context, drop, types_BT=batch["token_type_ids"])
+        return Reading(None if self.config.head else self.fill(states_BTD), self.label_logits(states_BTD), left)
 
     def fill(self, states_BTD: jax.Array) -> jax.Array:
         """What the masked-token head multiplies with the output table."""
