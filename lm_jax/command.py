@@ -27,6 +27,7 @@ from lm_jax.config import (
     resolve,
     shown,
     shrink,
+    unflatten,
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
@@ -50,9 +51,9 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-
         self.register("action", None, Once)
         self.register("action", "store", Once)
+        self._reach: dict[str, dict[str, tuple]] = {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
@@ -61,8 +62,25 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             flag = rest[0].split("=")[0]
-            raise UserError(f"unknown argument {rest[0]}{nearest(flag, self._option_string_actions)}")
+            raise UserError(f"unknown argument {shown(rest[0])}{nearest(flag[:100], self._option_string_actions)}")
+        for name, reach in self._reach.items():
+            self._check_reach(known, name, reach)
         return known
+
+    def reads(self, reach: dict[str, tuple], *names: str) -> None:
+        """These flags are read only where others have one of these values, () = any that is on; elsewhere they are refused."""
+        self._reach |= dict.fromkeys(names, reach)
+
+    def _check_reach(self, known: argparse.Namespace, name: str, reach: dict[str, tuple]) -> None:
+        given = getattr(known, f"_{name}_seen", False) or getattr(known, name) != self.get_default(name)
+        for other, values in reach.items() if given else ():
+            found = getattr(known, other)
+            if not (found in values if values else found):
+                flag = other if other in {action.dest for action in self._get_positional_actions()} else f"--{other}"
+                told = f"{flag} is {' or '.join(map(str, values))}" if values else f"{flag} is given"
+                raise UserError(
+                    f"--{name} {shown(getattr(known, name))} is read only where {told}: leave one of them out"
+                )
 
 
 class Once(argparse.Action):
@@ -71,7 +89,7 @@ class Once(argparse.Action):
     stood = False
 
     def __call__(self, parser, namespace, values, option_string=None):
-        if self.stood:
+        if option_string and self.stood:
             raise UserError(f"{option_string} stands twice")
         self.stood = True  # the parser is made anew for every command line
         setattr(namespace, self.dest, values)
@@ -248,12 +266,8 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     }
     for path in given:
         origins[path] = {"from": "command line", "default": defaults[path], "file": flat[path]}
-    for path, value in given.items():
-        section, name = path.split(".")
-        from_file[section][name] = value
-    if place.endswith(":smoke"):
-        from_file = without_unread(from_file, given)
-    return resolve(from_file), origins
+    flat |= given
+    return resolve(unflatten(without_unread(flat, given) if place.endswith(":smoke") else flat)), origins
 
 
 def as_typed(*words: str) -> str:
