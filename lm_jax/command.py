@@ -72,12 +72,13 @@ class Parser(argparse.ArgumentParser):
         self._reach |= dict.fromkeys(names, reach)
 
     def _check_reach(self, known: argparse.Namespace, name: str, reach: dict[str, tuple]) -> None:
-        given = getattr(known, f"_{name}_seen", False) or getattr(known, name) != self.get_default(name)
+        flag = next(action for action in self._actions if action.dest == name)
+        given = getattr(flag, "stood", False) or getattr(known, name) != self.get_default(name)
         for other, values in reach.items() if given else ():
             found = getattr(known, other)
             if not (found in values if values else found):
-                flag = other if other in {action.dest for action in self._get_positional_actions()} else f"--{other}"
-                told = f"{flag} is {' or '.join(map(str, values))}" if values else f"{flag} is given"
+                named = other if other in {action.dest for action in self._get_positional_actions()} else f"--{other}"
+                told = f"{named} is {' or '.join(map(str, values))}" if values else f"{named} is given"
                 raise UserError(
                     f"--{name} {shown(getattr(known, name))} is read only where {told}: leave one of them out"
                 )
