@@ -31,7 +31,7 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, listening, replace_process
+from lm_jax.stop import Stop, end_process, listening, replace_process
 
 EXIT_FAULT = 70
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
@@ -108,7 +108,7 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
     if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
         with contextlib.suppress(OSError):  # which may be what was refused
             sys.stdout.flush()
-        os._exit(code)  # whatever other threads still wait for
+        end_process(code)
     sys.exit(code)
 
 
