@@ -21,7 +21,7 @@ from lm_jax.config import Config, Length, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
-from lm_jax.data.tokenizer import BESIDE
+from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import SLICE, stream
 from lm_jax.distributed import agree, devices, leads, workdir_lock
@@ -115,6 +115,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         answers.check(config.evaluate.metrics)
     with goodput("data"):
         mixed = open_data(config, say)
+        tell_losses(mixed.tokenizer, say)
         stream = mixed.stream(config.data)
     as_written, expected = config, checkpoint.expected_data_state(workdir)
     config, ramp, ticking = counted_from(as_written, expected, stream.rows_per_epoch)
@@ -178,7 +179,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             with goodput("reference"):
                 say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
         if leads():
-            checkpoint.write_config(workdir, config, origins, facts)
+            checkpoint.write_config(workdir, config, origins, facts | kept_context(saved, source))
         return train(this, given)
 
 
@@ -204,6 +205,13 @@ def counted_from(config: Config, data: DataState, rows_per_epoch: float) -> tupl
 
 def with_rows_of_microbatch(config: Config, rows: int | str) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
+
+
+def kept_context(saved: dict[str, Any], source: Source | None) -> dict[str, int]:
+    """{"context": tokens} for config.json: rows may be shorter than what the model that a run started from can read."""
+    if isinstance(source, checkpoint.Located):
+        return {"context": checkpoint.context_of(source)}
+    return {name: saved[name] for name in ("context",) if name in saved}
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
@@ -689,7 +697,7 @@ def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
 
 
 def make_evaluator(this: Run) -> Evaluator:
-    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch)
+    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer, this.microbatch)
 
 
 def evaluate_now(this: Run, evaluation, num_rows: int, *prefixes: str) -> dict[str, float]:
@@ -771,9 +779,10 @@ def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> st
     """Bits per byte of the model beside gzip's and xz's on the same validation text, up to 16 MB of it."""
     splits = [corpus.splits["validation"] for corpus in mixed.corpora.values()]
     line = f"validation text: yours {bits_per_byte:.2f} bits/byte"
-    if sum(split.num_bytes for split in splits) > 16e6:
+    if sum(split.num_bytes for split in splits) > 16e6 or mixed.tokenizer.losses:  # else they would read another text
         return line
-    text = "".join(mixed.tokenizer.decode(split.tokens) for split in splits).encode()
+    documents = (split.tokens[a:b] for split in splits for a, b in itertools.pairwise(split.offsets.tolist()))
+    text = "".join(map(mixed.tokenizer.decode, documents)).encode()
     of = lambda compressed: 8 * len(compressed) / max(1, len(text))
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 
