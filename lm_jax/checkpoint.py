@@ -3,7 +3,8 @@
     <workdir>/config.json  tokenizer.{model,json,bytes}  checkpoints/<step>/{parameters,optimizer,data}  .../MANIFEST.json
 
 A step's manifest is written last and durably, and has the hash of every file of the step; config.json has those of the files
-beside it. Both are sealed, and name the same run. Order of restore: (1) the workdir has a valid step: resume;
+beside it. Both are sealed, and name the same run. Where rows were left out after a step was saved, its manifest has them
+(`skipped`) in the place of its data state. Order of restore: (1) the workdir has a valid step: resume;
 (2) `train.init_from`: parameters only; (3) fresh.
 """
 
@@ -37,6 +38,7 @@ from lm_jax.distributed import leads
 from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
+from lm_jax.optimizer import all_finite
 from lm_jax.places import check_room, set_aside, write_whole
 from lm_jax.ramp import DataState
 from lm_jax.stop import Stop
@@ -84,6 +86,10 @@ def steps_folder(workdir: epath.Path) -> epath.Path:
     return (workdir if is_url(workdir) else epath.Path(os.path.abspath(workdir))) / "checkpoints"
 
 
+class NotFinite(Exception):
+    """A state that is not saved: numbers in it are inf or NaN."""
+
+
 class Saver:
     """Saves in the background. `poll` raises what went wrong there; `wait` ends with the manifest on disk. `stop` is told
     what is saved."""
@@ -98,6 +104,7 @@ class Saver:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._commit: concurrent.futures.Future | None = None
+        self._is_finite = jax.jit(all_finite)
         self.saved_at = time.monotonic()
 
     def __enter__(self) -> "Saver":
@@ -108,11 +115,16 @@ class Saver:
         if error is not None and self._commit is not None:
             concurrent.futures.wait([self._commit], PATIENCE)
 
-    def save(self, state: TrainState, data: DataState) -> None:
-        """Returns once the state is copied; the state's arrays may then be donated."""
+    def save(self, state: TrainState, data: DataState, also: dict[str, Any] | None = None, retain: bool = True) -> None:
+        """Returns once the state is copied; the state's arrays may then be donated.
+
+        The manifest has `also` beside the facts of the run. Without `retain` no older step is removed. Raises NotFinite.
+        """
         self.wait()
         if (self.folder / str(data.step) / MANIFEST).exists():
             return
+        if not self._is_finite(state):
+            raise NotFinite(f"the state after step {data.step:,} is not finite (inf or NaN), and is not saved")
         if leads():
             path = self.folder / str(data.step)
             if path.exists() and not mark_path(self.folder, data.step).exists() and not is_step_without_manifest(path):
@@ -123,17 +135,18 @@ class Saver:
         self.saved_at = time.monotonic()
         check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(state)))
         self._orbax.save(self.folder / str(data.step), args=ocp.args.Composite(**items(state, data)), force=True)
-        self._commit = self._thread.submit(self._finish, data.step)
+        self._commit = self._thread.submit(self._finish, data.step, also or {}, retain)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, also: dict[str, Any], retain: bool) -> None:
         self._orbax.wait_until_finished()
         folder = self.folder / str(step)
         if jax.process_count() > 1:
             write_part(folder)
         if leads():
-            write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS})
+            write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS} | also)
             mark_path(self.folder, step).unlink()
-            self._retain()
+            if retain:
+                self._retain()
         wait_for(folder / MANIFEST)  # so that all processes know the same steps
         self.stop.saved = step
 
@@ -272,6 +285,20 @@ def fault(folder: epath.Path, run: str = "") -> str:
     return ""
 
 
+def go_back(workdir: epath.Path, data: DataState) -> None:
+    """Makes the step of `data`, which is whole, the newest, and its rows without `data.skipped`.
+
+    Later steps go first, the newest of them first: a kill in between leaves a run that comes here again. Then the manifest says
+    what is left out, in the place of the data state that was saved, and is replaced in one piece.
+    """
+    folder = steps_folder(workdir)
+    for step in reversed(complete_steps(folder)):
+        if step > data.step:
+            remove_step(folder, step)
+    manifest = read_manifest(folder / str(data.step))
+    write_whole(folder / str(data.step) / MANIFEST, sealed(manifest | {"skipped": data.skipped}))
+
+
 def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
     """Removes what a kill left half-written, and sets aside a step that has lost its manifest; what is not ours stays."""
     folder = steps_folder(workdir)
@@ -339,28 +366,34 @@ def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainStat
             args=ocp.args.Composite(
                 parameters=ocp.args.StandardRestore(target.parameters),
                 optimizer=ocp.args.StandardRestore(named),
-                data=ocp.args.JsonRestore(),
             ),
         )
     _, structure = jax.tree.flatten(target.optimizer_state)
     optimizer_state = jax.tree.unflatten(structure, [found.optimizer[name] for name in named])
-    data = as_data_state(found.data)
+    data = read_data_state(workdir, step)
     step_array = jax.device_put(np.int32(data.step), target.step.sharding)
     return TrainState(step_array, found.parameters, optimizer_state), data
 
 
-def as_data_state(kept: dict[str, Any]) -> DataState:
-    return DataState(kept["step"], kept["cursor"], tuple(map(tuple, kept["skipped"])))
+def read_data_state(workdir: epath.Path, step: int) -> DataState:
+    """That of a verified step: as it was saved, but for the rows that were left out since."""
+    folder = steps_folder(workdir) / str(step)
+    saved = json.loads((folder / "data" / "metadata").read_text())
+    skipped = read_json(folder / MANIFEST).get("skipped", saved["skipped"])
+    return DataState(saved["step"], saved["cursor"], tuple((first, last) for first, last in skipped))
 
 
-def read_data_state(workdir: epath.Path, step: int | None = None) -> DataState:
-    """That of a step, by default of the newest, which is not verified here: the start of the run where it cannot be read."""
-    folder = steps_folder(workdir)
-    steps = complete_steps(folder) if step is None else [step]
+def expected_data_state(workdir: epath.Path) -> DataState:
+    """That of the newest step, which is not verified yet; the start of the run where none can be read."""
     try:
-        return as_data_state(json.loads((folder / str(steps[-1]) / "data" / "metadata").read_text()))
+        return read_data_state(workdir, complete_steps(steps_folder(workdir))[-1])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return DataState(0, 0)
+
+
+def saved_beside(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """What the manifest of a step says, {} where there is none."""
+    return read_json(steps_folder(workdir) / str(step) / MANIFEST)
 
 
 def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], facts: dict[str, Any]) -> None:

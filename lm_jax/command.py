@@ -1,6 +1,7 @@
 """What every command shares: flags, the config they name, and how errors reach the terminal."""
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -26,10 +27,11 @@ from lm_jax.config import (
     resolve,
     shown,
     shrink,
+    unflatten,
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, listening, replace_process
+from lm_jax.stop import Stop, end_process, listening, replace_process
 
 EXIT_FAULT = 70
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
@@ -49,9 +51,9 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-
         self.register("action", None, Once)
         self.register("action", "store", Once)
+        self._reach: dict[str, dict[str, tuple]] = {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
@@ -60,17 +62,38 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             flag = rest[0].split("=")[0]
-            raise UserError(f"unknown argument {rest[0]}{nearest(flag, self._option_string_actions)}")
+            raise UserError(f"unknown argument {shown(rest[0])}{nearest(flag[:100], self._option_string_actions)}")
+        for name, reach in self._reach.items():
+            self._check_reach(known, name, reach)
         return known
+
+    def reads(self, reach: dict[str, tuple], *names: str) -> None:
+        """These flags are read only where others have one of these values, () = any that is on; elsewhere they are refused."""
+        self._reach |= dict.fromkeys(names, reach)
+
+    def _check_reach(self, known: argparse.Namespace, name: str, reach: dict[str, tuple]) -> None:
+        action = self._option_string_actions.get(f"--{name}")
+        given = getattr(action, "stood", False) or getattr(known, name) != self.get_default(name)
+        for other, values in reach.items() if given else ():
+            found = getattr(known, other)
+            if not (found in values if values else found):
+                flag = other if other in {action.dest for action in self._get_positional_actions()} else f"--{other}"
+                some = f"from {values[0]} to {values[-1]}" if len(values) > 4 else " or ".join(map(str, values))
+                told = f"{flag} is {some}" if values else f"{flag} is given"
+                raise UserError(
+                    f"--{name} {shown(getattr(known, name))} is read only where {told}: leave one of them out"
+                )
 
 
 class Once(argparse.Action):
     """A flag that may stand once."""
 
+    stood = False
+
     def __call__(self, parser, namespace, values, option_string=None):
-        if getattr(namespace, f"_{self.dest}_seen", False):
+        if self.stood and option_string:
             raise UserError(f"{option_string} stands twice")
-        setattr(namespace, f"_{self.dest}_seen", True)
+        self.stood = True  # the parser is made anew for every command line
         setattr(namespace, self.dest, values)
 
 
@@ -83,8 +106,9 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
     if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
-        give_up_output()
-        os._exit(code)  # whatever other threads still wait for
+        with contextlib.suppress(OSError):  # which may be what was refused
+            sys.stdout.flush()
+        end_process(code)
     sys.exit(code)
 
 
@@ -104,19 +128,10 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
         if refused := faults.described(error):
             code, lines = refused
             print(f"lm_jax: {lines}", file=sys.stderr)
-            give_up_output()
             return code
         traceback.print_exc()
         print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)
         return EXIT_FAULT
-
-
-def give_up_output() -> None:
-    """What stdout does not take is dropped, or the interpreter would try once more at its end and say so."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def quiet_threads() -> Callable[[], None]:
@@ -253,12 +268,8 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     }
     for path in given:
         origins[path] = {"from": "command line", "default": defaults[path], "file": flat[path]}
-    for path, value in given.items():
-        section, name = path.split(".")
-        from_file[section][name] = value
-    if place.endswith(":smoke"):
-        from_file = without_unread(from_file, given)
-    return resolve(from_file), origins
+    flat |= given
+    return resolve(unflatten(without_unread(flat, given) if place.endswith(":smoke") else flat)), origins
 
 
 def as_typed(*words: str) -> str:

@@ -127,11 +127,27 @@ class Model:
         high=1e9,
         reach=ROTARY | ONE_STACK,
     )
+    rotary_scaling_kind: str = knob(
+        "llama3",
+        "where wavelengths between the two ends pass from one to the other: by what turns in length tokens (Llama 3), or by "
+        "place in the head (YaRN, which also makes queries and keys larger)",
+        choices=("llama3", "yarn"),
+        reach=ROTARY | ONE_STACK,
+    )
+    rotary_share: tuple[float, ...] = knob(
+        (1.0,),
+        "of a head's width that rotary positions turn, from its start; of all layers, or one a value of window: (1, 1, 1, 0) "
+        "with window (0, 0, 0, 0) leaves every fourth layer without positions",
+        low=0.0,
+        high=1.0,
+        reach=ROTARY | ONE_STACK,
+    )
     norm: str = knob("layernorm", "normalisation", choices=("layernorm", "rmsnorm"), reach=ATTENDING)
     norm_place: str = knob(
         "pre",
-        "of the norms: before each branch, after its sum with the stream (no norm at the end), or before and after a branch",
-        choices=("pre", "post", "both"),
+        "of the norms: before each branch, after its sum with the stream (no norm at the end), before and after a branch, or "
+        "after a branch alone (OLMo 2)",
+        choices=("pre", "post", "both", "branch"),
         reach=ATTENDING,
     )
     norm_epsilon: float = knob(1e-5, "added to the variance", low=1e-20, high=0.1, reach=ATTENDING)
@@ -150,6 +166,26 @@ class Model:
         idle=(True,),
     )
     qk_norm: bool = knob(False, "each head's query and key normalised", reach=ATTENDING)
+    qk_norm_whole: bool = knob(
+        False,
+        "the queries of all heads normalised together, and the keys (OLMo 2)",
+        reach=ONE_STACK | {"model.qk_norm": (True,)},
+    )
+    logit_softcap: tuple[float, float] = knob(
+        (0.0, 0.0),
+        "(of attention, of the output): logits x are cap * tanh(x / cap); 0 = off; Gemma 2: (50, 30)",
+        low=0.0,
+        high=1e6,
+        reach=ONE_STACK,
+    )
+    multipliers: tuple[float, float, float, float] = knob(
+        (1.0, 1.0, 0.0, 1.0),
+        "what is multiplied by a constant: the embedding, each branch before its sum, products of queries and keys (0 = by "
+        "1 / sqrt(head_dim)); and by what the output's logits are divided (Granite)",
+        low=0.0,
+        high=1e6,
+        reach=ONE_STACK,
+    )
     scale_embedding: bool = knob(False, "embedding times sqrt(model_dim)", reach=ONE_STACK)
     num_experts: int = knob(
         0, "MLPs of a layer from which each token chooses; 0 = one MLP for all", low=0, high=2**14, reach=ONE_STACK
@@ -403,6 +439,13 @@ class Train:
     )
     seed: int = knob(0, "of initialisation and dropout", low=0, high=2**32 - 1)
     init_from: str = knob("", "what a fresh run starts from: MODEL, or a text file of word vectors", fixed=False)
+    on_spike: str = knob(
+        "log",
+        "what is done where loss and gradient norm jump: nothing, it is said, or the run goes back to a saved step before and "
+        "leaves out the rows around it",
+        choices=("off", "log", "rewind"),
+        fixed=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -543,6 +586,8 @@ def shown(value: Any) -> str:
     if isinstance(value, (str, float, int)):
         text = repr(value if not isinstance(value, str) else value[:100])
         return text if len(text) <= 100 else f"{text[:60]}..."
+    if value is not None and not isinstance(value, (tuple, list, dict)):
+        return f"({type(value).__name__})"
     short = reprlib.Repr()
     short.maxtuple = short.maxlist = short.maxdict = 12
     short.maxlevel, short.maxstring, short.maxother = 4, 100, 100
@@ -593,7 +638,7 @@ def _check(path: str, value: Any, kind: Any, metadata) -> Any:
     if number_or_name:
         kind = str if isinstance(value, str) else int
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if value.bit_length() < 1000 else math.copysign(math.inf, value)
+        value = float(value) if value.bit_length() < 1000 else math.inf
     if type(value) is not kind:
         whole = isinstance(value, float) and kind is int and value.is_integer()
         hint = f"; did you mean {int(value)}?" if whole else ""
@@ -803,6 +848,8 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"config.model.rotary_scaling = {model.rotary_scaling}: expected a factor from 1 on, and low < high"
         )
+    _check_rotary(model)
+    _check_constants(model)
     if model.positions in ("rotary", "sinusoidal") and model.head_dim % 2:
         raise UserError(f"config.model.head_dim = {model.head_dim} must be even for {model.positions} positions")
     if model.positions == "sinusoidal" and model.model_dim % 2:
@@ -824,8 +871,10 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"config.model.positions = relative is of kind encoder_decoder; a model of kind {model.kind} takes rotary"
         )
-    if model.kind == "encoder_decoder" and model.norm_place == "both":
-        raise UserError("config.model.norm_place = both is not of an encoder_decoder, which takes pre or post")
+    if model.kind == "encoder_decoder" and model.norm_place in ("both", "branch"):
+        raise UserError(
+            f"config.model.norm_place = {model.norm_place} is not of an encoder_decoder, which takes pre or post"
+        )
     _check_task(config)
     scale = config.optimizer.loss_scale
     if scale & (scale - 1) or scale > LARGEST_LOSS_SCALE:
@@ -854,6 +903,36 @@ def _check_together(config: Config) -> None:
             raise UserError(f"config.mesh.{name} = {size}: expected a number of devices, or -1 for the rest")
     if list(axes.values()).count(-1) > 1:
         raise UserError(f"config.mesh: only one axis can be -1 (the rest), got {axes}")
+
+
+def _check_rotary(model: Model) -> None:
+    share, window = model.rotary_share, model.window
+    if len(share) not in (1, len(window)):
+        raise UserError(f"config.model.rotary_share = {share}: one value, or one for each of window = {window}")
+    for one in share if model.positions == "rotary" else ():
+        width = int(model.head_dim * one)
+        if width % 2 or (one and not width):
+            near = 2 * max(1, round(model.head_dim * one / 2)) / model.head_dim
+            raise UserError(
+                f"config.model.rotary_share = {share}: {one} of head_dim = {model.head_dim} is no even number; the nearest "
+                f"that is one is {near}"
+            )
+    yarn = model.rotary_scaling_kind == "yarn" and model.rotary_scaling[0] > 1
+    if yarn and (not model.rotary_scaling[1] or not model.rotary_scaling[3] or model.rotary_base <= 1):
+        raise UserError(
+            f"config.model.rotary_scaling = {model.rotary_scaling} of kind yarn: expected low and length above 0, such as "
+            f"(4.0, 1.0, 32.0, 4096.0), and rotary_base = {model.rotary_base} above 1"
+        )
+
+
+def _check_constants(model: Model) -> None:
+    if any(0 < cap < 0.1 for cap in model.logit_softcap):
+        raise UserError(f"config.model.logit_softcap = {model.logit_softcap}: expected 0, or at least 0.1")
+    embedding, branch, attention, output = model.multipliers
+    if min(embedding, branch, output) < 1e-6 or 0 < attention < 1e-6:
+        raise UserError(
+            f"config.model.multipliers = {model.multipliers}: expected at least 1e-6, or 0 for products of queries and keys"
+        )
 
 
 def _check_task(config: Config) -> None:
@@ -901,7 +980,10 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """`:smoke` of every experiment: the same program in miniature, two steps on anything that computes."""
     model, data = config.model, config.data
     group = max(1, model.num_heads // (model.num_kv_heads or model.num_heads))
-    model.window = tuple(dict.fromkeys(model.window))  # each kind of layer once
+    shares = tuple(model.rotary_share) * (len(model.window) // len(model.rotary_share))
+    kinds = tuple(dict.fromkeys(zip(model.window, shares, strict=True)))  # each kind of layer once
+    model.window, shares = zip(*kinds, strict=True)
+    model.rotary_share = shares if len(set(shares)) > 1 else shares[:1]
     model.num_layers = 2 * len(model.window) if len(model.window) > 1 else 2
     model.model_dim, model.mlp_dim, model.head_dim = 64, 128, 16
     model.num_heads, model.num_kv_heads = 4, 4 // min(group, 4)
@@ -912,19 +994,19 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.optimizer.warmup, config.optimizer.decay_over = 1, 0
     config.train.num_steps, config.train.microbatch_rows, config.train.init_from = 2, 8, ""
     config.checkpoint.every, config.evaluate.every, config.evaluate.num_rows, config.log.every = 2, 2, 8, 1
-    return without_unread(config)
+    for path, value in without_unread(flatten(config.to_dict())).items():
+        if path in SHRUNK:
+            section, name = path.split(".")
+            config[section][name] = value
+    return config
 
 
 SHRUNK = ("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim")  # of those that `shrink` sets
 
 
-def without_unread(config: ml_collections.ConfigDict, given=()) -> ml_collections.ConfigDict:
+def without_unread(flat: dict[str, Any], given=()) -> dict[str, Any]:
     """A shrunk config in which sizes that a model of this kind has not are as by default, but those `given` by name."""
-    for path in unread(flatten(config.to_dict())):
-        section, name = path.split(".")
-        if path in SHRUNK and path not in given:
-            config[section][name] = leaves()[path].default
-    return config
+    return flat | {path: leaves()[path].default for path in unread(flat) if path in SHRUNK and path not in given}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -195,9 +195,13 @@ def dynamic_loss_scale(
     def update(gradients, state, parameters, **extra):
         if largest > 1:
             gradients = jax.tree.map(lambda gradient: gradient / state.scale, gradients)
+        # Judged apart, on what the compiler cannot see to be the same, so that the update itself is the program it was.
+        apart = jax.lax.optimization_barrier((gradients, state.inner, parameters))
+        changes, changed = inner.update(*apart, **extra)
+        finite = jnp.isfinite(optax.tree.norm(gradients)) & all_finite(
+            (optax.apply_updates(apart[2], changes), changed)
+        )
         changes, changed = inner.update(gradients, state.inner, parameters, **extra)
-        updated = optax.apply_updates(parameters, changes)
-        finite = jnp.isfinite(optax.tree.norm(gradients)) & all_finite((updated, changed))
         # x + -0 is x to the last bit, also where x is -0.
         changes = jax.tree.map(lambda change: jnp.where(finite, change, -0.0), changes)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state.inner)

@@ -16,12 +16,12 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, terminal
+from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, spikes, terminal
 from lm_jax.config import Config, Length, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
-from lm_jax.data.tokenizer import BESIDE
+from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import SLICE, stream
 from lm_jax.distributed import agree, devices, leads, workdir_lock
@@ -41,7 +41,7 @@ from lm_jax.train_step import CompiledStep, compile_step
 SAMPLE_TOKENS = 96
 GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked
 Source = checkpoint.Located | WordVectors  # what a fresh run may start from
-MOST_IN_A_ROW = 10  # gradients that are not finite, before the run stops
+MOST_IN_A_ROW = 10  # updates that are not finite, before the run stops
 
 
 @dataclasses.dataclass
@@ -115,8 +115,9 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         answers.check(config.evaluate.metrics)
     with goodput("data"):
         mixed = open_data(config, say)
+        tell_losses(mixed.tokenizer, say)
         stream = mixed.stream(config.data)
-    as_written, expected = config, checkpoint.read_data_state(workdir)
+    as_written, expected = config, checkpoint.expected_data_state(workdir)
     config, ramp, ticking = counted_from(as_written, expected, stream.rows_per_epoch)
     num_pieces = objectives.specials(mixed.tokenizer, config.data.objective).num_pieces
     preflight(config, padded(num_pieces), sizes)
@@ -360,12 +361,44 @@ def train(this: Run, given: str) -> int:
     with this.goodput("compile"):
         one_step = compiled(this) if this.data.step < this.num_steps else None
     say(this.goodput.start_up())
-    writer = metrics.Writer(this.desk.folder, this.data.step, say) if leads() else metrics.Nowhere()
     with checkpoint.Saver(this.workdir, config, this.facts, stop) as saver:
-        evaluation, log = make_evaluation(this), StepLog(this, writer)
+        evaluation = make_evaluation(this)
+        writer, log, trouble = stretch(this, one_step, evaluation, saver)
+        while log.spike and not trouble:
+            trouble = go_back(this, log, saver)
+            if trouble or stop.requested:
+                break
+            writer.close()
+            writer, log, trouble = stretch(this, one_step, evaluation, saver, log.watch)
+        saver.close()
+    finished = this.data.step == this.num_steps and not stop.requested and not trouble
+    if finished:
+        finish(this, evaluation, writer)
+    writer.close()
+    if not trouble:
+        say(this.goodput.table())
+    if finished:
+        say(next_commands(this, given))
+    elif not trouble:
+        say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
+    else:
+        give_up(this, trouble)
+    this.desk.send()
+    return command.EXIT_FAULT if trouble else 0 if finished else EXIT_PREEMPTED
+
+
+def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpoint.Saver, watch=None):
+    """From where `this` is to the end, to a signal, or to where it is no good to go on -> (writer, log, what the trouble is).
+
+    "" is none. What was trained is saved, unless there is trouble or a spike (`log.spike`).
+    """
+    writer = metrics.Writer(this.desk.folder, this.data.step, this.say) if leads() else metrics.Nowhere()
+    log = StepLog(this, writer, watch or spikes.Watch(checkpoint.saved_beside(this.workdir, this.data.step)))
+    trouble = ""
+    try:
         try:
             if this.data.step == 0:
-                writer.hyper_parameters(checkpoint.flatten(config))
+                writer.hyper_parameters(checkpoint.flatten(this.config))
                 show_sample(this, writer)
             elif one_step:
                 look(this, None if is_evaluated(this) else evaluation, writer)
@@ -374,22 +407,58 @@ def train(this: Run, given: str) -> int:
         except Stopped:
             pass  # after a whole step
         log.flush()
+        log.agree_on_spike()
         if log.hopeless:
-            return give_up(this, saver, writer)
-        writer.flush()
-        save(this, saver)
-        saver.close()
-    finished = this.data.step == this.num_steps and not stop.requested
-    if finished:
-        finish(this, evaluation, writer)
-    writer.close()
-    say(this.goodput.table())
-    if finished:
-        say(next_commands(this, given))
-    else:
-        say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
-    this.desk.send()
-    return 0 if finished else EXIT_PREEMPTED
+            trouble = f"{MOST_IN_A_ROW} updates in a row were not finite (inf or NaN); none of them was applied"
+        elif not log.spike:
+            writer.flush()
+            save(this, saver, log)
+            saver.wait()
+    except checkpoint.NotFinite as error:
+        trouble = str(error)
+    return writer, log, trouble
+
+
+def go_back(this: Run, log: "StepLog", saver: checkpoint.Saver) -> str:
+    """From a spike to a saved step before it, without the rows around it. Returns why not, where that was done often enough.
+
+    Nothing but the workdir says that it was done, and `checkpoint.go_back` says it before anything goes on: a run that is killed
+    goes back once more, or has gone back.
+    """
+    saver.wait()
+    good, say = good_step(this, log.spike), this.say
+    if good == NEVER:
+        say(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
+        return ""
+    found = checkpoint.read_data_state(this.workdir, good)
+    row_at = mixture.Kept(this.stream, found.skipped).row_at
+    if spikes.times_gone_back(found, row_at) >= spikes.MOST:
+        return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
+    data = spikes.without_rows_around(log.spike, found, this.ramp, row_at)
+    (first, last), *_ = set(data.skipped) - set(found.skipped)
+    if leads():
+        checkpoint.go_back(this.workdir, data)
+    agree(good)  # all wait until that is done
+    jax.tree.map(lambda x: x.delete(), this.state)  # there may be no room for two
+    this.state, this.data = checkpoint.restore(this.workdir, good, this.program)
+    this.stop.done = this.stop.saved = good
+    log.watch = None
+    say(f"went back to step {good:,}: from there on rows {first:,} to {last - 1:,} are left out")
+    return ""
+
+
+def good_step(this: Run, spike: int) -> int:
+    """The newest saved step that is whole and MARGIN steps before a spike, NEVER where there is none.
+
+    One from which other batches were taken than now would need another schedule, so another program.
+    """
+    folder = checkpoint.steps_folder(this.workdir)
+    steps = [step for step in checkpoint.complete_steps(folder) if step <= spike - spikes.MARGIN] if leads() else []
+    is_good = lambda step: (
+        not checkpoint.fault(folder / str(step))
+        and checkpoint.read_data_state(this.workdir, step).cursor == this.ramp.cursor(step)
+    )
+    return agree(next((step for step in reversed(steps) if is_good(step)), NEVER))
 
 
 def compiled(this: Run) -> CompiledStep:
@@ -427,12 +496,12 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
         stop.done = step + 1
         log.done(step + 1, rows, outcome[1])
         saver.poll()
-        if stop.requested:
+        if stop.requested or log.spike:
             return
         if step + 1 < this.num_steps:
             with log.paused():
                 between_steps(this, log, evaluation, writer, saver)
-        if log.hopeless:
+        if log.hopeless or log.spike:
             return
 
 
@@ -444,16 +513,21 @@ def between_steps(this: Run, log: "StepLog", evaluation, writer: metrics.Writer 
     due = in_time or unit != "min" and this.is_due(length)
     if due or is_looked_at(this):
         log.flush()
+        log.agree_on_spike()
+    if log.spike:
+        return
     if due:
         writer.flush()
-        save(this, saver)
+        save(this, saver, log)
     look(this, evaluation, writer)
 
 
-def save(this: Run, saver: checkpoint.Saver) -> None:
+def save(this: Run, saver: checkpoint.Saver, log: "StepLog") -> None:
+    """Every step is read by now. While updates are skipped no older step is removed: it may be the last good one."""
     with this.goodput("checkpoint"):
         this.desk.send()
-        saver.save(this.state, this.data)
+        watched = log.watch.kept() if log.watch and this.config.train.on_spike != "off" else {}
+        saver.save(this.state, this.data, watched, retain=not log.skipping)
 
 
 def is_looked_at(this: Run) -> bool:
@@ -474,17 +548,14 @@ def is_evaluated(this: Run) -> bool:
     return bool(agree(any("eval/loss" in line and line["step"] == this.data.step for line in lines)))
 
 
-def give_up(this: Run, saver: checkpoint.Saver, writer: metrics.Writer | metrics.Nowhere) -> int:
-    """Leaves the checkpoints as they are: the parameters before these steps are finite, but near what breaks them."""
-    saver.close()
-    writer.close()
-    newest = max(checkpoint.complete_steps(saver.folder), default=0)
+def give_up(this: Run, trouble: str) -> None:
+    """Says it, and leaves the checkpoints as they are: those before are finite, but near what breaks them."""
+    newest = max(checkpoint.complete_steps(checkpoint.steps_folder(this.workdir)), default=0)
     this.say(
-        f"stopped: {MOST_IN_A_ROW} gradients in a row were not finite (inf or NaN); none of them was applied\n"
+        f"stopped: {trouble}\n"
         f"the same command goes on from step {newest:,} and comes here again, unless something changes: a lower\n"
         "config.optimizer.learning_rate, a smaller config.optimizer.clip_norm, or the text of the rows named above"
     )
-    return command.EXIT_FAULT
 
 
 class StepLog:
@@ -494,14 +565,18 @@ class StepLog:
     line, which waits for them anyway.
     """
 
-    def __init__(self, this: Run, writer: metrics.Writer | metrics.Nowhere):
+    def __init__(self, this: Run, writer: metrics.Writer | metrics.Nowhere, watch: spikes.Watch):
         self.this, self.writer = this, writer
+        self.watch: spikes.Watch | None = watch
+        self.spike = 0  # the step from behind which all processes are to go back, once they know of it
+        self._spike = 0  # the same, as soon as this process has read it
         self.waiting: tuple[int, dict] | None = None
         self.unread: list[tuple[int, dict]] = []  # the steps since the last line
         self.skipped = float(this.state.optimizer_state.skipped)  # read once, before the loop
-        self.hopeless = False
+        self.skipping, self.hopeless = False, False
         self.every = this.every(this.config.log.every)
         self.row_at = mixture.Kept(this.stream, this.data.skipped).row_at
+        self.wrong, self.wrong_from, self.wrong_to = "", 0, 0  # what of which steps is not finite
         self.first = this.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, this.data.step
         self.tokens = 0.0  # since this process started
@@ -537,6 +612,8 @@ class StepLog:
         """`step` updates are done (dispatched, on an accelerator)."""
         if self.waiting:
             self.flush()
+        if self.every.due(self.this.ramp, step - 1):
+            self.agree_on_spike()
         self.unread.append((step, device_metrics))
         self.tokens += rows * self.this.config.data.sequence_length
         if self.every.due(self.this.ramp, step) or step in (1, self.this.num_steps):
@@ -546,31 +623,48 @@ class StepLog:
         else:
             self.inside(step, 0, rows)
 
-    def read_guard(self) -> None:
-        """Says which rows were skipped since the last line, and whether there is hope."""
-        names, first, last = ("train/skipped", "train/skipped_in_a_row"), 0, 0
+    def agree_on_spike(self) -> None:
+        """At a step at which all processes have read the same metrics; the leading one's history counts."""
+        if self.this.config.train.on_spike == "rewind":
+            self.spike = agree(self._spike)
 
-        def tell() -> None:
-            ramp = self.this.ramp
-            rows = f"{self.row_at(ramp.cursor(first - 1)):,} to {self.row_at(ramp.cursor(last) - 1):,}"
-            steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
-            self.this.say(f"{steps} skipped: the gradient of rows {rows} is not finite")
-
+    def read_steps(self) -> None:
+        """Says what was wrong with the steps since the last line: which rows were skipped, where the loss jumped."""
         for step, device_metrics in self.unread:
-            skipped, in_a_row = metrics.to_host({name: device_metrics[name] for name in names}).values()
-            if skipped > self.skipped:
-                first, last = first or step, step
-            elif first:
-                tell()
-                first = 0
-            self.skipped = skipped
+            names = ("train/skipped", "train/skipped_in_a_row", "train/loss", "train/grad_norm")
+            skipped, in_a_row, loss, norm = metrics.to_host({name: device_metrics[name] for name in names}).values()
+            what = "" if skipped == self.skipped else "update" if np.isfinite(norm) else "gradient"
+            if what != self.wrong:
+                self.tell_skipped()
+                self.wrong, self.wrong_from = what, step
+            self.wrong_to, self.skipped, self.skipping = step, skipped, bool(what)
             self.hopeless |= in_a_row >= MOST_IN_A_ROW
-        if first:
-            tell()
-        self.unread = []
+            if not what:
+                self.judge(step, loss, norm)
+        self.tell_skipped()
+        self.wrong, self.unread = "", []
+
+    def tell_skipped(self) -> None:
+        if not self.wrong:
+            return
+        first, last, ramp = self.wrong_from, self.wrong_to, self.this.ramp
+        rows = f"{self.row_at(ramp.cursor(first - 1)):,} to {self.row_at(ramp.cursor(last) - 1):,}"
+        steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+        self.this.say(f"{steps} skipped: the {self.wrong} of rows {rows} is not finite")
+
+    def judge(self, step: int, loss: float, norm: float) -> None:
+        """Holds a step against those before it, and says a spike."""
+        on_spike = self.this.config.train.on_spike
+        if on_spike == "off" or self.watch is None:
+            return
+        if jump := self.watch(loss, norm):
+            ramp = self.this.ramp
+            rows = f"{self.row_at(ramp.cursor(step - 1)):,} to {self.row_at(ramp.cursor(step) - 1):,}"
+            self.this.say(f"step {step:,}, rows {rows}: {jump}")
+            self._spike = self._spike or step
 
     def flush(self) -> None:
-        self.read_guard()
+        self.read_steps()
         if self.waiting is None:
             return
         (step, device_metrics), self.waiting = self.waiting, None
@@ -603,7 +697,7 @@ def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
 
 
 def make_evaluator(this: Run) -> Evaluator:
-    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch)
+    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer, this.microbatch)
 
 
 def evaluate_now(this: Run, evaluation, num_rows: int, *prefixes: str) -> dict[str, float]:
@@ -685,9 +779,10 @@ def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> st
     """Bits per byte of the model beside gzip's and xz's on the same validation text, up to 16 MB of it."""
     splits = [corpus.splits["validation"] for corpus in mixed.corpora.values()]
     line = f"validation text: yours {bits_per_byte:.2f} bits/byte"
-    if sum(split.num_bytes for split in splits) > 16e6:
+    if sum(split.num_bytes for split in splits) > 16e6 or mixed.tokenizer.losses:  # else they would read another text
         return line
-    text = "".join(mixed.tokenizer.decode(split.tokens) for split in splits).encode()
+    documents = (split.tokens[a:b] for split in splits for a, b in itertools.pairwise(split.offsets.tolist()))
+    text = "".join(map(mixed.tokenizer.decode, documents)).encode()
     of = lambda compressed: 8 * len(compressed) / max(1, len(text))
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 

@@ -72,6 +72,7 @@ def main(arguments: list[str]) -> int:
         "--files", action="store_true", help="only hash every file of the data, also those that are large"
     )
     parser.add_argument("--num_steps", type=int, default=3)
+    parser.reads({"show": (False,)}, "num_steps")
     flags = parser.parse_args(rest)
     if flags.num_steps < 1:
         parser.error(f"--num_steps {flags.num_steps}: at least 1")

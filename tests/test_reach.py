@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny
 
 from lm_jax import config as configs
-from lm_jax.config import Config, UserError, flatten, is_read, leaves
+from lm_jax.config import Config, UserError, flatten, is_read, leaves, resolve, resolve_found, unflatten
 from lm_jax.data.objectives import example
 from lm_jax.loss import objective
 from lm_jax.model.layers import Dropout
@@ -57,7 +57,7 @@ BASES: dict[str, dict] = {
         for name in ("constant", "linear", "inverse_square_root", "warmup_stable_decay")
     },
 }
-DEFAULT = ("transformer", "encoder_decoder", "lstm", "regression")
+DEFAULT = ("transformer", "lstm", "regression")
 # What decides a program on its own, in another value than any of the bases has; the others of a section by their choices.
 OTHER = {
     "model.num_layers": 4, "model.model_dim": 96, "model.num_heads": 2, "model.num_kv_heads": 2, "model.head_dim": 8,
@@ -124,31 +124,104 @@ def program(config: Config, path: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+|id=[0-9]+", "", found)
 
 
-def variants(config: Config, path: str):
-    """Legal neighbours of a config in one leaf."""
-    flat = flatten(config)
-    for value in other_values(path, flat[path]):
+def neighbours(config: Config, path: str):
+    """Legal configs that differ in one leaf."""
+    for value in other_values(path, flatten(config)[path]):
         other = changed(config, path, value)
-        if path in ("model.model_dim", "model.num_heads") and config.model.kind in configs.RECURRENT:
-            yield other
-            continue
         try:
-            configs._check_together(other)
+            if (
+                config.model.kind not in configs.RECURRENT or path not in configs.SHRUNK
+            ):  # it has no sizes of heads to fit
+                configs._check_together(other)
+            make_program(other, 200)
         except UserError:
             continue
         yield other
 
 
-@pytest.mark.parametrize(
-    "base", [pytest.param(base, marks=[pytest.mark.proof] * (base not in DEFAULT)) for base in BASES]
-)
-def test_a_leaf_is_read_where_it_says_so(base):
+def declared_otherwise(base: str, paths: list[str]) -> dict[str, str]:
+    """The leaves of which the declaration says something else than the programs do, with what these say."""
     config = tiny(model__num_layers=2, model__unroll=False, optimizer__decay_over=0, **BASES[base])
     config = changed(config, "optimizer.decay_over", 90)  # as `with_steps` gives it
     flat, wrong = flatten(config), {}
     expected = {section: program(config, f"{section}.") for section in ("model", "optimizer", "train")}
-    for path in TRACED:
-        found = [program(other, path) != expected[path.split(".")[0]] for other in variants(config, path)]
+    for path in paths:
+        found = [program(other, path) != expected[path.split(".")[0]] for other in neighbours(config, path)]
         if found and any(found) != is_read(flat, path):
             wrong[path] = "is read" if any(found) else "is not read"
-    assert not wrong, f"{base}: declared otherwise in lm_jax/config.py"
+    return wrong
+
+
+@pytest.mark.parametrize("base", DEFAULT)
+def test_what_is_not_read_everywhere_is_read_where_it_says_so(base):
+    assert not declared_otherwise(base, [path for path in TRACED if leaves()[path].metadata["reach"]])
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("base", BASES)
+def test_every_leaf_is_read_where_it_says_so(base):
+    assert not declared_otherwise(base, TRACED)
+
+
+REFUSED = {
+    "experts of an encoder_decoder": dict(ENCODER_DECODER, model__num_experts=4),
+    "scaling of an encoder_decoder": dict(ENCODER_DECODER, **ROTARY, model__rotary_scaling=(8.0, 1.0, 4.0, 32.0)),
+    "rotary base of learned positions": dict(model__rotary_base=1e6),
+    "local base without a window": dict(ROTARY, model__rotary_local_base=1e6),
+    "experts of a token without experts": dict(model__experts_per_token=1),
+    "balance without experts": dict(train__balance_loss=0.02),
+    "router's z-loss without experts": dict(train__router_z_loss=0.1),
+    "alpha without adapters": dict(model__lora_alpha=8.0),
+    "pattern of adapters without adapters": dict(model__lora_pattern="key"),
+    "heads of an LSTM": dict(model__kind="lstm", model__num_heads=2),
+    "norm of an LSTM": dict(model__kind="lstm", model__norm="rmsnorm"),
+    "attention of an LSTM": dict(model__kind="lstm", model__attention="xla"),
+    "window of an LSTM": dict(model__kind="lstm", model__window=(8,)),
+    "window of an encoder": dict(ENCODER, model__window=(8,)),
+    "scaled embedding of an encoder_decoder": dict(ENCODER_DECODER, model__scale_embedding=True),
+    "beta2 of sgd": dict(optimizer__name="sgd", optimizer__beta2=0.9),
+    "epsilon of lion": dict(optimizer__name="lion", optimizer__epsilon=1e-6),
+    "decay of adam": dict(optimizer__name="adam", optimizer__weight_decay=0.2),
+    "decay_over of a constant rate": dict(optimizer__schedule="constant", optimizer__decay_over=50),
+    "decay_to of a rate without end": dict(optimizer__schedule="inverse_square_root", optimizer__decay_to=0.0),
+    "beta of DPO without preferences": dict(train__dpo_beta=0.5),
+    "labels without a task": dict(model__labels=("a", "b")),
+    "labels of a regression": dict(train__task="regression", data__packing="best_fit", model__labels=("a", "b")),
+    "z-loss of labels": dict(LABELS, train__z_loss=1e-4),
+    "columns without a task": dict(data__columns=("a",)),
+    "prompt of a task without texts": dict(LABELS, data__prompt="{text}"),
+    "metrics of texts without texts": dict(evaluate__metrics="summaries"),
+    "sample of an encoder": dict(ENCODER, evaluate__prompt="x"),
+    "sample of a task": dict(TEXTS, evaluate__prompt="x"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_nothing_reads_is_refused_by_name_with_its_mend(name):
+    with pytest.raises(
+        UserError, match=r"is read only where config\.\w+\.\w+ is .*\nleave it out, or: --config\."
+    ) as error:
+        tiny(**REFUSED[name])
+    path = list(REFUSED[name])[-1].replace("__", ".")
+    named = [line for line in str(error.value).split("\n") if line.startswith("config.")]
+    assert len(named) == 1 and len(str(error.value).split("\n")) <= 5
+    # The mend that it names is one: the same without that leaf.
+    mended = re.search(r"--config\.(\w+\.\w+)=", str(error.value))[1]
+    assert named[0].startswith(f"config.{mended} = ") and mended in [
+        name.replace("__", ".") for name in REFUSED[name]
+    ], path
+    tiny(**{name: value for name, value in REFUSED[name].items() if name.replace("__", ".") != mended})
+
+
+def test_what_a_run_or_another_folder_says_is_never_refused_for_its_reach():
+    """Nobody typed it here: it is read without what nothing reads."""
+    flat = flatten(tiny()) | {
+        "model.rotary_base": 1e6,
+        "optimizer.beta2": 0.9,
+        "optimizer.name": "sgd",
+        "train.dpo_beta": 0.3,
+    }
+    with pytest.raises(UserError):
+        resolve(unflatten(flat))
+    found = flatten(resolve_found(unflatten(flat)))
+    assert found["model.rotary_base"] == 10_000.0 and found["train.dpo_beta"] == 0.1

@@ -170,21 +170,33 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("num_rows", "crash"), [(8, 1), (8, 2), (8, 3), (0, 1), (0, 2)])
-def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(num_rows, crash, whole, tmp_path, monkeypatch):
-    """The `crash`-th evaluation raises; gone on with, the metrics are those of the run that nobody interrupted."""
-    line, evaluator, calls = evaluated(num_rows, tmp_path), evaluate.Evaluator.__call__, []
+EVALUATION, NEXT_STEP = (evaluate.Evaluator, "__call__"), (checkpoint.Saver, "poll")
+CRASHES = [
+    (8, EVALUATION, 1, 2),
+    (8, EVALUATION, 2, 4),
+    (8, EVALUATION, 3, 4),
+    (0, EVALUATION, 1, 2),
+    (0, EVALUATION, 2, 4),
+]
+
+
+@pytest.mark.parametrize(("num_rows", "where", "call", "saved"), [*CRASHES, (8, NEXT_STEP, 3, 2)])
+def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(
+    num_rows, where, call, saved, whole, tmp_path, monkeypatch
+):
+    """A call raises, in an evaluation or in the step after one; gone on with, the metrics are those of the whole run."""
+    line, real, calls = evaluated(num_rows, tmp_path), getattr(*where), []
 
     def crashing(*arguments, **named):
         calls.append(1)
-        if len(calls) == crash:
+        if len(calls) == call:
             raise Crash
-        return evaluator(*arguments, **named)
+        return real(*arguments, **named)
 
-    monkeypatch.setattr(evaluate.Evaluator, "__call__", crashing)
+    monkeypatch.setattr(*where, crashing)
     with pytest.raises(Crash):
         main.main(line)
-    assert checkpoint.complete_steps(tmp_path / "checkpoints")[-1] == (2 if crash == 1 else 4)
+    assert checkpoint.complete_steps(tmp_path / "checkpoints")[-1] == saved
     assert main.main(line) == 0
     assert lines_of(tmp_path) == lines_of(whole / str(num_rows))
 

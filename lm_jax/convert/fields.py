@@ -21,7 +21,7 @@ IDLE = frozenset(
     "output_attentions output_hidden_states output_router_logits router_aux_loss_coef router_jitter_noise return_dict "
     "attn_implementation _attn_implementation _attn_implementation_autoset experts_implementation cache_implementation "
     "attention_dropout hidden_dropout_prob attention_probs_dropout_prob classifier_dropout dropout_rate "
-    "resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn "
+    "resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn is_decoder "
     # heads of tasks, which have tensors of their own
     "id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params "
     # tokens and generation
@@ -39,7 +39,7 @@ FIXED = {"add_cross_attention": False, "tie_encoder_decoder": False, "is_encoder
 SIZES = dict.fromkeys(
     ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"], ...
 )
-ROTARY = {"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None}
+ROTARY = {"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0}
 SHARED: dict[str, Any] = {
     **SIZES,
     **ROTARY,
@@ -57,19 +57,42 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": SHARED | {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": SHARED | SLIDING | {"num_key_value_heads": 32, "use_mrope": False},
     "qwen3": SHARED | SLIDING | {"num_key_value_heads": 32, "head_dim": 128},
+    "gemma2": SIZES
+    | ROTARY
+    | {
+        "max_position_embeddings": ...,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    | {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "query_pre_attn_scalar": 256.0, "sliding_window": 4096}
+    | {"layer_types": None, "attention_bias": False, "mlp_bias": False, "use_bidirectional_attention": None}
+    | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     # The published files with images leave to the defaults of their text part whatever has not changed.
     "gemma3_text": {
         **{"vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26},
         **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072},
         **{"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
         **{"sliding_window": 4096, "sliding_window_pattern": 6, "layer_types": None, "query_pre_attn_scalar": 256.0},
-        **{"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "rope_scaling": None, "rope_parameters": None},
+        **ROTARY,
+        **{"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
         **{"attention_bias": False, "mlp_bias": False, "use_bidirectional_attention": False},
         **{"final_logit_softcapping": None, "attn_logit_softcapping": None},
     },
     "mixtral": SHARED
     | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "sliding_window": None}
     | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {name: default for name, default in SHARED.items() if name != "intermediate_size"}
+    | {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": None, "num_local_experts": 128}
+    | {"num_experts_per_tok": 8, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
+    | {"use_sliding_window": False, "sliding_window": 4096},
+    "phi3": SHARED | {"rms_norm_eps": 1e-5, "sliding_window": None},
+    "olmo2": SHARED | {"rms_norm_eps": 1e-5},
+    "smollm3": SHARED
+    | {"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True, "use_sliding_window": False}
+    | {"sliding_window": None, "layer_types": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
+    "granite": SHARED
+    | dict.fromkeys(["embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"], 1.0),
     "bert": {
         **SIZES,
         **{"max_position_embeddings": ..., "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2},
@@ -84,8 +107,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # Fields of one family that change nothing: parts that are not read, and what the fields above say once more.
 IDLE_OF = {
-    "gpt2": "n_ctx summary_type summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels is_decoder",
-    "gemma3_text": "_sliding_window_pattern",
+    "gpt2": "n_ctx summary_type summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels",
+    "gemma2": "hidden_act",
+    "gemma3_text": "hidden_act _sliding_window_pattern",
+    "qwen3_moe": "intermediate_size max_window_layers",
+    "phi3": "original_max_position_embeddings",  # of longrope, which is refused
+    "smollm3": "max_window_layers",
     "bert": "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type",
     "t5": "dense_act_fn is_gated_act",
 }
@@ -122,6 +149,12 @@ class Theirs:
         value = self(name, int, null)
         if value != null and not 0 < value <= largest:
             raise UserError(f"{self.where}: {name} = {value}: expected 1 to {largest:,}")
+        return value
+
+    def positive(self, name: str, null: float | Any = ...) -> float:
+        value = self(name, float, null)
+        if value != null and not value > 0:
+            raise UserError(f"{self.where}: {name} = {value}: expected more than 0")
         return value
 
     def only(self, **expected: Any) -> None:
@@ -162,6 +195,6 @@ class Theirs:
 def theirs_of(kind: str, content: dict[str, Any], where: str) -> Theirs:
     """A config.json of a family, after a look at what it says that is not read. Raises UserError."""
     theirs = Theirs(content, where, FIXED | DEFAULTS[kind])
-    theirs.nothing_else(f"a model of type {kind}", IDLE | frozenset(IDLE_OF.get(kind, "is_decoder").split()))
     theirs.only(**{name: value for name, value in FIXED.items() if name not in DEFAULTS[kind]})
+    theirs.nothing_else(f"a model of type {kind}", IDLE | frozenset(IDLE_OF.get(kind, "").split()))
     return theirs

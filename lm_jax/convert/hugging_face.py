@@ -56,6 +56,15 @@ class Slot(NamedTuple):
     kind: str
 
     @property
+    def num_outputs(self) -> int:
+        return self.matrix[1]
+
+    @property
+    def output_axis(self) -> int:
+        """Of their tensor, along which it may have parts."""
+        return 0 if self.kind in ("linear", "undivided") else -1
+
+    @property
     def matrix(self) -> tuple[int, int]:
         return math.prod(self.shape[: self.num_inputs]), math.prod(self.shape[self.num_inputs :])
 
@@ -65,7 +74,7 @@ class Slot(NamedTuple):
         shapes |= {"undivided": (outputs, inputs), "table": (num_pieces, self.shape[-1]), "pieces": (num_pieces,)}
         return shapes.get(self.kind, (inputs * outputs,))
 
-    def to_ours(self, x: np.ndarray, query_scale: float) -> np.ndarray:
+    def to_ours(self, x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float32)
         if self.kind == "table":
             return np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)))
@@ -73,10 +82,8 @@ class Slot(NamedTuple):
             return np.pad(x, (0, self.shape[0] - len(x)))
         if self.kind == "undivided":
             return (x.T * np.float32(math.sqrt(self.shape[-1]))).reshape(self.shape)
-        if self.kind in ("one_more", "query"):
+        if self.kind == "one_more":
             x = 1 + x
-        if self.kind == "query":
-            x = x * np.float32(query_scale)
         return (x.T if self.kind == "linear" else x).reshape(self.shape)
 
     def to_theirs(self, x: np.ndarray, num_pieces: int) -> np.ndarray:
@@ -84,7 +91,7 @@ class Slot(NamedTuple):
             return x[:num_pieces]
         if self.kind == "undivided":
             return x.reshape(self.matrix).T / np.float32(math.sqrt(self.shape[-1]))
-        if self.kind in ("one_more", "query"):
+        if self.kind == "one_more":
             return x - 1
         return x.reshape(self.matrix).T if self.kind == "linear" else x.reshape(self.their_shape(num_pieces))
 
@@ -212,13 +219,13 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
         problems.append(f"of another shape: {listed(wrong)}, such as {shown[wrong[0]]}")
     if problems:
         raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
-    query_scale = families.query_scale(described.family, described.content, described.config.model.head_dim)
     flat = {path: np.empty(declared.shape, np.float32) for path, declared in graph.declarations.items()}
     for name, parts in wanted.items():
         x = found[name]
-        pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, len(parts), axis=-1)
+        ends = np.cumsum([part.num_outputs for part in parts])[:-1]
+        pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, ends, axis=parts[0].output_axis)
         for slot, piece in zip(parts, pieces, strict=True):
-            flat[slot.path][slot.at] = slot.to_ours(piece, query_scale)
+            flat[slot.path][slot.at] = slot.to_ours(piece)
     return nnx.traversals.unflatten_mapping(flat)
 
 
@@ -235,8 +242,10 @@ def without_heads(
 
 def whole_shape(parts: list[Slot], num_pieces: int) -> tuple[int, ...]:
     """Of a tensor that holds these parts side by side."""
-    *lead, last = parts[0].their_shape(num_pieces)
-    return *lead, last * len(parts)
+    shape = list(parts[0].their_shape(num_pieces))
+    if len(parts) > 1:
+        shape[parts[0].output_axis] = sum(part.num_outputs for part in parts)
+    return tuple(shape)
 
 
 def read_parameters(folder: str, described: Description) -> dict:
@@ -247,13 +256,20 @@ def what_it_is(model: Model) -> dict[str, Any]:
     """The settings that a config.json must say."""
     found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
     windows = tuple(families.windows(model))
-    unused = set() if model.positions == "rotary" else {"rotary_base", "rotary_scaling", "rotary_local_base"}
+    of_rotary = {"rotary_base", "rotary_scaling", "rotary_scaling_kind", "rotary_share", "rotary_local_base"}
+    unused = set() if model.positions == "rotary" else of_rotary
     unused |= set() if model.num_experts else {"experts_per_token"}
+    unused |= set() if model.qk_norm else {"qk_norm_whole"}
+    unused |= set() if model.rotary_scaling[0] != 1 and model.rotary_scaling[3] else {"rotary_scaling_kind"}
     if model.rotary_scaling[0] == 1:
         found["rotary_scaling"] = 1
     if model.rotary_local_base in (0.0, model.rotary_base) and model.rotary_scaling[0] == 1 or not any(windows):
         found["rotary_local_base"] = model.rotary_base
-    found |= {"window": windows, "qkv_bias": model.qkv_bias or model.bias}
+    found |= {
+        "window": windows,
+        "qkv_bias": model.qkv_bias or model.bias,
+        "rotary_share": tuple(families.shares(model)),
+    }
     return {name: value for name, value in found.items() if name not in unused}
 
 
@@ -271,6 +287,8 @@ def description_of(config: Config, num_pieces: int, ids: dict[str, Any] | None =
         content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
         content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces, **(ids or {}))
         content[family.length] = max(length, context) if config.model.positions in WITHOUT_TABLE else length
+        if kind == "transformer":  # a family's own may be beyond this vocabulary: then no model is built
+            content.setdefault("pad_token_id", None)
         if name == "gpt2":
             content.update(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         content |= family.write(config.model)
@@ -292,12 +310,14 @@ def description_of(config: Config, num_pieces: int, ids: dict[str, Any] | None =
 def their_tensors(described: Description, ours: dict) -> dict[str, np.ndarray]:
     """Our parameters as their tensors, float32: the vocabulary without its padding, a tied table once."""
     parts: dict[str, list[np.ndarray]] = {}
+    axes: dict[str, int] = {}
     for slot in slots(FAMILIES[described.family], graph_of(described)):
         x: Any = ours
         for name in slot.path:
             x = x[name]
         parts.setdefault(slot.name, []).append(slot.to_theirs(np.asarray(x)[slot.at], described.num_pieces))
-    return {name: np.ascontiguousarray(np.concatenate(several, axis=-1)) for name, several in parts.items()}
+        axes[slot.name] = slot.output_axis
+    return {name: np.ascontiguousarray(np.concatenate(several, axes[name])) for name, several in parts.items()}
 
 
 Proof = Callable[[str, dict[str, np.ndarray]], None]

@@ -23,7 +23,7 @@ class Encoder(Transformer):
 
     def __init__(self, config: Model, num_pieces: int, sequence_length: int):
         super().__init__(config, num_pieces, sequence_length)
-        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
+        norm = lambda: Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
         dense = lambda num: Dense({"model": config.model_dim}, {"features": num}, config.init_scale, config.bias)
         self.segments = Embedding(NUM_SEGMENTS, config.model_dim, "segments", config.init_scale)
         self.embedding_norm = norm()

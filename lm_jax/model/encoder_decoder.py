@@ -58,7 +58,7 @@ class Layer(nnx.Module):
     def __init__(self, config: Model, decodes: bool):
         self.config, self.name = config, "decoder" if decodes else "encoder"
         stddev = config.init_scale / math.sqrt((3 if decodes else 2) * config.num_layers)
-        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
+        norm = lambda: Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
         self.attention_norm, self.attention = norm(), Attention(config, 0, stddev, causal=decodes)
         self.cross_norm = norm() if decodes else None
         self.cross = Attention(config, 0, stddev, causal=False) if decodes else None
@@ -99,7 +99,7 @@ class EncoderDecoder(LanguageModel):
         super().__init__(config, num_pieces, sequence_length)
         learned, relative = (config.positions == name for name in ("learned", "relative"))
         places = lambda: Embedding(sequence_length, config.model_dim, "positions", config.init_scale / 2)
-        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
+        norm = lambda: Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
         ends = config.norm_place != "post"  # there the last layers have normalised
         for name, decodes in (("encoder", False), ("decoder", True)):
             setattr(self, f"{name}_positions", places() if learned else None)

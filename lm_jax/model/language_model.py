@@ -13,7 +13,7 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.heads import num_outputs
 from lm_jax.model.attention import Context
-from lm_jax.model.layers import Dense, Dropout, Embedding
+from lm_jax.model.layers import Dense, Dropout, Embedding, capped
 from lm_jax.sharding import constrain, einsum, iota, reshape
 
 
@@ -68,14 +68,22 @@ class LanguageModel(nnx.Module):
         """What is added to the logits, as it is stored."""
         return None if self.output_bias is None else self.output_bias[...]
 
+    def before_table(self, x_BTD: jax.Array) -> jax.Array:
+        """Hidden states as they are multiplied with the output table, smaller where logits are divided by a constant."""
+        divisor = self.config.multipliers[3]
+        return x_BTD if divisor == 1 else x_BTD / divisor
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> float32 logits [B, T, V]; padding of the vocabulary never wins."""
+        x_BTD = self.before_table(x_BTD)
         batch, length, dim = x_BTD.shape
         table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")
         x_ND = reshape(x_BTD, (batch * length, dim), "tokens", None)
         logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab", dtype=jnp.float32)
         if self.bias_V is not None:
             logits = logits + constrain(self.bias_V, "vocab")[None]
+        if softcap := self.config.logit_softcap[1]:
+            logits = capped(logits, softcap)
         logits_BTV = reshape(logits, (batch, length, self.vocab_size), "batch", "length", "vocab")
         if self.vocab_size == self.num_pieces:
             return logits_BTV

@@ -144,21 +144,23 @@ def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
 
 
 class Norm(nnx.Module):
-    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim, in float32."""
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dims, {axis: size}, in float32."""
 
-    def __init__(self, dim: int, kind: str, epsilon: float, bias: bool, axis: str = "model"):
-        self.kind, self.epsilon, self.axis = kind, epsilon, axis
-        self.scale = declare((dim,), (axis,), constant(1.0))
-        self.bias = declare((dim,), (axis,), constant(0.0)) if bias and kind == "layernorm" else None
+    def __init__(self, dims: dict[str, int], kind: str, epsilon: float, bias: bool):
+        self.kind, self.epsilon, self.axes = kind, epsilon, tuple(dims)
+        sizes = tuple(dims.values())
+        self.scale = declare(sizes, self.axes, constant(1.0))
+        self.bias = declare(sizes, self.axes, constant(0.0)) if bias and kind == "layernorm" else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x, lead = x_BTD.astype(jnp.float32), (None,) * (x_BTD.ndim - 1)
+        num = len(self.axes)
+        x, lead, last = x_BTD.astype(jnp.float32), (None,) * (x_BTD.ndim - num), tuple(range(-num, 0))
         if self.kind == "layernorm":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        x = x * constrain(self.scale[...], self.axis)[lead]
+            x = x - x.mean(last, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(last, keepdims=True) + self.epsilon)
+        x = x * constrain(self.scale[...], *self.axes)[lead]
         if self.bias is not None:
-            x = x + constrain(self.bias[...], self.axis)[lead]
+            x = x + constrain(self.bias[...], *self.axes)[lead]
         return x.astype(x_BTD.dtype)
 
 
@@ -172,6 +174,11 @@ class Embedding(nnx.Module):
         """-> [B, T, D] in `dtype`; the gradient of a vector is added up in float32, also of one that is read at every token."""
         axes = self.table.get_metadata("declared").axes
         return take(constrain(self.table[...], *axes), ids_BT, "batch", "length", None).astype(dtype)
+
+
+def capped(logits: jax.Array, cap: float) -> jax.Array:
+    """Logits between -cap and cap, as they are near 0 (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * jnp.tanh(logits / cap)
 
 
 def stacked(block: nnx.Module, num: int) -> nnx.Module:
