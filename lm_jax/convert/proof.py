@@ -74,7 +74,7 @@ def prove(ours: Exported, peer: Peer) -> str:
     """What was seen to be equal, in a sentence. Raises UserError with what is not."""
     with jax.default_matmul_precision("highest"):
         apart, texts = distance(ours, peer), []
-        if decoding.writes(ours.described.config.model):
+        if apart <= LIMIT and decoding.writes(ours.described.config.model):
             texts = compared_texts(ours, peer)
     problems = [f"logits are {apart:.1e} of their size apart (limit {LIMIT:.0e})"] if apart > LIMIT else []
     problems += [text.problem for text in texts if text.problem]
