@@ -131,8 +131,9 @@ def marks_of(found: checkpoint.Located) -> Marks:
     """Those of a run, or of a Hugging Face folder: its tokenizer's post-processor, and the ids that its config.json names."""
     if not (found.described and isinstance(found.tokenizer, HuggingFace)):
         own = own_marks(found.tokenizer)
-        template = chat.find_template(found.workdir) if isinstance(found.tokenizer, HuggingFace) else ""
-        return own._replace(end=chat.end_of_turn(template, found.tokenizer)) if template else own
+        template = chat.find_template(found.workdir) if isinstance(found.tokenizer, HuggingFace) else None
+        ends = chat.ends_of_turn(template, found.tokenizer) if template else frozenset()
+        return own._replace(end=min(ends, default=own.end))
     described = checkpoint.read_json(found.workdir / "config.json")
     end, start = described.get("eos_token_id"), described.get("decoder_start_token_id")
     end = end[0] if isinstance(end, list) and end else end

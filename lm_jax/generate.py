@@ -106,7 +106,7 @@ def read_prompts(place: str) -> list[str]:
 def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
     parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, marks_of(located)
-    template = chat.read_template(located.workdir) if flags.chat else ""
+    template = chat.read_template(located.workdir) if flags.chat else None
     before = [{"role": "system", "content": flags.system}] if flags.system else []
 
     def write(

@@ -127,7 +127,8 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             checkpoint.write_config(workdir, config, origins, mixed.facts)
             checkpoint.write_tokenizer(workdir, mixed.tokenizer)
             if mixed.chat_template:
-                write_whole(workdir / chat.FILE, mixed.chat_template.encode())
+                for name, content in chat.files_of(mixed.chat_template).items():
+                    write_whole(workdir / name, content)
         this = Run(config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput)
         if mixed.compares:
             with goodput("reference"):

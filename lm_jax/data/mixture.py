@@ -142,9 +142,9 @@ class Mixture:
         return False
 
     @property
-    def chat_template(self) -> str:
+    def chat_template(self) -> Any:
         """In which a task writes conversations."""
-        return ""
+        return None
 
     def stream(self, data: Data) -> Mixed:
         """The rows to train on. Raises UserError where a source has none, or all of them fill no batch."""

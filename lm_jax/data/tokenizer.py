@@ -155,11 +155,11 @@ class HuggingFace:
         if self.document_id < 0:
             raise UserError(f"the tokenizer.json has no piece for the end of a text (any of {', '.join(self.ENDS)})")
         self.bytes_per_piece = np.zeros(self.num_pieces, np.int32)
-        added = {token["content"] for token in described["added_tokens"]}
+        self.added = {token["content"]: token["id"] for token in described["added_tokens"]}
         count = _piece_sizes(described)
         for piece, index in pieces.items():
             if index not in self._special:
-                self.bytes_per_piece[index] = len(piece.encode()) if piece in added else count(piece)
+                self.bytes_per_piece[index] = len(piece.encode()) if piece in self.added else count(piece)
 
     def encode(self, text: str) -> np.ndarray:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -176,9 +176,14 @@ class HuggingFace:
 
     def encode_control(self, text: str) -> np.ndarray:
         """Ids of a text whose names of special tokens mean these tokens: of a template's own words, never of a user's."""
+        return self.place_control(text)[0]
+
+    def place_control(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_control`, and [N, 2] from which character to which each id stands."""
         self._tokenizer.encode_special_tokens = False
         try:
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+            return np.array(found.ids, np.int32), np.array(found.offsets, int).reshape(-1, 2)
         finally:
             self._tokenizer.encode_special_tokens = True
 

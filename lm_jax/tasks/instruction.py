@@ -21,6 +21,7 @@ ROLES = ("system", "user", "assistant")
 class Instruction(Task):
     columns: tuple[str, ...] = ("messages",)
     writes = True
+    chat_template: chat.Template
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -44,33 +45,33 @@ class Instruction(Task):
         return values[0][self.last(values)]["content"]
 
     def end(self, by: Tokenizer) -> int:
-        return chat.end_of_turn(self.chat_template, by)
+        return min(chat.ends_of_turn(self.chat_template, by), default=by.document_id)
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         found = []
         for messages, where in values:
-            ids, is_answer = turns(self.chat_template, messages, by, where)
+            ids, is_answer, unlearnt = turns(self.chat_template, messages, by, where)
             segment = {"tokens": ids[:-1], "targets": ids[1:], "loss_mask": is_answer[1:].astype(np.float32)}
             if not segment["loss_mask"][:room].any():
                 raise UserError(
                     f"{where}: the assistant begins after {int(is_answer.argmax()):,} tokens, beyond a row of {room}:\n"
                     "raise config.data.sequence_length"
                 )
-            found.append(Encoded({name: x[:room] for name, x in segment.items()}, len(ids) - 1))
+            found.append(Encoded({name: x[:room] for name, x in segment.items()}, len(ids) - 1, unlearnt=len(unlearnt)))
         return found
 
     def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
         return chat.encode(self.chat_template, values[0][: self.last(values)], by)[-room:]
 
 
-def find_template(config: Config) -> str:
-    """The chat template that stands beside the tokenizer, "" where there is none."""
+def find_template(config: Config) -> chat.Template | None:
+    """The chat template that stands beside the tokenizer, None where there is none."""
     place = epath.Path(config.data.tokenizer)
     folder = place if place.is_dir() else place.parent
-    return chat.find_template(folder) if place.exists() else ""
+    return chat.find_template(folder) if place.exists() else None
 
 
-def template_of(config: Config) -> str:
+def template_of(config: Config) -> chat.Template:
     """The chat template that stands beside the tokenizer. Raises UserError."""
     if template := find_template(config):
         return template
@@ -80,7 +81,7 @@ def template_of(config: Config) -> str:
     )
 
 
-def turns(template: str, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
+def turns(template: chat.Template, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
     """The conversation of a record. Raises UserError that says where."""
     try:
         return chat.encode_turns(template, messages, by)
