@@ -262,14 +262,13 @@ class Marks:
         return Filled(text, spans, generation)
 
 
-def fill(template: Template, jobs: Sequence[Job], tokenizer: HuggingFace, now=None) -> tuple[Filled, list[str]]:
-    """What a template makes of the first job, with all that was said found in it, and the plain texts of the others.
+def fill(template: Template, messages: Sequence[Message], prompt: bool, tokenizer: HuggingFace, now=None) -> Filled:
+    """What a template makes of a conversation, with all that was said found in it again.
 
-    Raises UserError that names the message whose words are not found again.
+    Raises UserError that names the message whose words are not.
     """
-    messages, prompt, _ = jobs[0]
     marks, template = Marks(messages, template.source, names_of(tokenizer)[0]), shown(template, tokenizer)
-    text, marked, *others = render(template, [jobs[0], Job(marks.messages, prompt, marks.around), *jobs[1:]], now)
+    text, marked = render(template, [Job(messages, prompt), Job(marks.messages, prompt, marks.around)], now)
     filled = marks.read(marked)
     found = {id(span.part) for span in filled.spans}
     lost = next((part for part in marks.parts.values() if part.must and id(part) not in found), None)
@@ -285,7 +284,7 @@ def fill(template: Template, jobs: Sequence[Job], tokenizer: HuggingFace, now=No
         raise UserError(
             f"the chat template counts or takes apart the words of {which}: they cannot be told from its own"
         )
-    return filled, others
+    return filled
 
 
 class Tokens(NamedTuple):
@@ -329,7 +328,7 @@ def piece_of(text: str, a: int, b: int, tokenizer: HuggingFace, apart: bool, beg
 def encode(template: Template, messages: Sequence[Message], tokenizer: Tokenizer, now=None) -> np.ndarray:
     """int32 ids of a conversation, up to where the assistant speaks. Raises UserError."""
     known = with_controls(tokenizer)
-    filled, _ = fill(template, [Job(messages, True)], known, now)
+    filled = fill(template, messages, True, known, now)
     return tokens_of(filled, 0, len(filled.text), known).ids
 
 
@@ -369,20 +368,25 @@ def encode_turns(template: Template, messages: Sequence[Message], tokenizer: Tok
     Raises UserError where words are lost, where no turn is learnt, and where nothing says where one begins or ends.
     """
     known = with_controls(tokenizer)
-    own = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    jobs = [Job(messages[: k + n], not n) for k in own for n in (0, 1)]
-    filled, texts = fill(template, [Job(messages, False), *jobs], known, TAUGHT)
+    filled = fill(template, messages, False, known, TAUGHT)
     if filled.generation:
         return marked_turns(filled, known)
+    own = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    texts = render(shown(template, known), [Job(messages[: k + n], not n) for k in own for n in (0, 1)], TAUGHT)
     borders, unlearnt = [], []
     for k, before, after in zip(own, texts[::2], texts[1::2], strict=True):
-        if after.startswith(before) and filled.text.startswith(after):
-            borders += [len(before), end_of_answer(filled, k, len(before), len(after), known)]
-        else:
-            unlearnt.append(k)
+        if messages[k].get("tool_calls"):
+            raise UserError(
+                f"message {k + 1} calls tools: it is learnt where the template marks it with {{% generation %}}"
+            )
+        found = answer_in(filled, k, before, after, known)
+        borders += found
+        unlearnt += [] if found else [k]
+    if (
+        not borders and own and own[-1] + 1 < len(messages)
+    ):  # what follows the last answer has changed it, and is not learnt
+        return encode_turns(template, messages[: own[-1] + 1], tokenizer)
     if not borders:
-        if own and own[-1] + 1 < len(messages):  # what follows the last answer has changed it, and is not learnt
-            return encode_turns(template, messages[: own[-1] + 1], tokenizer)
         raise UserError(
             f"the chat template writes the turns before message {max(own, default=0) + 1} in another way once it has been said: "
             "nothing can be learnt"
@@ -415,23 +419,32 @@ def parted_turns(filled: Filled, borders: list[int], unlearnt: tuple[int, ...], 
     return Turns(np.concatenate(parts), np.concatenate(is_answer), unlearnt)
 
 
-def end_of_answer(filled: Filled, k: int, start: int, stop: int, tokenizer: HuggingFace) -> int:
-    """Where what the assistant writes as message k ends: after the first control token behind its words, before `stop`."""
+def answer_in(filled: Filled, k: int, before: str, after: str, tokenizer: HuggingFace) -> list[int]:
+    """Where in a text begins and ends what the assistant writes as message k, its end with the first control token behind
+    its words; [] where the text is another than `after`, which was written when that message was the last.
+
+    `before` is what the model was given. Raises UserError.
+    """
+    text, start = filled.text, len(before)
+    if not (after.startswith(before) and text.startswith(before)):
+        return []
     words = [span for span in filled.spans if span.part.message == k and span.part.must]
     if len({id(span.part) for span in words}) < len(words):
         raise UserError(f"the chat template writes message {k + 1} more than once: which is learnt cannot be told")
     first, last = (words[0].start, words[-1].stop) if words else (start, start)
-    lead = re.sub("<think>.*?</think>", "", filled.text[start:first], flags=re.DOTALL)
+    lead = re.sub("<think>.*?</think>", "", text[start:first], flags=re.DOTALL)
     if lead.strip() or first < start:
         raise UserError(
             "the chat template has no marker of where the assistant begins (it ignores add_generation_prompt)"
         )
-    end = end_of_control(filled.text, last, stop, tokenizer)
-    if end is None:
+    end = end_of_control(text, last, len(after), tokenizer)
+    if end and text[: end[1]] == after[: end[1]]:
+        return [start, end[1]]
+    if not end and text.startswith(after):
         raise UserError(
             "the chat template has no marker of where the assistant ends: no control token follows its words"
         )
-    return end[1]
+    return []
 
 
 @functools.lru_cache(maxsize=4)
@@ -454,7 +467,7 @@ def ends_of_turn(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
     known = with_controls(tokenizer)
     said = [user("a"), {"role": "assistant", "content": "b"}]
     try:
-        filled, _ = fill(template, [Job(said, False)], known)
+        filled = fill(template, said, False, known)
     except UserError:  # it takes no such conversation: what it writes is seen where it is asked
         return frozenset()
     stop = max(span.stop for span in filled.spans)
