@@ -49,11 +49,10 @@ def find_template(folder: epath.Path) -> Template | None:
     Files win over tokenizer_config.json, and of several templates the one named "default" is taken.
     """
     described = read_object(folder / NAMES_FILE)
-    named = {"default": (folder / FILE).read_text()} if (folder / FILE).exists() else {}
+    named = {"default": read_text(folder / FILE)} if (folder / FILE).exists() else {}
     if (folder / MORE).is_dir():
-        named |= {
-            path.name.removesuffix(".jinja"): path.read_text() for path in sorted((folder / MORE).glob("*.jinja"))
-        }
+        files = sorted((folder / MORE).glob("*.jinja"))
+        named |= {path.name.removesuffix(".jinja"): read_text(path) for path in files}
     found = named or described.get("chat_template") or {}
     if isinstance(found, str):
         found = {"default": found}
@@ -83,12 +82,22 @@ def files_of(template: Template) -> dict[str, bytes]:
     return {FILE: template.source.encode(), NAMES_FILE: named.encode()}
 
 
+def read_text(path: epath.Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror if isinstance(error, OSError) else 'no UTF-8'}"
+        ) from None
+
+
 def read_object(path: epath.Path) -> dict[str, Any]:
     """A file's JSON object, {} where there is no file. Raises UserError."""
     if not path.exists():
         return {}
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {str(error)[:100]}") from None
     if not isinstance(content, dict):
@@ -96,11 +105,18 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def read_template(folder: epath.Path) -> Template:
-    """The chat template of a folder. Raises UserError where it has none."""
-    if template := find_template(folder):
-        return template
-    raise UserError(f"--model {folder} has no chat template ({FILE} or {NAMES_FILE}): leave --chat out")
+def read_template(folder: epath.Path, variables: str = "") -> Template:
+    """The chat template of a folder, with further variables in JSON. Raises UserError where it has none."""
+    template = find_template(folder)
+    if template is None:
+        raise UserError(f"--model {folder} has no chat template ({FILE} or {NAMES_FILE}): leave --chat out")
+    try:
+        given = json.loads(variables or "{}")
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise UserError(f"--chat_variables {variables}: no JSON object such as '{{\"enable_thinking\": false}}'")
+    return template._replace(variables=template.variables | given)
 
 
 class Sandbox:
@@ -123,11 +139,15 @@ class Sandbox:
             if self.process is None or self.process.poll() is not None:
                 self.process = self.start()
             assert self.process.stdin and self.process.stdout
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-            reply = self.process.stdout.readline()
+            try:
+                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                self.process.stdin.flush()
+                reply = self.process.stdout.readline()
+            except BrokenPipeError:
+                reply = b""
             if not reply:
                 ended = self.process.wait()
+                self.close()
                 why = "it computes for too long" if ended == -signal.SIGXCPU else f"its process ended ({ended})"
                 raise UserError(f"the chat template cannot be filled in: {why}")
         found = json.loads(reply)
@@ -174,7 +194,7 @@ class Part(NamedTuple):
 
     message: int
     words: str
-    must: bool  # it may not be missing: thoughts may, as templates leave out earlier ones
+    must: bool  # it may not be missing; thoughts may, as templates leave out earlier ones
     spells: bool  # the name of a special token, which stays text
 
 
@@ -197,10 +217,10 @@ class Filled(NamedTuple):
 class Marks:
     """Two private characters of their own around each part of what was said, to be found again in what a template writes."""
 
-    def __init__(self, messages: Sequence[Message], source: str, names: re.Pattern):
+    def __init__(self, messages: Sequence[Message], source: str, names: re.Pattern, prompt: bool):
         used = {*json.dumps(messages, ensure_ascii=False), *source}
         self.free = (chr(k) for k in PRIVATE if chr(k) not in used)
-        self.names = names
+        self.names, self.newest = names, -1 if prompt else len(messages) - 1  # whose thoughts are not earlier ones
         self.parts: dict[str, Part] = {}  # by the character before each
         self.lasts: dict[str, str] = {}  # the character after each: the one before it
         self.around = self._sign() + self._sign()
@@ -219,10 +239,14 @@ class Marks:
         if not isinstance(value, str) or name == ".role":
             return value
         if name not in (".content", ".content.text"):
-            return self._text(k, value, must=False, whole=name[1:] in THOUGHTS)
-        # <think> and </think> of an assistant are its template's; what stands before the second may be left out.
+            thinks = name[1:] in THOUGHTS
+            return self._text(k, value, must=thinks and k == self.newest, whole=thinks)
+        # <think> and </think> of an assistant are its template's; what stands before the second are its thoughts.
         *pieces, last = re.split("(</?think>)", value) if role == "assistant" else [value]
-        marked = [self._text(k, a, must=b != "</think>") + b for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
+        marked = [
+            self._text(k, a, must=b != "</think>" or k == self.newest) + b
+            for a, b in zip(pieces[::2], pieces[1::2], strict=True)
+        ]
         return "".join(marked) + self._text(k, last, must=True)
 
     def _text(self, k: int, text: str, must: bool, whole: bool = True) -> str:
@@ -267,7 +291,7 @@ def fill(template: Template, messages: Sequence[Message], prompt: bool, tokenize
 
     Raises UserError that names the message whose words are not.
     """
-    marks, template = Marks(messages, template.source, names_of(tokenizer)[0]), shown(template, tokenizer)
+    marks, template = Marks(messages, template.source, names_of(tokenizer)[0], prompt), shown(template, tokenizer)
     text, marked = render(template, [Job(messages, prompt), Job(marks.messages, prompt, marks.around)], now)
     filled = marks.read(marked)
     found = {id(span.part) for span in filled.spans}
@@ -344,7 +368,8 @@ def shown(template: Template, tokenizer: HuggingFace) -> Template:
         return template
     names = {index: name for name, index in tokenizer.special.items()}
     first = "".join(names.get(index, "") for index in tokenizer.around()[0])
-    own = {"bos_token": first, "eos_token": names.get(tokenizer.document_id, "")}
+    end = tokenizer.known_document
+    own = {"bos_token": first, "eos_token": "" if end is None else names.get(end, "")}
     return template._replace(variables=own | template.variables)
 
 
@@ -432,7 +457,7 @@ def answer_in(filled: Filled, k: int, before: str, after: str, tokenizer: Huggin
     if len({id(span.part) for span in words}) < len(words):
         raise UserError(f"the chat template writes message {k + 1} more than once: which is learnt cannot be told")
     first, last = (words[0].start, words[-1].stop) if words else (start, start)
-    lead = re.sub("<think>.*?</think>", "", text[start:first], flags=re.DOTALL)
+    lead = re.sub("<think>.*?(</think>|$)", "", text[start:first], flags=re.DOTALL)
     if lead.strip() or first < start:
         raise UserError(
             "the chat template has no marker of where the assistant begins (it ignores add_generation_prompt)"
@@ -462,14 +487,14 @@ def end_of_control(text: str, start: int, stop: int, tokenizer: HuggingFace) -> 
     return next(((control[0], control.end()) for control in found if control), None)
 
 
-def ends_of_turn(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that a template writes behind what an assistant said; none where it writes only text there."""
+def ends_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The control token that a template writes behind what an assistant said; none where it writes only text there."""
     known = with_controls(tokenizer)
     said = [user("a"), {"role": "assistant", "content": "b"}]
     try:
         filled = fill(template, said, False, known)
-    except UserError:  # it takes no such conversation: what it writes is seen where it is asked
-        return frozenset()
+    except UserError:  # it takes no such conversation: what it says of others is seen where they are written
+        return ()
     stop = max(span.stop for span in filled.spans)
     end = end_of_control(filled.text, stop, len(filled.text), known)
-    return frozenset([known.added[end[0]]] if end else [])
+    return (known.added[end[0]],) if end else ()

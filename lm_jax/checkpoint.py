@@ -26,10 +26,11 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax import __version__
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
+from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_url, file_hash, is_url
 from lm_jax.data.sources import files_below
-from lm_jax.data.tokenizer import Tokenizer, load, named
+from lm_jax.data.tokenizer import Tokenizer, load, named, read_json
 from lm_jax.distributed import leads
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
@@ -266,11 +267,11 @@ def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], 
     write_whole(workdir / "config.json", json.dumps(content, indent=1).encode())
 
 
-def write_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer's file under its own name, whole or not at all."""
-    path = workdir / tokenizer.file_name
-    if not path.exists() or path.read_bytes() != tokenizer.model:
-        write_whole(path, tokenizer.model)
+def write_tokenizer(workdir: epath.Path, tokenizer: Tokenizer, ids: special_ids.SpecialIds) -> None:
+    """The tokenizer's file under its own name, and what begins and ends a text; each whole or not at all."""
+    for name, content in special_ids.files(tokenizer, ids).items():
+        if not (workdir / name).exists() or (workdir / name).read_bytes() != content:
+            write_whole(workdir / name, content)
 
 
 def has_steps(workdir: epath.Path) -> bool:
@@ -355,6 +356,11 @@ class Located(NamedTuple):
         added = lambda: specials(self.tokenizer, self.config.data.objective).num_pieces
         return self.described.num_pieces if self.described else added()
 
+    @property
+    def special_ids(self) -> special_ids.SpecialIds:
+        """What begins and ends a text."""
+        return special_ids.read(self.workdir, self.tokenizer)
+
 
 def locate(model: str, say: Callable[[str], None] = print) -> Located:
     """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified; or a Hugging Face folder. Raises UserError."""
@@ -409,15 +415,6 @@ def fingerprint(located: Located) -> str:
     return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """An object in a file, {} where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def locate_hugging_face(folder: epath.Path) -> Located:
     """A folder with config.json, safetensors and a tokenizer. The one place where the core looks up `convert`."""
     from lm_jax.convert import hugging_face
@@ -425,10 +422,6 @@ def locate_hugging_face(folder: epath.Path) -> Located:
     described = hugging_face.read_description(str(folder))
     with named(f"--model {folder}: its tokenizer"):
         tokenizer = load(str(folder))
-    if tokenizer.num_pieces > described.num_pieces:
-        raise UserError(
-            f"--model {folder}: its tokenizer has {tokenizer.num_pieces} pieces, its config.json says {described.num_pieces}"
-        )
     return Located(folder, 0, described.config, tokenizer, described)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_jax import beam, chat, checkpoint, command, distributed
 from lm_jax.config import Mesh, UserError
-from lm_jax.decoding import SLICE, Completion, marks_of, stream, writes
+from lm_jax.decoding import SLICE, Completion, stream, writes
 from lm_jax.model.graph import Graph
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import make_mesh
@@ -28,6 +28,9 @@ def main(arguments: list[str]) -> int:
         "--chat", action="store_true", help="prompts are what a user says, in the model's chat template"
     )
     parser.add_argument("--system", default="", help="with --chat: what stands before a conversation")
+    parser.add_argument(
+        "--chat_variables", default="", help='with --chat: of the template, such as {"enable_thinking": false}'
+    )
     parser.add_argument("--prompts", default="", help="a file with a prompt a line; JSON lines come out")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
@@ -56,8 +59,9 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
     if flags.prompt and flags.prompts:
         parser.error("--prompt and --prompts: one of them")
-    if flags.system and not flags.chat:
-        parser.error("--system needs --chat")
+    for name in ("system", "chat_variables"):
+        if getattr(flags, name) and not flags.chat:
+            parser.error(f"--{name} needs --chat")
     from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = checkpoint.locate(flags.model, Terminal())
     if not writes(found.config.model):
@@ -105,8 +109,9 @@ def read_prompts(place: str) -> list[str]:
 
 def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
-    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, marks_of(located)
-    template = chat.read_template(located.workdir) if flags.chat else None
+    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
+    template = chat.read_template(located.workdir, flags.chat_variables) if flags.chat else None
+    marks = marks.also(*chat.ends_of_turn(template, tokenizer)) if template else marks
     before = [{"role": "system", "content": flags.system}] if flags.system else []
 
     def write(

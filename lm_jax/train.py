@@ -18,6 +18,7 @@ from lm_jax.config import Config, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_url
+from lm_jax.data.tokenizer import BESIDE
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import generate
 from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
@@ -125,7 +126,9 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             return already_done(desk, say)
         if leads():
             checkpoint.write_config(workdir, config, origins, mixed.facts)
-            checkpoint.write_tokenizer(workdir, mixed.tokenizer)
+            if not saved or not (workdir / BESIDE).exists():
+                inherited = source.special_ids.ends if isinstance(source, checkpoint.Located) else ()
+                checkpoint.write_tokenizer(workdir, mixed.tokenizer, mixed.special_ids.also(*inherited))
             if mixed.chat_template:
                 for name, content in chat.files_of(mixed.chat_template).items():
                     write_whole(workdir / name, content)

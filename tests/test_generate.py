@@ -12,8 +12,9 @@ from conftest import ROOT, command, tiny
 from lm_jax import beam
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import hugging_face
+from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import Bytes
-from lm_jax.decoding import Marks, complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.decoding import complete, decode, generate, on_mesh, prefill, stream
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build
 from lm_jax.sampling import GREEDY, Sampling, keys, sample
@@ -174,7 +175,7 @@ def test_no_weight_is_copied_for_a_token(model):
 
     def temporary(parameters) -> int:
         state = prefill(graph, parameters, on_mesh(np.ones((1, 8), np.int32)), on_mesh(np.array([8])), 16)
-        compiled = decode.lower(graph, parameters, state, sampling, 8, 8, 0).compile()
+        compiled = decode.lower(graph, parameters, state, sampling, 8, 8, (0,)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     largest = max(x[0].nbytes for x in jax.tree.leaves(stacked["block_0"]))
@@ -237,7 +238,7 @@ def test_an_encoder_decoder_writes_what_its_full_forward_says():
         sharded = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
         apart = graph.apart(sharded)
         state = prefill(graph, apart, on_mesh(prompts), on_mesh(np.array([20, 13])), 32, start=1)
-        written, _, _ = decode(graph, apart, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, 1)
+        written, _, _ = decode(graph, apart, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, (1,))
     parameters, source = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), sharded), jnp.asarray(prompts)
     lengths, module = jnp.array([20, 13]), graph.module(parameters)
     places = jnp.broadcast_to(jnp.arange(20)[None], (2, 20))
@@ -332,7 +333,7 @@ def test_greedy_and_beam_texts_are_those_of_transformers(name, tmp_path):
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
         parameters = jax.tree.map(jnp.asarray, hugging_face.read_parameters(str(tmp_path), described))
-        arguments, marks = (graph, parameters, Bytes(), prompts, 16), Marks((), (), 0, end)
+        arguments, marks = (graph, parameters, Bytes(), prompts, 16), SpecialIds((), (), 0, (end,))
         greedy = [x.tokens for x in complete(*arguments, GREEDY, marks=marks)]
         best = [x.tokens for x in beam.search(*arguments, 3, 1.0, marks)]
     assert greedy == texts_there(model, prompts, 16, 1, end)

@@ -60,7 +60,8 @@ SHAPES = {
             {%- if call.function is defined %}
                 {%- set call = call.function %}
             {%- endif %}
-            {{- '\n<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}{{ call.arguments | tojson }}{{ '}\n</tool_call>' }}
+            {{- '\n<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
+            {{- call.arguments | tojson }}{{ '}\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>' }}
         {%- endgeneration %}
@@ -387,7 +388,7 @@ CONVERSATIONS = {
     "spaces": [says("system", " calm\n"), says("user", "  two\n\nlines?  "), says("assistant", " def f(x):\n\treturn 1 "),
                says("user", "\n\nagain\t"), says("assistant", "\n    indented\n\n")],
     "empty": [says("user", ""), says("assistant", "Well?"), says("user", "ok"), says("assistant", "")],
-    "html": [says("user", "<b>&amp; \"quoted\" 'single' {{ braces }} {% raw %}</b>"), says("assistant", "</s <|im_end {# #} \\n")],
+    "html": [says("user", "<b>&amp; \"quoted\" 'single' {{ braces }} {% raw %}</b>"), says("assistant", "</s <|im_end {# #}")],
     "thinking": [COLOUR, says("assistant", "<think>\nSky?\n</think>\n\nBlue."), says("user", "Sure?"),
                  says("assistant", "<think>\nYes.\n</think>\n\nSure.")],
     "reasoning": [COLOUR, says("assistant", "Blue.", reasoning_content="Sky?"), says("user", "Sure?"),

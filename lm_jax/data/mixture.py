@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.config import Data, UserError, Weight
-from lm_jax.data import shards, tokenizer
+from lm_jax.data import shards, special_ids, tokenizer
 from lm_jax.data.objectives import make_hide
 from lm_jax.data.packing import Batch, BestFit, Held, Hide, Stream, as_it_is, stacked
 
@@ -145,6 +145,11 @@ class Mixture:
     def chat_template(self) -> Any:
         """In which a task writes conversations."""
         return None
+
+    @property
+    def special_ids(self) -> special_ids.SpecialIds:
+        """What begins and ends a text that a model has learnt from."""
+        return special_ids.of_documents(self.tokenizer)
 
     def stream(self, data: Data) -> Mixed:
         """The rows to train on. Raises UserError where a source has none, or all of them fill no batch."""

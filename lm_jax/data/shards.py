@@ -178,10 +178,12 @@ class ShardWriter:
         """Writes what is open, the tokenizer and last the manifest, with `facts` (JSON) beside counts and hashes."""
         for split in list(self._open):
             self._finish(split)
-        with open(os.path.join(self.folder, self.tokenizer.file_name), "wb") as file:
-            file.write(self.tokenizer.model)
-            flush(file)
-        names = [self.tokenizer.file_name, *shard_names(self.counts)]
+        kept = tokenizer.files(self.tokenizer)
+        for name, content in kept.items():
+            with open(os.path.join(self.folder, name), "wb") as file:
+                file.write(content)
+                flush(file)
+        names = [*kept, *shard_names(self.counts)]
         manifest = {
             "format": FORMAT,
             "pipeline": PIPELINE,
@@ -251,7 +253,7 @@ def open_corpus(
     pieces = 0 if given else tokenizer.num_pieces(data.tokenizer)
     given = given or (None if pieces else tokenizer.load(data.tokenizer))
     source = place if place == "python" or is_url(place) else os.path.abspath(place)
-    by = given.fingerprint if given else data.tokenizer
+    by = given.fingerprint + given.beside.decode() if given else data.tokenizer
     identity = [FORMAT, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
     if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
         identity.append([(name, hashlib.sha256(text).hexdigest()) for name, text in sources.documents(source)])
@@ -367,7 +369,7 @@ def read_manifest(folder: str, mend: str) -> dict:
         raise UserError(f"{path} cannot be read as the manifest of a corpus; {mend}") from None
     if found != FORMAT:
         raise UserError(f"{path} has format {found!r}, this version reads {FORMAT}; {mend}")
-    if sorted(names) != sorted(manifest["files"]):
+    if sorted(names) != sorted(name for name in manifest["files"] if name != tokenizer.BESIDE):
         raise UserError(f"{path}: its files are not those of its counts; {mend}")
     return manifest
 

@@ -16,6 +16,7 @@ from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Encoded, Task
 
 ROLES = ("system", "user", "assistant")
+UNREAD = ("tool_calls", "function_call", "tool_call_id")
 
 
 class Instruction(Task):
@@ -44,8 +45,8 @@ class Instruction(Task):
     def truth(self, values: tuple) -> str:
         return values[0][self.last(values)]["content"]
 
-    def end(self, by: Tokenizer) -> int:
-        return min(chat.ends_of_turn(self.chat_template, by), default=by.document_id)
+    def ends(self, by: Tokenizer) -> tuple[int, ...]:
+        return chat.ends_of_turn(self.chat_template, by)
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         found = []
@@ -104,6 +105,8 @@ def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.
             raise UserError(f"{where}: role {role!r} is none of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise UserError(f"{where} ({role}) {'is empty' if isinstance(content, str) else 'has no text'}")
+        if unread := next((name for name in UNREAD if message.get(name)), ""):
+            raise UserError(f"{where} has {unread}: conversations with tools are not read")
         if role == "system" and number > 1:
             raise UserError(f"{where}: a system speaks first or not at all")
         if role == "assistant" and "user" not in roles:
@@ -113,4 +116,5 @@ def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.
         raise UserError(f"{row.where}: no message is an assistant's: there is nothing to learn")
     if not answered and roles[-1] != "user":
         raise UserError(f"{row.where}: the last message of {column} is {roles[-1]}'s, not a user's")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    read = ("role", "content", *chat.THOUGHTS)
+    return [{name: message[name] for name in read if isinstance(message.get(name), str)} for message in messages]
