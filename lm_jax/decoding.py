@@ -49,6 +49,7 @@ def prefill(
 ) -> State:
     """The state before the first new token; `slots` is what a text may have in all. An encoder reads the prompt whole."""
     model, (batch, length) = graph.module(parameters), tokens_BP.shape
+    lengths_B = constrain(lengths_B, "batch")  # so that what is carried through the loop of `decode` keeps its layout
     caches, zeros_B = graph.empty_caches(batch, slots), jnp.zeros_like(lengths_B)
     caches = Apart.of(caches) if is_apart(parameters) else caches
     ended_B, step = zeros_B > 0, jnp.int32(0)
@@ -80,7 +81,7 @@ def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]
         hidden_B1D, caches = model.decode(token_B1, context, state.source, None, state.caches)
     else:
         hidden_B1D, caches = model(token_B1, context, None, state.caches)
-    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0].astype(jnp.float32), caches
+    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0], caches
 
 
 def is_any(ids: jax.Array, ends: tuple[int, ...]) -> jax.Array:

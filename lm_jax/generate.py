@@ -1,6 +1,7 @@
 """`python -m lm_jax.generate --model MODEL`: a prompt, a file of prompts, or a conversation."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from lm_jax import beam, chat, checkpoint, command, distributed
 from lm_jax.config import Mesh, UserError
+from lm_jax.data.tokenizer import tell_losses
 from lm_jax.decoding import SLICE, Completion, stream, writes
 from lm_jax.model.graph import Graph
 from lm_jax.sampling import Sampling
@@ -42,6 +44,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stop", action="append", default=[], help="a text ends before it; may stand several times")
     parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = off")
     parser.add_argument("--length_penalty", type=float, default=1.0, help="of beam search: above 0 longer texts win")
+    drawn = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    parser.reads({"beams": (1,)}, *drawn)  # what beam search neither draws nor stops at
+    parser.reads({"beams": tuple(range(2, 65))}, "length_penalty")
+    parser.reads({"chat": ()}, "system", "chat_variables")
     flags = parser.parse_args(arguments)
     bounds = {
         "max_new_tokens": (1, 1e6),
@@ -59,17 +65,16 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
     if flags.prompt and flags.prompts:
         parser.error("--prompt and --prompts: one of them")
-    for name in ("system", "chat_variables"):
-        if getattr(flags, name) and not flags.chat:
-            parser.error(f"--{name} needs --chat")
+    say = Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
-    found = checkpoint.locate(flags.model, Terminal())
+    found = checkpoint.locate(flags.model, say)
     if not writes(found.config.model):
         does = f"answers with its {found.config.model.head}" if found.config.model.head else "fills in what is hidden"
         raise UserError(
             f"--model {flags.model}, of kind {found.config.model.kind}, {does} and writes no text\n"
             f"measure it with python -m lm_jax.evaluate --model {flags.model}"
         )
+    tell_losses(found.tokenizer, say)
     with jax.set_mesh(make_mesh(Mesh(), distributed.devices())):
         write = writer(*checkpoint.load_parameters(found), found, flags)
         if from_file:
@@ -131,15 +136,21 @@ def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -
             sampling = Sampling(**named | {"seed": np.uint32((flags.seed + first) % 2**32)})
             shown, settings = "", (flags.max_new_tokens, sampling, tuple(flags.stop), SLICE if show else 0, marks)
             for found in stream(graph, parameters, tokenizer, given, *settings):
-                whole = found[0].text.rstrip("\ufffd")  # half a character may be at the end
-                if show and whole.startswith(shown):
-                    show(whole[len(shown) :])
-                    shown = whole
+                shown += grown(shown, found[0].text.rstrip("\ufffd"), show)  # half a character may be at the end
+            grown(shown, found[0].text, show)
         if show and flags.beams > 1:
             show(found[0].text)
         return found
 
     return write
+
+
+def grown(shown: str, text: str, show: Callable[[str], None] | None) -> str:
+    """What a text has more than what was shown of it, which `show` gets."""
+    new = text[len(os.path.commonprefix([shown, text])) :]
+    if show and new:
+        show(new)
+    return new
 
 
 if __name__ == "__main__":

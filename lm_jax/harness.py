@@ -51,6 +51,11 @@ class HarnessModel(TemplateLM):
         if self.max_length > self.graph.sequence_length:
             raise UserError(f"--max_length {max_length}: the model sees {self.graph.sequence_length} tokens")
 
+    def in_chat(self) -> None:
+        """Texts end where the chat template ends the assistant's turn, too."""
+        template = chat.read_template(self.found.workdir)
+        self.marks = self.marks.also(*chat.ends_of_turn(template, self.found.tokenizer))
+
     @property
     def eot_token_id(self) -> int:
         return self.marks.ends[0] if self.marks.ends else self.found.tokenizer.document_id

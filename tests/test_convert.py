@@ -40,7 +40,7 @@ def distance(name: str, mistake=None) -> float:
     return parity.apart(logits[:, ::3], expected, -(-lengths // 3))
 
 
-@pytest.mark.parametrize("name", parity.FIRST)
+@pytest.mark.parametrize("name", parity.RECORDED)
 def test_the_logits_are_those_that_pytorch_gave(name):
     assert distance(name) < parity.LIMIT
 
@@ -74,6 +74,25 @@ def wider_window(content, tensors):
 )  # fmt: skip
 def test_a_planted_mistake_is_seen(name, mistake):
     assert distance(name, mistake) > 2 * parity.LIMIT
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("gemma2", "attn_logit_softcapping", 3.1), ("gemma2", "final_logit_softcapping", 4.1),
+        ("gemma2", "query_pre_attn_scalar", 21), ("gemma2", "attn_logit_softcapping", None),
+        ("phi3", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 1.0}),
+        ("smollm3", "no_rope_layers", [1, 1, 0, 1]), ("qwen3_moe", "num_experts_per_tok", 1),
+        ("granite", "embedding_multiplier", 3.1), ("granite", "residual_multiplier", 0.23),
+        ("granite", "attention_multiplier", 0.41), ("granite", "logits_scaling", 7.1),
+        ("llama_yarn", "rope_parameters", {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}),
+        ("llama_yarn", "rope_parameters",
+         {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_slow": 2.0}),
+    ],
+)  # fmt: skip
+def test_every_new_setting_counts(name, field, value):
+    """One field of the config another: the logits are others, so that those above say something."""
+    assert distance(name, lambda content, tensors: content.update({field: value})) > 2 * parity.LIMIT
 
 
 @pytest.mark.proof

@@ -11,11 +11,14 @@ Tokenizer and chat template go along. Nothing is written where anything is missi
 
 import os
 
+from lm_jax import command  # first: Ctrl-C is answered while the others are imported
+
+# isort: split
 import jax
 import numpy as np
 from etils import epath
 
-from lm_jax import checkpoint, command, distributed
+from lm_jax import checkpoint, distributed
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import gguf, hugging_face, run
 from lm_jax.data.objectives import example

@@ -16,17 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve
+from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve_found
 from lm_jax.convert import encoders, families, safetensors
-from lm_jax.convert.families import EXPERT, LAYER, Family, Theirs
+from lm_jax.convert.families import EXPERT, LAYER, Family
+from lm_jax.convert.fields import theirs_of
+from lm_jax.files import MODEL_FILES
 from lm_jax.model.graph import Graph, build
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
 # What describes the text beside the weights goes along as it is.
-CARRIED = (
-    "tokenizer.json", "tokenizer.model", "tokenizer.bytes", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 # Not parameters: masks and frequencies that older versions saved as well.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
 # The same arrays under other names, where the tables are one.
@@ -57,6 +55,15 @@ class Slot(NamedTuple):
     kind: str
 
     @property
+    def num_outputs(self) -> int:
+        return self.matrix[1]
+
+    @property
+    def output_axis(self) -> int:
+        """Of their tensor, along which it may have parts."""
+        return 0 if self.kind in ("linear", "undivided") else -1
+
+    @property
     def matrix(self) -> tuple[int, int]:
         return math.prod(self.shape[: self.num_inputs]), math.prod(self.shape[self.num_inputs :])
 
@@ -66,7 +73,7 @@ class Slot(NamedTuple):
         shapes |= {"undivided": (outputs, inputs), "table": (num_pieces, self.shape[-1]), "pieces": (num_pieces,)}
         return shapes.get(self.kind, (inputs * outputs,))
 
-    def to_ours(self, x: np.ndarray, query_scale: float) -> np.ndarray:
+    def to_ours(self, x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float32)
         if self.kind == "table":
             return np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)))
@@ -74,10 +81,8 @@ class Slot(NamedTuple):
             return np.pad(x, (0, self.shape[0] - len(x)))
         if self.kind == "undivided":
             return (x.T * np.float32(math.sqrt(self.shape[-1]))).reshape(self.shape)
-        if self.kind in ("one_more", "query"):
+        if self.kind == "one_more":
             x = 1 + x
-        if self.kind == "query":
-            x = x * np.float32(query_scale)
         return (x.T if self.kind == "linear" else x).reshape(self.shape)
 
     def to_theirs(self, x: np.ndarray, num_pieces: int) -> np.ndarray:
@@ -85,7 +90,7 @@ class Slot(NamedTuple):
             return x[:num_pieces]
         if self.kind == "undivided":
             return x.reshape(self.matrix).T / np.float32(math.sqrt(self.shape[-1]))
-        if self.kind in ("one_more", "query"):
+        if self.kind == "one_more":
             return x - 1
         return x.reshape(self.matrix).T if self.kind == "linear" else x.reshape(self.their_shape(num_pieces))
 
@@ -145,22 +150,22 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
     """What a config.json says, `where` for messages. Raises UserError for what it lacks and what is not supported."""
     if not isinstance(content, dict):
         raise UserError(f"{where} is no JSON object")
-    theirs = Theirs(content, where)
-    name = theirs("model_type", str)
+    name = content.get("model_type")
     if name == "gemma3":
         raise UserError(f"{where}: model_type = 'gemma3' is the model with images; its text part is 'gemma3_text'")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type = {name!r} is not supported; known are {', '.join(FAMILIES)}")
     if "quantization_config" in content:
         raise UserError(f"{where}: quantised weights are not read; take the model's own weights")
-    length = theirs.size(FAMILIES[name].length, 512 if name == "t5" else ...)
+    theirs = theirs_of(name, content, where)
+    length = theirs.size(FAMILIES[name].length)
     num_pieces = theirs.size("vocab_size", largest=2**31 - 1)
     config = default_config()
     config.model.update(FAMILIES[name].read(theirs))
     config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
     config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
     try:
-        return Description(name, resolve(config), num_pieces, content)
+        return Description(name, resolve_found(config), num_pieces, content)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -211,14 +216,13 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
         problems.append(f"of another shape: {listed(wrong)}, such as {shown[wrong[0]]}")
     if problems:
         raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
-    pre = described.content.get("query_pre_attn_scalar", described.config.model.head_dim)
-    query_scale = math.sqrt(described.config.model.head_dim / pre) if isinstance(pre, (int, float)) and pre > 0 else 1.0
     flat = {path: np.empty(declared.shape, np.float32) for path, declared in graph.declarations.items()}
     for name, parts in wanted.items():
         x = found[name]
-        pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, len(parts), axis=-1)
+        ends = np.cumsum([part.num_outputs for part in parts])[:-1]
+        pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, ends, axis=parts[0].output_axis)
         for slot, piece in zip(parts, pieces, strict=True):
-            flat[slot.path][slot.at] = slot.to_ours(piece, query_scale)
+            flat[slot.path][slot.at] = slot.to_ours(piece)
     return nnx.traversals.unflatten_mapping(flat)
 
 
@@ -235,8 +239,10 @@ def without_heads(
 
 def whole_shape(parts: list[Slot], num_pieces: int) -> tuple[int, ...]:
     """Of a tensor that holds these parts side by side."""
-    *lead, last = parts[0].their_shape(num_pieces)
-    return *lead, last * len(parts)
+    shape = list(parts[0].their_shape(num_pieces))
+    if len(parts) > 1:
+        shape[parts[0].output_axis] = sum(part.num_outputs for part in parts)
+    return tuple(shape)
 
 
 def read_parameters(folder: str, described: Description) -> dict:
@@ -247,13 +253,20 @@ def what_it_is(model: Model) -> dict[str, Any]:
     """The settings that a config.json must say."""
     found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
     windows = tuple(families.windows(model))
-    unused = set() if model.positions == "rotary" else {"rotary_base", "rotary_scaling", "rotary_local_base"}
+    of_rotary = {"rotary_base", "rotary_scaling", "rotary_scaling_kind", "rotary_share", "rotary_local_base"}
+    unused = set() if model.positions == "rotary" else of_rotary
     unused |= set() if model.num_experts else {"experts_per_token"}
+    unused |= set() if model.qk_norm else {"qk_norm_whole"}
+    unused |= set() if model.rotary_scaling[0] != 1 and model.rotary_scaling[3] else {"rotary_scaling_kind"}
     if model.rotary_scaling[0] == 1:
         found["rotary_scaling"] = 1
     if model.rotary_local_base in (0.0, model.rotary_base) and model.rotary_scaling[0] == 1 or not any(windows):
         found["rotary_local_base"] = model.rotary_base
-    found |= {"window": windows, "qkv_bias": model.qkv_bias or model.bias}
+    found |= {
+        "window": windows,
+        "qkv_bias": model.qkv_bias or model.bias,
+        "rotary_share": tuple(families.shares(model)),
+    }
     return {name: value for name, value in found.items() if name not in unused}
 
 
@@ -270,6 +283,8 @@ def description_of(config: Config, num_pieces: int, end: int = -1) -> Descriptio
         content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
         content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces)
         content[places] = config.data.sequence_length
+        if kind == "transformer":  # a family's own may be beyond this vocabulary: then no model is built
+            content["pad_token_id"] = None
         if end >= 0:
             content.update(bos_token_id=end, eos_token_id=end)
         if end >= 0 and name == "t5":
@@ -295,12 +310,14 @@ def description_of(config: Config, num_pieces: int, end: int = -1) -> Descriptio
 def their_tensors(described: Description, ours: dict) -> dict[str, np.ndarray]:
     """Our parameters as their tensors, float32: the vocabulary without its padding, a tied table once."""
     parts: dict[str, list[np.ndarray]] = {}
+    axes: dict[str, int] = {}
     for slot in slots(FAMILIES[described.family], graph_of(described)):
         x: Any = ours
         for name in slot.path:
             x = x[name]
         parts.setdefault(slot.name, []).append(slot.to_theirs(np.asarray(x)[slot.at], described.num_pieces))
-    return {name: np.ascontiguousarray(np.concatenate(several, axis=-1)) for name, several in parts.items()}
+        axes[slot.name] = slot.output_axis
+    return {name: np.ascontiguousarray(np.concatenate(several, axes[name])) for name, several in parts.items()}
 
 
 def write(
@@ -335,7 +352,7 @@ def write(
 
 def carried_files(folder: str) -> dict[str, bytes]:
     found = {}
-    for name in CARRIED:
+    for name in MODEL_FILES:
         if os.path.isfile(path := os.path.join(folder, name)):
             with open(path, "rb") as file:
                 found[name] = file.read()

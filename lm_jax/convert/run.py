@@ -39,6 +39,7 @@ def write(
     for name, content in (carried | special_ids.files(tokenizer, found.special_ids)).items():
         (workdir / name).write_bytes(content)
     facts: dict[str, Any] = {"pipeline": 0, "tokenizer": tokenizer.fingerprint, "data": "", "shards": {}}
+    facts["run"] = checkpoint.run_identity({}, found.config, facts)
     said = {"base": {"place": place_of(base), "hash": checkpoint.fingerprint(base)}} if base else {}
     checkpoint.write_config(workdir, found.config, {}, facts | said)
     graph = build(

@@ -105,12 +105,12 @@ class Kept:
         self.mixed, self.skipped, self.sequence_length = mixed, skipped, mixed.sequence_length
 
     def row(self, cursor: int) -> Batch:
-        return self.mixed.row(self._kept(cursor))
+        return self.mixed.row(self.row_at(cursor))
 
     def rows(self, indices: list[int]) -> Batch:
-        return self.mixed.rows([self._kept(cursor) for cursor in indices])
+        return self.mixed.rows([self.row_at(cursor) for cursor in indices])
 
-    def _kept(self, cursor: int) -> int:
+    def row_at(self, cursor: int) -> int:
         """The row of the stream that stands at a cursor."""
         i = cursor
         for first, last in self.skipped:

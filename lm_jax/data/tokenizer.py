@@ -28,6 +28,11 @@ BESIDE = (
 )
 SPACE = "\u2581"  # how SentencePiece writes a space; the character itself is spelled in bytes
 SAMPLE_BYTES = 8_000_000  # characters of text that a tokenizer is trained on
+LOST = {  # by tokenizers that change a text before they read it; what each is, in a text
+    "line breaks": "a\nb", "spaces beside each other": "a  b", "spaces at the ends": " a ", "tabs": "a\tb",
+    "capital letters": "aB", "accents": "caf\u00e9", "full-width letters": "\uff41",
+    "characters without a piece": "\u732b\U0001f642", "the character U+2581": "a\u2581b",
+}  # fmt: skip
 TRAINED = {"sentencepiece": "bpe", "unigram": "unigram"}  # kind of a setting: what SentencePiece calls it
 SETTINGS = (
     '"bytes", "sentencepiece:PIECES" (BPE), "unigram:PIECES", a tokenizer.model or tokenizer.json, or a folder with one'
@@ -81,6 +86,17 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 (a sample may stop inside a character) become U+FFFD."""
         raise NotImplementedError
+
+    @functools.cached_property
+    def losses(self) -> tuple[str, ...]:
+        """What of a text is not in its ids, in words; a text comes back whole where there is nothing."""
+        return tuple(name for name, text in LOST.items() if self.decode(self.encode(text)) != text)
+
+    @functools.cached_property
+    def adds_up(self) -> bool:
+        """Whether `bytes_per_piece` of a text's ids add up to the bytes of the text."""
+        size = lambda text: int(self.bytes_per_piece[self.encode(text)].sum())
+        return all(size(text) == len(text.encode()) for text in LOST.values())
 
     def _take(self, stated: Stated, num_pieces: int, own: int | None, otherwise: int | None = None) -> None:
         """Settles document and size: what the file has of `<|endoftext|>`, else what is stated, else what it hints at."""
@@ -262,6 +278,7 @@ class HuggingFace(Tokenizer):
             model["vocab"] = {hidden.get(piece, piece): index for piece, index in model["vocab"].items()}
         else:
             model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+        model |= {"unk_token": hidden.get(unknown, unknown)} if (unknown := model.get("unk_token")) else {}
         parts = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
         if "merges" in model:
             known = lambda merge: hidden.keys().isdisjoint([*parts(merge), "".join(parts(merge))])
@@ -350,7 +367,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """An object in a file, {} where there is none that can be read."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -363,6 +380,12 @@ def continuation(tokenizer: Tokenizer, before: Iterable[int], ids: Iterable[int]
     before, ids = [*map(int, before)], [*map(int, ids)]
     start, whole = tokenizer.decode(before), tokenizer.decode(before + ids)
     return whole[len(os.path.commonprefix([start, whole])) :]
+
+
+def tell_losses(tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """One line on what of a text a tokenizer loses; none where a text comes back as it was."""
+    if tokenizer.losses:
+        say(f"the tokenizer loses text: {', '.join(tokenizer.losses)}; what is read and written is what it leaves")
 
 
 def files(tokenizer: Tokenizer) -> dict[str, bytes]:

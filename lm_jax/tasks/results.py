@@ -4,6 +4,7 @@
 <workdir>/results/<split>.json   what it is of, and every score with its 95% interval;  <split>.md  the same as a table
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lm_jax.config import UserError, nearest
+from lm_jax.files import sealed, unsealed
 from lm_jax.places import write_whole
 from lm_jax.tasks.scores import KINDS, RESAMPLES, Difference, Measure, calibration, intervals, paired
 
@@ -53,9 +55,11 @@ def write(
     plain = lambda value: value.tolist()  # numbers and arrays of numpy
     text = "".join(json.dumps(line, default=plain, ensure_ascii=False) + "\n" for line in lines)
     summary = about | {
+        "format": 2,
         "split": split,
         "kind": kind,
         "records": len(results),
+        "lines": hashlib.sha256(text.encode()).hexdigest(),
         "bootstrap": {"resamples": RESAMPLES, "seed": seed, "share": 0.95},
         "scores": {name: interval._asdict() for name, interval in found.items()},
     }
@@ -68,8 +72,9 @@ def write(
     )
     folder = workdir / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    for ending, content in (("jsonl", text), ("md", page), ("json", json.dumps(summary, indent=1, default=plain))):
-        write_whole(folder / f"{split}.{ending}", content.encode())
+    summary = json.loads(json.dumps(summary, default=plain))
+    for ending, content in (("jsonl", text.encode()), ("md", page.encode()), ("json", sealed(summary))):
+        write_whole(folder / f"{split}.{ending}", content)
     return {name: interval.value for name, interval in found.items()}
 
 
@@ -83,8 +88,10 @@ def read(workdir: epath.Path, split: str) -> tuple[str, list[Result]]:
     """(kind, results) of an evaluated split. Raises UserError where there are none or a line is none."""
     place = workdir / "results" / f"{split}.jsonl"
     try:
-        kind = json.loads((workdir / "results" / f"{split}.json").read_bytes())["kind"]
-        lines = [json.loads(line) for line in place.read_bytes().split(b"\n") if line]
+        summary, raw = unsealed((workdir / "results" / f"{split}.json").read_bytes(), first=2), place.read_bytes()
+        if summary.get("lines", "") not in ("", hashlib.sha256(raw).hexdigest()):
+            raise ValueError("it is not as it was written")
+        kind, lines = summary["kind"], [json.loads(line) for line in raw.split(b"\n") if line]
         results = [Result(x["record"], x["truth"], x["prediction"], x.get("confidence")) for x in lines]
     except FileNotFoundError:
         raise UserError(f"no results of the {split} split in {workdir}: evaluate it first") from None
