@@ -362,15 +362,15 @@ def with_controls(tokenizer: Tokenizer) -> HuggingFace:
     return tokenizer
 
 
-def shown(template: Template, tokenizer: HuggingFace) -> Template:
+def shown(template: Template, tokenizer: Tokenizer) -> Template:
     """A template with the names of special tokens; of a folder that tells none, what begins and ends the tokenizer's texts."""
-    if any(name.endswith("_token") for name in template.variables):
+    if not isinstance(tokenizer, HuggingFace) or any(name.endswith("_token") for name in template.variables):
         return template
     names = {index: name for name, index in tokenizer.special.items()}
     first = "".join(names.get(index, "") for index in tokenizer.around()[0])
     end = tokenizer.known_document
     own = {"bos_token": first, "eos_token": "" if end is None else names.get(end, "")}
-    return template._replace(variables=own | template.variables)
+    return template._replace(variables={name: text for name, text in own.items() if text} | template.variables)
 
 
 class Turns(NamedTuple):

@@ -602,10 +602,19 @@ def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], 
     return found
 
 
+def context_of(located: Located) -> int:
+    """The longest text, in tokens, that a model was made for: a run that started from another model keeps that one's."""
+    kept = {} if located.described else read_config(located.workdir)
+    return max(kept.get("context", 0), located.config.data.sequence_length)
+
+
 def fingerprint(located: Located) -> str:
     """sha256 over what is known of the files that hold a model's arrays, wherever they lie."""
     if located.described:
-        files = {path.name: file_hash(path) for path in located.workdir.glob("*.safetensors")}
+        from lm_jax.convert import safetensors
+
+        names = safetensors.weight_files(str(located.workdir))
+        files = {name: file_hash(located.workdir / name) for name in names}
     else:
         files = read_json(steps_folder(located.workdir) / str(located.step) / MANIFEST)["files"]
     below = fingerprint(located.base) if located.base else ""

@@ -31,7 +31,7 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, listening, replace_process
+from lm_jax.stop import Stop, end_process, listening, replace_process
 
 EXIT_FAULT = 70
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
@@ -72,12 +72,14 @@ class Parser(argparse.ArgumentParser):
         self._reach |= dict.fromkeys(names, reach)
 
     def _check_reach(self, known: argparse.Namespace, name: str, reach: dict[str, tuple]) -> None:
-        given = getattr(known, f"_{name}_seen", False) or getattr(known, name) != self.get_default(name)
+        action = self._option_string_actions.get(f"--{name}")
+        given = getattr(action, "stood", False) or getattr(known, name) != self.get_default(name)
         for other, values in reach.items() if given else ():
             found = getattr(known, other)
             if not (found in values if values else found):
                 flag = other if other in {action.dest for action in self._get_positional_actions()} else f"--{other}"
-                told = f"{flag} is {' or '.join(map(str, values))}" if values else f"{flag} is given"
+                some = f"from {values[0]} to {values[-1]}" if len(values) > 4 else " or ".join(map(str, values))
+                told = f"{flag} is {some}" if values else f"{flag} is given"
                 raise UserError(
                     f"--{name} {shown(getattr(known, name))} is read only where {told}: leave one of them out"
                 )
@@ -86,10 +88,12 @@ class Parser(argparse.ArgumentParser):
 class Once(argparse.Action):
     """A flag that may stand once."""
 
+    stood = False
+
     def __call__(self, parser, namespace, values, option_string=None):
-        if option_string and getattr(namespace, f"_{self.dest}_seen", False):
+        if self.stood and option_string:
             raise UserError(f"{option_string} stands twice")
-        setattr(namespace, f"_{self.dest}_seen", True)
+        self.stood = True  # the parser is made anew for every command line
         setattr(namespace, self.dest, values)
 
 
@@ -104,7 +108,7 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
     if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
         with contextlib.suppress(OSError):  # which may be what was refused
             sys.stdout.flush()
-        os._exit(code)  # whatever other threads still wait for
+        end_process(code)
     sys.exit(code)
 
 

@@ -158,8 +158,7 @@ class HarnessModel(TemplateLM):
         if not add_generation_prompt:
             raise UserError("a task that begins the assistant's answer cannot be asked with --apply_chat_template")
         template = chat.read_template(self.found.workdir)
-        tokenizer = chat.with_controls(self.found.tokenizer)
-        return chat.render(chat.shown(template, tokenizer), [chat.Job(chat_history, True)])[0]
+        return chat.render(chat.shown(template, self.found.tokenizer), [chat.Job(chat_history, True)])[0]
 
 
 def run(model: HarnessModel, tasks: list[str], include_path: str = "", **settings: Any) -> dict[str, Any]:

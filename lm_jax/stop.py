@@ -99,7 +99,16 @@ def leave(number: int, saved: int = NEVER) -> NoReturn:
     """Ends the process with 128 + the signal, or, where a run is saved, with 75. Its threads and workers end with it."""
     goes_on = f"; saved at step {saved:,}, the same command goes on from there" * (saved > NEVER)
     tell(f"lm_jax: stopped{goes_on}")
-    os._exit(128 + number if saved == NEVER else EXIT_PREEMPTED)
+    end_process(128 + number if saved == NEVER else EXIT_PREEMPTED)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process and its workers now, whatever its threads do; a worker left alone would say that its queue is gone."""
+    for name in ("multiprocessing", "multiprocess"):  # of Grain, and of datatrove
+        workers = sys.modules[name].active_children() if name in sys.modules else []
+        for worker in workers:
+            worker.kill()
+    os._exit(code)
 
 
 def tell(line: str) -> None:

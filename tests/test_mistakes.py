@@ -31,7 +31,7 @@ MISTAKES = [
     ("main", [SMOKE, "--config.model.compute_dtype=float16"], "add --config.optimizer.loss_scale=1024"),
     ("main", [SMOKE, "--config.optimizer.loss_scale=1000"], "no power of two up to 2^24; the nearest is 1024"),
     ("main", [SMOKE, "--config.optimizer.name=adamW"], "did you mean adamw?"),
-    ("main", [SMOKE, "stray"], "unknown argument stray"),
+    ("main", [SMOKE, "stray"], "unknown argument 'stray'"),
     ("main", [SMOKE, "--wokdir=x"], "did you mean --workdir?"),
     ("main", [SMOKE, "--workdir=x", "--workdir=y"], "--workdir stands twice"),
     ("main", [SMOKE, "--config.train.seed=1", "--config.train.seed=2"], "--config.train.seed stands twice"),
@@ -92,7 +92,7 @@ MISTAKES = [
         ("generate", ["--model", "{run}", "--prompt=x", "--beams=4", flag], "is read only where --beams is 1")
         for flag in ("--temperature=0.5", "--stop=x", "--top_k=3", "--top_p=0.5", "--min_p=0.1", "--seed=0")
     ],
-    ("generate", ["--model", "{run}", "--prompt", "x", "--length_penalty", "2"], "only where --beams is 2 or 3"),
+    ("generate", ["--model", "{run}", "--prompt", "x", "--length_penalty", "2"], "only where --beams is from 2 to 64"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--top_k=1", "--top_k=2"], "--top_k stands twice"),
     ("evaluate", ["--model", "{run}", "--beams", "4"], "config.evaluate.metrics says none here"),
     ("verify", [SMOKE, "--show", "--num_steps=2"], "--num_steps 2 is read only where --show is False"),

@@ -59,13 +59,19 @@ def local_rows(mesh: jax.sharding.Mesh, size: int, length: int) -> tuple[int, ..
     return tuple(sorted({row for rows, _ in held for row in range(size)[rows]}))  # type: ignore[misc]
 
 
+def leave_soon(*_) -> None:
+    timer = threading.Timer(SOON, os._exit, (1,))
+    timer.daemon = True  # a worker that has nothing more to do does not wait for it
+    timer.start()
+
+
 def end_with_parent(index: int, count: int) -> None:
     """In a worker: leaves within a second of the process that started it, however that ended.
 
     SIGTERM goes to all processes of a job, and the rows that are on their way are needed until the run is saved.
     """
     parent = os.getppid()
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(SOON, os._exit, (1,)).start())
+    signal.signal(signal.SIGTERM, leave_soon)
 
     def watch() -> None:
         while os.getppid() == parent:
