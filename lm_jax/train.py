@@ -189,7 +189,9 @@ def write_run_files(
     """What a run consists of beside its config.json. Raises UserError where what only the run has is not as it was written."""
     checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
     if mixed.chat_template:
-        checkpoint.write_run_file(workdir, chat.FILE, mixed.chat_template.encode(), say)
+        template = chat.shown(mixed.chat_template, mixed.tokenizer)
+        for name, content in chat.files_of(template).items():
+            checkpoint.write_run_file(workdir, name, content, say)
     checkpoint.check_run_files(workdir, saved)
     if not saved or not (workdir / BESIDE).exists():
         inherited = source.special_ids.ends if isinstance(source, checkpoint.Located) else ()

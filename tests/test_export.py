@@ -91,7 +91,7 @@ def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = ()
     first = by.document_id
     ids = SpecialIds((first,), (), first, (first, *ends))
     template, added = TEMPLATE if kind == "chat" else "", text_files.added_pieces(config.data.objective, by)
-    ids, no_chat = export.with_turns(ids, template, by)
+    ids, no_chat = export.with_turns(ids, chat.Template(template) if template else None, by)
     num = by.num_pieces + len(added)
     graph = build(config.model, num, config.data.sequence_length)
     ours = jax.jit(lambda: graph.init(jax.random.key(1)))()
@@ -120,7 +120,8 @@ class Here:
         graph = built(described.config, described.num_pieces)
         by = tokenizer.HuggingFace(files["tokenizer.json"])
         ends = json.loads(files["generation_config.json"])["eos_token_id"]
-        template = files.get("chat_template.jinja", b"").decode()
+        source = files.get("chat_template.jinja", b"").decode()
+        template = chat.Template(source) if source else None
         ids = SpecialIds(tuple(by.around()[0]), (), ends[0], tuple(ends))
         parameters = hugging_face.parameters(described, tensors, "a mutant")
         self.ours = proof.Exported(described, graph, parameters, by, ids, template)

@@ -39,7 +39,7 @@ def of_gguf(path: str) -> Leaving:
     contents = gguf.read(path)
     tokenizer = HuggingFace(contents.files[HuggingFace.file_name])
     template = contents.files.get(text_files.TEMPLATE, b"").decode()
-    ids, no_chat = with_turns(contents.ids, template, tokenizer)
+    ids, no_chat = with_turns(contents.ids, chat.Template(template) if template else None, tokenizer)
     described = hugging_face.describe(contents.config | text_files.id_fields(ids, False), path, "bytes")
     parameters = hugging_face.parameters(described, contents.tensors, path)
     return Leaving(described, parameters, Text(tokenizer, ids, template=template), no_chat)
@@ -56,17 +56,18 @@ def text_of(found: checkpoint.Located) -> tuple[Text, str]:
         ids, no_chat = with_turns(ids, template, tokenizer)
     added = () if found.described else text_files.added_pieces(data.objective, tokenizer)
     kept = hugging_face.carried_files(str(found.workdir))
-    return Text(tokenizer, ids, added, template, kept), no_chat
+    return Text(tokenizer, ids, added, template.source if template else "", kept), no_chat
 
 
-def with_turns(ids: SpecialIds, template: str, tokenizer: Tokenizer) -> tuple[SpecialIds, str]:
+def with_turns(ids: SpecialIds, template: chat.Template | None, tokenizer: Tokenizer) -> tuple[SpecialIds, str]:
     """The ends with that of an assistant's turn; and why there is none though there is a template."""
     if not template:
         return ids, ""
     try:
-        return ids.also(chat.end_of_turn(template, tokenizer)), ""
+        ends = chat.ends_of_turn(template, tokenizer)
     except UserError as error:
         return ids, str(error)
+    return ids.also(*ends), "" if ends else "the chat template writes no control token behind an answer, or takes none"
 
 
 def write_folder(folder: str, leaving: Leaving, prove: Prove, say: Callable[[str], None]) -> None:
@@ -85,7 +86,7 @@ def write_folder(folder: str, leaving: Leaving, prove: Prove, say: Callable[[str
         ids = again.special_ids
         if text.ids.ends and (ids.first, set(ids.ends)) != (text.ids.first, set(text.ids.ends)):
             raise UserError(f"not written: texts begin and end with {text.ids} here, and read again with {ids}")
-        graph, template = hugging_face.graph_of(described), "" if no_chat else text.template
+        graph, template = hugging_face.graph_of(described), None if no_chat else chat.find_template(epath.Path(small))
         prove(small, tensors, Exported(described, graph, parameters, again.tokenizer, ids, template))
 
     hugging_face.write(folder, described, parameters, files, as_read)

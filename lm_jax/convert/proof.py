@@ -67,7 +67,7 @@ class Exported(NamedTuple):
     parameters: dict
     tokenizer: Tokenizer
     ids: SpecialIds
-    template: str = ""
+    template: chat.Template | None = None
 
 
 def prove(ours: Exported, peer: Peer) -> str:

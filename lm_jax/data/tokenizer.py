@@ -233,11 +233,11 @@ class HuggingFace(Tokenizer):
         hinted = [i for ids in reversed(self.around()) for i in reversed(ids)]  # what it puts after a text, else before
         self._take(stated, max(pieces.values()) + 1, pieces.get(DOCUMENT), hinted[0] if hinted else None)
         self.bytes_per_piece = np.zeros(self.num_pieces, np.int32)
-        added = {token["content"] for token in described["added_tokens"]}
+        self.added = {token["content"]: token["id"] for token in described["added_tokens"]}
         count = _piece_sizes(described)
         for piece, index in pieces.items():
             if index not in self._special and index < self.num_pieces:
-                self.bytes_per_piece[index] = len(piece.encode()) if piece in added else count(piece)
+                self.bytes_per_piece[index] = len(piece.encode()) if piece in self.added else count(piece)
 
     def id_of(self, piece: int | str | None) -> int | None:
         if isinstance(piece, str):
@@ -252,12 +252,17 @@ class HuggingFace(Tokenizer):
 
     def encode_control(self, text: str) -> np.ndarray:
         """Ids of a text whose names of special tokens mean these tokens: of a template's own words, never of a user's."""
+        return self.place_control(text)[0]
+
+    def place_control(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_control`, and [N, 2] from which character to which each id stands."""
         self._tokenizer.encode_special_tokens = False
         try:
-            ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            found = self._tokenizer.encode(text, add_special_tokens=False)
         finally:
             self._tokenizer.encode_special_tokens = True
-        return within(ids, self, self._tokenizer.id_to_token)
+        ids = within(np.array(found.ids, np.int32), self, self._tokenizer.id_to_token)
+        return ids, np.array(found.offsets, int).reshape(-1, 2)
 
     @functools.cached_property
     def _nameless(self):

@@ -16,11 +16,13 @@ from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Encoded, Task
 
 ROLES = ("system", "user", "assistant")
+UNREAD = ("tool_calls", "function_call", "tool_call_id")
 
 
 class Instruction(Task):
     columns: tuple[str, ...] = ("messages",)
     writes = True
+    chat_template: chat.Template
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -44,33 +46,33 @@ class Instruction(Task):
         return values[0][self.last(values)]["content"]
 
     def ends(self, by: Tokenizer) -> tuple[int, ...]:
-        return (chat.end_of_turn(self.chat_template, by),)
+        return chat.ends_of_turn(self.chat_template, by)
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         found = []
         for messages, where in values:
-            ids, is_answer = turns(self.chat_template, messages, by, where)
+            ids, is_answer, unlearnt = turns(self.chat_template, messages, by, where)
             segment = {"tokens": ids[:-1], "targets": ids[1:], "loss_mask": is_answer[1:].astype(np.float32)}
             if not segment["loss_mask"][:room].any():
                 raise UserError(
                     f"{where}: the assistant begins after {int(is_answer.argmax()):,} tokens, beyond a row of {room}:\n"
                     "raise config.data.sequence_length"
                 )
-            found.append(Encoded({name: x[:room] for name, x in segment.items()}, len(ids) - 1))
+            found.append(Encoded({name: x[:room] for name, x in segment.items()}, len(ids) - 1, unlearnt=len(unlearnt)))
         return found
 
     def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
         return chat.encode(self.chat_template, values[0][: self.last(values)], by)[-room:]
 
 
-def find_template(config: Config) -> str:
-    """The chat template that stands beside the tokenizer, "" where there is none."""
+def find_template(config: Config) -> chat.Template | None:
+    """The chat template that stands beside the tokenizer, None where there is none."""
     place = epath.Path(config.data.tokenizer)
     folder = place if place.is_dir() else place.parent
-    return chat.find_template(folder) if place.exists() else ""
+    return chat.find_template(folder) if place.exists() else None
 
 
-def template_of(config: Config) -> str:
+def template_of(config: Config) -> chat.Template:
     """The chat template that stands beside the tokenizer. Raises UserError."""
     if template := find_template(config):
         return template
@@ -80,7 +82,7 @@ def template_of(config: Config) -> str:
     )
 
 
-def turns(template: str, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
+def turns(template: chat.Template, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
     """The conversation of a record. Raises UserError that says where."""
     try:
         return chat.encode_turns(template, messages, by)
@@ -103,6 +105,8 @@ def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.
             raise UserError(f"{where}: role {role!r} is none of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise UserError(f"{where} ({role}) {'is empty' if isinstance(content, str) else 'has no text'}")
+        if unread := next((name for name in UNREAD if message.get(name)), ""):
+            raise UserError(f"{where} has {unread}: conversations with tools are not read")
         if role == "system" and number > 1:
             raise UserError(f"{where}: a system speaks first or not at all")
         if role == "assistant" and "user" not in roles:
@@ -112,4 +116,5 @@ def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.
         raise UserError(f"{row.where}: no message is an assistant's: there is nothing to learn")
     if not answered and roles[-1] != "user":
         raise UserError(f"{row.where}: the last message of {column} is {roles[-1]}'s, not a user's")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    read = ("role", "content", *chat.THOUGHTS)
+    return [{name: message[name] for name in read if isinstance(message.get(name), str)} for message in messages]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lm_jax.chat import Template
 from lm_jax.config import Config, Data, UserError
 from lm_jax.data import tokenizer
 from lm_jax.data.mixture import Mixed, Mixture, Shares, short_names
@@ -137,7 +138,7 @@ class TaskData(Mixture):
         return int(np.add.reduceat(records.columns["loss_mask"], records.split.offsets[:-1]).max())
 
     @property
-    def chat_template(self) -> str:
+    def chat_template(self) -> Template | None:
         return self.task.chat_template
 
     @property
@@ -240,6 +241,12 @@ def tokenised(
     if long:
         of = f"{len(long):,} of {len(found):,} records cut to {data.sequence_length} tokens"
         say(f"{split}: {of}, the first at {where[long[0]]}")
+    if unlearnt := [k for k, one in enumerate(encoded) if one.unlearnt]:
+        of = f"{sum(encoded[k].unlearnt for k in unlearnt):,} answers in {len(unlearnt):,} of {len(found):,} records"
+        say(
+            f"{split}: {of} are read and not learnt, the first at {where[unlearnt[0]]}: the chat template writes them in\n"
+            "another way once the conversation goes on (it may leave out earlier thoughts)"
+        )
     names = encoded[0].segment if encoded else {"tokens": np.zeros(0, np.int32)}
     columns = {name: np.concatenate([one.segment[name] for one in encoded]) for name in names} if encoded else names
     sizes = [len(one.segment["tokens"]) for one in encoded]

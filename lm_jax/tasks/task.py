@@ -25,6 +25,7 @@ class Encoded(NamedTuple):
     segment: Segment
     whole: int  # tokens that the record has; the segment holds fewer where it was cut
     first: int = 0  # of its tokens, those of a segment of their own; 0 = all are one
+    unlearnt: int = 0  # of its answers, those that are read and not learnt
 
 
 class Task:
@@ -35,7 +36,7 @@ class Task:
     optional: tuple[str, ...] = ()
     kind = ""  # of its results, in lm_jax/tasks/scores.py
     writes = False  # whether its answers are texts that a model writes
-    chat_template = ""  # in which it writes conversations
+    chat_template: Any = None  # chat.Template in which it writes conversations
     compares = False  # whether its loss compares a model with the first parameters
 
     def __init__(self, config: Config):
