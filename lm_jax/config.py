@@ -132,7 +132,7 @@ class Model:
         "where wavelengths between the two ends pass from one to the other: by what turns in length tokens (Llama 3), or by "
         "place in the head (YaRN, which also makes queries and keys larger)",
         choices=("llama3", "yarn"),
-        reach=ROTARY | ONE_STACK,
+        reach=ROTARY | ONE_STACK | {"model.rotary_scaling": ()},
     )
     rotary_share: tuple[float, ...] = knob(
         (1.0,),
@@ -169,7 +169,7 @@ class Model:
     qk_norm_whole: bool = knob(
         False,
         "the queries of all heads normalised together, and the keys (OLMo 2)",
-        reach=ONE_STACK | {"model.qk_norm": (True,)},
+        reach=ATTENDING | {"model.qk_norm": (True,)},
     )
     logit_softcap: tuple[float, float] = knob(
         (0.0, 0.0),
@@ -702,7 +702,7 @@ def _check_sources(path: str, value: Any) -> Sources:
 def is_read(flat: dict[str, Any], path: str) -> bool:
     """Whether what `flat` says makes anything read this leaf: every condition of its reach holds."""
     return all(
-        _value(flat, other) in values if values else _is_on(_value(flat, other))
+        _value(flat, other) in values if values else _is_on(flat, other)
         for other, values in leaves()[path].metadata["reach"].items()
     )
 
@@ -712,8 +712,10 @@ def _value(flat: dict[str, Any], path: str) -> Any:
     return flat[path] if is_read(flat, path) else leaves()[path].default
 
 
-def _is_on(value: Any) -> bool:
-    return any(value) if isinstance(value, tuple) else bool(value)
+def _is_on(flat: dict[str, Any], path: str) -> bool:
+    """Whether a leaf has another value than its default, which is off, and is not made of zeros."""
+    value = _value(flat, path)
+    return value != leaves()[path].default and (any(value) if isinstance(value, tuple) else bool(value))
 
 
 def unread(flat: dict[str, Any]) -> list[str]:
@@ -731,7 +733,7 @@ def _check_reach(flat: dict[str, Any]) -> None:
     def missing(path: str) -> tuple[str, tuple]:
         """The first condition of its reach that does not hold."""
         reach = leaves()[path].metadata["reach"]
-        holds = lambda other, values: _value(flat, other) in values if values else _is_on(_value(flat, other))
+        holds = lambda other, values: _value(flat, other) in values if values else _is_on(flat, other)
         return next((other, values) for other, values in reach.items() if not holds(other, values))
 
     def line(path: str) -> str:
@@ -907,6 +909,8 @@ def _check_together(config: Config) -> None:
 
 def _check_rotary(model: Model) -> None:
     share, window = model.rotary_share, model.window
+    if model.kind not in ONE_STACK["model.kind"]:
+        return
     if len(share) not in (1, len(window)):
         raise UserError(f"config.model.rotary_share = {share}: one value, or one for each of window = {window}")
     for one in share if model.positions == "rotary" else ():

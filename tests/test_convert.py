@@ -88,7 +88,7 @@ def test_a_planted_mistake_is_seen(name, mistake):
         ("granite", "attention_multiplier", 0.41), ("granite", "logits_scaling", 7.1),
         ("llama_yarn", "rope_parameters", {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}),
         ("llama_yarn", "rope_parameters",
-         {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_slow": 2.0}),
+         {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "beta_slow": 4.0}),
     ],
 )  # fmt: skip
 def test_every_new_setting_counts(name, field, value):

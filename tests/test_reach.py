@@ -26,6 +26,8 @@ MOE = dict(model__num_experts=4, model__gated=True, model__bias=False)
 BASES: dict[str, dict] = {
     "transformer": {},
     "rotary": ROTARY,
+    "scaled rotary": dict(ROTARY, model__rotary_scaling=(4.0, 1.0, 8.0, 64.0)),
+    "norm of heads": dict(model__qk_norm=True),
     "windows": dict(ROTARY, model__window=(0, 8)),
     "sinusoidal": dict(model__positions="sinusoidal"),
     "no bias": dict(model__bias=False),
@@ -62,7 +64,8 @@ DEFAULT = ("transformer", "lstm", "regression")
 OTHER = {
     "model.num_layers": 4, "model.model_dim": 96, "model.num_heads": 2, "model.num_kv_heads": 2, "model.head_dim": 8,
     "model.mlp_dim": 32, "model.rotary_base": 99.0, "model.rotary_local_base": 77.0,
-    "model.rotary_scaling": (8.0, 1.0, 4.0, 32.0),
+    "model.rotary_scaling": (8.0, 1.0, 4.0, 32.0), "model.rotary_share": (0.5,), "model.logit_softcap": (2.0, 3.0),
+    "model.multipliers": (2.0, 0.5, 0.3, 4.0),
     "model.norm_epsilon": 0.01, "model.num_experts": 2, "model.experts_per_token": 1, "model.window": (4,), "model.lora_rank": 3,
     "model.lora_alpha": 3.0, "model.lora_pattern": "key|recurrent|input", "model.labels": ("a", "b", "c"), "model.dropout": 0.3,
     "model.init_scale": 0.3, "optimizer.learning_rate": 0.3, "optimizer.warmup": 7, "optimizer.decay_over": 55,
