@@ -5,7 +5,6 @@ A template is filled in twice: with what was said, and with marks in its place, 
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from lm_jax import files
 from lm_jax.config import UserError, needs
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
 
@@ -29,9 +29,9 @@ def user(text: str) -> Message:
 def find_template(folder: epath.Path) -> str:
     """The chat template of a run or of a Hugging Face folder, "" where it has none."""
     if (folder / FILE).exists():
-        return (folder / FILE).read_text()
+        return files.read_bytes(folder / FILE).decode()
     try:
-        found = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+        found = files.read_json(folder / "tokenizer_config.json")["chat_template"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     if isinstance(found, list):  # several by name

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import __version__
+from lm_jax import __version__, files
 from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_url, file_hash, is_url
@@ -190,13 +190,13 @@ def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
 def complete_steps(folder: epath.Path) -> list[int]:
     """Steps that have a manifest, in order."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return sorted(int(name) for name in names if name.isdigit() and (folder / name / MANIFEST).exists())
+    return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name) and (folder / name / MANIFEST).exists())
 
 
 def fault(folder: epath.Path) -> str:
     """What is wrong with a step, "" where every file is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = files.read_json(folder / MANIFEST)
         expected = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
@@ -282,7 +282,7 @@ def has_steps(workdir: epath.Path) -> bool:
 def read_config(workdir: epath.Path) -> dict[str, Any]:
     """The content of `config.json`; a key that the run was started without has its default. Raises UserError."""
     try:
-        content = json.loads((workdir / "config.json").read_text())
+        content = files.read_json(workdir / "config.json")
         content["config"] = flatten(Config()) | content["config"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{workdir / 'config.json'} is no config of a run; use another --workdir") from None
@@ -365,7 +365,11 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     if not (workdir / "config.json").exists():
         siblings = [str(path) for path in workdir.parent.glob("*") if (path / "config.json").exists()]
         raise UserError(f"--model {model}: {place} is not a run (it has no config.json){nearest(place, siblings)}")
-    if "model_type" in read_json(workdir / "config.json"):
+    if not (content := read_json(workdir / "config.json")):
+        raise UserError(
+            f"--model {model}: {workdir / 'config.json'} cannot be read as a JSON object; restore it from a copy"
+        )
+    if "model_type" in content:
         return locate_hugging_face(workdir)
     steps = complete_steps(workdir / "checkpoints")
     if not steps:
@@ -373,7 +377,7 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     if not wanted:
         step = newest_valid(workdir, say, quarantine=False)
         assert step is not None
-    elif re.fullmatch(r"\d+", wanted) and int(wanted) in steps:
+    elif re.fullmatch("[0-9]{1,18}", wanted) and int(wanted) in steps:
         step = int(wanted)
         if problem := fault(workdir / "checkpoints" / str(step)):
             raise UserError(
@@ -392,6 +396,8 @@ def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], 
     where = f"put it back, or write its new place into {workdir / 'config.json'} (base, place)"
     try:
         found = locate(said["place"], say)
+    except RecursionError:
+        raise UserError(f"{workdir}: its base is itself, or leads back to it\n{where}") from None
     except UserError as error:
         raise UserError(f"{workdir} needs its base: {str(error).removeprefix('--model ')}\n{where}") from None
     if fingerprint(found) != said["hash"]:
@@ -412,8 +418,8 @@ def fingerprint(located: Located) -> str:
 def read_json(path: epath.Path) -> dict[str, Any]:
     """An object in a file, {} where there is none that can be read."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        content = files.read_json(path)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

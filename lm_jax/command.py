@@ -15,6 +15,7 @@ import ml_collections
 
 from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
 
+LARGEST_EXPERIMENT = 2**20  # bytes
 EXIT_USER, EXIT_FAULT, EXIT_PREEMPTED = 2, 70, 75
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
@@ -38,11 +39,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, arguments=None, namespace=None):
+        check_text(arguments or ())
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             flag = rest[0].split("=")[0]
             raise UserError(f"unknown argument {rest[0]}{nearest(flag, self._option_string_actions)}")
         return known
+
+
+def check_text(arguments) -> None:
+    """Raises UserError for an argument whose bytes are no text: it would reach tokenizers and files that are written."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the argument {argument!r} is not UTF-8; give a file that is named so another name"
+            ) from None
 
 
 class Once(argparse.Action):
@@ -100,6 +113,7 @@ def ask(prompt: str) -> str:
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """`--config.x.y=v` and `--config.x.y v` as {x.y: v}, and the other arguments. Raises UserError for a repeated one."""
+    check_text(arguments)
     overrides: dict[str, str] = {}
     rest, waiting = [], list(arguments)
     while waiting:
@@ -146,6 +160,8 @@ def experiment_config(place: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config {place}: not a Python file")
+    if os.path.getsize(path) > LARGEST_EXPERIMENT:
+        raise UserError(f"--config {place}: a file of {os.path.getsize(path):,} bytes is no experiment")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from lm_jax import files
 from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.places import leased
@@ -66,8 +67,12 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        for name in ("lock", "log.txt", "metrics.jsonl"):  # what is written to must not wait for a reader
+            if os.path.lexists(workdir / name):
+                files.check(workdir / name)
     except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}; use another --workdir") from None
+        wrong = f"{error.filename or workdir}: {error.strerror}"
+        raise UserError(f"--workdir {workdir} cannot be made: {wrong}; use another --workdir") from None
     with open(workdir / "lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,13 +11,14 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lm_jax import files
 from lm_jax.data.shards import flush
 
 
 def read(workdir: epath.Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; a last line that a kill cut short does not count."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = files.read_bytes(path).decode().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 

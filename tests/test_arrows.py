@@ -10,7 +10,8 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-config ramp sharding heads data.sources data.tokenizer data.word_vectors data.shards data.packing data.objectives data.mixture
+config ramp sharding heads files data.lines data.sources data.tokenizer data.word_vectors data.shards data.packing
+data.objectives data.mixture
 chat tasks.scores tasks.tables tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions
 tasks.texts tasks.instruction tasks.preference tasks.records data.pipeline data.readers data.report data.clean data.overlap
 data.steps data.executors data.prepare places tasks.results distributed model.layers trained model.adapters model.attention

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm_jax.config import UserError, needs
+from lm_jax.files import check
 
 # Their names, which hold for weights alone; a number of a layer stands for `{layer}`.
 NAMES = {
@@ -50,6 +51,7 @@ def read(path: str) -> Contents:
     """Quantised weights come back as float32. Raises UserError for another architecture, or what is no whole GGUF file."""
     gguf = package()
     try:
+        check(path)
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package raises whatever its arrays do
         raise UserError(f"{path} is no whole GGUF file: {str(error)[:100]}") from None

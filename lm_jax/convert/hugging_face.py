@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from lm_jax import files
 from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve
 from lm_jax.convert import encoders, families, safetensors
 from lm_jax.convert.families import EXPERT, LAYER, Family, Theirs
@@ -135,9 +136,8 @@ def _numbers(names: list[str]) -> str:
 def is_folder(folder: str) -> bool:
     """Whether config.json is one of Hugging Face's: it says what it is by `model_type`."""
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            return "model_type" in json.load(file)
-    except (OSError, ValueError, RecursionError, TypeError):
+        return "model_type" in files.read_json(os.path.join(folder, "config.json"))
+    except (OSError, ValueError, TypeError):
         return False
 
 
@@ -168,9 +168,8 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
 def read_description(folder: str) -> Description:
     path = os.path.join(folder, "config.json")
     try:
-        with open(path) as file:
-            content = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        content = files.read_json(path)
+    except (OSError, ValueError):
         raise UserError(f"{path} cannot be read as JSON") from None
     return describe(content, path, folder)
 

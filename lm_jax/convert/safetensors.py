@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from lm_jax.config import UserError
+from lm_jax.files import opened, read_json
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -47,7 +48,7 @@ def file_tensors(path: str) -> dict[str, Tensor]:
         return UserError(f"{path} is no whole safetensors file: {problem}; copy or download it again")
 
     total = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with opened(path) as file:
         size = int.from_bytes(file.read(8), "little")
         if total < 8 or size > min(LARGEST_HEADER, total - 8):
             raise refuse(f"a header of {size:,} bytes in a file of {total:,}")
@@ -117,11 +118,10 @@ def _way_out(folder: str, names: list[str]) -> str:
 def _index_files(path: str, present: list[str]) -> set[str]:
     """The files that an index names: names in its own folder, never paths. Raises UserError."""
     try:
-        with open(path) as file:
-            named = json.load(file)["weight_map"].values()
+        named = read_json(path)["weight_map"].values()
         files = {name for name in named if isinstance(name, str)}
         assert files and len(files) == len(set(named))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path} is no index of safetensors files; copy or download it again") from None
     for name in sorted(files):
         if name != os.path.basename(name) or not name.endswith(".safetensors"):

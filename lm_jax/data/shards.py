@@ -23,8 +23,10 @@ from typing import IO
 import numpy as np
 from etils import epath
 
+from lm_jax import files
 from lm_jax.config import Data, UserError, needs
 from lm_jax.data import sources, tokenizer
+from lm_jax.files import is_url
 
 FORMAT = 2
 PIPELINE = 1  # version of what turns documents into shards and shards into rows: other rows, other number
@@ -217,10 +219,6 @@ def cache_folder() -> str:
     return os.environ.get("LM_JAX_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lm_jax")
 
 
-def is_url(place) -> bool:
-    return "://" in str(place)
-
-
 def check_url(name: str, place) -> None:
     """Raises UserError where the package that reads a URL is not installed."""
     scheme = str(place).partition("://")[0] if is_url(place) else ""
@@ -254,7 +252,9 @@ def open_corpus(
     by = given.fingerprint if given else data.tokenizer
     identity = [FORMAT, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
     if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
-        identity.append([(name, hashlib.sha256(text).hexdigest()) for name, text in sources.documents(source)])
+        named = lambda name: name if is_url(name) else os.path.abspath(name)
+        found = sources.documents(place, data.tokenizer)
+        identity.append([(named(name), hashlib.sha256(text).hexdigest()) for name, text in found])
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     name = "python" if place == "python" else os.path.basename(source)
     folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
@@ -281,8 +281,10 @@ def writer_lock(path: str, say: Callable[[str], None]):
 def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str, say: Callable[[str], None]) -> None:
     """Read, split, train the tokenizer on the training documents (or take the one given), tokenise, write."""
     found: dict[str, dict[str, str]] = {split: {} for split in sources.SPLITS}
-    unreadable, duplicates, empty = [], 0, 0
-    for name, raw in sources.documents(place):
+    unreadable: list[str] = []
+    hidden: list[str] = []
+    duplicates, empty = 0, 0
+    for name, raw in sources.documents(place, data.tokenizer, hidden):
         text = sources.decode(name, raw)
         if text is None:
             unreadable.append(name)
@@ -297,10 +299,11 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
     if not ordered["train"]:
         raise UserError(f"config.data.sources: {place!r} holds no text (UTF-8 files that are not empty)")
     num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
-    dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8"
+    dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8, {len(hidden)} hidden"
     say(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
-    for name in unreadable[:3]:
-        say(f"not UTF-8, left out: {name}")
+    for what, names in (("not UTF-8", unreadable), ("hidden", hidden)):
+        for name in names[:3]:
+            say(f"{what}, left out: {files.shown(name)}")
     if not given:
         say(f"training a tokenizer of {tokenizer.num_pieces(data.tokenizer):,} pieces")
     trained = given or tokenizer.make(data.tokenizer, ordered["train"])
@@ -316,7 +319,7 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
             if time.monotonic() - start > 2:
                 start = time.monotonic()
                 say(f"tokenising: {100 * done / num_bytes:.0f}%")
-    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable}
+    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
     writer.close(source=place, left_out=left_out)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(draft, folder)
@@ -360,10 +363,14 @@ def read(folder: str, mend: str) -> Corpus:
 def read_manifest(folder: str, mend: str) -> dict:
     path = os.path.join(folder, MANIFEST)
     try:
-        with open(path) as file:
-            manifest = json.load(file)
+        manifest = files.read_json(path)
+        listed, counts = manifest["files"], [manifest["counts"][split]["shards"] for split in sources.SPLITS]
+        if any(os.path.basename(name) != name or {"bytes", "sha256"} - {*file} for name, file in listed.items()):
+            raise ValueError("files elsewhere")
+        if not all(type(count) is int and 0 <= count <= len(listed) for count in counts):
+            raise ValueError("more shards than files")
         found, names = manifest["format"], [manifest["tokenizer_file"], *shard_names(manifest["counts"])]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read as the manifest of a corpus; {mend}") from None
     if found != FORMAT:
         raise UserError(f"{path} has format {found!r}, this version reads {FORMAT}; {mend}")
@@ -379,8 +386,7 @@ def verify(folder: str, manifest: dict, mend: str) -> None:
     )
     known = {}
     with contextlib.suppress(OSError, ValueError):  # what is lost or torn here is hashed again
-        with open(known_by) as file:
-            known = json.load(file)
+        known = files.read_json(known_by)
     seen = {}
     for name, expected in manifest["files"].items():
         path = os.path.join(folder, name)
@@ -403,24 +409,31 @@ def verify(folder: str, manifest: dict, mend: str) -> None:
 
 
 def open_split(folder: str, name: str) -> Split:
-    """A split of a verified corpus, its tokens mapped."""
+    """A split of a verified corpus, its tokens mapped. Raises UserError for arrays that are no tokens and offsets."""
     with open(os.path.join(folder, MANIFEST)) as file:
         count = json.load(file)["counts"][name]
     path = lambda k, part: os.path.join(folder, f"{name}-{k:05}.{part}.npy")
     load = lambda k, part: np.asarray(
         np.load(path(k, part), mmap_mode="r")
     )  # a plain view: slices of a memmap are slow
-    tokens = [load(k, "tokens") for k in range(count["shards"])] or [np.zeros(0, np.uint16)]
+    try:
+        tokens = [load(k, "tokens") for k in range(count["shards"])] or [np.zeros(0, np.uint16)]
+        offsets = [load(k, "offsets") for k in range(count["shards"])]
+    except ValueError as error:  # a pickle, or no .npy
+        raise UserError(f"{folder}: the {name} split cannot be read: {error}; prepare it again") from None
+    for array, own in zip(tokens, offsets, strict=False):
+        borders = own[[0, -1]].tolist() if own.dtype == np.int64 and own.ndim == 1 and len(own) else []
+        if array.dtype not in (np.uint16, np.uint32) or borders != [0, len(array)] or (np.diff(own) < 0).any():
+            raise UserError(f"{folder}: the {name} split is no tokens with the borders of documents; prepare it again")
     starts = np.cumsum([0, *map(len, tokens)])
-    offsets = [load(k, "offsets")[:-1] + starts[k] for k in range(count["shards"])]
-    joined = np.concatenate([*offsets, starts[-1:]])
+    joined = np.concatenate([*(own[:-1] + start for own, start in zip(offsets, starts, strict=False)), starts[-1:]])
     return Split(tokens[0] if len(tokens) == 1 else Joined(tokens), joined, count["bytes"], (folder, name))
 
 
 def file_hash(path) -> dict[str, int | str]:
     """{"bytes": size, "sha256": hash} of a file at any place."""
     digest, size = hashlib.sha256(), 0
-    with epath.Path(path).open("rb") as file:
+    with files.opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
             size += len(block)

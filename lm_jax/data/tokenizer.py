@@ -18,6 +18,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from lm_jax import files
 from lm_jax.config import UserError, needs
 
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
@@ -221,11 +222,12 @@ def load(setting: str) -> Tokenizer:
         path = kept[0]
     kind = {".json": HuggingFace, ".bytes": Bytes}.get(path.suffix, SentencePiece)
     try:
-        if not (model := path.read_bytes()):
+        if not (model := files.read_bytes(path)):
             raise UserError("the file is empty")
         return kind(model)
-    except UserError as error:
-        raise UserError(f"config.data.tokenizer = {setting!r}: {error}") from None
+    except (UserError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"config.data.tokenizer = {setting!r}: {reason}") from None
 
 
 def num_pieces(setting: str) -> int:

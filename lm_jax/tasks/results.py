@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from lm_jax import files
 from lm_jax.config import UserError, nearest
 from lm_jax.places import write_whole
 from lm_jax.tasks.scores import KINDS, RESAMPLES, Difference, Measure, calibration, intervals, paired
@@ -83,12 +84,12 @@ def read(workdir: epath.Path, split: str) -> tuple[str, list[Result]]:
     """(kind, results) of an evaluated split. Raises UserError where there are none or a line is none."""
     place = workdir / "results" / f"{split}.jsonl"
     try:
-        kind = json.loads((workdir / "results" / f"{split}.json").read_bytes())["kind"]
-        lines = [json.loads(line) for line in place.read_bytes().split(b"\n") if line]
+        kind = files.read_json(workdir / "results" / f"{split}.json")["kind"]
+        lines = [json.loads(line) for line in files.read_bytes(place).split(b"\n") if line]
         results = [Result(x["record"], x["truth"], x["prediction"], x.get("confidence")) for x in lines]
     except FileNotFoundError:
         raise UserError(f"no results of the {split} split in {workdir}: evaluate it first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{place} cannot be read ({type(error).__name__}: {error}): evaluate once more") from None
     if kind not in KINDS:
         raise UserError(f"{place}: kind {kind!r} is none of {', '.join(KINDS)}{nearest(str(kind), KINDS)}")
