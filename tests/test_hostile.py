@@ -413,9 +413,7 @@ def named(cases: dict, places) -> list:
     return [pytest.param(place, cases[name], id=f"{place}: {name}") for place, name in pairs]
 
 
-@pytest.mark.parametrize(
-    ("place", "make", "name"), named(NAMES, ("sources", "tokenizer", "generate", "prompts", "prepare"))
-)
+@pytest.mark.parametrize(("place", "make"), named(NAMES, ("sources", "tokenizer", "generate", "prompts", "prepare")))
 def test_a_name_of_no_file_is_answered(place, make, here, capfd):
     ends(place, str(make(here)), capfd)
 

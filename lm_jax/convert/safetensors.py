@@ -47,15 +47,18 @@ def file_tensors(path: str) -> dict[str, Tensor]:
     def refuse(problem: str) -> UserError:
         return UserError(f"{path} is no whole safetensors file: {problem}; copy or download it again")
 
-    total = os.path.getsize(path)
-    with opened(path) as file:
+    try:
+        file, total = opened(path), os.path.getsize(path)
+    except OSError as error:
+        raise refuse(str(error.strerror)) from None
+    with file:
         size = int.from_bytes(file.read(8), "little")
         if total < 8 or size > min(LARGEST_HEADER, total - 8):
             raise refuse(f"a header of {size:,} bytes in a file of {total:,}")
         try:
             header = json.loads(file.read(size), object_pairs_hook=_without_repetition)
             header.pop("__metadata__", None)
-        except (ValueError, RecursionError, AttributeError):
+        except (ValueError, RecursionError, AttributeError, TypeError):
             raise refuse("its header cannot be read") from None
     found, ranges = {}, []
     for name, entry in header.items():

@@ -99,7 +99,7 @@ def what_else(name: str) -> str:
 
 
 def is_binary(content: bytes) -> bool:
-    """Whether bytes are no text in any encoding of single bytes, nor UTF-8."""
+    """Whether bytes are no text: a NUL in what is UTF-8, control characters in what is not."""
     try:
         content[:HEAD].decode()
         return b"\0" in content

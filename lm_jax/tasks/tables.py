@@ -8,6 +8,7 @@ the first by content hash, so that equal texts stand in one split. How a line is
 
 import difflib
 import io
+import os
 import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -33,7 +34,7 @@ def files_of(place: str) -> dict[str, epath.Path]:
     folder = epath.Path(place)
     found: dict[str, epath.Path] = {}
     for split in SPLITS:
-        paths = [path for path in (folder / f"{split}{suffix}" for suffix in SUFFIXES) if path.exists()]
+        paths = [path for path in (folder / f"{split}{suffix}" for suffix in SUFFIXES) if there(path)]
         if len(paths) > 1:
             raise UserError(f"config.data.sources: {paths[0]} and {paths[1].name}: which of them? Keep one")
         found |= dict.fromkeys([split] * len(paths), paths[0]) if paths else {}
@@ -45,6 +46,11 @@ def files_of(place: str) -> dict[str, epath.Path]:
     return found
 
 
+def there(path: epath.Path) -> bool:
+    """Whether a place has a file of this name, even a link that leads nowhere: that it cannot be read is then said."""
+    return path.exists() or os.path.lexists(path)
+
+
 def what_is_there(folder: epath.Path) -> str:
     """What a place without records has instead, with what would make it right."""
     if not folder.exists():
@@ -52,9 +58,7 @@ def what_is_there(folder: epath.Path) -> str:
     if not folder.is_dir():
         return f"; this is a file: name its folder, {str(folder.parent)!r}"
     others = sorted(path.name for path in folder.iterdir())
-    if any(path.split(".")[0] == "train" for path in others):
-        return f"; it has {lines.listed(others)}: unpack it, or write it as JSON lines"
-    return f"; it has {lines.listed(others)}" if others else "; it is empty"
+    return f"; it has {lines.listed(others)} (unpack what is packed, and name it so)" if others else "; it is empty"
 
 
 def left_over(place: str, read) -> list[str]:
