@@ -98,7 +98,7 @@ STRING, ARRAY = 8, 9
 
 
 def check_counts(path: str) -> None:
-    """Whether a file is as long as its counts say: the package would go on beyond its end for ever. Raises ValueError, OSError."""
+    """Raises ValueError for a file that is shorter than its counts say, beyond whose end the package would go on for ever."""
     with opened(path) as file:
         content = file.read(HEADER)
 
@@ -126,6 +126,7 @@ def check_counts(path: str) -> None:
     for _ in range(number(16, 8)):
         at = after(at, STRING)
         at = after(at + 4, number(at, 4))
+    number(at, 0)
     if number(8, 8) > MOST_TENSORS:
         raise ValueError(f"{number(8, 8):,} tensors")
 
