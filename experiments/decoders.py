@@ -50,7 +50,9 @@ def get_config(variant: str = ""):
     config.data.tokenizer = f"sentencepiece:{pieces}"
     config.data.sequence_length, config.data.global_batch_size = length, BATCH_TOKENS // length
     config.optimizer.learning_rate, config.optimizer.warmup = 3e-4, 2000
-    config.train.num_steps, config.train.balance_loss = "1T tokens", 0.02
+    config.train.num_steps = "1T tokens"
+    if model.get("num_experts"):
+        config.train.balance_loss = 0.02
     config.checkpoint.every = "30 min"
     config.evaluate.every, config.log.every = 1000, 1
     config.model.compute_dtype, config.model.unroll, config.model.remat = "bfloat16", False, "full"

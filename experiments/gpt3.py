@@ -52,7 +52,7 @@ def get_config(variant: str = ""):
     config.optimizer.learning_rate = row.learning_rate
     config.optimizer.warmup, config.optimizer.decay_over = "375M tokens", "260B tokens"
     config.train.num_steps = "300B tokens"
-    config.checkpoint.every = "30 min"
+    config.checkpoint.every, config.train.on_spike = "30 min", "rewind"
     config.evaluate.every, config.log.every = 1000, 1
     if row.num_layers > 12:  # for accelerators alone: a compile time that does not grow, sharded state, little memory
         config.model.compute_dtype, config.model.unroll, config.model.remat = "bfloat16", False, "full"

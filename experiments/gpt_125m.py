@@ -22,6 +22,6 @@ def get_config():
     config.optimizer.learning_rate = 6e-4
     config.optimizer.warmup, config.optimizer.decay_over = "375M tokens", "260B tokens"
     config.train.num_steps = "300B tokens"
-    config.checkpoint.every = "30 min"
+    config.checkpoint.every, config.train.on_spike = "30 min", "rewind"
     config.evaluate.every, config.log.every = 1000, 1
     return config

@@ -19,7 +19,7 @@ def get_config():
     config.data.sequence_length, config.data.global_batch_size = 2048, 1024
     config.optimizer.learning_rate, config.optimizer.warmup = 4e-4, 2000
     config.train.num_steps = "3T tokens"
-    config.checkpoint.every = "30 min"
+    config.checkpoint.every, config.train.on_spike = "30 min", "rewind"
     config.evaluate.every, config.log.every = 1000, 1
     config.model.compute_dtype, config.model.unroll, config.model.remat = "bfloat16", False, "full"
     config.mesh.data, config.mesh.fsdp = 1, -1

@@ -10,10 +10,13 @@ and takes a token at a time: 3,200 tokens/s on the two CPU cores that do 5,800 t
 
 import quickstart
 
+from lm_jax.config import default_config
+
 
 def get_config():
     config = quickstart.get_config()
     config.model.kind, config.model.num_layers, config.model.model_dim = "lstm", 2, 200
-    config.model.positions, config.model.unroll = "none", False
+    config.model.positions, config.model.num_heads = "none", default_config().model.num_heads  # it has neither
+    config.model.unroll = False
     config.model.init_scale, config.optimizer.learning_rate = 0.15, 1e-2
     return config

@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from lm_jax.beam import search
-from lm_jax.decoding import Marks, complete
+from lm_jax.decoding import complete
 from lm_jax.model.graph import Graph
 from lm_jax.sharding import batch_shards
 
@@ -33,7 +33,7 @@ def written(
     reads = graph.config.kind == "encoder_decoder"
     limit = min(mixed.longest_answer, sees if reads else sees // 2)
     questions = [task.question(value, by, sees if reads else sees - limit) for value in values]
-    marks = Marks((by.document_id,), (), by.document_id, task.end(by))
+    marks = mixed.special_ids
     found = [""] * len(values)
     order = sorted(range(len(values)), key=lambda k: len(questions[k]))
     size = TOGETHER * batch_shards(dict(jax.sharding.get_mesh().shape))

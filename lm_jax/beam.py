@@ -1,10 +1,10 @@
 """Beam search: the most probable texts, for translation and summarisation; one device program, like sampling.
 
-Shape suffixes: B prompts, K beams, C = 2K candidates, N new tokens, V vocabulary.
+Shape suffixes: B prompts, K beams, C candidates, N new tokens, V vocabulary.
 
-The rules are those of `transformers`: of the 2K best continuations those that end are finished texts if they are among the first
-K, the best K others go on; a finished text scores its log-probability / length^penalty; a prompt is done once no running text
-scores better than the worst of its K finished ones.
+The rules are those of `transformers`: of the 2K best continuations (of (1 + E) K where a text has E > 1 ends) those that end are
+finished texts if they are among the first K, the best K others go on; a finished text scores its log-probability /
+length^penalty; a prompt is done once no running text scores better than the worst of its K finished ones.
 """
 
 import functools
@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.decoding import Completion, Marks, Prompt, State, lay, next_logits, own_marks, prefill
+from lm_jax.decoding import Completion, Prompt, State, contexts, is_any, lay, next_logits, prefill, written_by
 from lm_jax.model.graph import Graph
 from lm_jax.model.layers import Apart
 from lm_jax.sharding import iota, reshape
@@ -56,14 +57,14 @@ def reorder(caches, parents_BK: jax.Array):
     return jax.tree.map(one, caches)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "beams", "limit", "document_id"))
+@functools.partial(jax.jit, static_argnames=("graph", "beams", "limit", "ends"))
 def decode(
-    graph: Graph, parameters, state: State, beams: int, limit: int, document_id: int, penalty: jax.Array
+    graph: Graph, parameters, state: State, beams: int, limit: int, ends: tuple[int, ...], penalty: jax.Array
 ) -> Beams:
     """The best texts of each prompt; `state` has every prompt `beams` times, one after the other."""
     batch = len(state.token_B) // beams
     like_BK = iota((batch, beams), "batch", None)
-    nothing_BKN = jnp.zeros_like(iota((batch, beams, limit), "batch", None, None)) + document_id
+    nothing_BKN = jnp.zeros_like(iota((batch, beams, limit), "batch", None, None)) + (ends[0] if ends else 0)
     never_BK = jnp.zeros_like(like_BK, jnp.float32) + NEVER
     start = Beams(nothing_BKN, jnp.where(like_BK == 0, 0, never_BK), nothing_BKN, never_BK, like_BK[:, 0] == 0)
 
@@ -73,11 +74,11 @@ def decode(
         vocab_size = logits_BV.shape[-1]
         sure = reshape(jax.nn.log_softmax(logits_BV), (batch, beams, vocab_size), "batch", None, None)
         sums = reshape(sure + now.scores_BK[:, :, None], (batch, beams * vocab_size), "batch", None)
-        scores_BC, places_BC = jax.lax.top_k(sums, 2 * beams)
+        scores_BC, places_BC = jax.lax.top_k(sums, max(2, 1 + len(ends)) * beams)
         parents_BC, ids_BC = places_BC // vocab_size, places_BC % vocab_size
         at_N = jnp.arange(limit)[None, None] == n
         tokens_BCN = jnp.where(at_N, ids_BC[:, :, None], pick(now.tokens_BKN, parents_BC))
-        ends_BC = (ids_BC == document_id) | (n + 1 == limit)
+        ends_BC = is_any(ids_BC, ends) | (n + 1 == limit)
         first_BC = iota(ends_BC.shape, "batch", None) < beams
 
         length = (n + 1).astype(jnp.float32) ** penalty
@@ -107,18 +108,17 @@ def search(
     limit: int,
     beams: int,
     penalty: float = 1.0,
-    marks: Marks | None = None,
+    marks: SpecialIds | None = None,
 ) -> list[Completion]:
     """The best text of each prompt; its one log-probability is the sum over the text and its end. Raises UserError."""
-    marks, parameters = marks or own_marks(tokenizer), graph.apart(parameters)
+    marks, parameters = marks or of_documents(tokenizer), graph.apart(parameters)
     laid = lay(graph, tokenizer, marks, prompts, limit, beams)
     state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, marks.start)
-    found = decode(graph, parameters, state, beams, limit, marks.end, np.float32(penalty))
+    found = decode(graph, parameters, state, beams, limit, marks.ends, np.float32(penalty))
     best = np.asarray(found.finished_BKN)[:, 0], np.asarray(found.finished_scores_BK)[:, 0]
     completions = []
-    for row_N, score in zip(*best, strict=True):
-        ends = np.flatnonzero(row_N == marks.end)
-        num = int(ends[0]) if len(ends) else limit
-        total = float(score) * (num + len(ends[:1])) ** penalty
-        completions.append(Completion(tokenizer.decode(row_N[:num]), row_N[:num].tolist(), [total]))
+    for before, row_N, score in zip(contexts(graph, laid), *best, strict=True):
+        found, _ = written_by(tokenizer, before, row_N, row_N, limit, (), marks.ends)
+        total = float(score) * min(len(found.tokens) + 1, limit) ** penalty  # its end is one of the tokens
+        completions.append(found._replace(log_probabilities=[total]))
     return completions[: len(prompts)]

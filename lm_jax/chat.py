@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lm_jax import files
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
 
@@ -29,9 +29,9 @@ def user(text: str) -> Message:
 def find_template(folder: epath.Path) -> str:
     """The chat template of a run or of a Hugging Face folder, "" where it has none."""
     if (folder / FILE).exists():
-        return files.read_bytes(folder / FILE).decode()
+        return regular_files.read_bytes(folder / FILE).decode()
     try:
-        found = files.read_json(folder / "tokenizer_config.json")["chat_template"]
+        found = regular_files.read_json(folder / "tokenizer_config.json")["chat_template"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     if isinstance(found, list):  # several by name
@@ -81,7 +81,8 @@ class Filled(NamedTuple):
 def fill(template: str, messages: Sequence[Message], tokenizer: HuggingFace, prompt: bool) -> Filled:
     names = {index: name for name, index in tokenizer.special.items()}
     first = "".join(names.get(index, "") for index in tokenizer.around()[0])
-    tokens = {"bos_token": first, "eos_token": names.get(tokenizer.document_id, "")}
+    end = tokenizer.known_document
+    tokens = {"bos_token": first, "eos_token": "" if end is None else names.get(end, "")}
     marked = [message | {"content": MARK.format(i)} for i, message in enumerate(messages)]
     text, said = render(template, marked, prompt, **tokens), [message["content"] for message in messages]
     parts = MARKED.split(text)

@@ -2,8 +2,10 @@
 
     <workdir>/config.json  tokenizer.{model,json,bytes}  checkpoints/<step>/{parameters,optimizer,data}  .../MANIFEST.json
 
-The manifest is written last and durably: a step without one never was. Order of restore: (1) the workdir has a valid step:
-resume; (2) `train.init_from`: parameters only; (3) fresh.
+A step's manifest is written last and durably, and has the hash of every file of the step; config.json has those of the files
+beside it. Both are sealed, and name the same run. Where rows were left out after a step was saved, its manifest has them
+(`skipped`) in the place of its data state. Order of restore: (1) the workdir has a valid step: resume;
+(2) `train.init_from`: parameters only; (3) fresh.
 """
 
 import concurrent.futures
@@ -19,36 +21,47 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import __version__, files
-from lm_jax.config import Config, UserError, difference, flatten, leaves, nearest, resolve, unflatten
+from lm_jax import __version__, regular_files
+from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
+from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
-from lm_jax.data.shards import check_url, file_hash, is_url
+from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.sources import files_below
-from lm_jax.data.tokenizer import Tokenizer, load, named
+from lm_jax.data.tokenizer import BESIDE, Tokenizer, load, named, read_json
 from lm_jax.distributed import leads
+from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
-from lm_jax.places import set_aside, write_whole
+from lm_jax.optimizer import all_finite
+from lm_jax.places import check_room, set_aside, write_whole
+from lm_jax.ramp import DataState
+from lm_jax.stop import Stop
 from lm_jax.train_state import Program, TrainState, abstract, make_program
 from lm_jax.trained import joined
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal, and is read
 MANIFEST = "MANIFEST.json"
+STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder; what is called otherwise is not ours
+UNFINISHED = ".unfinished"  # `<step>.unfinished` stands beside a step while it is written, and while it is removed
+RUN_FILES = (*MODEL_FILES, BESIDE, "reference.npz")  # what config.json has the hashes of
 PATIENCE = 600  # seconds that one process waits for a file of another
-FACTS = ("pipeline", "tokenizer", "data")  # of the mixture, kept with every step; config.json has its shards too
-
-
-class DataState(NamedTuple):
-    """Where the training stream is: after `step` updates the next row is `cursor`; `skipped` row ranges were dropped."""
-
-    step: int
-    cursor: int
-    skipped: tuple[tuple[int, int], ...] = ()
+FACTS = ("run", "pipeline", "tokenizer", "data")  # kept with every step; config.json has the shards too
+# What decides results from outside of a config: {name: whether a run must keep it}.
+OUTSIDE = {
+    "jax_enable_x64": True,
+    "jax_default_prng_impl": True,
+    "jax_threefry_partitionable": True,
+    "jax_default_matmul_precision": True,
+    "XLA_FLAGS": False,
+    "jax": False,
+    "jaxlib": False,
+}
 
 
 def items(state: TrainState, data: DataState) -> dict[str, Any]:
@@ -73,10 +86,16 @@ def steps_folder(workdir: epath.Path) -> epath.Path:
     return (workdir if is_url(workdir) else epath.Path(os.path.abspath(workdir))) / "checkpoints"
 
 
-class Saver:
-    """Saves in the background. `poll` raises what went wrong there; `wait` ends with the manifest on disk."""
+class NotFinite(Exception):
+    """A state that is not saved: numbers in it are inf or NaN."""
 
-    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, Any]):
+
+class Saver:
+    """Saves in the background. `poll` raises what went wrong there; `wait` ends with the manifest on disk. `stop` is told
+    what is saved."""
+
+    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, Any], stop: Stop | None = None):
+        self.stop = stop or Stop()
         self.folder, self.config, self.facts = steps_folder(workdir), config, facts
         self.folder.mkdir(parents=True, exist_ok=True)
         # In a bucket every array is objects of its own: Orbax's OCDBT would join them, by generations that not every store has.
@@ -85,28 +104,51 @@ class Saver:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._commit: concurrent.futures.Future | None = None
+        self._is_finite = jax.jit(all_finite)
         self.saved_at = time.monotonic()
 
-    def save(self, state: TrainState, data: DataState) -> None:
-        """Returns once the state is copied; the state's arrays may then be donated."""
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Where something else went wrong, what is being saved is saved first, or fails as well."""
+        if error is not None and self._commit is not None:
+            concurrent.futures.wait([self._commit], PATIENCE)
+
+    def save(self, state: TrainState, data: DataState, also: dict[str, Any] | None = None, retain: bool = True) -> None:
+        """Returns once the state is copied; the state's arrays may then be donated.
+
+        The manifest has `also` beside the facts of the run. Without `retain` no older step is removed. Raises NotFinite.
+        """
         self.wait()
         if (self.folder / str(data.step) / MANIFEST).exists():
             return
+        if not self._is_finite(state):
+            raise NotFinite(f"the state after step {data.step:,} is not finite (inf or NaN), and is not saved")
+        if leads():
+            path = self.folder / str(data.step)
+            if path.exists() and not mark_path(self.folder, data.step).exists() and not is_step_without_manifest(path):
+                raise UserError(f"{path} is in the way of a checkpoint and was not written by a run: move it away")
+            mark_unfinished(self.folder, data.step)
         if jax.default_backend() == "cpu":  # a CPU array on the host is a view, which the next step would write over
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         self.saved_at = time.monotonic()
+        check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(state)))
         self._orbax.save(self.folder / str(data.step), args=ocp.args.Composite(**items(state, data)), force=True)
-        self._commit = self._thread.submit(self._finish, data.step)
+        self._commit = self._thread.submit(self._finish, data.step, also or {}, retain)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, also: dict[str, Any], retain: bool) -> None:
         self._orbax.wait_until_finished()
         folder = self.folder / str(step)
         if jax.process_count() > 1:
             write_part(folder)
         if leads():
-            write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS})
-            self._retain()
+            write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS} | also)
+            mark_path(self.folder, step).unlink()
+            if retain:
+                self._retain()
         wait_for(folder / MANIFEST)  # so that all processes know the same steps
+        self.stop.saved = step
 
     def _retain(self) -> None:
         """Keeps the newest `keep_last` and every multiple of `keep_every`; runs after the new manifest is durable."""
@@ -114,8 +156,7 @@ class Saver:
         steps = complete_steps(self.folder)
         for step in steps[: -settings.keep_last]:
             if not settings.keep_every or step % settings.keep_every:
-                (self.folder / str(step) / MANIFEST).unlink()  # from here on torn: a kill in between is cleaned up
-                (self.folder / str(step)).rmtree()
+                remove_step(self.folder, step)
 
     def poll(self) -> None:
         if self._commit is not None and self._commit.done():
@@ -130,6 +171,23 @@ class Saver:
         self.wait()
         self._thread.shutdown()
         self._orbax.close()
+
+
+def mark_path(folder: epath.Path, step: int) -> epath.Path:
+    return folder / f"{step}{UNFINISHED}"
+
+
+def mark_unfinished(folder: epath.Path, step: int) -> None:
+    """From here on, until the mark is taken away, what lies under the step's name does not count: a kill leaves it so."""
+    write_whole(
+        mark_path(folder, step), b"this step is being written, or removed; what there is of it does not count\n"
+    )
+
+
+def remove_step(folder: epath.Path, step: int) -> None:
+    mark_unfinished(folder, step)
+    (folder / str(step)).rmtree()
+    mark_path(folder, step).unlink()
 
 
 def files_of(folder: epath.Path) -> dict[str, dict[str, int | str]]:
@@ -180,7 +238,7 @@ def written_files(folder: epath.Path) -> dict[str, dict[str, int | str]]:
 def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
     versions = {module.__name__: module.__version__ for module in (jax, ocp)} | {"lm_jax": __version__}
     manifest = {"format": FORMAT, **facts, "versions": versions, "files": written_files(folder)}
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_whole(folder / MANIFEST, sealed(manifest))
     for path in (folder, folder.parent) if not is_url(folder) else ():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -189,20 +247,36 @@ def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
 
 def complete_steps(folder: epath.Path) -> list[int]:
     """Steps that have a manifest, in order."""
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name) and (folder / name / MANIFEST).exists())
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    steps = {int(name) for name in names if STEP.fullmatch(name) and f"{name}{UNFINISHED}" not in names}
+    return sorted(step for step in steps if (folder / str(step) / MANIFEST).exists())
 
 
-def fault(folder: epath.Path) -> str:
-    """What is wrong with a step, "" where every file is as it was written."""
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+    """What the manifest of a step says. Raises ValueError that says why it cannot be relied on."""
     try:
-        manifest = files.read_json(folder / MANIFEST)
-        expected = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
-    if manifest.get("format") != FORMAT:
-        return f"{MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}"
-    found = files_of(folder)
+        manifest = unsealed(regular_files.read_bytes(folder / MANIFEST), FORMAT)
+        if manifest["format"] not in (1, FORMAT):
+            raise ValueError(f"has format {manifest['format']!r}, this version reads 1 and {FORMAT}")
+        if str(manifest["step"]) != folder.name.partition(".")[0]:
+            raise ValueError(f"is of step {manifest['step']}")
+        manifest["files"].items()
+    except FileNotFoundError:  # another refusal of the system is no damage: it is let through
+        raise ValueError("is missing") from None
+    except (KeyError, AttributeError):
+        raise ValueError("is no manifest of a step") from None
+    return manifest
+
+
+def fault(folder: epath.Path, run: str = "") -> str:
+    """What is wrong with a step, "" where every file is as it was written, and where `run` is given, by that run."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return f"{MANIFEST} {error}"
+    if run and manifest.get("run", run) != run:
+        return f"{MANIFEST} is of another run than config.json"
+    expected, found = manifest["files"], files_of(folder)
     for name in sorted({*expected, *found}):
         if name not in found:
             return f"{name} is missing"
@@ -211,28 +285,70 @@ def fault(folder: epath.Path) -> str:
     return ""
 
 
+def go_back(workdir: epath.Path, data: DataState) -> None:
+    """Makes the step of `data`, which is whole, the newest, and its rows without `data.skipped`.
+
+    Later steps go first, the newest of them first: a kill in between leaves a run that comes here again. Then the manifest says
+    what is left out, in the place of the data state that was saved, and is replaced in one piece.
+    """
+    folder = steps_folder(workdir)
+    for step in reversed(complete_steps(folder)):
+        if step > data.step:
+            remove_step(folder, step)
+    manifest = read_manifest(folder / str(data.step))
+    write_whole(folder / str(data.step) / MANIFEST, sealed(manifest | {"skipped": data.skipped}))
+
+
 def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
-    """Removes what a kill left half-written: steps without a manifest, and Orbax's temporary folders."""
+    """Removes what a kill left half-written, and sets aside a step that has lost its manifest; what is not ours stays."""
     folder = steps_folder(workdir)
-    for path in folder.iterdir() if folder.exists() else ():
-        torn = path.name.isdigit() and not (path / MANIFEST).exists()
-        if torn or "orbax-checkpoint-tmp" in path.name:
-            say(f"removed {path.name}: a checkpoint that was never finished")
-            path.rmtree()
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    for name in names:
+        step, _, rest = name.partition(".")
+        if not STEP.fullmatch(step):
+            continue
+        if rest.startswith("orbax-checkpoint-tmp"):
+            (folder / name).rmtree()
+            say(f"removed {name}: a checkpoint that was never finished")
+        elif f".{rest}" == UNFINISHED:
+            if step in names:
+                (folder / step).rmtree()
+                say(f"removed {step}: a checkpoint that was never finished")
+            (folder / name).unlink()
+        elif not rest and f"{name}{UNFINISHED}" not in names and is_step_without_manifest(folder / name):
+            to = set_step_aside(folder, int(step))
+            say(f"checkpoint {step} is broken: {MANIFEST} is missing; set aside as {to.name}")
 
 
-def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bool) -> int | None:
-    """The newest step whose files are as written, None where there never was one. Raises UserError if all are broken."""
+def is_step_without_manifest(path: epath.Path) -> bool:
+    """Whether a folder with a step's name holds what we write there, or nothing at all: another one is the user's."""
+    if not path.is_dir() or (path / MANIFEST).exists():
+        return False
+    names = {inside.name for inside in path.iterdir()}
+    return not names or bool(names & {"parameters", "optimizer", "data", "_CHECKPOINT_METADATA"})
+
+
+def set_step_aside(folder: epath.Path, step: int) -> epath.Path:
+    """The folder of a step under the name of a broken one. Returns its new path."""
+    number = len(list(folder.glob(f"{step}.broken*")))
+    to = folder / (f"{step}.broken" + f"-{number}" * bool(number))
+    set_aside(folder / str(step), to)
+    return to
+
+
+def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bool, run: str = "") -> int | None:
+    """The newest step of a run whose files are as written, None where there never was one.
+
+    Raises UserError if all are broken.
+    """
     folder = steps_folder(workdir)
-    steps = complete_steps(folder)
-    for step in reversed(steps):
-        problem = fault(folder / str(step))
+    for step in reversed(complete_steps(folder)):
+        problem = fault(folder / str(step), run)
         if not problem:
             return step
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
         if quarantine:
-            number = len(list(folder.glob(f"{step}.broken*")))
-            set_aside(folder / str(step), folder / (f"{step}.broken" + f"-{number}" * bool(number)))
+            set_step_aside(folder, step)
     if has_steps(workdir):
         raise UserError(
             f"no checkpoint in {folder} is whole; remove the folder to start over, or restore it from a copy"
@@ -250,48 +366,114 @@ def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainStat
             args=ocp.args.Composite(
                 parameters=ocp.args.StandardRestore(target.parameters),
                 optimizer=ocp.args.StandardRestore(named),
-                data=ocp.args.JsonRestore(),
             ),
         )
     _, structure = jax.tree.flatten(target.optimizer_state)
     optimizer_state = jax.tree.unflatten(structure, [found.optimizer[name] for name in named])
-    data = DataState(found.data["step"], found.data["cursor"], tuple(map(tuple, found.data["skipped"])))
+    data = read_data_state(workdir, step)
     step_array = jax.device_put(np.int32(data.step), target.step.sharding)
     return TrainState(step_array, found.parameters, optimizer_state), data
 
 
+def read_data_state(workdir: epath.Path, step: int) -> DataState:
+    """That of a verified step: as it was saved, but for the rows that were left out since."""
+    folder = steps_folder(workdir) / str(step)
+    saved = json.loads((folder / "data" / "metadata").read_text())
+    skipped = read_json(folder / MANIFEST).get("skipped", saved["skipped"])
+    return DataState(saved["step"], saved["cursor"], tuple((first, last) for first, last in skipped))
+
+
+def expected_data_state(workdir: epath.Path) -> DataState:
+    """That of the newest step, which is not verified yet; the start of the run where none can be read."""
+    try:
+        return read_data_state(workdir, complete_steps(steps_folder(workdir))[-1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return DataState(0, 0)
+
+
+def saved_beside(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """What the manifest of a step says, {} where there is none."""
+    return read_json(steps_folder(workdir) / str(step) / MANIFEST)
+
+
 def write_config(workdir: epath.Path, config: Config, origins: dict[str, dict], facts: dict[str, Any]) -> None:
-    """`config.json`: the resolved values, and for each that is no default where it came from."""
-    content = {"format": FORMAT, "config": flatten(config), "origins": origins, **facts}
-    write_whole(workdir / "config.json", json.dumps(content, indent=1).encode())
+    """`config.json`: the resolved values, where each that is no default came from, and what else decides the results.
+
+    It is written after the files beside it, whose hashes it has.
+    """
+    files = {name: file_hash(workdir / name) for name in RUN_FILES if (workdir / name).exists()}
+    content = {"format": FORMAT, "config": flatten(config), "origins": origins, **facts, "outside": outside()}
+    write_whole(workdir / "config.json", sealed(content | {"files": files}))
 
 
-def write_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer's file under its own name, whole or not at all."""
-    path = workdir / tokenizer.file_name
-    if not path.exists() or path.read_bytes() != tokenizer.model:
-        write_whole(path, tokenizer.model)
+def run_identity(saved: dict[str, Any], config: Config, facts: dict[str, Any]) -> str:
+    """What config.json and the steps of a run have in common; made of what a run must keep when it starts, kept then."""
+    kept = {path: value for path, value in flatten(config).items() if leaves()[path].metadata["fixed"]}
+    return saved.get("run") or seal([kept, facts])[:16]
+
+
+def outside() -> dict[str, Any]:
+    """The settings of `OUTSIDE` as they are in this process."""
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    given = {"XLA_FLAGS": " ".join(sorted(flag for flag in flags if "host_platform_device_count" not in flag))}
+    return {name: (versions | given).get(name, getattr(jax.config, name, None)) for name in OUTSIDE}
+
+
+def write_run_file(workdir: epath.Path, name: str, content: bytes, say: Callable[[str], None]) -> None:
+    """A file beside config.json, whole or not at all; written anew, and said, where it is not as it was."""
+    assert name in RUN_FILES, name
+    path = workdir / name
+    if path.exists() and path.read_bytes() != content:
+        say(f"{name} was not as it was written: it is written again")
+    if not path.exists() or path.read_bytes() != content:
+        write_whole(path, content)
 
 
 def has_steps(workdir: epath.Path) -> bool:
-    """Whether there is something that another config would lose: a finished checkpoint, whole or broken."""
+    """Whether there is something that another config would lose: a checkpoint, whole or broken."""
     folder = steps_folder(workdir)
-    return bool(complete_steps(folder)) or (folder.exists() and any(folder.glob("*.broken*")))
+    if complete_steps(folder):
+        return True
+    paths = list(folder.iterdir()) if folder.exists() else []
+    names = {path.name for path in paths}
+    lost = (path for path in paths if STEP.fullmatch(path.name) and f"{path.name}{UNFINISHED}" not in names)
+    return any(".broken" in name for name in names) or any(map(is_step_without_manifest, lost))
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
-    """The content of `config.json`; a key that the run was started without has its default. Raises UserError."""
+    """The content of `config.json`; a key that the run was started without has its default.
+
+    Raises UserError where it is not as it was written.
+    """
+    path = workdir / "config.json"
     try:
-        content = files.read_json(workdir / "config.json")
+        content = unsealed(regular_files.read_bytes(path), FORMAT)
         content["config"] = flatten(Config()) | content["config"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{workdir / 'config.json'} is no config of a run; use another --workdir") from None
+    except (FileNotFoundError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no config of a run; use another --workdir") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is no config of a run: it {error}\nput it back from a copy, or use another --workdir"
+        ) from None
     return content
+
+
+def check_run_files(workdir: epath.Path, content: dict[str, Any]) -> None:
+    """Raises UserError where a file beside config.json is not as config.json says."""
+    files = content.get("files", {})
+    for name, expected in files.items():
+        if problem := invalid_reason(workdir / name, expected):
+            raise UserError(f"{workdir / name} {problem}; put it back from a copy")
+    if found := [name for name in RUN_FILES if files and name not in files and (workdir / name).exists()]:
+        raise UserError(f"{workdir / found[0]} is not of this run, which was written without it; take it away")
 
 
 def check_resume(workdir: epath.Path, saved: dict[str, Any], config: Config, facts: dict[str, Any]) -> list[str]:
     """Lines on what changed since the run was started. Raises UserError for what a run must keep."""
-    changed = difference(saved["config"], flatten(config))
+    here = flatten(config)
+    changed = difference(saved["config"], here)
+    changed = {path: both for path, both in changed.items() if path not in leaves() or is_read(here, path)}
     fixed = {
         path: values for path, values in changed.items() if path not in leaves() or leaves()[path].metadata["fixed"]
     }
@@ -301,8 +483,14 @@ def check_resume(workdir: epath.Path, saved: dict[str, Any], config: Config, fac
             f"{workdir} holds a run with another config:\n{few(shown)}\nuse another --workdir, or its config"
         )
     if different := other_data(saved, facts):
-        raise UserError(f"{workdir} holds a run on other data:\n{few(different)}\nuse another --workdir, or its data")
-    return [f"changed on resume: config.{path}: {old!r} -> {new!r}" for path, (old, new) in changed.items()]
+        raise UserError(
+            f"{workdir} holds a run on other data, or of other settings:\n{few(different)}\n"
+            "use another --workdir, or what the run had"
+        )
+    now = {f"config.{path}": values for path, values in changed.items()}
+    before, here = saved.get("outside", {}), outside()
+    now |= {name: (old, here.get(name)) for name, old in before.items() if old != here.get(name)}
+    return [f"changed on resume: {name}: {old!r} -> {new!r}" for name, (old, new) in now.items()]
 
 
 def few(lines: list[str]) -> str:
@@ -326,7 +514,13 @@ def describe(path: str, old: Any, new: Any) -> list[str]:
 
 def other_data(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """What a run was started on that is not what is here now: tokenizer, version, or shards by name."""
+    there, here = saved.get("outside", {}), outside()
     lines = [
+        f"{name} {there[name]!r} there, {here[name]!r} here"
+        for name, kept in OUTSIDE.items()
+        if kept and there.get(name, here[name]) != here[name]
+    ]
+    lines += [
         f"{name} {saved.get(name)!r} there, {facts[name]!r} here"
         for name in ("pipeline", "tokenizer")
         if saved.get(name) != facts[name]
@@ -342,6 +536,8 @@ def other_data(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 
 
 class Located(NamedTuple):
+    """A MODEL, as every command reads it: what only the place of its training needed is as it is by default (`resolve_found`)."""
+
     workdir: epath.Path
     step: int
     config: Config
@@ -355,6 +551,11 @@ class Located(NamedTuple):
         added = lambda: specials(self.tokenizer, self.config.data.objective).num_pieces
         return self.described.num_pieces if self.described else added()
 
+    @property
+    def special_ids(self) -> special_ids.SpecialIds:
+        """What begins and ends a text."""
+        return special_ids.read(self.workdir, self.tokenizer)
+
 
 def locate(model: str, say: Callable[[str], None] = print) -> Located:
     """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified; or a Hugging Face folder. Raises UserError."""
@@ -362,31 +563,29 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
     place, _, wanted = (model, "", "") if (epath.Path(model) / "config.json").exists() else model.rpartition("@")
     place, wanted = (place, wanted) if place else (wanted or model, "")
     workdir = epath.Path(place)
+    check_plain(str(workdir))
     if not (workdir / "config.json").exists():
         siblings = [str(path) for path in workdir.parent.glob("*") if (path / "config.json").exists()]
         raise UserError(f"--model {model}: {place} is not a run (it has no config.json){nearest(place, siblings)}")
-    if not (content := read_json(workdir / "config.json")):
-        raise UserError(
-            f"--model {model}: {workdir / 'config.json'} cannot be read as a JSON object; restore it from a copy"
-        )
-    if "model_type" in content:
+    if "model_type" in read_json(workdir / "config.json"):
         return locate_hugging_face(workdir)
-    steps = complete_steps(workdir / "checkpoints")
-    if not steps:
+    content = read_config(workdir)
+    check_run_files(workdir, content)
+    steps, run = complete_steps(workdir / "checkpoints"), content.get("run", "")
+    if not has_steps(workdir):
         raise UserError(f"--model {model}: the run has no checkpoint yet")
     if not wanted:
-        step = newest_valid(workdir, say, quarantine=False)
+        step = newest_valid(workdir, say, quarantine=False, run=run)
         assert step is not None
-    elif re.fullmatch("[0-9]{1,18}", wanted) and int(wanted) in steps:
+    elif STEP.fullmatch(wanted) and int(wanted) in steps:
         step = int(wanted)
-        if problem := fault(workdir / "checkpoints" / str(step)):
+        if problem := fault(workdir / "checkpoints" / str(step), run):
             raise UserError(
                 f"--model {model}: {problem}; whole are {', '.join(str(s) for s in steps if s != step) or 'none'}"
             )
     else:
         raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
-    content = read_config(workdir)
-    config = resolve(unflatten(content["config"]))
+    config = resolve_found(unflatten(content["config"]))
     base = locate_base(workdir, content["base"], say) if "base" in content else None
     return Located(workdir, step, config, load(str(workdir)), None, base)
 
@@ -405,23 +604,23 @@ def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], 
     return found
 
 
+def context_of(located: Located) -> int:
+    """The longest text, in tokens, that a model was made for: a run that started from another model keeps that one's."""
+    kept = {} if located.described else read_config(located.workdir)
+    return max(kept.get("context", 0), located.config.data.sequence_length)
+
+
 def fingerprint(located: Located) -> str:
     """sha256 over what is known of the files that hold a model's arrays, wherever they lie."""
     if located.described:
-        files = {path.name: file_hash(path) for path in located.workdir.glob("*.safetensors")}
+        from lm_jax.convert import safetensors
+
+        names = safetensors.weight_files(str(located.workdir))
+        files = {name: file_hash(located.workdir / name) for name in names}
     else:
         files = read_json(steps_folder(located.workdir) / str(located.step) / MANIFEST)["files"]
     below = fingerprint(located.base) if located.base else ""
     return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """An object in a file, {} where there is none that can be read."""
-    try:
-        content = files.read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def locate_hugging_face(folder: epath.Path) -> Located:
@@ -431,17 +630,12 @@ def locate_hugging_face(folder: epath.Path) -> Located:
     described = hugging_face.read_description(str(folder))
     with named(f"--model {folder}: its tokenizer"):
         tokenizer = load(str(folder))
-    if tokenizer.num_pieces > described.num_pieces:
-        raise UserError(
-            f"--model {folder}: its tokenizer has {tokenizer.num_pieces} pieces, its config.json says {described.num_pieces}"
-        )
     return Located(folder, 0, described.config, tokenizer, described)
 
 
 def graph_of(located: Located) -> Graph:
-    """The model of a run, its adapters merged. The attention backend was right where it was trained; here the best of this
-    platform is."""
-    model = dataclasses.replace(located.config.model, attention="auto", lora_rank=0)
+    """The model of a run, its adapters merged."""
+    model = dataclasses.replace(located.config.model, lora_rank=0)
     return build(model, located.num_pieces, located.config.data.sequence_length)
 
 

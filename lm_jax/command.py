@@ -1,22 +1,40 @@
 """What every command shares: flags, the config they name, and how errors reach the terminal."""
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import os
 import re
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import ml_collections
 
-from lm_jax.config import Config, UserError, check_key, default_config, flatten, nearest, parse_value, resolve, shrink
+from lm_jax import faults
+from lm_jax.config import (
+    Config,
+    UserError,
+    check_key,
+    default_config,
+    flatten,
+    nearest,
+    parse_value,
+    resolve,
+    shown,
+    shrink,
+    unflatten,
+    without_unread,
+)
+from lm_jax.faults import EXIT_MACHINE, EXIT_USER
+from lm_jax.stop import Stop, end_process, listening, replace_process
 
+EXIT_FAULT = 70
 LARGEST_EXPERIMENT = 2**20  # bytes
-EXIT_USER, EXIT_FAULT, EXIT_PREEMPTED = 2, 70, 75
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -34,17 +52,39 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+        self._reach: dict[str, dict[str, tuple]] = {}
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
 
     def parse_args(self, arguments=None, namespace=None):
         check_text(arguments or ())
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             flag = rest[0].split("=")[0]
-            raise UserError(f"unknown argument {rest[0]}{nearest(flag, self._option_string_actions)}")
+            raise UserError(f"unknown argument {shown(rest[0])}{nearest(flag[:100], self._option_string_actions)}")
+        for name, reach in self._reach.items():
+            self._check_reach(known, name, reach)
         return known
+
+    def reads(self, reach: dict[str, tuple], *names: str) -> None:
+        """These flags are read only where others have one of these values, () = any that is on; elsewhere they are refused."""
+        self._reach |= dict.fromkeys(names, reach)
+
+    def _check_reach(self, known: argparse.Namespace, name: str, reach: dict[str, tuple]) -> None:
+        action = self._option_string_actions.get(f"--{name}")
+        given = getattr(action, "stood", False) or getattr(known, name) != self.get_default(name)
+        for other, values in reach.items() if given else ():
+            found = getattr(known, other)
+            if not (found in values if values else found):
+                flag = other if other in {action.dest for action in self._get_positional_actions()} else f"--{other}"
+                some = f"from {values[0]} to {values[-1]}" if len(values) > 4 else " or ".join(map(str, values))
+                told = f"{flag} is {some}" if values else f"{flag} is given"
+                raise UserError(
+                    f"--{name} {shown(getattr(known, name))} is read only where {told}: leave one of them out"
+                )
 
 
 def check_text(arguments) -> None:
@@ -61,34 +101,70 @@ def check_text(arguments) -> None:
 class Once(argparse.Action):
     """A flag that may stand once."""
 
+    stood = False
+
     def __call__(self, parser, namespace, values, option_string=None):
-        if getattr(namespace, f"_{self.dest}_seen", False):
+        if self.stood and option_string:
             raise UserError(f"{option_string} stands twice")
-        setattr(namespace, f"_{self.dest}_seen", True)
+        self.stood = True  # the parser is made anew for every command line
         setattr(namespace, self.dest, values)
 
 
 def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> NoReturn:
-    """Runs a command and leaves with its code: 0 done, 2 user error, 75 preempted and saved, 70 fault."""
-    from lm_jax import distributed
+    """Runs a command and leaves with its code: 0 done, 2 user error, 74 a fault of the machine, 75 preempted and saved, 70 a
+    fault of ours; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved."""
+    with Stop():
+        speak = quiet_threads()
+        code = outcome(main, sys.argv[1:] if arguments is None else arguments)
+    if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
+        speak()
+    if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
+        with contextlib.suppress(OSError):  # which may be what was refused
+            sys.stdout.flush()
+        end_process(code)
+    sys.exit(code)
 
+
+def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """The exit code of a command; what went wrong is said."""
     try:
+        from lm_jax import distributed
+
         distributed.configure()
-        code = main(sys.argv[1:] if arguments is None else arguments) or 0
+        code = main(arguments) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"lm_jax: {error}", file=sys.stderr)
-        code = EXIT_USER
-    except KeyboardInterrupt:
-        print("\nlm_jax: stopped", file=sys.stderr)
-        code = 130
-    except Exception:
+        return EXIT_USER
+    except Exception as error:
+        if refused := faults.described(error):
+            code, lines = refused
+            print(f"lm_jax: {lines}", file=sys.stderr)
+            return code
         traceback.print_exc()
-        print(
-            "lm_jax: a fault of ours or of the machine, not of yours; the same command resumes the run", file=sys.stderr
-        )
-        code = EXIT_FAULT
-    sys.stdout.flush()
-    sys.exit(code)
+        print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)
+        return EXIT_FAULT
+
+
+def quiet_threads() -> Callable[[], None]:
+    """What the system refuses a thread comes up again where that is waited for, and is said there; Orbax's and TensorStore's
+    threads would print it as well, and all that it led to. Returns what makes them speak again."""
+    before = threading.excepthook, sys.unraisablehook
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or not faults.described(args.exc_value):
+            before[0](args)
+
+    def of_callback(args: "sys.UnraisableHookArgs") -> None:
+        if threading.current_thread() is threading.main_thread():
+            before[1](args)
+
+    def speak() -> None:
+        threading.excepthook, sys.unraisablehook = before
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_callback
+    return speak
 
 
 def with_kept_memory() -> None:
@@ -100,7 +176,7 @@ def with_kept_memory() -> None:
     given = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in given:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, KEPT_MEMORY)))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        replace_process(sys.executable, sys.orig_argv)
 
 
 def ask(prompt: str) -> str:
@@ -126,7 +202,8 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if not equals and not waiting:
             raise UserError(f"--config.{path} needs a value, such as --config.{path}=1")
         if path in overrides:
-            raise UserError(f"--config.{path} stands twice: {overrides[path]} and {value or waiting[0]}")
+            values = shown(overrides[path]), shown(value or waiting[0])
+            raise UserError(f"--config.{path} stands twice: {' and '.join(values)}")
         overrides[path] = value if equals else waiting.pop(0)
     return overrides, rest
 
@@ -207,18 +284,20 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     }
     for path in given:
         origins[path] = {"from": "command line", "default": defaults[path], "file": flat[path]}
-    for path, value in given.items():
-        section, name = path.split(".")
-        from_file[section][name] = value
-    return resolve(from_file), origins
+    flat |= given
+    return resolve(unflatten(without_unread(flat, given) if place.endswith(":smoke") else flat)), origins
+
+
+def as_typed(*words: str) -> str:
+    """A command of this interpreter as it was called, to paste into a shell."""
+    return shlex.join([sys.orig_argv[0], *words])
 
 
 def as_given(place: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
     """The command that trains this, to paste; without its workdir and number of steps."""
     values = flatten(config)
     given = [path for path, origin in origins.items() if origin["from"] == "command line" and path != "train.num_steps"]
-    flags = [f"--config.{path}={shlex.quote(str(values[path]))}" for path in given]
-    return " ".join(["python -m lm_jax.main --config", place, *flags])
+    return as_typed("-m", "lm_jax.main", "--config", place, *[f"--config.{path}={values[path]}" for path in given])
 
 
 def run_name(place: str) -> str:

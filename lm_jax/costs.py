@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import Config
-from lm_jax.loss import CHUNK, SMALL
+from lm_jax.loss import CHUNK, is_chunked
 from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
@@ -123,7 +123,7 @@ def bytes_by_class(
     )  # attention to the source is half a layer
     squares *= 3 if model.kind == "encoder_decoder" else 1
     width = costs.vocab_size / tensor
-    in_chunks = tokens * width > SMALL
+    in_chunks = is_chunked(tokens * width, model.compute_dtype)
     logits = 4 * (3 * min(tokens, CHUNK) * width + width * model.model_dim) if in_chunks else 4 * 3 * tokens * width
     return {
         "parameters": 4 * costs.parameters / shards,

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import chat, checkpoint
 from lm_jax.config import OBJECTIVES, Model, UserError
-from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.data.special_ids import SpecialIds, of_documents
+from lm_jax.data.tokenizer import Tokenizer, continuation
 from lm_jax.model.attention import Context
 from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.graph import Graph
@@ -49,6 +49,7 @@ def prefill(
 ) -> State:
     """The state before the first new token; `slots` is what a text may have in all. An encoder reads the prompt whole."""
     model, (batch, length) = graph.module(parameters), tokens_BP.shape
+    lengths_B = constrain(lengths_B, "batch")  # so that what is carried through the loop of `decode` keeps its layout
     caches, zeros_B = graph.empty_caches(batch, slots), jnp.zeros_like(lengths_B)
     caches = Apart.of(caches) if is_apart(parameters) else caches
     ended_B, step = zeros_B > 0, jnp.int32(0)
@@ -80,65 +81,42 @@ def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]
         hidden_B1D, caches = model.decode(token_B1, context, state.source, None, state.caches)
     else:
         hidden_B1D, caches = model(token_B1, context, None, state.caches)
-    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0].astype(jnp.float32), caches
+    return constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0], caches
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "num", "document_id"), donate_argnames=("state",))
-def decode(graph: Graph, parameters, state: State, sampling: Sampling, until, num: int, document_id: int):
-    """int32 [B, N] new tokens (`document_id` from the end of each text on), their log-probabilities [B, N], and the state after.
+def is_any(ids: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """bool, like `ids`: which of them end a text."""
+    return functools.reduce(jnp.logical_or, [ids == end for end in ends], jnp.zeros_like(ids, bool))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "num", "ends"), donate_argnames=("state",))
+def decode(graph: Graph, parameters, state: State, sampling: Sampling, until, num: int, ends: tuple[int, ...]):
+    """int32 [B, N] new tokens (the first of `ends` after each text), their log-probabilities [B, N], and the state after.
 
     The first `until` of the N places are written. One program: nothing returns to the host between tokens. Log-probabilities are
     the model's, before temperature and cuts.
     """
-    batch = len(state.token_B)
+    batch, after_end = len(state.token_B), ends[0] if ends else 0
     place_BN = iota((batch, num), "batch", None)
 
     def body(carry):
         i, state, out_BN, sure_BN = carry
         logits_BV, caches = next_logits(graph, parameters, state)
         drawn_B = draw(logits_BV, state.step, sampling, state.seen_BV)
-        new_B = jnp.where(state.ended_B, document_id, drawn_B)
+        new_B = jnp.where(state.ended_B, after_end, drawn_B)
         chosen_BV = iota(logits_BV.shape, "batch", None) == new_B[:, None]
         sure_B = jnp.where(chosen_BV, jax.nn.log_softmax(logits_BV), 0).sum(-1)
         out_BN = jnp.where(place_BN == i, new_B[:, None], out_BN)
         sure_BN = jnp.where((place_BN == i) & ~state.ended_B[:, None], sure_B[:, None], sure_BN)
         seen_BV = None if state.seen_BV is None else state.seen_BV | chosen_BV
-        ended_B = state.ended_B | (new_B == document_id)
+        ended_B = state.ended_B | is_any(new_B, ends)
         state = State(caches, new_B, state.position_B + 1, ended_B, state.step + 1, seen_BV, state.source)
         return i + 1, state, out_BN, sure_BN
 
     going = lambda carry: (carry[0] < until) & ~jnp.all(carry[1].ended_B)
-    start = jnp.int32(0), state, jnp.zeros_like(place_BN) + document_id, jnp.zeros_like(place_BN, jnp.float32)
+    start = jnp.int32(0), state, jnp.zeros_like(place_BN) + after_end, jnp.zeros_like(place_BN, jnp.float32)
     _, state, out_BN, sure_BN = jax.lax.while_loop(going, body, start)
     return out_BN, sure_BN, state
-
-
-class Marks(NamedTuple):
-    """Ids around texts: before and after a prompt, what a decoder with an encoder starts with, and what ends a text."""
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    start: int
-    end: int
-
-
-def own_marks(tokenizer: Tokenizer) -> Marks:
-    """Those of models that are trained here: `<|endoftext|>` stands before every document, and so after every one."""
-    return Marks((tokenizer.document_id,), (), tokenizer.document_id, tokenizer.document_id)
-
-
-def marks_of(found: checkpoint.Located) -> Marks:
-    """Those of a run, or of a Hugging Face folder: its tokenizer's post-processor, and the ids that its config.json names."""
-    if not (found.described and isinstance(found.tokenizer, HuggingFace)):
-        own = own_marks(found.tokenizer)
-        template = chat.find_template(found.workdir) if isinstance(found.tokenizer, HuggingFace) else ""
-        return own._replace(end=chat.end_of_turn(template, found.tokenizer)) if template else own
-    described = checkpoint.read_json(found.workdir / "config.json")
-    end, start = described.get("eos_token_id"), described.get("decoder_start_token_id")
-    end = end[0] if isinstance(end, list) and end else end
-    known = lambda x: x if isinstance(x, int) and 0 <= x < found.tokenizer.num_pieces else found.tokenizer.document_id
-    before, after = found.tokenizer.around()
-    return Marks(tuple(before), tuple(after) if start is not None else (), known(start), known(end))
 
 
 class Prompts(NamedTuple):
@@ -147,21 +125,23 @@ class Prompts(NamedTuple):
     tokens_BP: jax.Array
     lengths_B: jax.Array
     slots: int
+    encoded: list[np.ndarray]  # ids of each request
 
 
 Prompt = str | np.ndarray  # a text, or all its ids
 
 
 def lay(
-    graph: Graph, tokenizer: Tokenizer, marks: Marks, prompts: Sequence[Prompt], limit: int, copies: int = 1
+    graph: Graph, tokenizer: Tokenizer, marks: SpecialIds, prompts: Sequence[Prompt], limit: int, copies: int = 1
 ) -> Prompts:
     """Encodes prompts, each `copies` times. Raises UserError where `limit` more tokens are more than the model sees."""
-    whole = lambda text: np.concatenate([marks.before, tokenizer.encode(text), marks.after]).astype(np.int32)
-    encoded = [whole(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    encoded = [
-        ids if len(ids) else np.array([marks.end], np.int32) for ids in encoded
-    ]  # there must be a token to start from
     reads = graph.config.kind == "encoder_decoder"  # the prompt has a length of its own
+    last = marks.last if reads else ()
+    whole = lambda text: np.concatenate([marks.first, tokenizer.encode(text), last]).astype(np.int32)
+    encoded = [whole(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    if marks.start < 0 and not all(map(len, encoded)):
+        raise UserError("the prompt is empty, and nothing says what a text of this model starts with: give a prompt")
+    encoded = [ids if len(ids) else np.array([marks.start], np.int32) for ids in encoded]
     longest, sees = max(map(len, encoded)), graph.sequence_length
     room = sees - (0 if reads else longest) if longest <= sees else 0
     if limit > room:
@@ -172,9 +152,10 @@ def lay(
     up = lambda n: min(-(-n // BUCKET) * BUCKET, sees)
     width, slots = up(longest), up(limit if reads else longest + limit)
     shards = batch_shards(dict(jax.sharding.get_mesh().shape))
-    rows = [row for row in encoded + encoded[:1] * (-len(encoded) % shards) for _ in range(copies)]
+    encoded += encoded[:1] * (-len(encoded) % shards)
+    rows = [row for row in encoded for _ in range(copies)]
     tokens_BP = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
-    return Prompts(on_mesh(tokens_BP), on_mesh(np.array([len(row) for row in rows], np.int32)), slots)
+    return Prompts(on_mesh(tokens_BP), on_mesh(np.array([len(row) for row in rows], np.int32)), slots, encoded)
 
 
 def on_mesh(x: np.ndarray) -> jax.Array:
@@ -197,28 +178,30 @@ def stream(
     sampling: Sampling = GREEDY,
     stop: tuple[str, ...] = (),
     tokens_at_once: int = 0,
-    marks: Marks | None = None,
+    marks: SpecialIds | None = None,
 ) -> Iterator[list[Completion]]:
     """What has been written after every `tokens_at_once` tokens (0: all at once), until every text has ended.
 
-    A text ends before the first of the strings `stop`, at the end of a document, or after `limit` tokens. Raises UserError.
+    A text ends before the first of the strings `stop`, at any of the ends in `marks`, or after `limit` tokens. Raises UserError.
     """
-    marks, parameters = marks or own_marks(tokenizer), graph.apart(parameters)
+    marks, parameters = marks or of_documents(tokenizer), graph.apart(parameters)
     laid = lay(graph, tokenizer, marks, prompts, limit)
     penalised = bool(np.any(np.asarray(sampling.repetition_penalty) != 1))
     batch = len(laid.lengths_B)
     of_each = sampling.of_each(np.arange(batch) % len(prompts))
     of_each = jax.tree.map(on_mesh, of_each)
     state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, marks.start, penalised)
+    before = contexts(graph, laid)
     step = tokens_at_once or (SLICE if stop else limit)
     num = step if step < limit else -(-limit // BUCKET) * BUCKET
     tokens, sure = np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32)
     while tokens.shape[1] < limit:
         until = min(step, limit - tokens.shape[1])
-        out_BN, sure_BN, state = decode(graph, parameters, state, of_each, until, num, marks.end)
+        out_BN, sure_BN, state = decode(graph, parameters, state, of_each, until, num, marks.ends)
         tokens = np.concatenate([tokens, np.asarray(out_BN)[:, :until]], axis=1)
         sure = np.concatenate([sure, np.asarray(sure_BN)[:, :until]], axis=1)
-        written = [written_by(tokenizer, *row, limit, stop, marks.end) for row in zip(tokens, sure, strict=True)]
+        rows = zip(before, tokens, sure, strict=True)
+        written = [written_by(tokenizer, *row, limit, stop, marks.ends) for row in rows]
         yield [completion for completion, _ in written[: len(prompts)]]
         over = np.array([ended for _, ended in written])
         if over.all():
@@ -226,16 +209,21 @@ def stream(
         state = state._replace(ended_B=state.ended_B | on_mesh(over))
 
 
+def contexts(graph: Graph, laid: Prompts) -> list[np.ndarray]:
+    """What stands before the text that is written to each prompt: of an encoder's prompt nothing."""
+    return [ids[:0] if graph.config.kind == "encoder_decoder" else ids for ids in laid.encoded]
+
+
 def written_by(
-    tokenizer: Tokenizer, tokens, sure, limit: int, stop: tuple[str, ...], end: int
+    tokenizer: Tokenizer, before, tokens, sure, limit: int, stop: tuple[str, ...], ends: tuple[int, ...]
 ) -> tuple[Completion, bool]:
     """A text so far, and whether it has ended."""
-    ends = np.flatnonzero(tokens[:limit] == end)
-    num = int(ends[0]) if len(ends) else min(len(tokens), limit)
-    text = tokenizer.decode(tokens[:num])
-    places = [place for place in (text.find(word) for word in stop) if place >= 0]
-    text = text[: min(places)] if places else text
-    return Completion(text, tokens[:num].tolist(), sure[:num].tolist()), bool(len(ends) or places or num == limit)
+    places = np.flatnonzero(np.isin(tokens[:limit], ends))
+    num = int(places[0]) if len(places) else min(len(tokens), limit)
+    text = continuation(tokenizer, before, tokens[:num])
+    stops = [place for place in (text.find(word) for word in stop) if place >= 0]
+    text = text[: min(stops)] if stops else text
+    return Completion(text, tokens[:num].tolist(), sure[:num].tolist()), bool(len(places) or stops or num == limit)
 
 
 def complete(

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,18 +12,19 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lm_jax import files
+from lm_jax import compile_cache
 from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.places import leased
+from lm_jax.stop import SIGNALS
 
 
 def configure() -> None:
-    """JAX's settings for every command: strict shapes, and programs compiled once kept for the next run."""
+    """JAX's settings for every command: strict shapes, and programs compiled once kept for the next run, if they can be."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    with contextlib.suppress(FileNotFoundError):  # no home: no program is kept; what needs the cache says so
+        compile_cache.use(os.path.join(cache_folder(), "compiled"))
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of all that it raises
 
 
 def devices() -> list[jax.Device]:
@@ -30,6 +32,8 @@ def devices() -> list[jax.Device]:
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         number = lambda name: int(os.environ[name]) if name in os.environ else None  # unset: the cluster knows
         jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+        for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
+            signal.signal(taken, signal.getsignal(taken))
     try:
         return jax.devices()
     except RuntimeError as error:
@@ -65,14 +69,7 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
         with leased(workdir, say):
             yield
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name in ("lock", "log.txt", "metrics.jsonl"):  # what is written to must not wait for a reader
-            if os.path.lexists(workdir / name):
-                files.check(workdir / name)
-    except OSError as error:
-        wrong = f"{error.filename or workdir}: {error.strerror}"
-        raise UserError(f"--workdir {workdir} cannot be made: {wrong}; use another --workdir") from None
+    workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,27 +78,3 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
                 f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir"
             ) from None
         yield
-
-
-class Stop:
-    """SIGINT and SIGTERM ask the loop to save and leave; the loop polls. A second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["Stop"]:
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._ask) for number in signals}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
-        if self.requested:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.requested = True
-        os.write(2, b"\nstopping: this pass is finished and the run is saved; once more to leave at once\n")

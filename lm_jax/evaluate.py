@@ -14,6 +14,7 @@ import numpy as np
 from lm_jax import answers, checkpoint, command, distributed, reference
 from lm_jax.config import OBJECTIVES, Config, Mesh
 from lm_jax.data import mixture, packing, pipeline
+from lm_jax.data.tokenizer import Tokenizer, tell_losses
 from lm_jax.distributed import settle
 from lm_jax.heads import losses
 from lm_jax.loss import loss_sum, preferences
@@ -32,8 +33,8 @@ def open_data(config: Config, say: Callable[[str], None] = lambda line: None) ->
 
 
 class Totals(NamedTuple):
-    """Sums over tokens: loss in nats, tokens, and the bytes of text that these tokens stand for (0: not all of a text); and
-    what a task's head made of each record."""
+    """Sums over tokens: loss in nats, tokens, and the bytes of text that these tokens stand for (0: not all of a text, or not
+    known); and what a task's head made of each record."""
 
     loss: float
     tokens: float
@@ -58,6 +59,8 @@ def by_source(
     `scores` gives a task's metrics of its results.
     """
     whole = added(list(totals.values()))
+    if any(part.tokens and not part.num_bytes for part in totals.values()):  # bytes of a part are not known
+        whole = whole._replace(num_bytes=0.0)
     found = whole.metrics(prefix)
     found |= {f"{prefix}/{name}": value for name, value in scores(whole.results).items()}
     for source, part in totals.items() if len(totals) > 1 else ():
@@ -71,11 +74,16 @@ def added(parts: Sequence[tuple]) -> Totals:
 
 
 class Evaluator:
-    """One compiled program that adds up a batch; a batch that is not full is padded with rows that count nothing."""
+    """One compiled program that adds up a batch; a batch that is not full is padded with rows that count nothing.
 
-    def __init__(self, graph: Graph, mesh: jax.sharding.Mesh, bytes_per_piece: np.ndarray, size: int):
+    Bytes are those of the text itself: of a whole corpus as they were read, of some rows by their pieces, if these add up.
+    """
+
+    def __init__(self, graph: Graph, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, size: int):
         self.mesh, self.size = mesh, size
-        self._sums = jax.jit(functools.partial(batch_sums, graph, bytes_per_piece))
+        self._reads_all = graph.config.kind not in OBJECTIVES and not graph.config.head
+        sizes = tokenizer.bytes_per_piece * tokenizer.adds_up
+        self._sums = jax.jit(functools.partial(batch_sums, graph, sizes))
 
     def __call__(
         self, parameters: dict, rows: packing.Held, num_rows: int = 0, watch: Callable = lambda done, of: None
@@ -90,6 +98,8 @@ class Evaluator:
             parts.append((*sums, results))
             watch(min(wanted, len(parts) * self.size), wanted)
         totals = added(parts)
+        if self._reads_all and isinstance(rows, packing.Held) and wanted == rows.num_rows:
+            totals = totals._replace(num_bytes=rows.split.num_bytes)
         return totals._replace(results=limited.joined(totals.results)) if totals.results else totals
 
 
@@ -105,7 +115,7 @@ def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batc
         labels_BTC, mask_BT = graph.module(parameters).read(batch).labels_BTC, batch["loss_mask"]
         assert labels_BTC is not None
         loss = (losses(graph.config.head, labels_BTC, batch) * mask_BT).sum()
-        everywhere = jax.sharding.reshard(labels_BTC.astype(jnp.float32), jax.sharding.PartitionSpec())
+        everywhere = jax.sharding.reshard(labels_BTC, jax.sharding.PartitionSpec())
         return loss, mask_BT.sum(), jnp.zeros(()), everywhere
     if "reference" in batch:
         model, mask_BT = graph.module(parameters), batch["loss_mask"]
@@ -143,10 +153,15 @@ def main(arguments: list[str]) -> int:
         parser.error("--beams is from 1 to 64, --records at least 0")
     say = Terminal()
     found = checkpoint.locate(flags.model, say)
+    tell_losses(found.tokenizer, say)
     devices = distributed.devices()
     mesh = make_mesh(Mesh(), devices)
     if found.config.evaluate.metrics:
         answers.check(found.config.evaluate.metrics)
+    elif flags.beams > 1 or flags.records:
+        parser.error(
+            "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
+        )
     mixed = open_data(found.config, say)
     command.check_tokenizer(found, mixed)
     if mixed.compares:
@@ -155,7 +170,7 @@ def main(arguments: list[str]) -> int:
     with jax.set_mesh(mesh):
         graph, parameters = checkpoint.load_parameters(found)
         size = flags.batch_size * batch_shards(dict(mesh.shape))
-        evaluator = Evaluator(graph, mesh, mixed.tokenizer.bytes_per_piece, size)
+        evaluator = Evaluator(graph, mesh, mixed.tokenizer, size)
         watch = lambda done, of: say.progress(f"row {done} of {of}")
         totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
         kind, kept = mixed.kept(added(list(totals.values())).results)

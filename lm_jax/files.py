@@ -1,84 +1,78 @@
-"""Files that a user names: only regular ones are opened, since a FIFO waits for ever and a device has no end.
+"""Files that say whether they are as they were written: hashes, and JSON under a seal.
 
-Everything that reads what somebody else wrote opens it here. What cannot be opened is an OSError whose `strerror` says why.
+A sealed object is the last word on what a run, a step or a corpus consists of: it has the hash of all the rest of it under
+"sha256". What an earlier version wrote has another "format" and no seal; one flipped bit does not turn one into the other.
 """
 
-import errno
+import hashlib
 import json
 import os
-import stat
-from collections.abc import Iterator
 from typing import IO, Any
 
 from etils import epath
 
-LARGEST = 2**28  # bytes of what is read at once: JSON, tokenizers, templates, prompts
-KINDS = (
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISDIR, "a folder"),
-)
+from lm_jax import regular_files
+
+SEAL = "sha256"
+SELF_CHECKED = "base"  # not under the seal: a path that may move, beside the hash of what must be found there
+# What may stand beside the config.json of a model, and is part of it: its tokenizer, its template, where its texts end.
+MODEL_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer.bytes", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
-def is_url(place) -> bool:
-    return "://" in str(place)
+def file_hash(path) -> dict[str, int | str]:
+    """{"bytes": size, "sha256": hash} of a file at any path."""
+    digest, size = hashlib.sha256(), 0
+    with regular_files.opened(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def check(path) -> None:
-    """Raises OSError for what is on this machine and no regular file."""
-    if is_url(path):
-        return
+def invalid_reason(path, expected: dict[str, int | str]) -> str:
+    """What is wrong with a file of which size and hash are known, "" where it is as it was written."""
+    if not epath.Path(path).is_file():
+        return "is missing"
+    return "" if file_hash(path) == expected else "is not as it was written"
+
+
+def flush(file: IO) -> None:
+    """What was written to an open file is on the disk, not in the system's memory alone."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def seal(content: Any) -> str:
+    """sha256 of what a JSON value says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """The object as the bytes of a file, with its seal."""
+    return json.dumps(content | {SEAL: seal(apart(content))}, indent=1).encode()
+
+
+def apart(content: dict[str, Any]) -> dict[str, Any]:
+    """What of an object is under its seal."""
+    return {name: value for name, value in content.items() if name not in (SEAL, SELF_CHECKED)}
+
+
+def unsealed(raw: bytes, first: int) -> dict[str, Any]:
+    """The object of a file without its seal, which files have from format `first` on.
+
+    Raises ValueError that says of the file that it cannot be read, or is not as it was written.
+    """
     try:
-        mode = os.stat(path).st_mode
-    except ValueError as error:  # a NUL in the name
-        raise OSError(errno.ENXIO, str(error), str(path)) from None
-    for is_one, kind in KINDS:
-        if is_one(mode):
-            raise OSError(errno.EISDIR if kind == "a folder" else errno.ENXIO, f"it is {kind}, not a file", str(path))
-
-
-def opened(path) -> IO[bytes]:
-    """The bytes of a file at any place. Raises OSError."""
-    check(path)
-    return epath.Path(path).open("rb")
-
-
-def read_bytes(path, largest: int = LARGEST) -> bytes:
-    """A whole file of at most `largest` bytes. Raises OSError."""
-    with opened(path) as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
-        raise OSError(errno.ENXIO, f"it has more than {largest >> 20:,} MiB", str(path))
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ValueError("cannot be read as JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("holds no JSON object")
+    number = content.get("format")
+    if SEAL in content or type(number) is not int or not 0 < number < first:
+        if content.pop(SEAL, "") != seal(apart(content)):
+            raise ValueError("is not as it was written")
     return content
-
-
-def read_json(path) -> Any:
-    """The JSON in a file. Raises OSError, and ValueError for what is none, also where it is nested too deep."""
-    try:
-        return json.loads(read_bytes(path))
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in the order of names that goes through links, into each folder once: a circle of links has an end."""
-    seen = set()
-    for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        identity = os.stat(where)
-        folders.sort()
-        if (identity.st_dev, identity.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((identity.st_dev, identity.st_ino))
-        yield where, folders, sorted(names)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def shown(name: str) -> str:
-    """A name for one line of a terminal: control characters and bytes that are no text as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))

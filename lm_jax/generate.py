@@ -1,15 +1,17 @@
 """`python -m lm_jax.generate --model MODEL`: a prompt, a file of prompts, or a conversation."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from lm_jax import beam, chat, checkpoint, command, distributed, files
+from lm_jax import beam, chat, checkpoint, command, distributed, regular_files
 from lm_jax.config import Mesh, UserError
-from lm_jax.decoding import SLICE, Completion, marks_of, stream, writes
+from lm_jax.data.tokenizer import tell_losses
+from lm_jax.decoding import SLICE, Completion, stream, writes
 from lm_jax.model.graph import Graph
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import make_mesh
@@ -39,6 +41,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stop", action="append", default=[], help="a text ends before it; may stand several times")
     parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = off")
     parser.add_argument("--length_penalty", type=float, default=1.0, help="of beam search: above 0 longer texts win")
+    drawn = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    parser.reads({"beams": (1,)}, *drawn)  # what beam search neither draws nor stops at
+    parser.reads({"beams": tuple(range(2, 65))}, "length_penalty")
+    parser.reads({"chat": ()}, "system")
     flags = parser.parse_args(arguments)
     bounds = {
         "max_new_tokens": (1, 1e6),
@@ -56,16 +62,16 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
     if flags.prompt and flags.prompts:
         parser.error("--prompt and --prompts: one of them")
-    if flags.system and not flags.chat:
-        parser.error("--system needs --chat")
+    say = Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
-    found = checkpoint.locate(flags.model, Terminal())
+    found = checkpoint.locate(flags.model, say)
     if not writes(found.config.model):
         does = f"answers with its {found.config.model.head}" if found.config.model.head else "fills in what is hidden"
         raise UserError(
             f"--model {flags.model}, of kind {found.config.model.kind}, {does} and writes no text\n"
             f"measure it with python -m lm_jax.evaluate --model {flags.model}"
         )
+    tell_losses(found.tokenizer, say)
     with jax.set_mesh(make_mesh(Mesh(), distributed.devices())):
         write = writer(*checkpoint.load_parameters(found), found, flags)
         if from_file:
@@ -94,7 +100,7 @@ def main(arguments: list[str]) -> int:
 def read_prompts(place: str) -> list[str]:
     """The lines of a file of prompts, which end at "\\n" or "\\r\\n" and at nothing else. Raises UserError."""
     try:
-        text = files.read_bytes(place).decode("utf-8-sig")
+        text = regular_files.read_bytes(place).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {place}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
     if not text:
@@ -106,8 +112,9 @@ def read_prompts(place: str) -> list[str]:
 
 def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
-    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, marks_of(located)
+    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
     template = chat.read_template(located.workdir) if flags.chat else ""
+    marks = marks.also(chat.end_of_turn(template, tokenizer)) if template else marks
     before = [{"role": "system", "content": flags.system}] if flags.system else []
 
     def write(
@@ -127,15 +134,21 @@ def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -
             sampling = Sampling(**named | {"seed": np.uint32((flags.seed + first) % 2**32)})
             shown, settings = "", (flags.max_new_tokens, sampling, tuple(flags.stop), SLICE if show else 0, marks)
             for found in stream(graph, parameters, tokenizer, given, *settings):
-                whole = found[0].text.rstrip("\ufffd")  # half a character may be at the end
-                if show and whole.startswith(shown):
-                    show(whole[len(shown) :])
-                    shown = whole
+                shown += grown(shown, found[0].text.rstrip("\ufffd"), show)  # half a character may be at the end
+            grown(shown, found[0].text, show)
         if show and flags.beams > 1:
             show(found[0].text)
         return found
 
     return write
+
+
+def grown(shown: str, text: str, show: Callable[[str], None] | None) -> str:
+    """What a text has more than what was shown of it, which `show` gets."""
+    new = text[len(os.path.commonprefix([shown, text])) :]
+    if show and new:
+        show(new)
+    return new
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from lm_jax import chat, checkpoint
 from lm_jax.config import OBJECTIVES, Mesh, UserError, nearest, needs
 from lm_jax.data.tokenizer import HuggingFace
-from lm_jax.decoding import complete, marks_of
+from lm_jax.decoding import complete
 from lm_jax.likelihood import likelihoods
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import make_mesh
@@ -44,26 +44,27 @@ class HarnessModel(TemplateLM):
                 f"{found.config.model.kind}"
             )
         self.found, self.rows, self.say = found, rows, say or Terminal()
-        self.mesh, self.marks = make_mesh(Mesh(), devices), marks_of(found)
+        self.mesh, self.marks = make_mesh(Mesh(), devices), found.special_ids
         with jax.set_mesh(self.mesh):
             self.graph, self.parameters = checkpoint.load_parameters(found)
         self.max_length = max_length or self.graph.sequence_length
         if self.max_length > self.graph.sequence_length:
             raise UserError(f"--max_length {max_length}: the model sees {self.graph.sequence_length} tokens")
 
+    def in_chat(self) -> None:
+        """Texts end where the chat template ends the assistant's turn, too."""
+        template = chat.read_template(self.found.workdir)
+        self.marks = self.marks.also(chat.end_of_turn(template, self.found.tokenizer))
+
     @property
     def eot_token_id(self) -> int:
-        return self.marks.end
+        return self.marks.ends[0] if self.marks.ends else self.found.tokenizer.document_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the tokenizer's own mark, else config.json's `bos_token_id`, or the end."""
-        if self.marks.before:
-            return self.marks.before[0]
-        described = checkpoint.read_json(self.found.workdir / "config.json").get("bos_token_id")
-        if isinstance(described, int) and 0 <= described < self.found.tokenizer.num_pieces:
-            return described
-        return self.marks.end
+        """What stands before a text without context: what the tokenizer puts there, else `bos_token_id`, or the end."""
+        known = [*self.marks.first, self.marks.start]
+        return known[0] if known[0] >= 0 else self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text, after the mark of a document unless it starts with that or `add_special_tokens` is False.
@@ -72,7 +73,7 @@ class HarnessModel(TemplateLM):
         """
         tokenizer = self.found.tokenizer
         encode = tokenizer.encode_control if isinstance(tokenizer, HuggingFace) else tokenizer.encode
-        ids, before = encode(string).tolist(), list(self.marks.before)
+        ids, before = encode(string).tolist(), list(self.marks.first)
         return ids if add_special_tokens is False or (before and ids[: len(before)] == before) else before + ids
 
     def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:

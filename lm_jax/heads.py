@@ -22,10 +22,10 @@ def num_outputs(head: str, labels: tuple[str, ...]) -> int:
 
 
 def losses(head: str, logits_BTC: jax.Array, batch: dict) -> jax.Array:
-    """float32 [B, T], to be masked: cross entropy in nats of the target's label, the squared error of a float32 value, or the
-    cross entropy of a segment's span."""
+    """float32 [B, T], of float32 logits, to be masked: cross entropy in nats of the target's label, the squared error of a value,
+    or the cross entropy of a segment's span."""
     if head == "value":
-        return jnp.square(logits_BTC[..., 0].astype(jnp.float32) - batch["targets"])
+        return jnp.square(logits_BTC[..., 0] - batch["targets"])
     if head == "spans":
         return span_losses(logits_BTC, batch["targets"], batch["segment_ids"])
     return label_losses(logits_BTC, batch["targets"])
@@ -33,7 +33,6 @@ def losses(head: str, logits_BTC: jax.Array, batch: dict) -> jax.Array:
 
 def label_losses(logits_BTC: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] over a few labels, which no device splits, in nats."""
-    logits_BTC = logits_BTC.astype(jnp.float32)
     is_target_BTC = jnp.arange(logits_BTC.shape[-1])[None, None] == targets_BT[:, :, None]
     return jax.nn.logsumexp(logits_BTC, axis=-1) - jnp.where(is_target_BTC, logits_BTC, 0).sum(-1)
 
@@ -41,7 +40,7 @@ def label_losses(logits_BTC: jax.Array, targets_BT: jax.Array) -> jax.Array:
 def span_losses(logits_BTC: jax.Array, targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """At every token the loss of its segment, in nats: the mean of -log softmax at its answer's start and at its end (Devlin et
     al., arXiv:1810.04805, 4.2), each over the tokens of the segment where one may be."""
-    logits_BSC = constrain(logits_BTC.astype(jnp.float32), "batch", None, None)
+    logits_BSC = constrain(logits_BTC, "batch", None, None)
     targets_BS, segments_BS = (constrain(x, "batch", None) for x in (targets_BT, segment_ids_BT))
     own_BTS = segment_ids_BT[:, :, None] == segments_BS[:, None]
 

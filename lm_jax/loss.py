@@ -6,7 +6,7 @@ Shape suffixes: B batch, T length, D model, V vocabulary, N tokens of one device
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,22 @@ import jax.numpy as jnp
 from lm_jax import heads, sharding
 from lm_jax.model.graph import Graph
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dropout
+from lm_jax.model.layers import Dropout, capped
 
 CHUNK = 1024  # tokens of a device whose logits exist at the same time
-SMALL = 2**22  # logits of a device up to which they are made all at once: as fast there, and the same bits as ever
+SMALL = (
+    2**22
+)  # float32 logits of a device up to which they are made all at once: as fast there, and the same bits as ever
+
+
+def is_chunked(num_logits: float, dtype) -> bool:
+    """Whether so many logits of a device, from hidden states of this dtype, are made in chunks; always where the gradient of
+    the table would otherwise be rounded to it."""
+    return num_logits > SMALL or jnp.dtype(dtype) != jnp.float32
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] in nats, float32 [B, T]; also where the vocabulary is split over devices."""
-    logits_BTV = logits_BTV.astype(jnp.float32)
+    """-log softmax(logits)[target] in nats, of float32 logits, [B, T]; also where the vocabulary is split over devices."""
     is_target_BTV = sharding.iota(logits_BTV.shape, "batch", "length", "vocab") == targets_BT[:, :, None]
     return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
 
@@ -74,14 +81,15 @@ def routing_loss(left: list[jax.Array], mask_BT: jax.Array, weights: tuple[float
 def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float):
     """`objective` of what predicts pieces."""
     num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.vocab_size // sharding.ways("vocab"))
-    if num_logits > SMALL:
+    if is_chunked(num_logits, hidden_BTD.dtype):
+        hidden_BTD = model.before_table(hidden_BTD)
         arrays = hidden_BTD, model.output_table, model.bias_V, batch["targets"], batch["loss_mask"]
-        return in_chunks(model.num_pieces, z_loss, *arrays)
+        return in_chunks(model.num_pieces, z_loss, *arrays, model.config.logit_softcap[1])
     logits_BTV = model.logits(hidden_BTD)
     loss = (token_losses(logits_BTV, batch["targets"]) * batch["loss_mask"]).sum()
     if not z_loss:
         return loss, loss
-    log_total_BT = jax.nn.logsumexp(logits_BTV.astype(jnp.float32), axis=-1)
+    log_total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     return loss + z_loss * (jnp.square(log_total_BT) * batch["loss_mask"]).sum(), loss
 
 
@@ -103,23 +111,34 @@ def preferences(model: LanguageModel, hidden_BTD: jax.Array, batch: dict) -> jax
     return jnp.where(is_same_BTS, (batch["weight"] * log_BT)[:, None, :], 0).sum(-1) - batch["reference"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_chunks(num_pieces: int, z_loss: float, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 7))
+def in_chunks(num_pieces: int, z_loss: float, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT, softcap: float = 0.0):
     """`vocabulary_loss` from final hidden states, output table and bias (or None) as they are stored.
 
     `CHUNK` tokens of a device at a time. The gradient of the logits is made beside them in the forward pass: three products a
     chunk, none of them twice, and float32 [B, T, V] never exists. No token leaves its device; the table is gathered once and its
     gradient scattered once.
     """
-    return _on_devices(num_pieces, z_loss, False, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT)[:2]
+    how = Logits(num_pieces, z_loss, softcap, False)
+    return _on_devices(how, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT)[:2]
 
 
-def _forward(num_pieces: int, z_loss: float, *arrays):
-    *sums, of_hidden, of_table, of_bias = _on_devices(num_pieces, z_loss, True, *arrays)
+class Logits(NamedTuple):
+    """How logits are made and what is made of them."""
+
+    num_pieces: int
+    z_loss: float
+    softcap: float
+    with_gradients: bool
+
+
+def _forward(num_pieces: int, z_loss: float, *arrays_and_softcap):
+    *arrays, softcap = arrays_and_softcap
+    *sums, of_hidden, of_table, of_bias = _on_devices(Logits(num_pieces, z_loss, softcap, True), *arrays)
     return tuple(sums), (of_hidden, of_table, of_bias)
 
 
-def _backward(num_pieces: int, z_loss: float, gradients, cotangents):
+def _backward(num_pieces: int, z_loss: float, softcap: float, gradients, cotangents):
     of_hidden, of_table, of_bias = gradients
     scaled = of_hidden.astype(jnp.float32) * cotangents[0]  # a loss scale may be more than float16 can hold
     of_parameters = jax.tree.map(lambda gradient: gradient * cotangents[0], (of_table, of_bias))
@@ -129,19 +148,17 @@ def _backward(num_pieces: int, z_loss: float, gradients, cotangents):
 in_chunks.defvjp(_forward, _backward)
 
 
-def _on_devices(num_pieces: int, z_loss: float, with_gradients: bool, *arrays):
+def _on_devices(how: Logits, *arrays):
     """(objective, cross entropy), and with gradients those of hidden states [B, T, D], table [V, D] and bias [V] or None."""
     hidden, tokens = sharding.computed(("batch", "length", None)), sharding.computed(("batch", "length"))
     table, scalar = sharding.stored(("vocab", "model")), sharding.computed(())
     bias = None if arrays[2] is None else sharding.stored(("vocab",))
-    outputs = (scalar, scalar, hidden, table, bias) if with_gradients else (scalar, scalar)
-    body = functools.partial(_on_a_device, num_pieces, z_loss, with_gradients)
+    outputs = (scalar, scalar, hidden, table, bias) if how.with_gradients else (scalar, scalar)
+    body = functools.partial(_on_a_device, how)
     return sharding.on_each_device(body, (hidden, table, bias, tokens, tokens), outputs)(*arrays)
 
 
-def _on_a_device(
-    num_pieces: int, z_loss: float, with_gradients: bool, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT
-):
+def _on_a_device(how: Logits, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT):
     bias_V = None if bias_V is None else sharding.gathered(bias_V, "vocab")
     table_VD = sharding.gathered(table_VD.astype(hidden_BTD.dtype), "vocab", "model")
     num_chunks = math.ceil(targets_BT.size / CHUNK)
@@ -153,27 +170,33 @@ def _on_a_device(
         return jnp.pad(x_N, [(0, filling)] + [(0, 0)] * len(shape)).reshape(num_chunks, size, *shape)
 
     def add(sums, chunk):
-        new, of_hidden_CD = _chunk(num_pieces, z_loss, with_gradients, table_VD, bias_V, *chunk)
+        new, of_hidden_CD = _chunk(how, table_VD, bias_V, *chunk)
         return jax.tree.map(jnp.add, sums, new), of_hidden_CD
 
     zeros: tuple[Any, ...] = (jnp.zeros(()), jnp.zeros(()))
-    zeros += (jnp.zeros(table_VD.shape), None if bias_V is None else jnp.zeros(bias_V.shape)) if with_gradients else ()
+    zeros += (
+        (jnp.zeros(table_VD.shape), None if bias_V is None else jnp.zeros(bias_V.shape)) if how.with_gradients else ()
+    )
     parts = chunks(hidden_BTD, hidden_BTD.shape[-1]), chunks(targets_BT), chunks(mask_BT)
     sums, of_hidden = jax.lax.scan(add, zeros, parts)
     totals = tuple(sharding.sum_over(x, "batch") for x in sums[:2])
-    if not with_gradients:
+    if not how.with_gradients:
         return totals
     of_hidden_BTD = of_hidden.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)
     of_bias_V = None if bias_V is None else sharding.scattered(sums[3], "vocab")
     return *totals, of_hidden_BTD, sharding.scattered(sums[2], "vocab", "model"), of_bias_V
 
 
-def _chunk(num_pieces: int, z_loss: float, with_gradients: bool, table_VD, bias_V, hidden_CD, target_C, mask_C):
+def _chunk(how: Logits, table_VD, bias_V, hidden_CD, target_C, mask_C):
     """((objective, cross entropy, gradients of table and bias) of a chunk, gradient of its hidden states)."""
     piece_V = sharding.part_index("vocab") * len(table_VD) + jnp.arange(len(table_VD))
-    logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
+    full = sharding.precision(hidden_CD.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=full)
+    logits_CV = product("CD,VD->CV", hidden_CD, table_VD)
     logits_CV = logits_CV if bias_V is None else logits_CV + bias_V[None]
-    logits_CV = jnp.where(piece_V[None] < num_pieces, logits_CV, -1e9)  # padding of the vocabulary never wins
+    logits_CV = capped(logits_CV, how.softcap) if how.softcap else logits_CV
+    of_capped_CV = 1 - jnp.square(logits_CV / how.softcap) if how.softcap else 1.0  # the slope of what bounds them
+    logits_CV = jnp.where(piece_V[None] < how.num_pieces, logits_CV, -1e9)  # padding of the vocabulary never wins
     is_target_CV = piece_V[None] == target_C[:, None]
     highest_C = sharding.max_over(logits_CV.max(-1), "vocab")
     powers_CV = jnp.exp(logits_CV - highest_C[:, None])
@@ -181,13 +204,13 @@ def _chunk(num_pieces: int, z_loss: float, with_gradients: bool, table_VD, bias_
     log_total_C = jnp.log(total_C) + highest_C
     target_logit_C = sharding.sum_over(jnp.where(is_target_CV, logits_CV, 0).sum(-1), "vocab")
     entropy = ((log_total_C - target_logit_C) * mask_C).sum()
-    sums = entropy + z_loss * (jnp.square(log_total_C) * mask_C).sum(), entropy
-    if not with_gradients:
+    sums = entropy + how.z_loss * (jnp.square(log_total_C) * mask_C).sum(), entropy
+    if not how.with_gradients:
         return sums, None
-    slope_C = mask_C * (1 + 2 * z_loss * log_total_C) / total_C
+    slope_C = mask_C * (1 + 2 * how.z_loss * log_total_C) / total_C
     of_logits_CV = powers_CV * slope_C[:, None] - jnp.where(is_target_CV, mask_C[:, None], 0)
+    of_logits_CV = of_logits_CV * of_capped_CV if how.softcap else of_logits_CV
     of_bias_V = None if bias_V is None else of_logits_CV.sum(0)
     of_logits_CV = of_logits_CV.astype(hidden_CD.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     of_hidden_CD = sharding.sum_over(product("CV,VD->CD", of_logits_CV, table_VD), "vocab")
     return (*sums, product("CV,CD->VD", of_logits_CV, hidden_CD), of_bias_V), of_hidden_CD.astype(hidden_CD.dtype)

@@ -9,10 +9,8 @@ DEFAULT = "experiments/quickstart.py"
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("lm_jax.main", __doc__)
-    parser.add_argument(
-        "--config", default=DEFAULT, action=command.Once, help="an experiment file, file.py:variant; it is executed"
-    )
-    parser.add_argument("--workdir", default="", action=command.Once, help="default: runs/<experiment>[-<variant>]")
+    parser.add_argument("--config", default=DEFAULT, help="an experiment file, file.py:variant; it is executed")
+    parser.add_argument("--workdir", default="", help="default: runs/<experiment>[-<variant>]")
     parser.add_argument(
         "--print_config", action="store_true", help="show every value, where it came from and what it means"
     )

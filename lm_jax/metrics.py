@@ -1,7 +1,13 @@
-"""Numbers of a run: `metrics.jsonl` is the truth, TensorBoard the view."""
+"""Numbers of a run: `metrics.jsonl` is the truth, TensorBoard the view.
+
+`metrics.crc32` has a checksum for every line of it, so that an altered number is seen. A value that is not finite is null.
+"""
 
 import json
+import math
 import os
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,32 +17,73 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from lm_jax import files
-from lm_jax.data.shards import flush
+from lm_jax import regular_files
+from lm_jax.files import flush
+
+FILE, CHECKSUMS = "metrics.jsonl", "metrics.crc32"
+MOST = 2**32  # bytes of them
 
 
-def read(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that a kill cut short does not count."""
-    path = workdir / "metrics.jsonl"
-    lines = files.read_bytes(path).decode().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+def read(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line that a kill cut short does not count.
+
+    Says which lines are damaged: those that cannot be read are left out, those that do not have their checksum are kept.
+    """
+    path, beside = workdir / FILE, workdir / CHECKSUMS
+    raw = regular_files.read_bytes(path, MOST).split(b"\n")[:-1] if path.exists() else []
+    sums: list[bytes] = regular_files.read_bytes(beside, MOST).split(b"\n")[:-1] if beside.exists() else []
+    found, lost, altered = [], [], []
+    for number, line in enumerate(raw, 1):
+        values = values_of(line)
+        if values is None:
+            lost.append(number)
+            continue
+        if number <= len(sums) and sums[number - 1] != checksum(line):
+            altered.append(number)
+        found.append(values)
+    if len(raw) < len(sums):
+        say(f"{path}: the last {len(sums) - len(raw)} of its lines are lost")
+    for numbers, what in ((lost, "lost: it cannot be read"), (altered, "altered: its numbers may be wrong")):
+        more = f" (+{len(numbers) - 3} more)" * (len(numbers) > 3)
+        if numbers:
+            say(f"{path}: line {', '.join(map(str, numbers[:3]))}{more} {what}")
+    return found
+
+
+def values_of(line: bytes) -> dict[str, Any] | None:
+    """What a line says, None where it is damaged: an object with a step, and numbers or null by name."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return None
+    return values if all(value is None or type(value) in (int, float) for value in values.values()) else None
+
+
+def checksum(line: bytes) -> bytes:
+    return f"{zlib.crc32(line):08x}".encode()
 
 
 def series(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of a scalar."""
-    return [(line["step"], line[name]) for line in lines if name in line]
+    """(step, value) of a scalar, where it was finite."""
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 class Writer:
     """Appends one line a step, after cutting off what a lost future wrote: no hole, no step twice."""
 
-    def __init__(self, workdir: epath.Path, step: int):
-        kept = [line for line in read(workdir) if line["step"] <= step] if step else []
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        draft = workdir / "metrics.jsonl.draft"
-        draft.write_text(text)
-        os.replace(draft, workdir / "metrics.jsonl")
-        self._file = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115  (closed by `close`)
+    def __init__(self, workdir: epath.Path, step: int, say: Callable[[str], None] = lambda line: None):
+        if step and not (workdir / FILE).exists():
+            say(f"{workdir / FILE} is missing: what it said of the steps up to {step:,} is lost")
+        kept = [json.dumps(line).encode() for line in read(workdir, say) if line["step"] <= step]
+        # The checksums first, and those of no line: a kill in between leaves lines without any, never a false alarm.
+        for name, lines in ((CHECKSUMS, []), (FILE, kept), (CHECKSUMS, [checksum(line) for line in kept])):
+            draft = workdir / f"{name}.draft"
+            draft.write_bytes(b"".join(line + b"\n" for line in lines))
+            os.replace(draft, workdir / name)
+        self._file = open(workdir / FILE, "ab")  # noqa: SIM115  (closed by `close`)
+        self._sums = open(workdir / CHECKSUMS, "ab")  # noqa: SIM115
         self._events = EventFileWriter(str(workdir / "tensorboard"))
         start = event_pb2.SessionLog(
             status=event_pb2.SessionLog.START
@@ -44,10 +91,13 @@ class Writer:
         self._events.add_event(event_pb2.Event(step=step + 1 if step else 0, session_log=start))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        line = {"step": step} | {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        summary = [summary_pb2.Summary.Value(tag=name, simple_value=line[name]) for name in values]
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        line = json.dumps({"step": step} | finite).encode()
+        for file, content in ((self._file, line), (self._sums, checksum(line))):
+            file.write(content + b"\n")
+            file.flush()
+        summary = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._add(step, summary_pb2.Summary(value=summary))
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -71,11 +121,13 @@ class Writer:
 
     def flush(self) -> None:
         flush(self._file)
+        flush(self._sums)
         self._events.flush()
 
     def close(self) -> None:
         self.flush()
         self._file.close()
+        self._sums.close()
         self._events.close()
 
 

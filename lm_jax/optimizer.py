@@ -12,6 +12,7 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax.config import LARGEST_LOSS_SCALE, Optimizer
 from lm_jax.model.layers import Declaration
+from lm_jax.ramp import UPDATES, Clocks
 from lm_jax.sharding import automatic, stored_reshape
 from lm_jax.trained import joined
 
@@ -20,12 +21,12 @@ GROW_AFTER = 2000  # finite gradients before the loss scale doubles
 MUON_RMS = 0.2  # of Muon's update, that of AdamW's: one learning rate and decay for both (arXiv:2502.16982)
 
 
-def schedule(config: Optimizer) -> optax.Schedule:
+def schedule(config: Optimizer, clocks: Clocks = UPDATES) -> optax.Schedule:
     """Learning rate of update number n = 0, 1, ...: linear from 0 (not reached: n + 1) to the peak, then as named.
 
-    `warmup` and `decay_over` are steps by now. Cosine as in arXiv:1608.03983 without restarts, down to `decay_to`; linear
-    to the same end; inverse square root: peak * sqrt(warmup / n) (arXiv:1706.03762); warm-up, stable, decay: the peak, then
-    linear in the last fifth (arXiv:2404.06395).
+    `warmup` and `decay_over` are steps by now, each on its own clock: n, and what that is ahead. Cosine as in
+    arXiv:1608.03983 without restarts, down to `decay_to`; linear to the same end; inverse square root: peak * sqrt(warmup / n)
+    (arXiv:1706.03762); warm-up, stable, decay: the peak, then linear in the last fifth (arXiv:2404.06395).
     """
     peak, warmup, end = config.learning_rate, int(config.warmup), int(config.decay_over)
     after_warmup = max(1, end - warmup)
@@ -43,8 +44,13 @@ def schedule(config: Optimizer) -> optax.Schedule:
         begin = max(0, round(STABLE_SHARE * end) - warmup)
         after = optax.linear_schedule(peak, config.decay_to * peak, max(1, after_warmup - begin), begin)
     rise = optax.linear_schedule(0.0, peak, max(1, warmup))
-    joined = optax.join_schedules([rise, after], [warmup])
-    return lambda count: joined(count + 1)
+    falls_from = clocks.warmup if config.schedule == "inverse_square_root" else clocks.decay
+
+    def rate(count):
+        rising, falling = count + 1 + clocks.warmup, count + 1 + falls_from
+        return jnp.where(rising < warmup, rise(rising), after(jnp.maximum(falling - warmup, 0)))
+
+    return rate
 
 
 def is_matrix(declared: Declaration) -> bool:
@@ -126,11 +132,17 @@ def adafactor() -> optax.GradientTransformation:
 
 def muon(beta: float) -> optax.GradientTransformation:
     """Momentum made orthogonal, of one matrix (github.com/KellerJordan/Muon), its entries as large as AdamW's."""
+    rule = optax.contrib.scale_by_muon(beta=beta)
+
+    def in_float32(changes, state, parameters):
+        with jax.default_matmul_precision("highest"):
+            return rule.update(changes, state, parameters)
 
     def as_large_as_adamw(changes, parameters):
         return MUON_RMS * math.sqrt(max(changes.shape)) * changes
 
-    return optax.chain(optax.contrib.scale_by_muon(beta=beta), optax.stateless(as_large_as_adamw))
+    momentum = optax.GradientTransformation(rule.init, in_float32)
+    return optax.chain(momentum, optax.stateless(as_large_as_adamw))
 
 
 def update_rule(config: Optimizer, declared) -> optax.GradientTransformation:
@@ -149,12 +161,18 @@ def update_rule(config: Optimizer, declared) -> optax.GradientTransformation:
     return optax.trace(config.beta1)
 
 
+def all_finite(tree) -> jax.Array:
+    """Whether every number of a tree of arrays is finite: a bool []."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
 class Guarded(NamedTuple):
     """State of `dynamic_loss_scale`, always finite."""
 
     inner: optax.OptState
     scale: jax.Array  # float32 []: what the loss is multiplied by before the next backward pass
-    good_steps: jax.Array  # int32 []: finite gradients since the scale last changed
+    good_steps: jax.Array  # int32 []: updates since the scale last changed
     skipped: jax.Array  # int32 []: updates that were not made
     in_a_row: jax.Array  # int32 []: the last of these, at the smallest scale
 
@@ -164,9 +182,9 @@ def dynamic_loss_scale(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` on gradients of a loss that was multiplied by `state.scale` (arXiv:1710.03740, section 3.2).
 
-    A gradient that is not finite reaches neither parameters nor `inner`: the update is skipped and counted, the scale halves,
-    down to 1. After `grow_after` finite gradients in a row it doubles, up to `largest`. Powers of two change no bit of a
-    gradient. With the defaults the scale stays 1, and this is a guard against what is not finite.
+    Where the gradient is not finite, or the parameters or `inner` would not be after the update, nothing of it reaches them: the
+    update is skipped and counted, the scale halves, down to 1. After `grow_after` updates in a row it doubles, up to `largest`.
+    Powers of two change no bit of a gradient. With the defaults the scale stays 1, and this is a guard alone.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -174,10 +192,15 @@ def dynamic_loss_scale(
         zero = lambda: jnp.zeros((), jnp.int32)
         return Guarded(inner.init(parameters), jnp.asarray(initial, jnp.float32), zero(), zero(), zero())
 
-    def update(gradients, state, parameters=None, **extra):
+    def update(gradients, state, parameters, **extra):
         if largest > 1:
             gradients = jax.tree.map(lambda gradient: gradient / state.scale, gradients)
-        finite = jnp.isfinite(optax.tree.norm(gradients))
+        # Judged apart, on what the compiler cannot see to be the same, so that the update itself is the program it was.
+        apart = jax.lax.optimization_barrier((gradients, state.inner, parameters))
+        changes, changed = inner.update(*apart, **extra)
+        finite = jnp.isfinite(optax.tree.norm(gradients)) & all_finite(
+            (optax.apply_updates(apart[2], changes), changed)
+        )
         changes, changed = inner.update(gradients, state.inner, parameters, **extra)
         # x + -0 is x to the last bit, also where x is -0.
         changes = jax.tree.map(lambda change: jnp.where(finite, change, -0.0), changes)
@@ -207,17 +230,19 @@ def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.Gradien
     return optax.GradientTransformation(rule.init, update)
 
 
-def make_optimizer(config: Optimizer, declared, factors: dict | None = None) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: Optimizer, declared, factors: dict | None = None, clocks: Clocks = UPDATES
+) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; on mean gradients.
 
-    `declared` is a tree of declarations like what is trained, `factors` {path: share of the rate} for `layer_decay`. All of it
-    inside `dynamic_loss_scale`.
+    `declared` is a tree of declarations like what is trained, `factors` {path: share of the rate} for `layer_decay`, `clocks`
+    those of the schedule. All of it inside `dynamic_loss_scale`.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(is_matrix, declared))
     parts = [clip, update_rule(config, declared)] + [decay] * (config.name != "adam")
     average = [average_of_parameters(config.ema)] if config.ema else []
-    rate = optax.scale_by_learning_rate(schedule(config))
+    rate = optax.scale_by_learning_rate(schedule(config, clocks))
     rate = at_rates(rate, factors) if factors and config.layer_decay < 1 else rate
     whole = optax.chain(*parts, rate, *average)
     return (

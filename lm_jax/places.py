@@ -5,6 +5,7 @@ checkpoint and at the end; its lock is an object that only one can create, with 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,17 @@ def write_whole(path: epath.Path, content: bytes) -> None:
     os.replace(draft, path)
 
 
+def check_room(folder: epath.Path, num_bytes: float) -> None:
+    """Raises OSError where a disk has not the room for so many bytes more: before it is filled for nothing."""
+    if is_url(folder):
+        return
+    there = next(path for path in (folder, *epath.Path(os.path.abspath(folder)).parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        needed = f"a checkpoint needs {num_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))
+
+
 def set_aside(folder: epath.Path, to: epath.Path) -> None:
     """Renames a folder; on a URL copies it and removes what was copied."""
     if not is_url(folder):
@@ -51,7 +63,7 @@ def set_aside(folder: epath.Path, to: epath.Path) -> None:
 class Desk:
     """The local folder where a run writes what grows: `folder`, the workdir itself where that is local."""
 
-    NAMES = ("metrics.jsonl", "log.txt")  # what a run on another machine goes on with
+    NAMES = ("metrics.jsonl", "metrics.crc32", "log.txt")  # what a run on another machine goes on with
 
     def __init__(self, workdir: epath.Path):
         self.workdir, self.folder = workdir, workdir

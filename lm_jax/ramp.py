@@ -1,30 +1,63 @@
-"""How many rows each step takes: the batch ramp as a short table, and lengths of time resolved through it."""
+"""What was consumed, and what each step takes: the data state, the batch ramp as a short table, lengths of time through it.
+
+Where a run stands is its data state. The ramp is laid through it (`Ramp.through`), so that whatever batches a run took before,
+a step takes what the config gives at the rows that are consumed, and a length in tokens or epochs ends where they do.
+"""
 
 import dataclasses
 import math
+from fractions import Fraction
+from typing import NamedTuple
 
 from lm_jax.config import Config, Length, UserError, parse_length
 
 
+class DataState(NamedTuple):
+    """Where the training stream is: after `step` updates the next row is `cursor`; `skipped` row ranges were dropped."""
+
+    step: int
+    cursor: int
+    skipped: tuple[tuple[int, int], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Ramp:
-    """Stages of constant batch size: from step `first_step`, whose first row is `first_row`, `rows` a step."""
+    """Stages of constant batch size: from step `first_step`, whose first row is `first_row`, `rows` a step; never fewer later."""
 
     stages: tuple[tuple[int, int, int], ...]  # (first_step, first_row, rows)
+    ahead: int = 0  # the step at which a run that always had this config would take these rows, less the step at hand
+
+    def _stage(self, step: int) -> tuple[int, int, int]:
+        return next((stage for stage in reversed(self.stages) if step >= stage[0]), self.stages[0])
+
+    def _stage_of_row(self, row: int) -> tuple[int, int, int]:
+        return next((stage for stage in reversed(self.stages) if row >= stage[1]), self.stages[0])
 
     def rows(self, step: int) -> int:
         """Rows that step number `step` (the first is 0) consumes."""
-        return next(rows for first, _, rows in reversed(self.stages) if step >= first)
+        return self._stage(step)[2]
 
     def cursor(self, step: int) -> int:
         """Rows consumed before step number `step`."""
-        return next(row + (step - first) * rows for first, row, rows in reversed(self.stages) if step >= first)
+        first, start, rows = self._stage(step)
+        return start + (step - first) * rows
 
     def step_at(self, row: int) -> int:
         """The smallest number of steps that consume at least `row` rows."""
-        return next(
-            first + math.ceil((row - start) / rows) for first, start, rows in reversed(self.stages) if row >= start
-        )
+        first, start, rows = self._stage_of_row(row)
+        return first + math.ceil((row - start) / rows)
+
+    def through(self, step: int, row: int) -> "Ramp":
+        """The same sizes at the same rows, where `row` rows are consumed before `step`: moved in steps, and by the part of a
+        batch that the rows are beyond a step of this ramp. What lies before `step` is as if it had always been so.
+
+        From any later place on its way the ramp is moved by as much, so that it does not matter how often a run is resumed.
+        """
+        first, start, rows = self._stage_of_row(row)
+        own = first + (row - start) // rows
+        beyond = row - self.cursor(own)
+        moved = tuple((first - own + step, start + beyond, rows) for first, start, rows in self.stages)
+        return Ramp(moved, self.ahead + own - step)
 
 
 def make_ramp(config: Config) -> Ramp:
@@ -47,32 +80,77 @@ def make_ramp(config: Config) -> Ramp:
     return Ramp(tuple(stage for i, stage in enumerate(stages) if i + 1 == len(stages) or stages[i + 1][0] > stage[0]))
 
 
-def to_steps(length: Length, config: Config, ramp: Ramp, rows_per_epoch: float) -> int:
-    """A length of time in steps. Lengths in minutes belong to checkpoints alone and are not for this function."""
+def is_in_rows(length: Length) -> bool:
+    """Whether a length is counted by what is consumed, not by steps or minutes."""
+    return parse_length(length)[1] in ("tokens", "epochs")
+
+
+def in_rows(length: Length, config: Config, rows_per_epoch: float) -> Fraction:
+    """A length in tokens or epochs as rows, exactly."""
     number, unit = parse_length(length)
-    if unit == "steps":
-        return int(number)
-    rows = number / config.data.sequence_length if unit == "tokens" else number * rows_per_epoch
-    return max(1, ramp.step_at(math.ceil(rows)))
+    of_one = Fraction(1, config.data.sequence_length) if unit == "tokens" else Fraction(rows_per_epoch)
+    return Fraction(str(number)) * of_one
+
+
+def to_steps(length: Length, config: Config, ramp: Ramp, rows_per_epoch: float, ahead: int = 0) -> int:
+    """A length of time as the number of steps after which it is over, on a clock that is `ahead`; at least 1 of what is consumed.
+
+    Not for lengths in minutes, which checkpoints alone have.
+    """
+    if not is_in_rows(length):
+        return int(parse_length(length)[0])
+    return max(1, ramp.step_at(math.ceil(in_rows(length, config, rows_per_epoch))) + ahead)
+
+
+class Clocks(NamedTuple):
+    """By how many steps the clocks of the schedule are ahead of the number of updates.
+
+    `Ramp.ahead` where a length is in tokens or epochs: its clock is what was consumed, in steps of the config at hand.
+    """
+
+    warmup: int = 0
+    decay: int = 0
+
+
+UPDATES = Clocks()  # lengths in steps
+
+
+def clocks(config: Config, ramp: Ramp) -> Clocks:
+    """Of a config whose lengths are as they were given."""
+    ahead = lambda length: ramp.ahead if is_in_rows(length) else 0
+    return Clocks(ahead(config.optimizer.warmup), ahead(config.optimizer.decay_over or config.train.num_steps))
 
 
 def with_steps(config: Config, ramp: Ramp, rows_per_epoch: float) -> Config:
-    """The same config with every length of time in steps ("30 min" of checkpoints stays)."""
-    steps = lambda length: to_steps(length, config, ramp, rows_per_epoch)
-    num_steps = steps(config.train.num_steps)
+    """The same config with the lengths of training in steps: `num_steps` counted from the start of the run, `warmup` and
+    `decay_over` on their own `clocks`. What is due again and again (`Every`) stays as it was given."""
+    steps = lambda length, ahead: to_steps(length, config, ramp, rows_per_epoch, ahead)
+    ahead, num_steps = clocks(config, ramp), config.train.num_steps
     optimizer = dataclasses.replace(
         config.optimizer,
-        warmup=steps(config.optimizer.warmup),
-        decay_over=steps(config.optimizer.decay_over) or num_steps,
+        warmup=steps(config.optimizer.warmup, ahead.warmup),
+        decay_over=steps(config.optimizer.decay_over or num_steps, ahead.decay),
     )
-    in_minutes = parse_length(config.checkpoint.every)[1] == "min"
-    return dataclasses.replace(
-        config,
-        optimizer=optimizer,
-        train=dataclasses.replace(config.train, num_steps=num_steps),
-        checkpoint=config.checkpoint
-        if in_minutes
-        else dataclasses.replace(config.checkpoint, every=steps(config.checkpoint.every)),
-        evaluate=dataclasses.replace(config.evaluate, every=steps(config.evaluate.every)),
-        log=dataclasses.replace(config.log, every=steps(config.log.every)),
-    )
+    train = dataclasses.replace(config.train, num_steps=steps(num_steps, 0))
+    return dataclasses.replace(config, optimizer=optimizer, train=train)
+
+
+class Every(NamedTuple):
+    """What is due again and again: after so many steps, or whenever so many rows more are consumed; 0 = never."""
+
+    number: Fraction
+    of_rows: bool
+
+    def due(self, ramp: Ramp, step: int) -> bool:
+        """Whether it is due after `step` steps."""
+        if not self.number:
+            return False
+        before, after = (ramp.cursor(step - 1), ramp.cursor(step)) if self.of_rows else (step - 1, step)
+        return after // self.number > before // self.number
+
+
+def every(length: Length, config: Config, rows_per_epoch: float) -> Every:
+    """Of a length in steps, tokens or epochs."""
+    if is_in_rows(length):
+        return Every(in_rows(length, config, rows_per_epoch), True)
+    return Every(Fraction(int(parse_length(length)[0])), False)

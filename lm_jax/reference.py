@@ -87,7 +87,7 @@ def read(workdir: epath.Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(io.BytesIO((workdir / FILE).read_bytes()), allow_pickle=False) as file:
             return {name: file[name] for name in ("data", "parameters", *SPLITS)}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

@@ -58,9 +58,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.sharding.reshard(x, computed(axes)) if _on_mesh() else x
 
 
-def einsum(formula: str, x: jax.Array, y: jax.Array, *axes: str | None) -> jax.Array:
-    """`jnp.einsum` whose result has the computed layout of `axes`."""
-    return jnp.einsum(formula, x, y, out_sharding=computed(axes) if _on_mesh() else None)
+def precision(dtype) -> jax.lax.Precision | None:
+    """Of a product of arrays of this dtype: float32 is float32 on every platform (by default a TPU rounds it to bfloat16, a GPU
+    to TF32), what is narrower has one way to be multiplied."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def einsum(formula: str, x: jax.Array, y: jax.Array, *axes: str | None, dtype=None) -> jax.Array:
+    """`jnp.einsum` at `precision` whose result has the computed layout of `axes`, and `dtype` (None: that of x)."""
+    layout = computed(axes) if _on_mesh() else None
+    full = precision(x.dtype)
+    return jnp.einsum(formula, x, y, precision=full, preferred_element_type=dtype, out_sharding=layout)
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
@@ -88,13 +96,11 @@ def iota(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
 
 
 def take(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
-    """Rows of `table` for `ids`, in the computed layout of `axes`."""
+    """Rows of `table` for `ids`, in the computed layout of `axes`.
+
+    A row's gradient is a sum over all that read it, in the dtype of the table: cast what is taken, never the table.
+    """
     return table.at[ids].get(out_sharding=computed(axes) if _on_mesh() else None)
-
-
-def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of `table` [vocab, model] for `ids` [batch, length], also where the vocabulary is split."""
-    return take(table, ids, "batch", "length", None)
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

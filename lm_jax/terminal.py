@@ -98,6 +98,12 @@ def header(config: Config, name: str, counted: costs.Costs, mixed: Mixture, ramp
     parts = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in classes.items())
     batch = f"{ramp.stages[0][2]}-{ramp.stages[-1][2]}" if len(ramp.stages) > 1 else f"{smallest}"
     lines.append(f"{verdict}: {gib:.2g} of {memory:.0f} GiB a device ({parts}); microbatch {rows} of {batch} rows")
+    warmup, num_steps = int(config.optimizer.warmup), int(config.train.num_steps)
+    if warmup >= num_steps > 1:
+        lines.append(
+            f"config.optimizer.warmup is {warmup:,} steps of {num_steps:,}: the rate "
+            f"ends at {num_steps / warmup:.0%} of config.optimizer.learning_rate"
+        )
     if flops_here and flops / (flops_here * share) > 86400 and device.platform == "cpu":
         lines.append("on this machine try: python -m lm_jax.main      (quickstart, 3 minutes)")
     return "\n".join(lines)

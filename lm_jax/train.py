@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import gzip
+import itertools
 import lzma
+import shlex
 import time
 from typing import Any
 
@@ -13,29 +16,32 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, terminal
-from lm_jax.config import Config, UserError, parse_length
-from lm_jax.data import mixture, objectives, pipeline, word_vectors
+from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, spikes, terminal
+from lm_jax.config import Config, Length, UserError, parse_length
+from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
-from lm_jax.data.shards import check_url
+from lm_jax.data.shards import check_plain, check_url, is_url
+from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.data.word_vectors import WordVectors
-from lm_jax.decoding import generate
-from lm_jax.distributed import Stop, agree, devices, leads, workdir_lock
+from lm_jax.decoding import SLICE, stream
+from lm_jax.distributed import agree, devices, leads, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source, open_data
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.optimizer import averaged
-from lm_jax.places import Desk, write_whole
-from lm_jax.ramp import Ramp, make_ramp, with_steps
+from lm_jax.places import Desk, check_room
+from lm_jax.ramp import Clocks, DataState, Every, Ramp, clocks, every, make_ramp, with_steps
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
+from lm_jax.stop import EXIT_PREEMPTED, NEVER, Stop, Stopped
 from lm_jax.train_state import Program, TrainState, fresh, make_program
-from lm_jax.train_step import compile_step
+from lm_jax.train_step import CompiledStep, compile_step
 
 SAMPLE_TOKENS = 96
+GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked
 Source = checkpoint.Located | WordVectors  # what a fresh run may start from
-MOST_IN_A_ROW = 10  # gradients that are not finite, before the run stops
+MOST_IN_A_ROW = 10  # updates that are not finite, before the run stops
 
 
 @dataclasses.dataclass
@@ -54,8 +60,15 @@ class Run:
     counted: costs.Costs
     peak_flops: float
     state: TrainState
-    data: checkpoint.DataState
+    data: DataState
     goodput: Goodput
+    facts: dict[str, Any]  # what a run must find again
+    stop: Stop
+
+    def progress(self, text: str) -> None:
+        """Says where something long between two steps is. Raises Stopped where the run is asked to stop."""
+        self.stop.check()
+        self.say.progress(text)
 
     @property
     def microbatch(self) -> int:
@@ -70,6 +83,13 @@ class Run:
     def num_steps(self) -> int:
         return int(self.config.train.num_steps)
 
+    def every(self, length: Length) -> Every:
+        return every(length, self.config, self.stream.rows_per_epoch)
+
+    def is_due(self, length: Length) -> bool:
+        """Whether what is due again after every such length is due after the step that was done."""
+        return self.every(length).due(self.ramp, self.data.step)
+
 
 def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
     """Trains to the end, from wherever the workdir is. Returns the exit code. Raises UserError before it writes there.
@@ -82,6 +102,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     desk = Desk(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
+    check_plain(*[str(workdir)] * (not is_url(workdir)))
     with goodput("devices"):
         here = devices()
     say.silent = not leads()
@@ -94,25 +115,30 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         answers.check(config.evaluate.metrics)
     with goodput("data"):
         mixed = open_data(config, say)
+        tell_losses(mixed.tokenizer, say)
         stream = mixed.stream(config.data)
-    ramp = make_ramp(config)
-    config = with_steps(config, ramp, stream.rows_per_epoch)
+    as_written, expected = config, checkpoint.expected_data_state(workdir)
+    config, ramp, ticking = counted_from(as_written, expected, stream.rows_per_epoch)
     num_pieces = objectives.specials(mixed.tokenizer, config.data.objective).num_pieces
     preflight(config, padded(num_pieces), sizes)
     with goodput("plan"):
         mesh = make_mesh(config.mesh, here)
-        program = make_program(config, num_pieces)
+        program = make_program(config, num_pieces, ticking)
         counted = costs.count(config, program.graph.declarations)
         config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
+    facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
     say(terminal.header(config, name, counted, mixed, ramp, sizes, (here[0], peak)))
     if dry_run:
         return 0
-    with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop().listening() as stop:
+    check_memory(config, counted, ramp, sizes, here[0])
+    if not saved:
+        check_room(workdir, checkpoint_bytes(config, counted, sizes))
+    with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop() as stop:
         if leads():
             desk.fetch()
             say.log_to(desk.folder / "log.txt")
@@ -120,19 +146,72 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         for line in changes:
             say(line)
         with goodput("state"):
-            state, data = starting_point(program, workdir, source, say)
-        if data.step >= int(config.train.num_steps):
+            state, data = starting_point(program, workdir, source, say, facts["run"])
+        if data[:2] != expected[:2]:  # the newest step was broken
+            again, ramp, ticking = counted_from(as_written, data, stream.rows_per_epoch)
+            config = dataclasses.replace(config, optimizer=again.optimizer, train=again.train)
+            config = with_rows_of_microbatch(config, program.config.train.microbatch_rows)
+            program = make_program(config, num_pieces, ticking)
+        stop.done, stop.saved = data.step, data.step if saved else NEVER
+        if agree(is_over(desk, mixed, config, data.step) if leads() else 0):
             return already_done(desk, say)
         if leads():
-            checkpoint.write_config(workdir, config, origins, mixed.facts)
-            checkpoint.write_tokenizer(workdir, mixed.tokenizer)
-            if mixed.chat_template:
-                write_whole(workdir / chat.FILE, mixed.chat_template.encode())
-        this = Run(config, workdir, say, desk, mixed, stream, program, mesh, ramp, counted, peak, state, data, goodput)
+            write_run_files(workdir, mixed, source, saved, say)
+        this = Run(
+            config,
+            workdir,
+            say,
+            desk,
+            mixed,
+            stream,
+            program,
+            mesh,
+            ramp,
+            counted,
+            peak,
+            state,
+            data,
+            goodput,
+            facts,
+            stop,
+        )
         if mixed.compares:
             with goodput("reference"):
                 say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
-        return train(this, stop, given)
+        if leads():
+            checkpoint.write_config(workdir, config, origins, facts | kept_context(saved, source))
+        return train(this, given)
+
+
+def write_run_files(
+    workdir: epath.Path, mixed: mixture.Mixture, source: Source | None, saved: dict[str, Any], say: terminal.Terminal
+) -> None:
+    """What a run consists of beside its config.json. Raises UserError where what only the run has is not as it was written."""
+    checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
+    if mixed.chat_template:
+        checkpoint.write_run_file(workdir, chat.FILE, mixed.chat_template.encode(), say)
+    checkpoint.check_run_files(workdir, saved)
+    if not saved or not (workdir / BESIDE).exists():
+        inherited = source.special_ids.ends if isinstance(source, checkpoint.Located) else ()
+        ids = special_ids.files(mixed.tokenizer, mixed.special_ids.also(*inherited))
+        checkpoint.write_run_file(workdir, BESIDE, ids[BESIDE], say)
+
+
+def counted_from(config: Config, data: DataState, rows_per_epoch: float) -> tuple[Config, Ramp, Clocks]:
+    """The config with its lengths in steps, the batches and the clocks of the schedule, from where the data stand."""
+    ramp = make_ramp(config).through(data.step, data.cursor)
+    return with_steps(config, ramp, rows_per_epoch), ramp, clocks(config, ramp)
+
+
+def with_rows_of_microbatch(config: Config, rows: int | str) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
+
+
+def kept_context(saved: dict[str, Any], source: Source | None) -> dict[str, int]:
+    """{"context": tokens} for config.json: rows may be shorter than what the model that a run started from can read."""
+    if isinstance(source, checkpoint.Located):
+        return {"context": checkpoint.context_of(source)}
+    return {name: saved[name] for name in ("context",) if name in saved}
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:
@@ -143,7 +222,25 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
         smallest = config.data.batch_ramp[0] or config.data.global_batch_size
         kept = isinstance(before, int) and before and smallest % before == 0 and before % batch_shards(sizes) == 0
         rows = before if kept else chosen
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
+    return with_rows_of_microbatch(config, rows)
+
+
+def checkpoint_bytes(config: Config, counted: costs.Costs, sizes: dict[str, int]) -> float:
+    """Of the parameters and the optimizer's state, wherever they lie."""
+    whole = costs.bytes_by_class(config, counted, 1, dict.fromkeys(sizes, 1), accumulates=False)
+    return whole["parameters"] + whole["optimizer"]
+
+
+def check_memory(config: Config, counted: costs.Costs, ramp: Ramp, sizes: dict[str, int], device: jax.Device) -> None:
+    """Raises OSError where a run needs more memory than this machine has. An accelerator's own compiler says that better, a
+    CPU would wait for its disk until something is killed."""
+    rows, memory = int(config.train.microbatch_rows), costs.device_memory(device)
+    needed = sum(costs.bytes_by_class(config, counted, rows, sizes, ramp.stages[-1][2] > rows).values())
+    if device.platform == "cpu" and needed > memory:
+        raise OSError(
+            errno.ENOMEM,
+            f"this does not fit: {needed / 2**30:,.3g} GiB are needed, {memory / 2**30:,.3g} are here",
+        )
 
 
 def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) -> Source | None:
@@ -185,14 +282,15 @@ def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) 
 
 
 def starting_point(
-    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal
-) -> tuple[TrainState, checkpoint.DataState]:
+    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str
+) -> tuple[TrainState, DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
-    if step := agree((checkpoint.newest_valid(workdir, say, quarantine=True) or 0) if leads() else 0):
+    newest = checkpoint.newest_valid(workdir, say, quarantine=True, run=run) if leads() else None
+    if (step := agree(NEVER if newest is None else newest)) != NEVER:
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
-    data = checkpoint.DataState(0, 0)
+    data = DataState(0, 0)
     if source is None:
         return jax.jit(lambda: fresh(program))(), data
     if isinstance(source, WordVectors):
@@ -229,38 +327,159 @@ def with_rows(parameters: dict, given: WordVectors) -> dict:
     return parameters | {"embedding": {"table": replaced}}
 
 
+def is_over(desk: Desk, mixed: mixture.Mixture, config: Config, step: int) -> bool:
+    """Whether all steps are done, and the last evaluation as well, which comes after the last step is saved."""
+    if step < int(config.train.num_steps):
+        return False
+    evaluated = any("final/loss" in line and line["step"] == step for line in metrics.read(desk.folder))
+    return evaluated or step > int(config.train.num_steps) or not is_there(mixed, config, "validation")
+
+
+def is_there(mixed: mixture.Mixture, config: Config, split: str) -> bool:
+    """Whether a held-out split has a document."""
+    try:
+        return bool(mixed.held(config.data, split))
+    except UserError:
+        return False
+
+
 def already_done(desk: Desk, say: terminal.Terminal) -> int:
-    last = [line for line in metrics.read(desk.folder) if "final/loss" in line][-1:]
-    result = (
-        ", ".join(f"{name} {value:.4f}" for name, value in last[0].items() if name != "step") if last else "no result"
-    )
+    last = [line for line in metrics.read(desk.folder, say) if "final/loss" in line][-1:]
+    shown = lambda value: "not finite" if value is None else f"{value:.4f}"
+    values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
+    result = ", ".join(values) or "no result"
     say(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
     return 0
 
 
-def train(this: Run, stop: Stop, given: str) -> int:
-    """Trains from where `this` is; `given` is the command that does it. Returns the exit code."""
-    config, say, goodput = this.config, this.say, this.goodput
-    with goodput("compile"):
-        say.progress("compiling the step")
-        one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
-        one_step = compile_step(this.program, this.mesh, one_microbatch)
-    say(goodput.start_up())
-    writer = metrics.Writer(this.desk.folder, this.data.step) if leads() else metrics.Nowhere()
-    saver = checkpoint.Saver(this.workdir, config, this.mixed.facts)
-    if not this.data.step:
-        writer.hyper_parameters(checkpoint.flatten(config))
-    evaluation = make_evaluation(this)
+def train(this: Run, given: str) -> int:
+    """Trains from where `this` is; `given` is the command that does it. Returns the exit code.
+
+    What is trained is saved before it is evaluated; what a run that is gone on with had not evaluated, it does first.
+    """
+    config, say, stop = this.config, this.say, this.stop
+    with this.goodput("compile"):
+        one_step = compiled(this) if this.data.step < this.num_steps else None
+    say(this.goodput.start_up())
+    with checkpoint.Saver(this.workdir, config, this.facts, stop) as saver:
+        evaluation = make_evaluation(this)
+        writer, log, trouble = stretch(this, one_step, evaluation, saver)
+        while log.spike and not trouble:
+            trouble = go_back(this, log, saver)
+            if trouble or stop.requested:
+                break
+            writer.close()
+            writer, log, trouble = stretch(this, one_step, evaluation, saver, log.watch)
+        saver.close()
+    finished = this.data.step == this.num_steps and not stop.requested and not trouble
+    if finished:
+        finish(this, evaluation, writer)
+    writer.close()
+    if not trouble:
+        say(this.goodput.table())
+    if finished:
+        say(next_commands(this, given))
+    elif not trouble:
+        say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
+    else:
+        give_up(this, trouble)
+    this.desk.send()
+    return command.EXIT_FAULT if trouble else 0 if finished else EXIT_PREEMPTED
+
+
+def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpoint.Saver, watch=None):
+    """From where `this` is to the end, to a signal, or to where it is no good to go on -> (writer, log, what the trouble is).
+
+    "" is none. What was trained is saved, unless there is trouble or a spike (`log.spike`).
+    """
+    writer = metrics.Writer(this.desk.folder, this.data.step, this.say) if leads() else metrics.Nowhere()
+    log = StepLog(this, writer, watch or spikes.Watch(checkpoint.saved_beside(this.workdir, this.data.step)))
+    trouble = ""
+    try:
+        try:
+            if this.data.step == 0:
+                writer.hyper_parameters(checkpoint.flatten(this.config))
+                show_sample(this, writer)
+            elif one_step:
+                look(this, None if is_evaluated(this) else evaluation, writer)
+            if one_step:
+                steps(this, one_step, log, evaluation, writer, saver)
+        except Stopped:
+            pass  # after a whole step
+        log.flush()
+        log.agree_on_spike()
+        if log.hopeless:
+            trouble = f"{MOST_IN_A_ROW} updates in a row were not finite (inf or NaN); none of them was applied"
+        elif not log.spike:
+            writer.flush()
+            save(this, saver, log)
+            saver.wait()
+    except checkpoint.NotFinite as error:
+        trouble = str(error)
+    return writer, log, trouble
+
+
+def go_back(this: Run, log: "StepLog", saver: checkpoint.Saver) -> str:
+    """From a spike to a saved step before it, without the rows around it. Returns why not, where that was done often enough.
+
+    Nothing but the workdir says that it was done, and `checkpoint.go_back` says it before anything goes on: a run that is killed
+    goes back once more, or has gone back.
+    """
+    saver.wait()
+    good, say = good_step(this, log.spike), this.say
+    if good == NEVER:
+        say(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
+        return ""
+    found = checkpoint.read_data_state(this.workdir, good)
+    row_at = mixture.Kept(this.stream, found.skipped).row_at
+    if spikes.times_gone_back(found, row_at) >= spikes.MOST:
+        return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
+    data = spikes.without_rows_around(log.spike, found, this.ramp, row_at)
+    (first, last), *_ = set(data.skipped) - set(found.skipped)
+    if leads():
+        checkpoint.go_back(this.workdir, data)
+    agree(good)  # all wait until that is done
+    jax.tree.map(lambda x: x.delete(), this.state)  # there may be no room for two
+    this.state, this.data = checkpoint.restore(this.workdir, good, this.program)
+    this.stop.done = this.stop.saved = good
+    log.watch = None
+    say(f"went back to step {good:,}: from there on rows {first:,} to {last - 1:,} are left out")
+    return ""
+
+
+def good_step(this: Run, spike: int) -> int:
+    """The newest saved step that is whole and MARGIN steps before a spike, NEVER where there is none.
+
+    One from which other batches were taken than now would need another schedule, so another program.
+    """
+    folder = checkpoint.steps_folder(this.workdir)
+    steps = [step for step in checkpoint.complete_steps(folder) if step <= spike - spikes.MARGIN] if leads() else []
+    is_good = lambda step: (
+        not checkpoint.fault(folder / str(step))
+        and checkpoint.read_data_state(this.workdir, step).cursor == this.ramp.cursor(step)
+    )
+    return agree(next((step for step in reversed(steps) if is_good(step)), NEVER))
+
+
+def compiled(this: Run) -> CompiledStep:
+    this.say.progress("compiling the step")
+    one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
+    return compile_step(this.program, this.mesh, one_microbatch)
+
+
+def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer, saver) -> None:
+    """From where `this` is to the last step, or to a signal. Raises Stopped where that came between two steps.
+
+    The order: dispatch step n, then write the metrics of step n - 1, so that the device never waits for the host. What
+    follows a step (checkpoint, evaluation) sees the state after it, and the lines before it are written.
+    """
+    config, stop = this.config, this.stop
     num = (this.ramp.cursor(this.num_steps) - this.ramp.cursor(this.data.step)) // this.microbatch
     rows_left = mixture.Kept(this.stream, this.data.skipped)
     batches = pipeline.batches(rows_left, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
-    batches = goodput.waiting(batches, "data wait")
-    log = StepLog(this, writer)
-    if this.data.step == 0:
-        show_sample(this, writer)
-    # The order in the loop: dispatch step n, then write the metrics of step n - 1, so that the device never waits for
-    # the host. What follows a step (evaluation, checkpoint) sees the state after it, and the lines before it are written.
-    for step in traced(range(this.data.step, this.num_steps), config.log.profile, this.desk.folder / "profile", say):
+    batches = this.goodput.waiting(batches, "data wait")
+    numbers = range(this.data.step, this.num_steps)
+    for step in traced(numbers, config.log.profile, this.desk.folder / "profile", this.say):
         rows = this.ramp.rows(step)
 
         def watch(done: int, step: int = step, rows: int = rows) -> bool:
@@ -270,66 +489,73 @@ def train(this: Run, stop: Stop, given: str) -> int:
         with jax.transfer_guard("disallow"):  # the host neither feeds nor reads the device unasked while it works
             outcome = one_step(this.state, rows // this.microbatch, batches, watch)
         if outcome is None:
-            break
+            return
         this.state = outcome[0]
-        this.data = checkpoint.DataState(step + 1, this.data.cursor + rows, this.data.skipped)
+        this.data = DataState(step + 1, this.data.cursor + rows, this.data.skipped)
+        assert this.data.cursor == this.ramp.cursor(this.data.step), this.data
+        stop.done = step + 1
         log.done(step + 1, rows, outcome[1])
         saver.poll()
+        if stop.requested or log.spike:
+            return
         if step + 1 < this.num_steps:
             with log.paused():
                 between_steps(this, log, evaluation, writer, saver)
-        if stop.requested or log.hopeless:
-            break
-    log.flush()
-    if log.hopeless:
-        return give_up(this, saver, writer)
-    finished = this.data.step == this.num_steps
-    if finished:
-        finish(this, evaluation, writer)
-    writer.flush()
-    with goodput("checkpoint"):
-        this.desk.send()
-        saver.save(this.state, this.data)
-        saver.close()
-    writer.close()
-    say(goodput.table())
-    if finished:
-        say(next_commands(this, given))
-    else:
-        say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
-    this.desk.send()
-    return 0 if finished else command.EXIT_PREEMPTED
+        if log.hopeless or log.spike:
+            return
 
 
 def between_steps(this: Run, log: "StepLog", evaluation, writer: metrics.Writer | metrics.Nowhere, saver) -> None:
-    """What is due after a step that is not the last: an evaluation, a sample half-way, a checkpoint."""
-    step, every = this.data.step, int(this.config.evaluate.every)
-    if evaluation and every and step % every == 0:
+    """What is due after a step that is not the last: a checkpoint, then what looks at the model."""
+    length = this.config.checkpoint.every
+    number, unit = parse_length(length)
+    in_time = unit == "min" and time.monotonic() - saver.saved_at >= 60 * number
+    due = in_time or unit != "min" and this.is_due(length)
+    if due or is_looked_at(this):
         log.flush()
-        evaluate_now(this, evaluation, writer, this.config.evaluate.num_rows, "eval")
-    if step == this.num_steps // 2:
-        log.flush()
-        show_sample(this, writer)
-    number, unit = parse_length(this.config.checkpoint.every)
-    if time.monotonic() - saver.saved_at >= 60 * number if unit == "min" else step % int(number) == 0:
-        log.flush()
+        log.agree_on_spike()
+    if log.spike:
+        return
+    if due:
         writer.flush()
-        with this.goodput("checkpoint"):
-            this.desk.send()
-            saver.save(this.state, this.data)
+        save(this, saver, log)
+    look(this, evaluation, writer)
 
 
-def give_up(this: Run, saver: checkpoint.Saver, writer: metrics.Writer | metrics.Nowhere) -> int:
-    """Leaves the checkpoints as they are: the parameters before these steps are finite, but near what breaks them."""
-    saver.close()
-    writer.close()
-    newest = max(checkpoint.complete_steps(saver.folder), default=0)
+def save(this: Run, saver: checkpoint.Saver, log: "StepLog") -> None:
+    """Every step is read by now. While updates are skipped no older step is removed: it may be the last good one."""
+    with this.goodput("checkpoint"):
+        this.desk.send()
+        watched = log.watch.kept() if log.watch and this.config.train.on_spike != "off" else {}
+        saver.save(this.state, this.data, watched, retain=not log.skipping)
+
+
+def is_looked_at(this: Run) -> bool:
+    return this.is_due(this.config.evaluate.every) or this.data.step == this.num_steps // 2
+
+
+def look(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> None:
+    """The evaluation that is due after a step, and half-way a sample."""
+    if evaluation and this.is_due(this.config.evaluate.every):
+        writer.scalars(this.data.step, evaluate_now(this, evaluation, this.config.evaluate.num_rows, "eval"))
+    if this.data.step == this.num_steps // 2:
+        show_sample(this, writer)
+
+
+def is_evaluated(this: Run) -> bool:
+    """Whether the metrics have the evaluation of the step that a run is gone on with from: it was stopped after it, or before."""
+    lines = metrics.read(this.desk.folder) if leads() else []
+    return bool(agree(any("eval/loss" in line and line["step"] == this.data.step for line in lines)))
+
+
+def give_up(this: Run, trouble: str) -> None:
+    """Says it, and leaves the checkpoints as they are: those before are finite, but near what breaks them."""
+    newest = max(checkpoint.complete_steps(checkpoint.steps_folder(this.workdir)), default=0)
     this.say(
-        f"stopped: {MOST_IN_A_ROW} gradients in a row were not finite (inf or NaN); none of them was applied\n"
+        f"stopped: {trouble}\n"
         f"the same command goes on from step {newest:,} and comes here again, unless something changes: a lower\n"
         "config.optimizer.learning_rate, a smaller config.optimizer.clip_norm, or the text of the rows named above"
     )
-    return command.EXIT_FAULT
 
 
 class StepLog:
@@ -339,13 +565,18 @@ class StepLog:
     line, which waits for them anyway.
     """
 
-    def __init__(self, this: Run, writer: metrics.Writer | metrics.Nowhere):
+    def __init__(self, this: Run, writer: metrics.Writer | metrics.Nowhere, watch: spikes.Watch):
         self.this, self.writer = this, writer
+        self.watch: spikes.Watch | None = watch
+        self.spike = 0  # the step from behind which all processes are to go back, once they know of it
+        self._spike = 0  # the same, as soon as this process has read it
         self.waiting: tuple[int, dict] | None = None
         self.unread: list[tuple[int, dict]] = []  # the steps since the last line
         self.skipped = float(this.state.optimizer_state.skipped)  # read once, before the loop
-        self.hopeless = False
-        self.every = int(this.config.log.every)
+        self.skipping, self.hopeless = False, False
+        self.every = this.every(this.config.log.every)
+        self.row_at = mixture.Kept(this.stream, this.data.skipped).row_at
+        self.wrong, self.wrong_from, self.wrong_to = "", 0, 0  # what of which steps is not finite
         self.first = this.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, this.data.step
         self.tokens = 0.0  # since this process started
@@ -381,39 +612,59 @@ class StepLog:
         """`step` updates are done (dispatched, on an accelerator)."""
         if self.waiting:
             self.flush()
+        if self.every.due(self.this.ramp, step - 1):
+            self.agree_on_spike()
         self.unread.append((step, device_metrics))
         self.tokens += rows * self.this.config.data.sequence_length
-        if step % self.every == 0 or step in (1, self.this.num_steps):
+        if self.every.due(self.this.ramp, step) or step in (1, self.this.num_steps):
             self.waiting = (step, device_metrics)
             if all(value.is_ready() for value in device_metrics.values()):  # on a CPU: nothing would wait
                 self.flush()
         else:
             self.inside(step, 0, rows)
 
-    def read_guard(self) -> None:
-        """Says which rows were skipped since the last line, and whether there is hope."""
-        names, first, last = ("train/skipped", "train/skipped_in_a_row"), 0, 0
+    def agree_on_spike(self) -> None:
+        """At a step at which all processes have read the same metrics; the leading one's history counts."""
+        if self.this.config.train.on_spike == "rewind":
+            self.spike = agree(self._spike)
 
-        def tell() -> None:
-            rows = f"{self.this.ramp.cursor(first - 1):,} to {self.this.ramp.cursor(last) - 1:,}"
-            steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
-            self.this.say(f"{steps} skipped: the gradient of rows {rows} is not finite")
-
+    def read_steps(self) -> None:
+        """Says what was wrong with the steps since the last line: which rows were skipped, where the loss jumped."""
         for step, device_metrics in self.unread:
-            skipped, in_a_row = metrics.to_host({name: device_metrics[name] for name in names}).values()
-            if skipped > self.skipped:
-                first, last = first or step, step
-            elif first:
-                tell()
-                first = 0
-            self.skipped = skipped
+            names = ("train/skipped", "train/skipped_in_a_row", "train/loss", "train/grad_norm")
+            skipped, in_a_row, loss, norm = metrics.to_host({name: device_metrics[name] for name in names}).values()
+            what = "" if skipped == self.skipped else "update" if np.isfinite(norm) else "gradient"
+            if what != self.wrong:
+                self.tell_skipped()
+                self.wrong, self.wrong_from = what, step
+            self.wrong_to, self.skipped, self.skipping = step, skipped, bool(what)
             self.hopeless |= in_a_row >= MOST_IN_A_ROW
-        if first:
-            tell()
-        self.unread = []
+            if not what:
+                self.judge(step, loss, norm)
+        self.tell_skipped()
+        self.wrong, self.unread = "", []
+
+    def tell_skipped(self) -> None:
+        if not self.wrong:
+            return
+        first, last, ramp = self.wrong_from, self.wrong_to, self.this.ramp
+        rows = f"{self.row_at(ramp.cursor(first - 1)):,} to {self.row_at(ramp.cursor(last) - 1):,}"
+        steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+        self.this.say(f"{steps} skipped: the {self.wrong} of rows {rows} is not finite")
+
+    def judge(self, step: int, loss: float, norm: float) -> None:
+        """Holds a step against those before it, and says a spike."""
+        on_spike = self.this.config.train.on_spike
+        if on_spike == "off" or self.watch is None:
+            return
+        if jump := self.watch(loss, norm):
+            ramp = self.this.ramp
+            rows = f"{self.row_at(ramp.cursor(step - 1)):,} to {self.row_at(ramp.cursor(step) - 1):,}"
+            self.this.say(f"step {step:,}, rows {rows}: {jump}")
+            self._spike = self._spike or step
 
     def flush(self) -> None:
-        self.read_guard()
+        self.read_steps()
         if self.waiting is None:
             return
         (step, device_metrics), self.waiting = self.waiting, None
@@ -446,34 +697,29 @@ def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
 
 
 def make_evaluator(this: Run) -> Evaluator:
-    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer.bytes_per_piece, this.microbatch)
+    return Evaluator(this.program.graph, this.mesh, this.mixed.tokenizer, this.microbatch)
 
 
-def evaluate_now(
-    this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere, num_rows: int, *prefixes: str
-) -> float:
-    """Bits per byte of the first `num_rows` validation rows (0: all) of each source, written under each prefix.
-
-    0 where the model does not predict every byte, as an encoder.
-    """
+def evaluate_now(this: Run, evaluation, num_rows: int, *prefixes: str) -> dict[str, float]:
+    """Metrics of the first `num_rows` validation rows (0: all) of each source, under each prefix. Raises Stopped."""
     evaluator, rows = evaluation
-    watch = lambda done, of: this.say.progress(f"evaluating: row {done} of {of}")
+    watch = lambda done, of: this.progress(f"evaluating: row {done} of {of}")
     with this.goodput("evaluation"):
         totals = {name: evaluator(this.parameters, held, num_rows, watch) for name, held in rows.items()}
     values = {
         name: value for prefix in prefixes for name, value in by_source(totals, prefix, this.mixed.scores).items()
     }
-    writer.scalars(this.data.step, values)
     shown = {name.split("/", 1)[1]: value for name, value in values.items() if name.startswith(f"{prefixes[0]}/")}
-    loss, bits_per_byte = shown.pop("loss"), shown.get("bits_per_byte", 0.0)
-    of_text = f", {bits_per_byte:.3f} bits/byte" if bits_per_byte else ""
+    loss = shown.pop("loss")
+    of_text = f", {shown['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in shown else ""
     if this.config.train.task:
         of_text = "".join(f", {name} {value:.4f}" for name, value in list(shown.items())[:2])
     this.say(f"step {this.data.step:>6,} validation loss {loss:.4f}{of_text}")
-    return bits_per_byte
+    return values
 
 
 def show_sample(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
+    """A text that the model writes after `evaluate.prompt`, where it can write one. Raises Stopped."""
     prompt = this.config.evaluate.prompt
     if not prompt or jax.process_count() > 1 or this.config.data.objective != "causal" or this.config.train.task:
         return
@@ -482,68 +728,89 @@ def show_sample(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
     if limit < 1:
         this.say(f"no sample: config.evaluate.prompt leaves no room in {this.config.data.sequence_length} tokens")
         return
+    model = this.program.graph, this.parameters, this.mixed.tokenizer
     with this.goodput("samples"):
-        text = generate(this.program.graph, this.parameters, this.mixed.tokenizer, [prompt], limit, Sampling())[0]
-    this.say(f"sample at step {this.data.step:,}:\n" + "\n".join(f"  | {line}" for line in (prompt + text).split("\n")))
-    writer.text(this.data.step, "sample", "\n".join(f"    {line}" for line in (prompt + text).split("\n")))
+        for written in stream(*model, [prompt], limit, Sampling(), tokens_at_once=SLICE):
+            this.progress("writing a sample")
+            lines = (prompt + written[0].text).split("\n")
+    this.say(f"sample at step {this.data.step:,}:\n" + "\n".join(f"  | {line}" for line in lines))
+    writer.text(this.data.step, "sample", "\n".join(f"    {line}" for line in lines))
 
 
 def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> None:
-    """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors."""
+    """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors.
+
+    The line that has `final/loss` is the last that a run writes: without it the run is not over.
+    """
     show_sample(this, writer)
-    writer.flush()
     lines = metrics.read(this.desk.folder)
     this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))
     if evaluation is None:
         return
     num_rows = this.config.evaluate.num_rows
-    if 0 < num_rows < max(held.num_rows for held in evaluation[1].values()):
-        evaluate_now(this, evaluation, writer, num_rows, "eval")
-        bits_per_byte = evaluate_now(this, evaluation, writer, 0, "final")
-    else:
-        bits_per_byte = evaluate_now(this, evaluation, writer, 0, "eval", "final")
+    limited = 0 < num_rows < max(held.num_rows for held in evaluation[1].values())
+    if limited and not is_evaluated(this):
+        writer.scalars(this.data.step, evaluate_now(this, evaluation, num_rows, "eval"))
+    values = evaluate_now(this, evaluation, 0, *["eval"] * (not limited), "final")
     if this.config.evaluate.metrics:
-        answer_now(this, writer)
-    if bits_per_byte and not this.config.train.task:
-        this.say(compare_with_compressors(this.mixed, bits_per_byte))
+        values |= answer_now(this)
+    writer.scalars(this.data.step, values)
+    if "final/bits_per_byte" in values and not this.config.train.task:
+        this.say(compare_with_compressors(this.mixed, values["final/bits_per_byte"]))
 
 
-def answer_now(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
-    """The texts that the model writes for the first validation records, one of them shown, and their scores."""
+def answer_now(this: Run) -> dict[str, float]:
+    """Scores of the texts that the model writes for the first validation records, one of them shown."""
     if jax.process_count() > 1:
         this.say("no texts are written by several processes: python -m lm_jax.evaluate, on one, scores them")
-        return
+        return {}
     kind, num = this.config.evaluate.metrics, this.config.evaluate.num_rows
-    watch = lambda done, of: this.say.progress(f"writing: record {done} of {of}")
+    watch = lambda done, of: this.progress(f"writing: record {done} of {of}")
     with this.goodput("evaluation"):
         results = answers.written(this.program.graph, this.parameters, this.mixed, "validation", num, watch=watch)
     values = answers.scores(kind, results)
-    writer.scalars(this.data.step, {f"final/{name}": value for name, value in values.items()})
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
     this.say(f"step {this.data.step:>6,} {len(results):,} validation texts: {shown}")
     this.say(f"the first: {results[0].prediction!r}\n      for: {results[0].truth!r}")
+    return {f"final/{name}": value for name, value in values.items()}
 
 
 def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> str:
     """Bits per byte of the model beside gzip's and xz's on the same validation text, up to 16 MB of it."""
     splits = [corpus.splits["validation"] for corpus in mixed.corpora.values()]
     line = f"validation text: yours {bits_per_byte:.2f} bits/byte"
-    if sum(split.num_bytes for split in splits) > 16e6:
+    if sum(split.num_bytes for split in splits) > 16e6 or mixed.tokenizer.losses:  # else they would read another text
         return line
-    text = "".join(mixed.tokenizer.decode(split.tokens) for split in splits).encode()
+    documents = (split.tokens[a:b] for split in splits for a, b in itertools.pairwise(split.offsets.tolist()))
+    text = "".join(map(mixed.tokenizer.decode, documents)).encode()
     of = lambda compressed: 8 * len(compressed) / max(1, len(text))
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 
 
 def next_commands(this: Run, given: str) -> str:
-    longer = f"--config.train.num_steps={4 * this.num_steps} --workdir {this.workdir}-longer"
-    sample = f'  generate   python -m lm_jax.generate --model {this.workdir} --prompt "{this.config.evaluate.prompt}"'
-    return "\n".join(
-        [
-            f"done in {costs.duration(time.monotonic() - this.goodput.start)}; next:",
-            f"  longer     {given} {longer}",
-            *[sample] * (this.config.data.objective == "causal" and not this.config.train.task),
-            f"  evaluate   python -m lm_jax.evaluate --model {this.workdir} --split test",
-            f"  look       tensorboard --logdir {checkpoint.steps_folder(this.workdir).parent.parent}",
-        ]
-    )
+    """What can be done with a finished run, as commands to paste; `given` is the one that trained it."""
+    mixed, model = this.mixed, ["--model", str(this.workdir)]
+    splits = [split for split in ("test", "validation") if is_there(mixed, this.config, split)]
+    asked = ["--chat"] if mixed.chat_template else ["--prompt", this.config.evaluate.prompt]
+    room = this.config.data.sequence_length - len(mixed.tokenizer.encode("" if mixed.chat_template else asked[1])) - 1
+    asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
+    writes = this.config.data.objective == "causal" and (not this.config.train.task or bool(mixed.chat_template))
+    longer = [f"--config.train.num_steps={4 * this.num_steps}", "--workdir", free_place(f"{this.workdir}-longer")]
+    logs = str(checkpoint.steps_folder(this.workdir).parent.parent)
+    lines = [
+        f"done in {costs.duration(time.monotonic() - this.goodput.start)}; next:",
+        f"  longer     {given} {shlex.join(longer)}",
+        *[f"  generate   {command.as_typed('-m', 'lm_jax.generate', *model, *asked)}"] * writes,
+        *[
+            f"  evaluate   {command.as_typed('-m', 'lm_jax.evaluate', *model, '--split', split)}"
+            for split in splits[:1]
+        ],
+        f"  look       {command.as_typed('-m', 'tensorboard.main', '--logdir', logs)}",
+    ]
+    return "\n".join(lines)
+
+
+def free_place(place: str) -> str:
+    """`place`, or where that is taken the first of place-2, place-3, ... that is not."""
+    places = itertools.chain([place], (f"{place}-{number}" for number in itertools.count(2)))
+    return next(place for place in places if not epath.Path(place).exists())

@@ -9,6 +9,7 @@ import optax
 from lm_jax.config import Config
 from lm_jax.model import graph as graphs
 from lm_jax.optimizer import Guarded, make_optimizer
+from lm_jax.ramp import UPDATES, Clocks
 from lm_jax.sharding import laid_out
 from lm_jax.trained import rates, split, trained_paths
 
@@ -26,6 +27,7 @@ class Program(NamedTuple):
     graph: graphs.Graph
     optimizer: optax.GradientTransformationExtraArgs
     trained: frozenset[tuple[str, ...]]  # paths of the parameters that it updates
+    clocks: Clocks = UPDATES  # of the schedule
 
     def split(self, parameters: dict) -> tuple[dict, dict]:
         """(what is trained, what keeps every bit)."""
@@ -36,12 +38,12 @@ class Program(NamedTuple):
         return jax.random.key(self.config.train.seed)
 
 
-def make_program(config: Config, num_pieces: int) -> Program:
+def make_program(config: Config, num_pieces: int, clocks: Clocks = UPDATES) -> Program:
     graph = graphs.build(config.model, num_pieces, config.data.sequence_length)
     trained = trained_paths(config, graph.declarations)
     declared, _ = split(graph.tree(lambda declared: declared), trained)
     factors = rates(config, {path: graph.declarations[path] for path in trained})
-    return Program(config, graph, make_optimizer(config.optimizer, declared, factors), trained)
+    return Program(config, graph, make_optimizer(config.optimizer, declared, factors, clocks), trained, clocks)
 
 
 def fresh(program: Program) -> TrainState:

@@ -57,7 +57,7 @@ def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState,
     trained, frozen = program.split(state.parameters)
     changes, optimizer_state = program.optimizer.update(gradients, state.optimizer_state, trained)
     parameters = joined(frozen, optax.apply_updates(trained, changes))
-    rate = schedule(program.config.optimizer)(state.step - before.skipped)
+    rate = schedule(program.config.optimizer, program.clocks)(state.step - before.skipped)
     metrics = {
         "train/loss": sums.loss / before.scale / num_tokens,
         "train/grad_norm": optax.tree.norm(gradients) / before.scale,

@@ -12,7 +12,8 @@ import numpy as np
 
 from lm_jax import command, distributed
 from lm_jax.config import Config, Mesh, UserError
-from lm_jax.data import pipeline
+from lm_jax.data import pipeline, shards
+from lm_jax.data.mixture import Mixture
 from lm_jax.data.objectives import specials
 from lm_jax.evaluate import open_data
 from lm_jax.model.language_model import padded
@@ -53,14 +54,25 @@ def trace(config: Config, num_pieces: int, stream: pipeline.Rows, mesh: jax.shar
         return Trace(digest[:12], losses, jax.tree.map(np.asarray, state.parameters))
 
 
+def hashed_whole(mixed: Mixture) -> str:
+    """Hashes every file of the shards, of which a start hashes the large ones in turn. Raises UserError for a damaged one."""
+    found = []
+    for corpus in mixed.corpora.values():
+        shards.verify(corpus.folder, corpus.manifest, "prepare it again, or of the cache remove it", whole=True)
+        found += list(corpus.manifest["files"].values())
+    return f"{len(found)} files, {sum(file['bytes'] for file in found) / 1e6:,.1f} MB: all as they were written"
+
+
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("lm_jax.verify", __doc__)
-    parser.add_argument(
-        "--config", required=True, action=command.Once, help="an experiment file, file.py:variant; it is executed"
-    )
+    parser.add_argument("--config", required=True, help="an experiment file, file.py:variant; it is executed")
     parser.add_argument("--show", action="store_true", help="only print the parameters on the config's mesh")
+    parser.add_argument(
+        "--files", action="store_true", help="only hash every file of the data, also those that are large"
+    )
     parser.add_argument("--num_steps", type=int, default=3)
+    parser.reads({"show": (False,)}, "num_steps")
     flags = parser.parse_args(rest)
     if flags.num_steps < 1:
         parser.error(f"--num_steps {flags.num_steps}: at least 1")
@@ -68,6 +80,9 @@ def main(arguments: list[str]) -> int:
     say, here = Terminal(), distributed.devices()
     preflight_sizes = mesh_shape(config.mesh, len(here))
     mixed = open_data(config, say)
+    if flags.files:
+        say(hashed_whole(mixed))
+        return 0
     stream = mixed.stream(config.data)
     num_pieces = specials(mixed.tokenizer, config.data.objective).num_pieces
     vocab_size = padded(num_pieces)

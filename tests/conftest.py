@@ -7,7 +7,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of `-m device`: cuda, or tpu
 os.environ.setdefault("LM_JAX_CACHE", str(ROOT / ".pytest_cache" / "lm_jax"))
 
 import jax  # noqa: E402
@@ -26,7 +26,8 @@ def tiny(**changes) -> configs.Config:
     for path, value in changes.items():
         section, name = path.split("__")
         config[section][name] = value
-    return configs.resolve(config)
+    given = [path.replace("__", ".") for path in changes]
+    return configs.resolve(configs.unflatten(configs.without_unread(configs.flatten(config.to_dict()), given)))
 
 
 # Changes of `tiny` that make the families: what every specification is held against.
@@ -55,8 +56,28 @@ FAMILIES = {
         model__tie_embedding=True,
     ),
     "mixtral": dict(LLAMA, model__num_experts=4),
+    "gemma2": dict(
+        LLAMA,
+        model__norm_place="both",
+        model__window=(16, 0),
+        model__num_layers=4,
+        model__logit_softcap=(2.0, 4.0),
+        model__multipliers=(1.0, 1.0, 0.2, 1.0),
+        model__scale_embedding=True,
+        model__tie_embedding=True,
+    ),
+    "olmo2": dict(LLAMA, model__norm_place="branch", model__qk_norm=True, model__qk_norm_whole=True),
+    "granite_yarn": dict(
+        LLAMA,
+        model__window=(0, 0),
+        model__num_layers=4,
+        model__rotary_share=(0.5, 0.0),
+        model__rotary_scaling=(4.0, 1.0, 32.0, 32.0),
+        model__rotary_scaling_kind="yarn",
+        model__multipliers=(3.0, 0.4, 0.1, 2.0),
+    ),
     "no_positions": dict(model__positions="none", model__norm="rmsnorm"),
-    "lstm": dict(model__kind="lstm", model__init_scale=0.2, model__positions="none"),
+    "lstm": dict(model__kind="lstm", model__init_scale=0.2),
 }
 
 

@@ -34,10 +34,10 @@ def two_documents() -> Context:
     return Context(rows(positions), rows(np.repeat([1, 2, 0], lengths)))
 
 
-def run(backend, q, k, v, window: int, causal: bool = True):
+def run(backend, q, k, v, window: int, causal: bool = True, *softcap: float):
     """Value, and gradients of queries, keys and values."""
     context = two_documents()
-    weigh = lambda q, k, v: (backend(q, k, v, context, context, window, causal) * jnp.cos(q)).sum()
+    weigh = lambda q, k, v: (backend(q, k, v, context, context, window, causal, *softcap) * jnp.cos(q)).sum()
     return jax.jit(jax.value_and_grad(weigh, (0, 1, 2)))(q, k, v)
 
 
@@ -50,6 +50,18 @@ def test_backends_agree(name, window, causal, monkeypatch):
     expected, found = (run(backend, *arrays(), window, causal) for backend in (attention._xla, HERE[name]))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if attention.ABILITIES[name].softcap])
+def test_a_soft_cap_is_the_same_everywhere(name, monkeypatch):
+    """Logits of about 8 under a cap of 3: values and gradients of a backend that says it honours one are the square's."""
+    monkeypatch.setattr(attention, "CHUNK", 128)
+    q, k, v = arrays()
+    expected, found = (run(backend, 8 * q, k, v, 40, True, 3.0) for backend in (attention._xla, HERE[name]))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    without = run(attention._xla, 8 * q, k, v, 40)
+    assert abs(float(without[0] - expected[0])) > 1, "the cap changes something"
 
 
 @pytest.mark.parametrize("name", ["xla", *HERE])
@@ -94,6 +106,12 @@ TPU, GPU = CALL._replace(platform="tpu", dtype="bfloat16"), CALL._replace(platfo
         ("splash", TPU._replace(head_dim=80), "a multiple of 64 up to 1024, model.head_dim is 80", "chunked"),
         ("splash", TPU._replace(num_queries=1000, num_keys=1000), "multiple of 128, this one is 1000", "chunked"),
         ("splash", TPU._replace(dtype="float16"), "computes in float32 or bfloat16", "chunked"),
+        (
+            "cudnn",
+            GPU._replace(softcap=True),
+            "does not bound the logits, which model.logit_softcap asks for",
+            "chunked",
+        ),
         ("chunked", CALL._replace(num_queries=1), "has no cache: 1 queries, 1024 keys", "xla"),
     ],
 )
@@ -110,6 +128,7 @@ def test_what_a_backend_cannot_honour_is_refused_by_name(backend, call, problem,
     [
         (TPU, "splash"), (GPU, "cudnn"), (CALL, "chunked"), (CALL._replace(num_queries=256, num_keys=256), "xla"),
         (TPU._replace(num_queries=1), "xla"), (GPU._replace(dtype="float32"), "chunked"),
+        (GPU._replace(softcap=True), "chunked"), (TPU._replace(softcap=True), "splash"),
         (TPU._replace(head_dim=80), "chunked"), (TPU._replace(num_queries=64, num_keys=64), "xla"),
     ],
 )  # fmt: skip
@@ -118,6 +137,9 @@ def test_auto_is_the_best_of_the_platform(call, expected):
 
 
 def test_preflight_asks_before_anything_compiles():
+    with pytest.raises(UserError, match="does not bound the logits"):
+        capped = tiny(model__attention="cudnn", model__compute_dtype="bfloat16", model__logit_softcap=(50.0, 0.0))
+        attention.preflight(capped.model, 64, "gpu")
     with pytest.raises(UserError, match="multiple of 128, this one is 64"):
         attention.preflight(tiny(model__attention="splash", model__head_dim=64).model, 64, "tpu")
 

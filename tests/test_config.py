@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT, tiny
@@ -14,8 +15,10 @@ from lm_jax.ramp import make_ramp, to_steps
 LEAVES = """
 model.kind model.num_layers model.model_dim model.num_heads model.num_kv_heads model.head_dim model.mlp_dim
 model.positions
-model.rotary_base model.rotary_local_base model.rotary_scaling model.norm model.norm_place model.norm_epsilon
-model.activation model.gated model.bias model.qkv_bias model.qk_norm model.scale_embedding model.num_experts
+model.rotary_base model.rotary_local_base model.rotary_scaling model.rotary_scaling_kind model.rotary_share
+model.norm model.norm_place model.norm_epsilon
+model.activation model.gated model.bias model.qkv_bias model.qk_norm model.qk_norm_whole
+model.logit_softcap model.multipliers model.scale_embedding model.num_experts
 model.experts_per_token model.tie_embedding model.window model.labels model.lora_rank
 model.lora_alpha model.lora_pattern model.head model.dropout model.init_scale model.attention model.remat
 model.unroll model.compute_dtype
@@ -25,7 +28,7 @@ optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup optim
 optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm optimizer.ema
 optimizer.trainable optimizer.layer_decay optimizer.loss_scale
 train.task train.num_steps train.microbatch_rows train.z_loss train.balance_loss train.router_z_loss train.dpo_beta train.seed
-train.init_from
+train.init_from train.on_spike
 mesh.data mesh.fsdp mesh.tensor
 checkpoint.every checkpoint.keep_last checkpoint.keep_every
 evaluate.every evaluate.num_rows evaluate.metrics evaluate.prompt
@@ -70,6 +73,13 @@ def test_derived_sizes_are_filled_in():
         ("train.num_steps", "30 min", "tokens"),
         ("train.microbatch_rows", "all", "choose one of auto"),
         ("train.num_steps", 0, "at least 1"),
+        ("model.rotary_share", (0.5,), "read only where config.model.positions is rotary"),
+        ("model.rotary_share", (1.5,), "at most 1.0"),
+        ("model.qk_norm_whole", True, "read only where config.model.qk_norm is True"),
+        ("model.logit_softcap", (1e-9, 0.0), "0, or at least 0.1"),
+        ("model.logit_softcap", (50.0,), "expected 2 values"),
+        ("model.multipliers", (0.0, 1.0, 0.0, 1.0), "at least 1e-6"),
+        ("model.rotary_scaling_kind", "yarm", "did you mean yarn?"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(path, value, words):
@@ -79,6 +89,34 @@ def test_a_wrong_value_is_refused_by_name(path, value, words):
     with pytest.raises(UserError) as error:
         resolve(config)
     assert path in str(error.value) and words in str(error.value)
+
+
+YARN = dict(model__positions="rotary", model__rotary_scaling_kind="yarn")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(model__positions="rotary", model__rotary_share=(0.5, 1.0)), "one for each of window = (0,)"),
+        (dict(model__positions="rotary", model__rotary_share=(0.2,)), "0.2 of head_dim = 16 is no even number; the nearest"),
+        (dict(model__positions="rotary", model__rotary_share=(0.01,)), "the nearest that is one is 0.125"),
+        (dict(YARN, model__rotary_scaling=(4.0, 0.0, 32.0, 64.0)), "low and length above 0"),
+        (dict(YARN, model__rotary_scaling=(4.0, 1.0, 32.0, 0.0)), "low and length above 0"),
+        (dict(model__kind="lstm", model__logit_softcap=(0.0, 30.0)), "logit_softcap = (0.0, 30.0) is read only where"),
+        (
+            dict(model__kind="encoder_decoder", data__objective="span_corruption", model__multipliers=(2.0, 1.0, 0.0, 1.0)),
+            "multipliers = (2.0, 1.0, 0.0, 1.0) is read only where config.model.kind is transformer or encoder",
+        ),
+        (
+            dict(model__kind="encoder_decoder", data__objective="span_corruption", model__norm_place="branch"),
+            "norm_place = branch is not of an encoder_decoder",
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together(changes, words):
+    with pytest.raises(UserError) as error:
+        tiny(**changes)
+    assert words in str(error.value), error.value
 
 
 @pytest.mark.parametrize(
@@ -154,7 +192,7 @@ def test_the_command_to_paste_trains_the_same():
     }
     config, origins = command.load_config("experiments/quickstart.py", overrides)
     line = shlex.split(command.as_given("experiments/quickstart.py", config, origins))
-    assert line[:5] == ["python", "-m", "lm_jax.main", "--config", "experiments/quickstart.py"]
+    assert line[:5] == [sys.orig_argv[0], "-m", "lm_jax.main", "--config", "experiments/quickstart.py"]
     again, rest = command.split_overrides(line[5:])
     assert not rest and "train.num_steps" not in again
     assert command.load_config("experiments/quickstart.py", again | {"train.num_steps": "7"})[0] == config

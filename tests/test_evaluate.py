@@ -62,7 +62,7 @@ def test_37_documents_whatever_the_batch_and_devices(corpus, graph, held, by_han
     mesh = make_mesh(Mesh(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
         parameters = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
-        totals = Evaluator(graph, mesh, corpus.tokenizer.bytes_per_piece, batch * devices)(parameters, held)
+        totals = Evaluator(graph, mesh, corpus.tokenizer, batch * devices)(parameters, held)
     assert totals.tokens == by_hand[1] == len(held.split.tokens)
     assert totals.num_bytes == held.split.num_bytes
     np.testing.assert_allclose(totals.loss, by_hand[0], rtol=1e-6)
@@ -72,7 +72,7 @@ def test_a_part_of_the_rows(corpus, graph, held):
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         parameters = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
-        totals = Evaluator(graph, mesh, corpus.tokenizer.bytes_per_piece, 4)(parameters, held, num_rows=3)
+        totals = Evaluator(graph, mesh, corpus.tokenizer, 4)(parameters, held, num_rows=3)
     assert totals.tokens == 3 * 64
 
 

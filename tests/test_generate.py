@@ -12,8 +12,9 @@ from conftest import ROOT, command, tiny
 from lm_jax import beam
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import hugging_face
+from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import Bytes
-from lm_jax.decoding import Marks, complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.decoding import complete, decode, generate, on_mesh, prefill, stream
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build
 from lm_jax.sampling import GREEDY, Sampling, keys, sample
@@ -174,7 +175,7 @@ def test_no_weight_is_copied_for_a_token(model):
 
     def temporary(parameters) -> int:
         state = prefill(graph, parameters, on_mesh(np.ones((1, 8), np.int32)), on_mesh(np.array([8])), 16)
-        compiled = decode.lower(graph, parameters, state, sampling, 8, 8, 0).compile()
+        compiled = decode.lower(graph, parameters, state, sampling, 8, 8, (0,)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     largest = max(x[0].nbytes for x in jax.tree.leaves(stacked["block_0"]))
@@ -237,7 +238,7 @@ def test_an_encoder_decoder_writes_what_its_full_forward_says():
         sharded = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
         apart = graph.apart(sharded)
         state = prefill(graph, apart, on_mesh(prompts), on_mesh(np.array([20, 13])), 32, start=1)
-        written, _, _ = decode(graph, apart, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, 1)
+        written, _, _ = decode(graph, apart, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, (1,))
     parameters, source = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), sharded), jnp.asarray(prompts)
     lengths, module = jnp.array([20, 13]), graph.module(parameters)
     places = jnp.broadcast_to(jnp.arange(20)[None], (2, 20))
@@ -304,37 +305,39 @@ def test_without_a_prompt_it_asks(finished):
     assert result.returncode == 0 and "def " in result.stdout and "a prompt a line" in result.stderr
 
 
-def texts_there(model, prompts, limit: int, beams: int, end: int) -> list[list[int]]:
+def texts_there(model, prompts, limit: int, beams: int, ends: tuple[int, ...]) -> list[list[int]]:
     """New tokens of `transformers` for prompts in one batch, padded on the left."""
     import torch
 
     width = max(map(len, prompts))
     rows = torch.tensor(np.stack([np.pad(p, (width - len(p), 0)) for p in prompts])).long()
     seen = torch.tensor(np.stack([np.arange(width) >= width - len(p) for p in prompts])).long()
-    settings = dict(max_new_tokens=limit, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=end)
+    settings = dict(max_new_tokens=limit, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=list(ends))
     with torch.no_grad():
         out = model.generate(rows, attention_mask=seen, **settings)
-    return [row[: row.index(end)] if end in row else row for row in out[:, width:].tolist()]
+    stop = lambda row: next((k for k, token in enumerate(row) if token in ends), len(row))
+    return [row[: stop(row)] for row in out[:, width:].tolist()]
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("name", parity_families.FIRST)
 def test_greedy_and_beam_texts_are_those_of_transformers(name, tmp_path):
-    """20 prompts of 1 to 20 tokens, random weights; prompts of all lengths together, padded on the right here."""
+    """20 prompts of 1 to 20 tokens, random weights, one end and three; all lengths together, padded on the right here."""
     pytest.importorskip("torch")
     model = parity_families.reference(name)
     model.save_pretrained(tmp_path)
     random = np.random.default_rng(1)
     prompts = [random.integers(3, parity_families.PIECES, random.integers(1, 21)).astype(np.int32) for _ in range(20)]
-    endless = [token for text in texts_there(model, prompts, 16, 1, parity_families.PIECES - 1) for token in text]
-    end = max({*endless}, key=endless.count)  # so that some texts end early
+    endless = [token for text in texts_there(model, prompts, 16, 1, (parity_families.PIECES - 1,)) for token in text]
+    frequent = sorted({*endless}, key=endless.count)[::-1]  # so that some texts end early
     described = hugging_face.read_description(str(tmp_path))
-    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
-        parameters = jax.tree.map(jnp.asarray, hugging_face.read_parameters(str(tmp_path), described))
-        arguments, marks = (graph, parameters, Bytes(), prompts, 16), Marks((), (), 0, end)
-        greedy = [x.tokens for x in complete(*arguments, GREEDY, marks=marks)]
-        best = [x.tokens for x in beam.search(*arguments, 3, 1.0, marks)]
-    assert greedy == texts_there(model, prompts, 16, 1, end)
-    assert best == texts_there(model, prompts, 16, 3, end)
-    assert any(len(tokens) < 16 for tokens in greedy)
+    for ends in (tuple(frequent[:1]), tuple(frequent[:3])):
+        with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+            graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
+            parameters = jax.tree.map(jnp.asarray, hugging_face.read_parameters(str(tmp_path), described))
+            arguments, marks = (graph, parameters, Bytes(), prompts, 16), SpecialIds((), (), 0, ends)
+            greedy = [x.tokens for x in complete(*arguments, GREEDY, marks=marks)]
+            best = [x.tokens for x in beam.search(*arguments, 3, 1.0, marks)]
+        assert greedy == texts_there(model, prompts, 16, 1, ends)
+        assert best == texts_there(model, prompts, 16, 3, ends)
+        assert any(len(tokens) < 16 for tokens in greedy)

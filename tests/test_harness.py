@@ -110,6 +110,18 @@ def test_a_generation_reads_what_has_room_and_ends_before_a_stop_string(model):
         model.generate_until(asked("generate_until", ("x", {"num_beams": 4, "max_gen_toks": 4})))
 
 
+def test_any_of_the_ends_ends_a_generation(model, monkeypatch):
+    """Llama 3 Instruct has three; a text stops before the first that comes, and what it adds is all that comes back."""
+    tokenizer, prompt = model.found.tokenizer, "import os"
+    ids = np.array([tokenizer.document_id, *tokenizer.encode(prompt)], np.int32)
+    free = model.marks._replace(ends=())
+    with jax.set_mesh(model.mesh):
+        tokens = complete(model.graph, model.parameters, tokenizer, [ids], 20, GREEDY, marks=free)[0].tokens
+    monkeypatch.setattr(model, "marks", free._replace(ends=(tokenizer.document_id, tokens[7])))
+    [text] = model.generate_until(asked("generate_until", (prompt, {"until": [], "max_gen_toks": 20})))
+    assert prompt + text == tokenizer.decode([*ids, *tokens[: tokens.index(tokens[7])]])
+
+
 def test_an_encoder_is_refused(harness, model):
     config = model.found.config
     import dataclasses

@@ -96,7 +96,7 @@ def expected(name: str, messages: list) -> str:
 
 
 def tokenizer_json(first: str) -> bytes:
-    """A byte-level BPE with the control tokens of all six; a text begins with `first`."""
+    """A byte-level BPE with the control tokens of all six; a text begins with `first` and ends with </s>."""
     tokenizers = pytest.importorskip("tokenizers")
     described = json.loads(byte_level())
     described["added_tokens"] = [t for t in described["added_tokens"] if t["content"] != "<|endoftext|>"]
@@ -108,9 +108,10 @@ def tokenizer_json(first: str) -> bytes:
     parts = tokenizers.pre_tokenizers
     split = parts.Split(tokenizers.Regex(words), "isolated")
     made.pre_tokenizer = parts.Sequence([split, parts.ByteLevel(add_prefix_space=False, use_regex=False)])
-    if first:
-        pair = (first, made.token_to_id(first))
-        made.post_processor = tokenizers.processors.TemplateProcessing(single=f"{first} $A", special_tokens=[pair])
+    around = [name for name in (first, "</s>") if name]
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{first} $A </s>".strip(), special_tokens=[(name, made.token_to_id(name)) for name in around]
+    )
     return made.to_str().encode()
 
 

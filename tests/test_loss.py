@@ -32,25 +32,27 @@ def arrays() -> tuple[np.ndarray, ...]:
     )
 
 
-def plainly(hidden_BTD, table_VD, bias_V, targets_BT, mask_BT, z_loss: float) -> jax.Array:
+def plainly(hidden_BTD, table_VD, bias_V, targets_BT, mask_BT, z_loss: float, softcap: float) -> jax.Array:
     logits = hidden_BTD @ table_VD[:PIECES].T + (0 if bias_V is None else bias_V[None, None, :PIECES])
+    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
     log_total = jax.nn.logsumexp(logits, axis=-1)
     entropy = log_total - jnp.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]
     return ((entropy + z_loss * log_total**2) * mask_BT).sum()
 
 
 @pytest.mark.parametrize(
-    ("mesh", "z_loss", "biased"), [("1", 0.0, False), ("2x2x2", 0.1, True), *((mesh, 0.1, False) for mesh in MESHES)]
+    ("mesh", "z_loss", "biased", "softcap"),
+    [("1", 0.0, False, 0.0), ("2x2x2", 0.1, True, 2.0), *((mesh, 0.1, False, 0.0) for mesh in MESHES)],
 )
-def test_chunks_equal_the_whole(mesh, z_loss, biased, eight, monkeypatch):
+def test_chunks_equal_the_whole(mesh, z_loss, biased, softcap, eight, monkeypatch):
     """To 1e-5, the vocabulary padded and split, 60 tokens a row in chunks of 7; twice the cotangent, twice the gradient."""
     monkeypatch.setattr(loss, "CHUNK", 7)
     hidden, table, bias, *tokens = arrays()
     given = (hidden, table, bias if biased else None, *tokens)
-    expected = jax.value_and_grad(plainly, (0, 1, 2))(*given, z_loss)
+    expected = jax.value_and_grad(plainly, (0, 1, 2))(*given, z_loss, softcap)
 
     def in_chunks(*arrays):
-        objective, entropy = loss.in_chunks(PIECES, z_loss, *arrays)
+        objective, entropy = loss.in_chunks(PIECES, z_loss, *arrays, softcap)
         return 2 * objective, entropy
 
     layouts = computed(("batch", "length", None)), stored(("vocab", "model")), stored(("vocab",)) if biased else None
@@ -58,9 +60,9 @@ def test_chunks_equal_the_whole(mesh, z_loss, biased, eight, monkeypatch):
     with jax.set_mesh(mesh_of(mesh, eight)):
         placed = [jax.device_put(x, layout) for x, layout in zip(given, layouts, strict=True)]
         (found, entropy), gradients = jax.jit(jax.value_and_grad(in_chunks, (0, 1, 2), has_aux=True))(*placed)
-        only_value = jax.jit(lambda *placed: loss.in_chunks(PIECES, z_loss, *placed))(*placed)
+        only_value = jax.jit(lambda *placed: loss.in_chunks(PIECES, z_loss, *placed, softcap))(*placed)
     np.testing.assert_allclose([found / 2, entropy], only_value, rtol=1e-6)
-    np.testing.assert_allclose([found / 2, entropy], [expected[0], plainly(*given, 0.0)], rtol=1e-5)
+    np.testing.assert_allclose([found / 2, entropy], [expected[0], plainly(*given, 0.0, softcap)], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a / 2, b, rtol=1e-5, atol=1e-5), gradients, expected[1])
     assert not np.asarray(gradients[1])[PIECES:].any(), "padding learns nothing"
 
@@ -73,9 +75,12 @@ def a_batch(rows: int, length: int) -> dict:
     return integers | {"loss_mask": of(jnp.float32)}
 
 
-def test_the_step_takes_the_loss_that_fits(eight, monkeypatch):
+@pytest.mark.parametrize(
+    "changes", [{}, dict(model__logit_softcap=(0.0, 0.5), model__multipliers=(9.0, 1.0, 0.0, 0.2))]
+)
+def test_the_step_takes_the_loss_that_fits(changes, eight, monkeypatch):
     """Through the whole model: both forms give one gradient; the reported loss is the entropy without the z-loss."""
-    config = tiny(train__z_loss=0.1, model__unroll=False)
+    config = tiny(**changes, train__z_loss=0.1, model__unroll=False)
     with jax.set_mesh(mesh_of("2x2x2", eight)):
         program = make_program(config, PIECES)
         state = jax.jit(lambda: fresh(program))()

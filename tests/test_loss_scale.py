@@ -1,5 +1,6 @@
 """What is not finite reaches neither parameters nor moments nor a checkpoint; float16 trains behind a scale that moves."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,12 +10,13 @@ import optax
 import pytest
 from conftest import tiny
 from test_golden import batch
+from test_optimizer import KERNEL
 from test_train import final_arrays, lines_of
 
-from lm_jax import checkpoint, command, evaluate, main, train
+from lm_jax import checkpoint, command, evaluate, main, optimizer, train
 from lm_jax.config import Mesh
 from lm_jax.data import pipeline
-from lm_jax.optimizer import dynamic_loss_scale
+from lm_jax.optimizer import all_finite, dynamic_loss_scale, make_optimizer
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import accumulate, compile_step
@@ -69,6 +71,64 @@ def test_a_power_of_two_changes_no_bit():
     scaled, gradients = dynamic_loss_scale(plain, initial=1024, largest=2**24), np.random.RandomState(0).randn(20)
     found, expected = feed(scaled, gradients * 1024), feed(dynamic_loss_scale(plain), gradients)
     assert same_bits(found[0], expected[0])
+
+
+# (settings of the optimizer, gradient, parameter): every gradient is finite, what an update would leave is not
+BAD_UPDATES = {
+    "beta2 of 1": (dict(beta2=1.0), 0.5, 2.0),
+    "beta1 of 1": (dict(beta1=1.0), 0.5, 2.0),
+    "epsilon 0, no gradient yet": (dict(epsilon=0.0), 0.0, 2.0),
+    "epsilon 0, adam": (dict(name="adam", epsilon=0.0), 0.0, 2.0),
+    "weight decay": (dict(weight_decay=1e39), 0.5, 2.0),
+    "weight decay of a large parameter": (dict(weight_decay=1e30, learning_rate=1.0), 0.5, 1e20),
+    "an update beyond float32": (dict(name="sgd", learning_rate=1e38, clip_norm=0.0), 10.0, 2.0),
+    "a sum beyond float32": (dict(name="sgd", learning_rate=1e38, clip_norm=0.0), -2.0, 3e38),
+    "lion": (dict(name="lion", learning_rate=1e38, weight_decay=1e3), 0.5, 2.0),
+    "muon": (dict(name="muon", learning_rate=1e38, weight_decay=1e3), 0.5, 2.0),
+    "adafactor": (dict(name="adafactor", learning_rate=1e38, weight_decay=1e3), 0.5, 2.0),
+    "loss scale": (dict(loss_scale=1024, epsilon=0.0), 0.0, 2.0),
+    "layer decay": (dict(layer_decay=0.5, weight_decay=1e39), 0.5, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPDATES)
+def test_an_update_that_is_not_finite_never_was(name):
+    changes, gradient, parameter = BAD_UPDATES[name]
+    settings = dict(schedule="constant", warmup=0, learning_rate=0.1) | changes
+    config = dataclasses.replace(tiny().optimizer, **settings)
+    rule = make_optimizer(config, {"w": KERNEL}, {("w",): np.float32(1.0)})
+    parameters = {"w": jnp.full((1, 1), parameter)}
+    start = rule.init(parameters)
+    changes, state = jax.jit(rule.update)({"w": jnp.full((1, 1), gradient)}, start, parameters)
+    assert np.isfinite(gradient) and same_bits(optax.apply_updates(parameters, changes), parameters)
+    assert same_bits(state.inner, start.inner) and int(state.skipped) == 1 and bool(all_finite(state))
+
+
+def test_adapters_without_a_gradient_yet_stay_as_they_were():
+    """The first gradient of one half of an adapter is zero, as the other half is: with epsilon 0 that is zero over zero."""
+    config = tiny(model__lora_rank=2)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, epsilon=0.0))
+    program = make_program(config, num_pieces=500)
+    trained, frozen = program.split(fresh(program).parameters)
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    changes, state = jax.jit(program.optimizer.update)(zeros, program.optimizer.init(trained), trained)
+    assert frozen and same_bits(optax.apply_updates(trained, changes), trained) and int(state.skipped) == 1
+
+
+@pytest.mark.parametrize("part", ["parameters", "mu", "average", "scale"])
+def test_a_state_that_is_not_finite_is_not_saved(one_device, tmp_path, part):
+    program = make_program(tiny(optimizer__ema=0.9), num_pieces=500)
+    facts = dict.fromkeys(checkpoint.FACTS, "")
+    saver = checkpoint.Saver(checkpoint.epath.Path(tmp_path), program.config, facts)
+    state = jax.jit(lambda: fresh(program))()
+    saver.save(state, checkpoint.DataState(1, 8))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    spoilt = next(k for k, (path, _) in enumerate(leaves) if part in jax.tree_util.keystr(path))
+    bad = [x * jnp.nan if k == spoilt else x for k, (_, x) in enumerate(leaves)]
+    with pytest.raises(checkpoint.NotFinite, match="the state after step 2 is not finite"):
+        saver.save(jax.tree.unflatten(structure, bad), checkpoint.DataState(2, 16))
+    saver.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +187,7 @@ SMOKE = [
     "--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=1e-2", "--config.checkpoint.every=8",
     "--config.mesh.data=1",
 ]  # fmt: skip
+OFTEN = [*(flag for flag in SMOKE if "checkpoint" not in flag), "--config.checkpoint.every=2"]
 FLOAT16 = [*SMOKE, "--config.model.compute_dtype=float16", f"--config.optimizer.loss_scale={2**18}",
            "--config.optimizer.ema=0.5"]  # fmt: skip
 
@@ -184,9 +245,32 @@ def test_nothing_but_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, ca
     monkeypatch.setattr(pipeline.Stream, "block", broken_from_row_40)
     more = ["--config.train.num_steps=50", "--config.log.every=4"]
     workdir = tmp_path / "run"
-    assert main.main([*SMOKE, *more, "--workdir", str(workdir)]) == command.EXIT_FAULT
+    assert main.main([*OFTEN, *more, "--workdir", str(workdir)]) == command.EXIT_FAULT
     said = capsys.readouterr().out
-    assert "steps 6 to 8 skipped: the gradient of rows 40 to 63 is not finite" in said
-    assert f"stopped: {train.MOST_IN_A_ROW} gradients in a row were not finite" in said and "from step 16 " in said
+    assert "step 6 skipped: the gradient of rows 40 to 47 is not finite" in said and "steps 7 to 8 skipped" in said
+    assert f"stopped: {train.MOST_IN_A_ROW} updates in a row were not finite" in said and "from step 16 " in said
+    assert checkpoint.complete_steps(workdir / "checkpoints")[:3] == [2, 4, 6], "the good ones are kept meanwhile"
     assert len(lines_of(workdir)) <= 6, "it went on for long"
     assert all(np.isfinite(x).all() for x in final_arrays(workdir))
+
+
+@pytest.fixture
+def decays_too_much(monkeypatch):
+    """Every update is beyond float32, though its gradient is not."""
+    plain = optax.add_decayed_weights
+    monkeypatch.setattr(optimizer.optax, "add_decayed_weights", lambda decay, mask: plain(1e39, mask))
+
+
+def test_nothing_but_updates_that_are_not_finite_ends_the_run(tmp_path, capsys, decays_too_much):
+    assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == command.EXIT_FAULT
+    said = capsys.readouterr().out
+    assert "skipped: the update of rows 0 to" in said and f"stopped: {train.MOST_IN_A_ROW} updates in a row" in said
+    assert all(np.isfinite(x).all() for x in final_arrays(tmp_path / "run"))
+
+
+def test_a_run_whose_state_is_not_finite_ends_before_it_saves(tmp_path, capsys, monkeypatch, decays_too_much):
+    """The guard switched off: nothing else stands between NaN and a checkpoint."""
+    monkeypatch.setattr(optimizer, "all_finite", lambda tree: True)
+    assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == command.EXIT_FAULT
+    assert "stopped: the state after step 2 is not finite (inf or NaN), and is not saved" in capsys.readouterr().out
+    assert not checkpoint.complete_steps(tmp_path / "run" / "checkpoints")

@@ -31,7 +31,7 @@ MISTAKES = [
     ("main", [SMOKE, "--config.model.compute_dtype=float16"], "add --config.optimizer.loss_scale=1024"),
     ("main", [SMOKE, "--config.optimizer.loss_scale=1000"], "no power of two up to 2^24; the nearest is 1024"),
     ("main", [SMOKE, "--config.optimizer.name=adamW"], "did you mean adamw?"),
-    ("main", [SMOKE, "stray"], "unknown argument stray"),
+    ("main", [SMOKE, "stray"], "unknown argument 'stray'"),
     ("main", [SMOKE, "--wokdir=x"], "did you mean --workdir?"),
     ("main", [SMOKE, "--workdir=x", "--workdir=y"], "--workdir stands twice"),
     ("main", [SMOKE, "--config.train.seed=1", "--config.train.seed=2"], "--config.train.seed stands twice"),
@@ -63,7 +63,7 @@ MISTAKES = [
     ("main", [SMOKE, *CLASSES[:2], "--config.data.packing=split"], "would part records: take best_fit"),
     ("main", [SMOKE, *CLASSES, "--config.data.sources={tmp}/empty"], "a task needs a folder with train.jsonl"),
     ("main", [SMOKE, *CLASSES, "--config.data.sources={tmp}/records"], "has no column 'text', only 'Text', 'label'"),
-    ("main", [SMOKE, "--config.model.labels=('a', 'b')"], "without a task: add --config.train.task=classification"),
+    ("main", [SMOKE, "--config.model.labels=('a', 'b')"], "to have it read: --config.train.task=classification"),
     ("main", [SMOKE, "--config.data.columns=text"], "expected a tuple"),
     ("main", [SMOKE, "--config.data.tokenizer=gpt2"], 'expected "bytes", "sentencepiece:PIECES"'),
     ("main", [SMOKE, "--workdir={run}", "--config.model.num_layers=3"], "config.model.num_layers: 2 there, 3 here"),
@@ -82,7 +82,19 @@ MISTAKES = [
     ("generate", ["--prompt", "x"], "required: --model"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--top_p", "1.5"], "--top_p 1.5: from 0 to 1"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--max_new_tokens", "1000"], "at most"),
-    ("generate", ["--model", "{run}", "--prompt", "x", "--system", "y"], "--system needs --chat"),
+    (
+        "generate",
+        ["--model", "{run}", "--prompt", "x", "--system", "y"],
+        "--system 'y' is read only where --chat is given",
+    ),
+    *[
+        ("generate", ["--model", "{run}", "--prompt=x", "--beams=4", flag], "is read only where --beams is 1")
+        for flag in ("--temperature=0.5", "--stop=x", "--top_k=3", "--top_p=0.5", "--min_p=0.1", "--seed=0")
+    ],
+    ("generate", ["--model", "{run}", "--prompt", "x", "--length_penalty", "2"], "only where --beams is from 2 to 64"),
+    ("generate", ["--model", "{run}", "--prompt", "x", "--top_k=1", "--top_k=2"], "--top_k stands twice"),
+    ("evaluate", ["--model", "{run}", "--beams", "4"], "config.evaluate.metrics says none here"),
+    ("verify", [SMOKE, "--show", "--num_steps=2"], "--num_steps 2 is read only where --show is False"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--chat"], "has no chat template.*leave --chat out"),
     ("generate", ["--model", "{run}", "--prompts", "{tmp}/file"], "is empty: a prompt a line is expected"),
     ("generate", ["--model", "{run}", "--prompts", "{tmp}/nowhere"], "No such file"),

@@ -94,7 +94,7 @@ def test_five_steps_are_those_of_optax_on_a_plain_matrix(name):
     """Kernels [layers, model, heads, head_dim] against Optax's own optimizer on each layer's [model, heads * head_dim]."""
     config = tiny(
         optimizer__name=name, optimizer__warmup=0, optimizer__schedule="constant", optimizer__learning_rate=RATE,
-        optimizer__weight_decay=DECAY, optimizer__clip_norm=0.0,
+        optimizer__weight_decay=0.0 if name == "adam" else DECAY, optimizer__clip_norm=0.0,
     ).optimizer  # fmt: skip
     axes = ("layers", "model", "heads", "head_dim")
     declared = Declaration((2, 128, 4, 40), axes, constant(0.0), inputs=(1,), outputs=(2, 3), layers=(0,))
@@ -137,13 +137,13 @@ def test_decay_is_for_matrices_and_tables():
 
 @pytest.mark.parametrize("name", RULES)
 def test_decay_shrinks_only_what_is_masked(name):
+    decay = 0.0 if name == "adam" else 0.5  # it has none, and is refused one
     config = tiny(
-        optimizer__name=name, optimizer__weight_decay=0.5, optimizer__warmup=0, optimizer__schedule="constant"
+        optimizer__name=name, optimizer__weight_decay=decay, optimizer__warmup=0, optimizer__schedule="constant"
     )
     rule = make_optimizer(config.optimizer, {"kernel": KERNEL, "scale": SCALE})
     tree = {"kernel": jnp.ones((1, 1)), "scale": jnp.ones(1)}
     changes, _ = rule.update(jax.tree.map(jnp.zeros_like, tree), rule.init(tree), tree)
-    decay = 0.0 if name == "adam" else 0.5
     np.testing.assert_allclose(changes["kernel"], -decay * config.optimizer.learning_rate, rtol=1e-6)
     np.testing.assert_array_equal(changes["scale"], 0)
 
@@ -197,7 +197,8 @@ def test_the_schedule_rises_falls_and_stays():
 
 def rates(name, steps, **changes):
     """The rates of updates 0, 1, ... after a warm-up of 2 over 12 steps to a tenth of 1."""
-    lengths = dict(optimizer__warmup=2, optimizer__decay_over=12, optimizer__decay_to=0.1, optimizer__learning_rate=1.0)
+    lengths = dict(optimizer__warmup=2, optimizer__learning_rate=1.0)
+    lengths |= {} if name == "inverse_square_root" else dict(optimizer__decay_over=12, optimizer__decay_to=0.1)
     rate = schedule(tiny(optimizer__schedule=name, **lengths | changes).optimizer)
     return [float(rate(step)) for step in steps]
 

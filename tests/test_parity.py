@@ -39,7 +39,7 @@ def clip_after_scaling(monkeypatch):
 
 def schedule_off_by_one(monkeypatch):
     right = optimizer.schedule
-    monkeypatch.setattr(optimizer, "schedule", lambda config: lambda count: right(config)(jnp.maximum(count - 1, 0)))
+    monkeypatch.setattr(optimizer, "schedule", lambda *given: lambda count: right(*given)(jnp.maximum(count - 1, 0)))
 
 
 @pytest.mark.parametrize("mistake", [decay_on_norms, clip_after_scaling, schedule_off_by_one])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm_jax import checkpoint
 from lm_jax.config import UserError
-from lm_jax.data import tokenizer
+from lm_jax.data import special_ids, tokenizer
 
 CHINESE = """\
 人工智能模型从文本中学习：它读到一个词，然后猜下一个词。“你好，世界！”他说（声音很轻）。
@@ -159,8 +159,9 @@ def test_training_is_a_function_of_the_texts(made):
 
 def test_a_run_and_a_corpus_keep_the_file_under_its_name(one, tmp_path):
     place = checkpoint.epath.Path(tmp_path)
-    checkpoint.write_tokenizer(place, one)
-    assert [path.name for path in place.iterdir()] == [one.file_name]
+    for name, content in special_ids.files(one, special_ids.of_documents(one)).items():
+        checkpoint.write_run_file(place, name, content, print)
+    assert {path.name for path in place.iterdir()} == {one.file_name, tokenizer.BESIDE}
     found = tokenizer.load(str(tmp_path))
     assert type(found) is type(one) and found.fingerprint == one.fingerprint
     assert tokenizer.load(str(place / one.file_name)).model == one.model
@@ -174,7 +175,7 @@ def test_a_run_and_a_corpus_keep_the_file_under_its_name(one, tmp_path):
         ("x.bytes", b"lm_jax bytes 2\n", "not the byte tokenizer"),
         ("x.model", b"", "the file is empty"),
         ("x.model", bytes(range(256)), "not a SentencePiece model"),
-        ("folder/readme", b"", "none of tokenizer.model, tokenizer.bytes, tokenizer.json"),
+        ("folder/readme", b"", "none of tokenizer.json, tokenizer.model, tokenizer.bytes"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused_by_its_place(tmp_path, name, content, words):

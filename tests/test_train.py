@@ -17,7 +17,7 @@ from conftest import FAMILIES, ROOT, command, tiny
 from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lm_jax import checkpoint, metrics
+from lm_jax import checkpoint, files, metrics
 from lm_jax import command as commands
 from lm_jax import config as configs
 from lm_jax.config import OBJECTIVES, Mesh
@@ -201,10 +201,12 @@ def test_every_kind_of_damage_is_found(copy):
     (step / "more").write_text("x")
     assert fault_in(step) == "more is not as it was written"
     (step / "more").unlink()
-    (step / "MANIFEST.json").write_text(manifest.replace('"format": 1', '"format": 7'))
+    (step / "MANIFEST.json").write_bytes(files.sealed(json.loads(manifest) | {"format": 7}))
     assert "format 7" in fault_in(step)
+    (step / "MANIFEST.json").write_text(manifest.replace('"step": 9', '"step": 8'))
+    assert fault_in(step) == "MANIFEST.json is not as it was written"
     (step / "MANIFEST.json").write_text(manifest[:50])
-    assert "cannot be read" in fault_in(step)
+    assert fault_in(step) == "MANIFEST.json cannot be read as JSON"
     (step / "MANIFEST.json").write_text(manifest)
     path = damage(step)
     assert fault_in(step) == f"{path.relative_to(step)} is not as it was written"
@@ -215,10 +217,33 @@ def test_every_kind_of_damage_is_found(copy):
 def test_a_step_that_was_never_finished_is_removed(copy):
     torn = copy / "checkpoints" / "12"
     (torn / "MANIFEST.json").unlink()
+    (copy / "checkpoints" / "12.unfinished").touch()
     (copy / "checkpoints" / "15.orbax-checkpoint-tmp").mkdir()
     said = []
     checkpoint.clean(checkpoint.epath.Path(copy), said.append)
     assert [path.name for path in (copy / "checkpoints").iterdir()] == ["9"] and len(said) == 2
+
+
+def test_a_step_that_lost_its_manifest_is_set_aside_and_a_run_without_another_does_not_start_over(copy):
+    folder, said = copy / "checkpoints", []
+    for step in ("9", "12"):
+        (folder / step / "MANIFEST.json").unlink()
+    assert checkpoint.has_steps(checkpoint.epath.Path(copy))
+    checkpoint.clean(checkpoint.epath.Path(copy), said.append)
+    assert sorted(path.name for path in folder.iterdir()) == ["12.broken", "9.broken"] and len(said) == 2
+    with pytest.raises(configs.UserError, match="is whole; remove the folder to start over"):
+        checkpoint.newest_valid(checkpoint.epath.Path(copy), said.append, quarantine=True)
+
+
+def test_what_is_not_ours_beside_the_steps_stays(copy):
+    folder = copy / "checkpoints"
+    names = ["2024", "01", "notes", "my.orbax-checkpoint-tmp", "²", "7.copy"]
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("mine")
+    checkpoint.clean(checkpoint.epath.Path(copy), print)
+    assert all((folder / name / "notes.txt").read_text() == "mine" for name in names)
+    assert checkpoint.complete_steps(checkpoint.epath.Path(folder)) == [9, 12]
 
 
 def test_a_second_run_in_the_workdir_is_refused(copy):

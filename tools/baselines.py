@@ -77,7 +77,7 @@ def fitted(kind: str, settings: dict[str, Any], task: Task, train: list[tuple], 
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("tools/baselines.py", __doc__)
-    parser.add_argument("--config", required=True, action=command.Once, help="an experiment file; it is executed")
+    parser.add_argument("--config", required=True, help="an experiment file; it is executed")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     flags = parser.parse_args(rest)
     config, _ = command.load_config(flags.config, overrides)

@@ -52,7 +52,7 @@ def rate(batches: Iterator, length: int) -> float:
 def data(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("tools/benchmark_data.py", __doc__)
-    parser.add_argument("--config", default="experiments/quickstart.py", action=command.Once)
+    parser.add_argument("--config", default="experiments/quickstart.py")
     flags = parser.parse_args(rest)
     config, _ = command.load_config(flags.config, overrides)
     length, mixed = config.data.sequence_length, mixture.open_mixture(config.data)

@@ -61,7 +61,7 @@ def jax_writer(folder: str, batch: int):
     def write():
         with jax.set_mesh(mesh):
             state = prefill(graph, parameters, tokens, lengths, PROMPT + NEW)
-            return np.asarray(decode(graph, parameters, state, greedy, NEW, NEW, -1)[0]).tolist()
+            return np.asarray(decode(graph, parameters, state, greedy, NEW, NEW, ())[0]).tolist()
 
     return write
 

@@ -119,7 +119,7 @@ def decoding(batch: int, smoke: bool) -> dict:
 
         def write():
             state = prefill(graph, parameters, tokens, lengths, length + limit)
-            return decode(graph, parameters, state, greedy, limit, limit, -1)[0].block_until_ready()
+            return decode(graph, parameters, state, greedy, limit, limit, ())[0].block_until_ready()
 
         write()
         rates = []

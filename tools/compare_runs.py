@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         if len(set(map(os.path.basename, flags.runs))) < len(flags.runs)
         else map(os.path.basename, flags.runs)
     )
-    runs = {name: metrics.read(epath.Path(place)) for name, place in zip(names, flags.runs, strict=True)}
+    runs = {name: metrics.read(epath.Path(place), print) for name, place in zip(names, flags.runs, strict=True)}
     if empty := [name for name, lines in runs.items() if not lines]:
         raise UserError(
             f"no metrics in {', '.join(empty)}: name the folder that holds metrics.jsonl, such as runs/quickstart"

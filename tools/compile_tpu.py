@@ -34,7 +34,7 @@ from lm_jax.train_step import compile_step  # noqa: E402
 def main(arguments: list[str]) -> None:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("tools/compile_tpu.py", __doc__)
-    parser.add_argument("--config", required=True, action=command.Once)
+    parser.add_argument("--config", required=True)
     parser.add_argument("--topology", required=True, help="such as v5e:2x4 or v5p:8x8x16")
     flags = parser.parse_args(rest)
     config, _ = command.load_config(flags.config, overrides)

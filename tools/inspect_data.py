@@ -1,7 +1,8 @@
 """What the model is trained on: `python tools/inspect_data.py --config experiments/quickstart.py --step 100`.
 
-Each row of the step as text: tokens that are trained on in green, others grey; `¦` where a document starts; its source. Of a
-task whose answers are texts: a segment a line, what the model reads grey, what it is to write green, special pieces by name.
+Each row of the step (of a run that always had this config) as text: tokens that are trained on in green, others grey; `¦` where
+a document starts; its source. Of a task whose answers are texts: a segment a line, what the model reads grey, what it is to
+write green, special pieces by name.
 `--statistics 1000` counts instead, over that many steps: rows, tokens and epochs by source against the weights.
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from lm_jax import command
 from lm_jax.data import mixture
-from lm_jax.data.tokenizer import DOCUMENT, Tokenizer
+from lm_jax.data.tokenizer import DOCUMENT, Tokenizer, continuation
 from lm_jax.evaluate import open_data
 from lm_jax.ramp import make_ramp, with_steps
 
@@ -22,7 +23,7 @@ TRAINED, REJECTED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("tools/inspect_data.py", __doc__)
-    parser.add_argument("--config", required=True, action=command.Once, help="an experiment file; it is executed")
+    parser.add_argument("--config", required=True, help="an experiment file; it is executed")
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--rows", type=int, default=4, help="rows of the step to show; 0 = all")
     parser.add_argument("--statistics", type=int, default=0, help="count over this many steps from --step on")
@@ -51,12 +52,14 @@ def show(mixed: mixture.Mixture, stream: mixture.Mixed, i: int, colours: bool) -
     if mixed.answers:
         return [title, *show_answers(mixed.tokenizer, row, colours), ""]
     starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0))
-    text = []
+    text, first = [], 0
     for start, stop in zip(starts, [*starts[1:], len(row["tokens"])], strict=True):
         if not row["segment_ids"][start]:
             continue
         new = start == 0 or row["segment_ids"][start] != row["segment_ids"][start - 1]
-        trained, part = row["loss_mask"][start] > 0, mixed.tokenizer.decode(row["tokens"][start:stop])
+        first = start if new else first
+        part = continuation(mixed.tokenizer, row["tokens"][first:start], row["tokens"][start:stop])
+        trained = row["loss_mask"][start] > 0
         border = ("¦" if row["positions"][start] == 0 else "") * bool(new)
         if colours:
             text.append(f"{BORDER}{border}{TRAINED if trained else OTHER}{part}{PLAIN}")
@@ -78,7 +81,7 @@ def show_answers(tokenizer: Tokenizer, row: dict, colours: bool) -> list[str]:
         text = BORDER * colours + "¦"
         borders = [0, *(np.flatnonzero(np.diff(trained)) + 1), len(ids)]
         for start, stop in itertools.pairwise(borders):
-            part = spelled(tokenizer, names, ids[start:stop])
+            part = spelled(tokenizer, names, ids, start, stop)
             kind = int(trained[start])
             if colours:
                 text += {0: OTHER, 1: TRAINED, -1: REJECTED}[kind] + part + PLAIN
@@ -88,12 +91,12 @@ def show_answers(tokenizer: Tokenizer, row: dict, colours: bool) -> list[str]:
     return lines
 
 
-def spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray) -> str:
-    """The text of the ids with the names of those that stand for none."""
-    special = np.isin(ids, list(names))
-    borders = [0, *(np.flatnonzero(special[1:] | special[:-1]) + 1), len(ids)]
-    parts = [ids[start:stop] for start, stop in itertools.pairwise(borders)]
-    return "".join(names[part[0]] if part[0] in names else tokenizer.decode(part) for part in parts if len(part))
+def spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray, start: int, stop: int) -> str:
+    """What the ids [start, stop) add to the text before them, with the names of those that stand for none."""
+    special = np.isin(ids[start:stop], list(names))
+    borders = [start, *(start + 1 + np.flatnonzero(special[1:] | special[:-1])), stop]
+    text = lambda a, b: names[ids[a]] if ids[a] in names else continuation(tokenizer, ids[:a], ids[a:b])
+    return "".join(text(a, b) for a, b in itertools.pairwise(borders) if a < b)
 
 
 def statistics(mixed: mixture.Mixture, stream: mixture.Mixed, first: int, last: int) -> list[str]:

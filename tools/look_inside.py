@@ -5,13 +5,17 @@ attention   who looks at whom in `--layer`: a line a query, a column a key, a sq
 next        the likeliest next pieces; with --compare, how likely each of the given endings is after the text
 """
 
+from lm_jax import command  # first: Ctrl-C is answered while the others are imported
+
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import checkpoint, command, distributed
+from lm_jax import checkpoint, distributed
 from lm_jax.config import Mesh, UserError
-from lm_jax.model.attention import Context, attend, rotate
+from lm_jax.data.tokenizer import continuation
+from lm_jax.model.attention import Context, attend
 from lm_jax.model.layers import merge, split
 from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
@@ -41,18 +45,14 @@ def attention_weights(model, tokens: np.ndarray, layer: int) -> np.ndarray:
         before_BTD = x_BTD
         x_BTD, _ = block(x_BTD, context, turn, i, None, None)
     own, post = block.attention, model.config.norm_place == "post"
-    x_BTD = before_BTD if post else block.attention_norm(before_BTD)
-    q_BTHK, k_BSGK = own.query(x_BTD), own.key(x_BTD)
-    if own.query_norm:
-        q_BTHK, k_BSGK = own.query_norm(q_BTHK), own.key_norm(k_BSGK)
-    if turn is not None:
-        q_BTHK, k_BSGK = rotate(q_BTHK, turn), rotate(k_BSGK, turn)
+    x_BTD = before_BTD if post or not block.attention_norm else block.attention_norm(before_BTD)
+    q_BTHK, k_BSGK = own.queries_and_keys(x_BTD, x_BTD, turn)
     width, num = k_BSGK.shape[-1], len(tokens)
     identity = np.eye(num, -(-num // width) * width, dtype=np.float32)
-    weights = []
+    weights, more = [], (own.causal, None, model.config.logit_softcap[0])
     for start in range(0, num, width):
         values = np.broadcast_to(identity[None, :, None, start : start + width], k_BSGK.shape)
-        weights.append(attend(q_BTHK, k_BSGK, values, context, context, own.window, "xla", own.causal))
+        weights.append(attend(q_BTHK, k_BSGK, values, context, context, own.window, "xla", *more))
     return np.concatenate(weights, axis=-1)[0, :, :, :num]
 
 
@@ -63,14 +63,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--text", required=True)
     parser.add_argument("--layer", type=int, default=0, help="of attention, from 0 on")
     parser.add_argument("--compare", nargs="+", default=[], help="endings, each with its space before it")
+    parser.reads({"view": ("attention",)}, "layer")
+    parser.reads({"view": ("next",)}, "compare")
     flags, say = parser.parse_args(arguments), Terminal()
     found = checkpoint.locate(flags.model, say)
     if found.config.model.kind != "transformer":
         raise UserError(f"--model {flags.model} is of kind {found.config.model.kind}: this looks into a transformer")
     if not 0 <= flags.layer < found.config.model.num_layers:
         raise UserError(f"--layer {flags.layer}: the model has layers 0 to {found.config.model.num_layers - 1}")
-    encode, name = found.tokenizer.encode, lambda piece: repr(found.tokenizer.decode([piece]))
-    tokens = np.concatenate([[found.tokenizer.document_id], encode(flags.text)])
+    first = np.array(found.special_ids.first, np.int32)
+    encode = lambda text: np.concatenate([first, found.tokenizer.encode(text)])
+    tokens = encode(flags.text)
+    name = lambda piece: repr(continuation(found.tokenizer, tokens, [piece]))
     with jax.set_mesh(make_mesh(Mesh(data=1), distributed.devices()[:1])):
         graph, parameters = checkpoint.load_parameters(found)
         model = graph.module(parameters)
@@ -85,9 +89,10 @@ def main(arguments: list[str]) -> int:
                 say(f"{name(piece):>16} " + " ".join(f"|{''.join(line)}|" for line in shades))
         elif flags.compare:
             for ending in flags.compare:
-                ids = encode(ending)
-                sure_TV = log_probabilities(model, np.concatenate([tokens, ids]))
-                total = sure_TV[np.arange(len(tokens) - 1, len(tokens) + len(ids) - 1), ids].sum()
+                whole = encode(flags.text + ending)  # apart it may be other pieces
+                same = next((k for k, (a, b) in enumerate(zip(tokens, whole, strict=False)) if a != b), len(tokens))
+                sure_TV = log_probabilities(model, whole)
+                total = sure_TV[np.arange(same - 1, len(whole) - 1), whole[same:]].sum()
                 say(f"{np.exp(total):8.1e}  {total:7.2f} nats  {ending!r}")
         else:
             last_V = log_probabilities(model, tokens)[-1]

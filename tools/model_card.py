@@ -55,19 +55,20 @@ def evaluation(workdir, lines: list[dict]) -> str:
 
 def card(found: checkpoint.Located) -> str:
     config, workdir, saved = found.config, found.workdir, checkpoint.read_config(found.workdir)
-    lines, log = [line for line in metrics.read(workdir) if line["step"] <= found.step], workdir / "log.txt"
+    lines, log = [line for line in metrics.read(workdir, print) if line["step"] <= found.step], workdir / "log.txt"
     counted = costs.count(config, make_program(config, found.num_pieces).graph.declarations)
-    tokens = next((line["train/tokens"] for line in reversed(lines) if line.get("train/tokens")), 0.0)
+    seen = checkpoint.read_data_state(workdir, found.step)
+    tokens, dropped = seen.cursor * config.data.sequence_length, sum(last - first for first, last in seen.skipped)
     spent, device = hours(lines, log.read_text() if log.exists() else "")
     task, data = config.train.task, config.data
     what = TASKS.get(task) or KINDS.get(config.model.kind, "text-generation")
     size, purpose = costs.short(counted.parameters), f" for {task}" if task else ""
     sources = [(place, weight, len(saved.get("shards", {}).get(place, {}))) for place, weight in data.sources]
     hashes = [(name, digest) for files in saved.get("shards", {}).values() for name, digest in sorted(files.items())]
-    changed = [(path, f"`{checkpoint.flatten(config)[path]}`") for path in sorted(saved.get("origins", {}))]
+    changed = [(path, f"`{saved['config'][path]}`") for path in sorted(saved.get("origins", {}))]
     facts = [
         ("parameters", f"{counted.parameters:,}"),
-        ("tokens seen", f"{tokens:,.0f}"),
+        ("tokens seen", f"{tokens:,}" + f" ({dropped:,} rows left out)" * bool(dropped)),
         ("FLOPs, counted", f"{tokens * counted.flops_per_token:.2e}"),
         ("device-hours of steps", f"{spent:.2f} ({device})"),
         ("steps", f"{found.step:,}"),

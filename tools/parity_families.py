@@ -2,7 +2,8 @@
 
     pip install -e '.[peers]'
     python tools/parity_families.py              compares every config of the table live, both ways
-    python tools/parity_families.py --record     writes tests/fixtures/families.npz, which tests/test_convert.py is held to
+    python tools/parity_families.py --record     writes tests/fixtures/families.npz, which tests/test_convert.py is held to,
+                                                 and config_defaults.json, which tests/test_fields.py is
 
 The configs are odd on purpose: heads in threes, heads wider than dim / heads, windows shorter than the text, scaled positions.
 """
@@ -22,6 +23,7 @@ from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "families.npz"
+DEFAULTS = FIXTURE.parent / "config_defaults.json"
 LIMIT = 1e-4  # of every logit, absolute
 LENGTH, PIECES = 24, 53
 
@@ -33,6 +35,7 @@ LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
 NINE = dict(num_attention_heads=9, num_key_value_heads=3, hidden_size=36)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=1e4)
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=1e5)
 NEAR = dict(rope_type="default", rope_theta=300.0)
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -70,9 +73,59 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | dict(query_pre_attn_scalar=10, rope_parameters={FULL: LINEAR, SLIDING: NEAR}),
     ),
     "mixtral": ("mixtral", dict(num_local_experts=3, num_experts_per_tok=2, sliding_window=None, head_dim=8)),
+    "llama_yarn": ("llama", dict(rope_parameters=YARN, head_dim=16)),
+    "qwen2_yarn": ("qwen2", dict(rope_parameters=YARN | dict(beta_fast=8.0, beta_slow=0.5), num_key_value_heads=4)),
+    "gemma2": (
+        "gemma2",
+        dict(head_dim=8, sliding_window=5, num_hidden_layers=4, query_pre_attn_scalar=20)
+        | dict(attn_logit_softcapping=3.0, final_logit_softcapping=4.0),
+    ),
+    "gemma2_attention_alone": (
+        "gemma2",
+        NINE
+        | dict(head_dim=10, sliding_window=4, num_hidden_layers=3, layer_types=[SLIDING, SLIDING, FULL])
+        | dict(query_pre_attn_scalar=10, attn_logit_softcapping=2.0, final_logit_softcapping=None),
+    ),
+    "gemma3_capped": (
+        "gemma3_text",
+        dict(head_dim=8, sliding_window=5, layer_types=[SLIDING, FULL], query_pre_attn_scalar=8)
+        | dict(final_logit_softcapping=3.0),
+    ),
+    "phi3": (
+        "phi3",
+        dict(hidden_size=48, sliding_window=7, rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)),
+    ),
+    "phi3_whole": ("phi3", dict(NINE, rope_parameters=dict(rope_theta=500.0, partial_rotary_factor=1.0))),
+    "olmo2": ("olmo2", dict(NINE, rope_parameters={"rope_theta": 500.0})),
+    "olmo2_tied": ("olmo2", dict(tie_word_embeddings=True, rms_norm_eps=1e-3)),
+    "smollm3": ("smollm3", dict(num_hidden_layers=4, tie_word_embeddings=True)),
+    "smollm3_window": (
+        "smollm3",
+        dict(num_hidden_layers=3, no_rope_layers=[0, 1, 1], use_sliding_window=True, sliding_window=5)
+        | dict(tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        NINE | dict(head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True),
+    ),
+    "qwen3_moe_window": (
+        "qwen3_moe",
+        dict(head_dim=8, num_experts=3, num_experts_per_tok=1, moe_intermediate_size=20, norm_topk_prob=True)
+        | dict(use_sliding_window=True, sliding_window=6, mlp_only_layers=[]),
+    ),
+    "granite": (
+        "granite",
+        NINE | dict(embedding_multiplier=3.0, residual_multiplier=0.22, attention_multiplier=0.4, logits_scaling=7.0),
+    ),
+    "granite_biases": (
+        "granite",
+        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, embedding_multiplier=12.0)
+        | dict(logits_scaling=0.3, rope_parameters=LINEAR),
+    ),
     "mixtral_window": ("mixtral", NINE | dict(num_local_experts=3, num_experts_per_tok=1, sliding_window=7)),
 }
 FIRST = tuple({kind: name for name, (kind, _) in reversed(CONFIGS.items())}.values())
+RECORDED = (*FIRST, "llama_yarn")
 GPT2_NAMES = dict(
     hidden_size="n_embd",
     num_hidden_layers="n_layer",
@@ -165,31 +218,29 @@ def gradients_apart(model, described, ours: dict, tokens: np.ndarray) -> float:
 
     gradients = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(ours))
     kept = {slot.name: slot.kind for slot in hugging_face.slots(hugging_face.FAMILIES[described.family], graph)}
-    # A gradient goes as its tensor does, but for what is added to or multiplied with it on the way.
-    shift = {name: 1.0 if kind in ("one_more", "query") else 0.0 for name, kind in kept.items()}
+    # A gradient goes as its tensor does, but for what is added to it on the way.
+    shift = {name: 1.0 if kind == "one_more" else 0.0 for name, kind in kept.items()}
     mine = {name: x + shift[name] for name, x in hugging_face.their_tensors(described, gradients).items()}
-    pre = described.content.get("query_pre_attn_scalar")
     worst = 0.0
     for name, x in mine.items():
-        scale = np.sqrt(described.config.model.head_dim / pre) if kept[name] == "query" and pre else 1.0
         theirs = gradient_of(model, name)
-        worst = max(worst, float(np.abs(x * scale - theirs).max() / np.abs(theirs).max()))
+        worst = max(worst, float(np.abs(x - theirs).max() / np.abs(theirs).max()))
     return worst
 
 
 def gradient_of(model, name: str) -> np.ndarray:
-    """By the name on disk; in memory the experts of Mixtral are stacked, gate and up side by side."""
+    """By the name on disk; in memory experts are stacked, gate and up side by side."""
     found = dict(model.named_parameters())
     if name in found:
         return found[name].grad.numpy()
-    layer, rest = name.removeprefix("model.layers.").split(".block_sparse_moe.")
+    layer, rest = name.removeprefix("model.layers.").replace("block_sparse_moe", "mlp").split(".mlp.")
     if rest == "gate.weight":
         return found[f"model.layers.{layer}.mlp.gate.weight"].grad.numpy()
     _, expert, which, _ = rest.split(".")
-    if which == "w2":
+    if which in ("w2", "down_proj"):
         return found[f"model.layers.{layer}.mlp.experts.down_proj"].grad.numpy()[int(expert)]
     both = found[f"model.layers.{layer}.mlp.experts.gate_up_proj"].grad.numpy()[int(expert)]
-    return np.split(both, 2)[which == "w3"]
+    return np.split(both, 2)[which in ("w3", "up_proj")]
 
 
 def compare(name: str, folder: str) -> dict[str, float]:
@@ -218,10 +269,10 @@ def compare(name: str, folder: str) -> dict[str, float]:
 
 
 def record() -> None:
-    """For the first config of each family: config.json, weights as saved, logits at every third place."""
+    """For the first config of each family, and some more: config.json, weights as saved, logits at every third place."""
     arrays: dict[str, np.ndarray] = {}
     tokens, lengths = inputs()
-    for name in FIRST:
+    for name in RECORDED:
         with tempfile.TemporaryDirectory() as folder:
             model = reference(name)
             for parameter in model.parameters():
@@ -233,6 +284,17 @@ def record() -> None:
             arrays[f"{name}|logits"] = logits_there(model, tokens, lengths)[:, ::3]
     np.savez_compressed(FIXTURE, allow_pickle=False, **arrays)
     print(f"{FIXTURE.name}: {FIXTURE.stat().st_size:,} bytes")
+    DEFAULTS.write_text(
+        "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(d)}" for k, d in defaults().items()) + "\n}\n"
+    )
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """What `transformers` takes where a config.json says nothing but its model_type, of every family."""
+    import transformers
+
+    found = {kind: transformers.AutoConfig.for_model(kind).to_dict() for kind in hugging_face.FAMILIES}
+    return json.loads(json.dumps(found))
 
 
 def recorded(name: str) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:

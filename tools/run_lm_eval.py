@@ -5,6 +5,7 @@ import json
 import sys
 
 from lm_jax import checkpoint, command, distributed
+from lm_jax.data.tokenizer import tell_losses
 from lm_jax.terminal import Terminal
 
 
@@ -30,7 +31,10 @@ def main(arguments: list[str]) -> int:
 
     say = Terminal()
     found = checkpoint.locate(flags.model, say)
+    tell_losses(found.tokenizer, say)
     model = harness.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), say)
+    if flags.apply_chat_template:
+        model.in_chat()
     results = harness.run(
         model,
         flags.tasks.split(","),

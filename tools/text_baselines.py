@@ -25,7 +25,7 @@ ROUNDS = 5  # of expectation and maximisation
 def main(arguments: list[str]) -> int:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("tools/text_baselines.py", __doc__)
-    parser.add_argument("--config", required=True, action=command.Once, help="an experiment file; it is executed")
+    parser.add_argument("--config", required=True, help="an experiment file; it is executed")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--records", type=int, default=0, help="the first of the split; 0 = all")
     flags = parser.parse_args(rest)

@@ -7,22 +7,23 @@ products with keys are not divided by the root of a head's width.
 from typing import Any
 
 from lm_jax.config import Model, UserError
-from lm_jax.convert.families import ACTIVATIONS, LARGEST, Family, Row, Theirs, dense, norm, their_activation
+from lm_jax.convert.families import ACTIVATIONS, Family, Row, dense, norm, their_activation
+from lm_jax.convert.fields import LARGEST, Theirs
 
 GATES = {"gated-gelu": "gelu", "gated-gelu_new": "gelu", "gated-silu": "silu", "gated-relu": "relu"}
 
 
 def read_bert(theirs: Theirs) -> dict[str, Any]:
-    theirs.only(type_vocab_size=2, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
+    theirs.only(type_vocab_size=2, is_decoder=False, position_embedding_type="absolute")
     return {
         **{"kind": "encoder", "norm_place": "post"},
         "num_layers": theirs.size("num_hidden_layers", largest=LARGEST),
         "model_dim": theirs.size("hidden_size"),
         "num_heads": theirs.size("num_attention_heads"),
         "mlp_dim": theirs.size("intermediate_size"),
-        "norm_epsilon": theirs("layer_norm_eps", float, 1e-12),
-        "activation": theirs.choice("hidden_act", ACTIVATIONS, "gelu"),
-        "tie_embedding": theirs("tie_word_embeddings", bool, True),
+        "norm_epsilon": theirs("layer_norm_eps", float),
+        "activation": theirs.choice("hidden_act", ACTIVATIONS),
+        "tie_embedding": theirs("tie_word_embeddings", bool),
     }
 
 
@@ -42,9 +43,10 @@ def write_bert(model: Model) -> dict[str, Any]:
 def read_t5(theirs: Theirs) -> dict[str, Any]:
     """T5 1.1. The first version has one table, and divides what goes into the output by a root."""
     num_layers = theirs.size("num_layers", largest=LARGEST)
-    theirs.only(relative_attention_num_buckets=32, relative_attention_max_distance=128, num_decoder_layers=num_layers)
-    scales = theirs("scale_decoder_outputs", bool, theirs("tie_word_embeddings", bool, True))
-    if scales or theirs("feed_forward_proj", str, "relu") not in GATES:
+    theirs.only(relative_attention_num_buckets=32, relative_attention_max_distance=128, is_decoder=False)
+    theirs.only(is_encoder_decoder=True, num_decoder_layers=num_layers)
+    scales = theirs("scale_decoder_outputs", bool, theirs("tie_word_embeddings", bool))
+    if scales or theirs("feed_forward_proj", str) not in GATES:
         raise UserError(f"{theirs.where}: this is the first T5 (one table, no gates); T5 1.1 is supported")
     return {
         **{"kind": "encoder_decoder", "positions": "relative", "norm": "rmsnorm", "bias": False},
@@ -54,8 +56,8 @@ def read_t5(theirs: Theirs) -> dict[str, Any]:
         "num_heads": theirs.size("num_heads"),
         "head_dim": theirs.size("d_kv"),
         "mlp_dim": theirs.size("d_ff"),
-        "norm_epsilon": theirs("layer_norm_epsilon", float, 1e-6),
-        "activation": theirs.choice("feed_forward_proj", GATES, "gated-gelu"),
+        "norm_epsilon": theirs("layer_norm_epsilon", float),
+        "activation": theirs.choice("feed_forward_proj", GATES),
     }
 
 

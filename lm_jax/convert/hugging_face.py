@@ -16,22 +16,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from lm_jax import files
-from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve
+from lm_jax import regular_files
+from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve_found
 from lm_jax.convert import encoders, families, safetensors
-from lm_jax.convert.families import EXPERT, LAYER, Family, Theirs
+from lm_jax.convert.families import EXPERT, LAYER, Family
+from lm_jax.convert.fields import theirs_of
+from lm_jax.files import MODEL_FILES
 from lm_jax.model.graph import Graph, build
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
 # What describes the text beside the weights goes along as it is.
-CARRIED = (
-    "tokenizer.json", "tokenizer.model", "tokenizer.bytes", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 # Not parameters: masks and frequencies that older versions saved as well.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
 # The same arrays under other names, where the tables are one.
 TWICE = ("cls.predictions.decoder.bias", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+WITHOUT_TABLE = ("rotary", "relative")  # positions that any length has
 HEADS = ("lm_head.", "cls.")  # their names have no prefix
 # What a model is, beside how it is trained and computed: this a config.json must say.
 TRAINING = {"dropout", "init_scale", "attention", "remat", "unroll", "compute_dtype"}
@@ -58,6 +57,15 @@ class Slot(NamedTuple):
     kind: str
 
     @property
+    def num_outputs(self) -> int:
+        return self.matrix[1]
+
+    @property
+    def output_axis(self) -> int:
+        """Of their tensor, along which it may have parts."""
+        return 0 if self.kind in ("linear", "undivided") else -1
+
+    @property
     def matrix(self) -> tuple[int, int]:
         return math.prod(self.shape[: self.num_inputs]), math.prod(self.shape[self.num_inputs :])
 
@@ -67,7 +75,7 @@ class Slot(NamedTuple):
         shapes |= {"undivided": (outputs, inputs), "table": (num_pieces, self.shape[-1]), "pieces": (num_pieces,)}
         return shapes.get(self.kind, (inputs * outputs,))
 
-    def to_ours(self, x: np.ndarray, query_scale: float) -> np.ndarray:
+    def to_ours(self, x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float32)
         if self.kind == "table":
             return np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)))
@@ -75,10 +83,8 @@ class Slot(NamedTuple):
             return np.pad(x, (0, self.shape[0] - len(x)))
         if self.kind == "undivided":
             return (x.T * np.float32(math.sqrt(self.shape[-1]))).reshape(self.shape)
-        if self.kind in ("one_more", "query"):
+        if self.kind == "one_more":
             x = 1 + x
-        if self.kind == "query":
-            x = x * np.float32(query_scale)
         return (x.T if self.kind == "linear" else x).reshape(self.shape)
 
     def to_theirs(self, x: np.ndarray, num_pieces: int) -> np.ndarray:
@@ -86,7 +92,7 @@ class Slot(NamedTuple):
             return x[:num_pieces]
         if self.kind == "undivided":
             return x.reshape(self.matrix).T / np.float32(math.sqrt(self.shape[-1]))
-        if self.kind in ("one_more", "query"):
+        if self.kind == "one_more":
             return x - 1
         return x.reshape(self.matrix).T if self.kind == "linear" else x.reshape(self.their_shape(num_pieces))
 
@@ -136,8 +142,8 @@ def _numbers(names: list[str]) -> str:
 def is_folder(folder: str) -> bool:
     """Whether config.json is one of Hugging Face's: it says what it is by `model_type`."""
     try:
-        return "model_type" in files.read_json(os.path.join(folder, "config.json"))
-    except (OSError, ValueError, TypeError):
+        return "model_type" in regular_files.read_json(os.path.join(folder, "config.json"))
+    except (OSError, ValueError, RecursionError, TypeError):
         return False
 
 
@@ -145,22 +151,22 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
     """What a config.json says, `where` for messages. Raises UserError for what it lacks and what is not supported."""
     if not isinstance(content, dict):
         raise UserError(f"{where} is no JSON object")
-    theirs = Theirs(content, where)
-    name = theirs("model_type", str)
+    name = content.get("model_type")
     if name == "gemma3":
         raise UserError(f"{where}: model_type = 'gemma3' is the model with images; its text part is 'gemma3_text'")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type = {name!r} is not supported; known are {', '.join(FAMILIES)}")
     if "quantization_config" in content:
         raise UserError(f"{where}: quantised weights are not read; take the model's own weights")
-    length = theirs.size(FAMILIES[name].length, 512 if name == "t5" else ...)
+    theirs = theirs_of(name, content, where)
+    length = theirs.size(FAMILIES[name].length)
     num_pieces = theirs.size("vocab_size", largest=2**31 - 1)
     config = default_config()
     config.model.update(FAMILIES[name].read(theirs))
     config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
     config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
     try:
-        return Description(name, resolve(config), num_pieces, content)
+        return Description(name, resolve_found(config), num_pieces, content)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -168,8 +174,8 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
 def read_description(folder: str) -> Description:
     path = os.path.join(folder, "config.json")
     try:
-        content = files.read_json(path)
-    except (OSError, ValueError):
+        content = regular_files.read_json(path)
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} cannot be read as JSON") from None
     return describe(content, path, folder)
 
@@ -194,6 +200,8 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
             found.pop(name, None)
     for name in TWICE:
         found.pop(name, None)
+    if described.content.get("tie_word_embeddings") is True and "shared.weight" in found:
+        found.setdefault("lm_head.weight", found["shared.weight"])  # T5 1.1 with one table, as transformers 5 makes it
     wanted: dict[str, list[Slot]] = {}
     for slot in slots(family, graph):
         wanted.setdefault(bare(slot.name), []).append(slot)
@@ -210,14 +218,13 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
         problems.append(f"of another shape: {listed(wrong)}, such as {shown[wrong[0]]}")
     if problems:
         raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
-    pre = described.content.get("query_pre_attn_scalar", described.config.model.head_dim)
-    query_scale = math.sqrt(described.config.model.head_dim / pre) if isinstance(pre, (int, float)) and pre > 0 else 1.0
     flat = {path: np.empty(declared.shape, np.float32) for path, declared in graph.declarations.items()}
     for name, parts in wanted.items():
         x = found[name]
-        pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, len(parts), axis=-1)
+        ends = np.cumsum([part.num_outputs for part in parts])[:-1]
+        pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, ends, axis=parts[0].output_axis)
         for slot, piece in zip(parts, pieces, strict=True):
-            flat[slot.path][slot.at] = slot.to_ours(piece, query_scale)
+            flat[slot.path][slot.at] = slot.to_ours(piece)
     return nnx.traversals.unflatten_mapping(flat)
 
 
@@ -234,8 +241,10 @@ def without_heads(
 
 def whole_shape(parts: list[Slot], num_pieces: int) -> tuple[int, ...]:
     """Of a tensor that holds these parts side by side."""
-    *lead, last = parts[0].their_shape(num_pieces)
-    return *lead, last * len(parts)
+    shape = list(parts[0].their_shape(num_pieces))
+    if len(parts) > 1:
+        shape[parts[0].output_axis] = sum(part.num_outputs for part in parts)
+    return tuple(shape)
 
 
 def read_parameters(folder: str, described: Description) -> dict:
@@ -246,33 +255,39 @@ def what_it_is(model: Model) -> dict[str, Any]:
     """The settings that a config.json must say."""
     found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
     windows = tuple(families.windows(model))
-    unused = set() if model.positions == "rotary" else {"rotary_base", "rotary_scaling", "rotary_local_base"}
+    of_rotary = {"rotary_base", "rotary_scaling", "rotary_scaling_kind", "rotary_share", "rotary_local_base"}
+    unused = set() if model.positions == "rotary" else of_rotary
     unused |= set() if model.num_experts else {"experts_per_token"}
+    unused |= set() if model.qk_norm else {"qk_norm_whole"}
+    unused |= set() if model.rotary_scaling[0] != 1 and model.rotary_scaling[3] else {"rotary_scaling_kind"}
     if model.rotary_scaling[0] == 1:
         found["rotary_scaling"] = 1
     if model.rotary_local_base in (0.0, model.rotary_base) and model.rotary_scaling[0] == 1 or not any(windows):
         found["rotary_local_base"] = model.rotary_base
-    found |= {"window": windows, "qkv_bias": model.qkv_bias or model.bias}
+    found |= {
+        "window": windows,
+        "qkv_bias": model.qkv_bias or model.bias,
+        "rotary_share": tuple(families.shares(model)),
+    }
     return {name: value for name, value in found.items() if name not in unused}
 
 
-def description_of(config: Config, num_pieces: int, end: int = -1) -> Description:
-    """The family that can say all that a model is, and its config.json; `end` is the piece between documents.
+def description_of(config: Config, num_pieces: int, ids: dict[str, Any] | None = None, context: int = 0) -> Description:
+    """The family that can say all that a model is, and its config.json, with the fields `ids` of its text.
 
-    Raises UserError that names what the nearest family cannot say.
+    `context` is the longest text, in tokens, of a model whose positions have no table. Raises UserError that names what the
+    nearest family cannot say.
     """
     reasons, kind = {}, config.model.kind
+    length = config.data.sequence_length
     for name, family in FAMILIES.items():
         if family.kind != kind:
             continue
-        places = family.length
         content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
-        content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces)
-        content[places] = config.data.sequence_length
-        if end >= 0:
-            content.update(bos_token_id=end, eos_token_id=end)
-        if end >= 0 and name == "t5":
-            content.update(decoder_start_token_id=end)
+        content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces, **(ids or {}))
+        content[family.length] = max(length, context) if config.model.positions in WITHOUT_TABLE else length
+        if kind == "transformer":  # a family's own may be beyond this vocabulary: then no model is built
+            content.setdefault("pad_token_id", None)
         if name == "gpt2":
             content.update(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         content |= family.write(config.model)
@@ -294,37 +309,47 @@ def description_of(config: Config, num_pieces: int, end: int = -1) -> Descriptio
 def their_tensors(described: Description, ours: dict) -> dict[str, np.ndarray]:
     """Our parameters as their tensors, float32: the vocabulary without its padding, a tied table once."""
     parts: dict[str, list[np.ndarray]] = {}
+    axes: dict[str, int] = {}
     for slot in slots(FAMILIES[described.family], graph_of(described)):
         x: Any = ours
         for name in slot.path:
             x = x[name]
         parts.setdefault(slot.name, []).append(slot.to_theirs(np.asarray(x)[slot.at], described.num_pieces))
-    return {name: np.ascontiguousarray(np.concatenate(several, axis=-1)) for name, several in parts.items()}
+        axes[slot.name] = slot.output_axis
+    return {name: np.ascontiguousarray(np.concatenate(several, axes[name])) for name, several in parts.items()}
+
+
+Proof = Callable[[str, dict[str, np.ndarray]], None]
 
 
 def write(
     folder: str,
     described: Description,
     ours: dict,
-    carried: dict[str, bytes],
-    prove: Callable[[str], None] = lambda folder: None,
+    files: dict[str, bytes],
+    prove: Proof = lambda folder, tensors: None,
     shard_bytes: int = safetensors.SHARD_BYTES,
 ) -> None:
-    """A new folder, whole or not at all; `prove` sees it before it gets its name, and raises where it must not have it."""
+    """A new folder, whole or not at all: small files, then arrays. `prove` raises where it must not be written: it sees a folder
+    with the small files, and the arrays before they are on disk. All that is written is read again here."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f"{folder} is there and not empty; name another folder")
     parent = os.path.dirname(os.path.abspath(folder))
+    tensors = their_tensors(described, ours)
+    check_room(parent, folder, sum(x.nbytes for x in tensors.values()) + sum(map(len, files.values())))
     os.makedirs(parent, exist_ok=True)
     unfinished = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=parent)
     try:
         os.chmod(unfinished, 0o755)
-        with open(os.path.join(unfinished, "config.json"), "w") as file:
-            json.dump(described.content, file, indent=1)
-        for name, content in carried.items():
+        for name, content in ({"config.json": json.dumps(described.content, indent=1).encode()} | files).items():
             with open(os.path.join(unfinished, name), "wb") as file:
                 file.write(content)
-        safetensors.write_folder(unfinished, their_tensors(described, ours), shard_bytes)
-        prove(unfinished)
+        check_read(unfinished, described, tensors)
+        prove(unfinished, tensors)
+        safetensors.write_folder(unfinished, tensors, shard_bytes)
+        found = safetensors.folder_tensors(unfinished)
+        if wrong := [name for name, x in tensors.items() if not np.array_equal(found[name].read(), x, equal_nan=True)]:
+            raise UserError(f"{folder}: not written: the disk gave {listed(wrong)} back in another way")
         if os.path.isdir(folder):
             os.rmdir(folder)
         os.rename(unfinished, folder)
@@ -332,9 +357,33 @@ def write(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def check_room(parent: str, folder: str, num_bytes: int) -> None:
+    """Raises UserError where the disk has no room for a folder of so many bytes."""
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"{folder}: {num_bytes / 1e9:,.2f} GB are to be written, {free / 1e9:,.2f} GB are free there; name another disk"
+        )
+
+
+def check_read(folder: str, described: Description, tensors: dict[str, np.ndarray]) -> None:
+    """Raises UserError where a folder's config.json with these arrays is another model when it is read here."""
+    found = read_description(folder)
+    here, there = what_it_is(described.config.model), what_it_is(found.config.model)
+    wrong = [key for key in here if here[key] != there.get(key)]
+    if not wrong and described.num_pieces == found.num_pieces:
+        again = their_tensors(found, parameters(found, tensors, folder))
+        # A scale that is kept as 1 + w, or divided by a root, may change its last bit on the way.
+        wrong = [name for name, x in tensors.items() if not np.allclose(again[name], x, 1e-6, 1e-30, equal_nan=True)]
+    if wrong:
+        raise UserError(f"not written: read here again it has another {listed(wrong)}")
+
+
 def carried_files(folder: str) -> dict[str, bytes]:
     found = {}
-    for name in CARRIED:
+    for name in MODEL_FILES:
         if os.path.isfile(path := os.path.join(folder, name)):
             with open(path, "rb") as file:
                 found[name] = file.read()

@@ -14,6 +14,7 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from lm_jax import checkpoint
 from lm_jax.config import UserError
 from lm_jax.convert import hugging_face
+from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import is_url
 from lm_jax.model.graph import build
@@ -35,11 +36,12 @@ def write(
         raise UserError(f"{workdir} is there and not empty; name another folder")
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = found.tokenizer
-    for name, content in (carried | {tokenizer.file_name: tokenizer.model}).items():
+    for name, content in (carried | special_ids.files(tokenizer, found.special_ids)).items():
         (workdir / name).write_bytes(content)
     facts: dict[str, Any] = {"pipeline": 0, "tokenizer": tokenizer.fingerprint, "data": "", "shards": {}}
+    facts["run"] = checkpoint.run_identity({}, found.config, facts)
     said = {"base": {"place": place_of(base), "hash": checkpoint.fingerprint(base)}} if base else {}
-    checkpoint.write_config(workdir, found.config, {}, facts | said)
+    checkpoint.write_config(workdir, found.config, {}, facts | said | {"context": checkpoint.context_of(found)})
     graph = build(
         found.config.model,
         specials(tokenizer, found.config.data.objective).num_pieces,

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from lm_jax import stop
 from lm_jax.config import UserError
 from lm_jax.data import clean
 from lm_jax.data.steps import task_file, working
@@ -146,7 +147,8 @@ def execute(steps: list, stage: Stage, place: str, choice: Choice, workers: int,
             from datatrove.executor import LocalPipelineExecutor
 
             end_forks_with_us()
-            LocalPipelineExecutor(steps, stage.tasks, workers, place).run()
+            with stop.children_deaf_to_ctrl_c():
+                LocalPipelineExecutor(steps, stage.tasks, workers, place).run()
         elif choice.executor == "ray":
             import ray
             from datatrove.executor import RayPipelineExecutor

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.config import Data, UserError, Weight
-from lm_jax.data import shards, tokenizer
+from lm_jax.data import shards, special_ids, tokenizer
 from lm_jax.data.objectives import make_hide
 from lm_jax.data.packing import Batch, BestFit, Held, Hide, Stream, as_it_is, stacked
 
@@ -105,12 +105,12 @@ class Kept:
         self.mixed, self.skipped, self.sequence_length = mixed, skipped, mixed.sequence_length
 
     def row(self, cursor: int) -> Batch:
-        return self.mixed.row(self._kept(cursor))
+        return self.mixed.row(self.row_at(cursor))
 
     def rows(self, indices: list[int]) -> Batch:
-        return self.mixed.rows([self._kept(cursor) for cursor in indices])
+        return self.mixed.rows([self.row_at(cursor) for cursor in indices])
 
-    def _kept(self, cursor: int) -> int:
+    def row_at(self, cursor: int) -> int:
         """The row of the stream that stands at a cursor."""
         i = cursor
         for first, last in self.skipped:
@@ -145,6 +145,11 @@ class Mixture:
     def chat_template(self) -> str:
         """In which a task writes conversations."""
         return ""
+
+    @property
+    def special_ids(self) -> special_ids.SpecialIds:
+        """What begins and ends a text that a model has learnt from."""
+        return special_ids.of_documents(self.tokenizer)
 
     def stream(self, data: Data) -> Mixed:
         """The rows to train on. Raises UserError where a source has none, or all of them fill no batch."""

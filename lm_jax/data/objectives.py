@@ -13,7 +13,7 @@ import numpy as np
 
 from lm_jax.config import NUM_SENTINELS, Data
 from lm_jax.data.packing import Batch, Hide, as_it_is, make_row
-from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.data.tokenizer import Tokenizer, continuation
 
 Key = np.random.Philox
 EXTRA = {
@@ -38,7 +38,8 @@ class Specials(NamedTuple):
 
 
 def specials(tokenizer: Tokenizer, objective: str) -> Specials:
-    num, document = tokenizer.num_pieces, tokenizer.document_id
+    num, known = tokenizer.num_pieces, tokenizer.known_document
+    document = -1 if known is None else known  # a model whose texts nothing ends writes, but is not trained
     last = f"<extra_id_{NUM_SENTINELS - 1}>"
     has_its_own = ("[MASK]" if objective.startswith("masked") else last) in tokenizer.special
     extra = 0 if has_its_own else EXTRA[objective]
@@ -83,7 +84,9 @@ def starts_of_words(tokenizer: Tokenizer) -> np.ndarray:
     texts = [tokenizer.decode([i]) for i in range(tokenizer.num_pieces)] + [""] * EXTRA["masked_words"]
     if any(text.startswith("##") and text[2:].isalpha() for text in texts):
         return np.array([not text.startswith("##") for text in texts])
-    return np.array([not text[:1].isalnum() for text in texts])
+    after = tokenizer.encode("a")  # many a decoder leaves out the space that a text's first piece begins with
+    inside = [continuation(tokenizer, after, [i]) for i in range(tokenizer.num_pieces)] + [""] * EXTRA["masked_words"]
+    return np.array([not text[:1].isalnum() for text in inside])
 
 
 def example(objective: str, length: int, head: str = "", task: str = "") -> Batch:

@@ -6,7 +6,9 @@ Three ways: concatenated and split, every token a target once an epoch (`Stream`
 
 import copy
 import functools
+import glob
 import hashlib
+import io
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import numpy as np
 
 from lm_jax.config import UserError
 from lm_jax.data.shards import PIPELINE, Split, cache_folder
+from lm_jax.files import flush
 
 Batch = dict[str, Any]  # of numpy arrays
 Hide = Callable[
@@ -176,16 +179,29 @@ def planned(size: np.ndarray, length: int, keep: bool) -> np.ndarray:
     """`best_fit` of pieces in falling order of their sizes; kept in the cache, by hash, where `keep`."""
     falling = -np.sort(-size)
     key = hashlib.sha256(f"{PIPELINE} {length} ".encode() + falling.astype(np.int64).tobytes()).hexdigest()[:16]
-    path = os.path.join(cache_folder(), "packing", f"{key}.npy")
-    if keep and os.path.exists(path):
-        return np.load(path)
+    folder = os.path.join(cache_folder(), "packing")
+    for path in glob.glob(os.path.join(glob.escape(folder), f"{key}-*.npy")) if keep else []:
+        with open(path, "rb") as file:
+            raw = file.read()
+        if path.endswith(f"-{content_hash(raw)}.npy"):
+            return np.load(io.BytesIO(raw))
     rows = best_fit(falling, length)
     if keep:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        draft = f"{path}.{os.getpid()}.npy"
-        np.save(draft, rows)
+        content = io.BytesIO()
+        np.save(content, rows)
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, f"{key}-{content_hash(content.getvalue())}.npy")
+        draft = f"{path}.{os.getpid()}"
+        with open(draft, "wb") as out:
+            out.write(content.getvalue())
+            flush(out)
         os.replace(draft, path)
     return rows
+
+
+def content_hash(raw: bytes) -> str:
+    """Stands in the name of a kept plan: one that is not as it was written is made again, under the same name."""
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:

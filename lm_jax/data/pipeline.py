@@ -5,6 +5,7 @@ only state is an integer, the cursor: neither batch size, mesh, processes nor wo
 """
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
+from lm_jax import stop
 from lm_jax.config import Config
 from lm_jax.data.mixture import Kept, Mixed
 from lm_jax.data.objectives import example
 from lm_jax.data.packing import Batch, BestFit, Held, Stream
 from lm_jax.sharding import computed
 
+SOON = 10.0  # seconds after SIGTERM that a worker is over
 Rows = Stream | BestFit | Mixed | Kept | Held
 
 
@@ -56,9 +59,19 @@ def local_rows(mesh: jax.sharding.Mesh, size: int, length: int) -> tuple[int, ..
     return tuple(sorted({row for rows, _ in held for row in range(size)[rows]}))  # type: ignore[misc]
 
 
+def leave_soon(*_) -> None:
+    timer = threading.Timer(SOON, os._exit, (1,))
+    timer.daemon = True  # a worker that has nothing more to do does not wait for it
+    timer.start()
+
+
 def end_with_parent(index: int, count: int) -> None:
-    """In a worker: leaves within a second of the process that started it, however that ended."""
+    """In a worker: leaves within a second of the process that started it, however that ended.
+
+    SIGTERM goes to all processes of a job, and the rows that are on their way are needed until the run is saved.
+    """
     parent = os.getppid()
+    signal.signal(signal.SIGTERM, leave_soon)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -81,8 +94,15 @@ def batches(
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=end_with_parent)
     place = {row: index for index, row in enumerate(local)}
-    for batch in dataset:
-        yield {name: _on_mesh(value, mesh, size, place) for name, value in batch.items()}
+    found = iter(dataset)
+    if num_workers:
+        with stop.children_deaf_to_ctrl_c():
+            found.start_prefetch()
+    try:
+        for batch in found:
+            yield {name: _on_mesh(value, mesh, size, place) for name, value in batch.items()}
+    finally:
+        found.close()
 
 
 def _on_mesh(local: np.ndarray, mesh: jax.sharding.Mesh, size: int, place: dict[int, int]) -> jax.Array:

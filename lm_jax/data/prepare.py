@@ -83,7 +83,8 @@ def make_plan(settings: Settings, say: Say = lambda line: None) -> Plan:
     """Which files each task reads. Raises UserError where a place holds none."""
     files = readers.find(settings.sources, say)
     with tokenizer.named("--tokenizer"):
-        tokens = "" if tokenizer.num_pieces(settings.tokenizer) else tokenizer.load(settings.tokenizer).fingerprint
+        given = None if tokenizer.num_pieces(settings.tokenizer) else tokenizer.load(settings.tokenizer)
+        tokens = given.fingerprint + given.beside.decode() if given else ""
     evaluation = [file.key for file in readers.find(settings.decontaminate)] if settings.decontaminate else []
     identity = [VERSION, shards.PIPELINE, settings.identity(), files, tokens, evaluation]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

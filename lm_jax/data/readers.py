@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from lm_jax import files
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
 from lm_jax.data import lines, sources
 
@@ -86,9 +86,8 @@ def find(places: tuple[str, ...], say: Callable[[str], None] = lambda line: None
                 f"{place}: no such file, folder or pattern" + f"; it has {len(hidden)} hidden ones" * bool(hidden)
             )
     if hidden:
-        say(
-            f"left out: {len(hidden):,} files and folders whose names begin with a dot, the first {files.shown(hidden[0])}"
-        )
+        first = regular_files.shown(hidden[0])
+        say(f"left out: {len(hidden):,} files and folders whose names begin with a dot, the first {first}")
     return [found[name] for name in sorted(found)]
 
 
@@ -100,7 +99,7 @@ def _below(system, path: str, hidden: list[str]) -> list[str]:
         return [file for match in matching if exists(match) for file in sorted(system.find(match))]
     found = [file for match in matching if exists(match) for file in sources.names_below(match, hidden)]
     for file in found:
-        files.check(file)
+        regular_files.check(file)
     return found
 
 
@@ -141,7 +140,7 @@ class Zstandard(io.RawIOBase):
 @contextlib.contextmanager
 def opened(path: str, seen: Callable[[int], None] = lambda num_bytes: None):
     """The bytes of a file, .gz and .zst undone (not of WARC, whose reader wants to). `seen` hears how far the file is read."""
-    with fsspec.open(path, "rb") if files.is_url(path) else files.opened(path) as raw:
+    with fsspec.open(path, "rb") if regular_files.is_url(path) else regular_files.opened(path) as raw:
         if sources.kind_of(path) == "parquet":  # read by its own index
             yield raw
             return
@@ -174,7 +173,7 @@ class Where:
     """The line that a reader has come to; 0 where a file has none."""
 
     def __init__(self, path: str):
-        self.path, self.name, self.line = path, files.shown(path), 0
+        self.path, self.name, self.line = path, regular_files.shown(path), 0
 
     def __str__(self) -> str:
         return f"{self.name}:{self.line}" if self.line else self.name

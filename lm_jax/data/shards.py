@@ -8,6 +8,7 @@ is a place that a config can name. What a config names as raw text is built once
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import glob
@@ -18,20 +19,22 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from typing import IO
 
 import numpy as np
 from etils import epath
 
-from lm_jax import files
+from lm_jax import regular_files
 from lm_jax.config import Data, UserError, needs
 from lm_jax.data import sources, tokenizer
-from lm_jax.files import is_url
+from lm_jax.files import file_hash, flush, seal, sealed, unsealed
+from lm_jax.regular_files import is_url
 
-FORMAT = 2
+FORMAT = 3  # 2 had no seal, and is read
 PIPELINE = 1  # version of what turns documents into shards and shards into rows: other rows, other number
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 2**27  # of a full shard
+ALWAYS_HASHED = 2**28  # bytes of a corpus that are hashed at every start, smallest files first
+HASHED_IN_TURN = 2**28  # bytes of the rest, at least one file
 TOGETHER = 32  # documents that are tokenised in one call, on all cores
 
 
@@ -180,10 +183,12 @@ class ShardWriter:
         """Writes what is open, the tokenizer and last the manifest, with `facts` (JSON) beside counts and hashes."""
         for split in list(self._open):
             self._finish(split)
-        with open(os.path.join(self.folder, self.tokenizer.file_name), "wb") as file:
-            file.write(self.tokenizer.model)
-            flush(file)
-        names = [self.tokenizer.file_name, *shard_names(self.counts)]
+        kept = tokenizer.files(self.tokenizer)
+        for name, content in kept.items():
+            with open(os.path.join(self.folder, name), "wb") as file:
+                file.write(content)
+                flush(file)
+        names = [*kept, *shard_names(self.counts)]
         manifest = {
             "format": FORMAT,
             "pipeline": PIPELINE,
@@ -194,8 +199,8 @@ class ShardWriter:
             "files": {name: file_hash(os.path.join(self.folder, name)) for name in sorted(names)},
         }
         draft = os.path.join(self.folder, MANIFEST + ".draft")
-        with open(draft, "w") as file:
-            json.dump(manifest, file, indent=1)
+        with open(draft, "wb") as file:
+            file.write(sealed(manifest))
             flush(file)
         os.replace(draft, os.path.join(self.folder, MANIFEST))
         descriptor = os.open(self.folder, os.O_RDONLY)
@@ -215,8 +220,15 @@ def shard_names(counts: dict[str, dict[str, int]]) -> list[str]:
 
 
 def cache_folder() -> str:
-    """Where what can be made again is kept: $LM_JAX_CACHE, else ~/.cache/lm_jax."""
-    return os.environ.get("LM_JAX_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lm_jax")
+    """Where what can be made again is kept: $LM_JAX_CACHE, else ~/.cache/lm_jax. Raises FileNotFoundError without a home."""
+    if given := os.environ.get("LM_JAX_CACHE"):
+        return given
+    home = os.path.expanduser("~")
+    if not os.path.isdir(home):
+        raise FileNotFoundError(
+            errno.ENOENT, "this user has no home: say LM_JAX_CACHE=FOLDER, where the cache may be", home
+        )
+    return os.path.join(home, ".cache", "lm_jax")
 
 
 def check_url(name: str, place) -> None:
@@ -225,6 +237,16 @@ def check_url(name: str, place) -> None:
     package, extra = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}.get(scheme, ("", ""))
     if package and importlib.util.find_spec(package) is None:
         raise needs(f"{name} {place}", package, extra)
+
+
+def check_plain(*places: str) -> None:
+    """Raises UserError where a file, or one of a folder, is a pipe or a device: it would be read, or waited for, for ever."""
+    for place in filter(os.path.lexists, places):
+        try:
+            for path in regular_files.below(place):
+                regular_files.check(path)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; remove it, or name another place") from None
 
 
 def is_prepared(place: str) -> bool:
@@ -245,12 +267,13 @@ def open_corpus(
     """
     place = place or data.sources[0][0]
     if is_prepared(place):
+        check_plain(*[place] * (not is_url(place)))
         return read(local_copy(place, say), "prepare it again, or restore it from a copy")
     pieces = 0 if given else tokenizer.num_pieces(data.tokenizer)
     given = given or (None if pieces else tokenizer.load(data.tokenizer))
     source = place if place == "python" or is_url(place) else os.path.abspath(place)
-    by = given.fingerprint if given else data.tokenizer
-    identity = [FORMAT, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
+    by = given.fingerprint + given.beside.decode() if given else data.tokenizer
+    identity = [2, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
     if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
         named = lambda name: name if is_url(name) else os.path.abspath(name)
         found = sources.documents(place, data.tokenizer)
@@ -258,6 +281,7 @@ def open_corpus(
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     name = "python" if place == "python" else os.path.basename(source)
     folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
+    check_plain(folder, folder + ".lock")
     if not os.path.exists(os.path.join(folder, MANIFEST)):
         with writer_lock(folder + ".lock", say):
             if not os.path.exists(os.path.join(folder, MANIFEST)):
@@ -303,7 +327,7 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
     say(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
     for what, names in (("not UTF-8", unreadable), ("hidden", hidden)):
         for name in names[:3]:
-            say(f"{what}, left out: {files.shown(name)}")
+            say(f"{what}, left out: {regular_files.shown(name)}")
     if not given:
         say(f"training a tokenizer of {tokenizer.num_pieces(data.tokenizer):,} pieces")
     trained = given or tokenizer.make(data.tokenizer, ordered["train"])
@@ -363,53 +387,85 @@ def read(folder: str, mend: str) -> Corpus:
 def read_manifest(folder: str, mend: str) -> dict:
     path = os.path.join(folder, MANIFEST)
     try:
-        manifest = files.read_json(path)
+        manifest = unsealed(regular_files.read_bytes(path), FORMAT)
         listed, counts = manifest["files"], [manifest["counts"][split]["shards"] for split in sources.SPLITS]
         if any(os.path.basename(name) != name or {"bytes", "sha256"} - {*file} for name, file in listed.items()):
             raise ValueError("files elsewhere")
         if not all(type(count) is int and 0 <= count <= len(listed) for count in counts):
             raise ValueError("more shards than files")
         found, names = manifest["format"], [manifest["tokenizer_file"], *shard_names(manifest["counts"])]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read as the manifest of a corpus; {mend}") from None
-    if found != FORMAT:
-        raise UserError(f"{path} has format {found!r}, this version reads {FORMAT}; {mend}")
-    if sorted(names) != sorted(manifest["files"]):
+    if found not in (2, FORMAT):
+        raise UserError(f"{path} has format {found!r}, this version reads 2 and {FORMAT}; {mend}")
+    if sorted(names) != sorted(name for name in manifest["files"] if name != tokenizer.BESIDE):
         raise UserError(f"{path}: its files are not those of its counts; {mend}")
     return manifest
 
 
-def verify(folder: str, manifest: dict, mend: str) -> None:
-    """Every file is as it was written: hashed once, then known by size and time of change. Raises UserError."""
-    known_by = os.path.join(
-        cache_folder(), "verified", hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16] + ".json"
-    )
-    known = {}
-    with contextlib.suppress(OSError, ValueError):  # what is lost or torn here is hashed again
-        known = files.read_json(known_by)
+def verify(folder: str, manifest: dict, mend: str, whole: bool = False) -> None:
+    """Every file is as it was written. Raises UserError.
+
+    A bit can turn under an unchanged size and time of change. So what is small is hashed at every start, and of the rest
+    what is new, what changed, and a share in turn: the whole corpus in a few starts, or at once with `whole`.
+    """
+    known_by = os.path.join(cache_folder(), "verified", f"{seal(os.path.abspath(folder))[:16]}.json")
+    start, known = verified_before(known_by)
+    due = set(manifest["files"]) if whole else due_files(manifest["files"], known)
     seen = {}
     for name, expected in manifest["files"].items():
         path = os.path.join(folder, name)
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise UserError(f"{path} is missing; {mend}")
-        stat = os.stat(path)
-        if stat.st_size != expected["bytes"]:
+        found = os.stat(path)
+        if found.st_size != expected["bytes"]:
             raise UserError(
-                f"{path} is changed since it was built: {stat.st_size:,} bytes, not {expected['bytes']:,}; {mend}"
+                f"{path} is changed since it was built: {found.st_size:,} bytes, not {expected['bytes']:,}; {mend}"
             )
-        seen[name] = [stat.st_size, stat.st_mtime_ns, expected["sha256"]]
-        if known.get(name) != seen[name] and file_hash(path) != expected:
-            raise UserError(f"{path} is changed since it was built; {mend}")
-    if seen != known:
-        os.makedirs(os.path.dirname(known_by), exist_ok=True)
-        draft = f"{known_by}.{os.getpid()}"
-        with open(draft, "w") as file:
-            json.dump(seen, file)
-        os.replace(draft, known_by)
+        now, (before, last) = [found.st_size, found.st_mtime_ns, expected["sha256"]], known.get(name, ([], 0))
+        if hashes := name in due or before != now:
+            if file_hash(path) != expected:
+                raise UserError(f"{path} is changed since it was built; {mend}")
+        seen[name] = now, start if hashes else last
+    os.makedirs(os.path.dirname(known_by), exist_ok=True)
+    draft = f"{known_by}.{os.getpid()}"
+    with open(draft, "wb") as file:
+        file.write(sealed({"format": 1, "start": start, "files": seen}))
+    os.replace(draft, known_by)
+
+
+def verified_before(path: str) -> tuple[int, dict[str, tuple[list, int]]]:
+    """(number of this start, {file: ([size, time of change, hash], the start at which it was hashed last)}).
+
+    The first start where that is lost or damaged: everything is hashed again then.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = unsealed(file.read(), first=1)
+        return content["start"] + 1, {name: (state, last) for name, (state, last) in content["files"].items()}
+    except (OSError, ValueError, KeyError):
+        return 1, {}
+
+
+def due_files(files: dict[str, dict], known: dict[str, tuple[list, int]]) -> set[str]:
+    """The files to hash at this start: all that is small, and of the rest those that were hashed longest ago."""
+    sizes = sorted((file["bytes"], name) for name, file in files.items())
+    total, due = 0, set()
+    for size, name in sizes:
+        total += size
+        if total <= ALWAYS_HASHED:
+            due.add(name)
+    rest, total = sorted((known.get(name, ([], 0))[1], name) for _, name in sizes if name not in due), 0
+    for _, name in rest:
+        due.add(name)
+        total += files[name]["bytes"]
+        if total >= HASHED_IN_TURN:
+            break
+    return due
 
 
 def open_split(folder: str, name: str) -> Split:
-    """A split of a verified corpus, its tokens mapped. Raises UserError for arrays that are no tokens and offsets."""
+    """A split of a verified corpus, its tokens mapped."""
     with open(os.path.join(folder, MANIFEST)) as file:
         count = json.load(file)["counts"][name]
     path = lambda k, part: os.path.join(folder, f"{name}-{k:05}.{part}.npy")
@@ -428,18 +484,3 @@ def open_split(folder: str, name: str) -> Split:
     starts = np.cumsum([0, *map(len, tokens)])
     joined = np.concatenate([*(own[:-1] + start for own, start in zip(offsets, starts, strict=False)), starts[-1:]])
     return Split(tokens[0] if len(tokens) == 1 else Joined(tokens), joined, count["bytes"], (folder, name))
-
-
-def file_hash(path) -> dict[str, int | str]:
-    """{"bytes": size, "sha256": hash} of a file at any place."""
-    digest, size = hashlib.sha256(), 0
-    with files.opened(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def flush(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from lm_jax import files
+from lm_jax import regular_files
 from lm_jax.config import UserError
 from lm_jax.data import lines
 
@@ -43,7 +43,7 @@ def documents(place: str, tokenizer: str = "", hidden: list[str] | None = None) 
         raise to_prepare(place, others, len(names), tokenizer)
     for name in names:
         try:
-            content = files.read_bytes(name, LARGEST)
+            content = regular_files.read_bytes(name, LARGEST)
         except OSError as error:
             raise unreadable(name, error) from None
         if is_binary(content):
@@ -56,7 +56,7 @@ def _names(place: str, hidden: list[str]) -> list[str]:
     path = epath.Path(place)
     if not path.exists() and not os.path.lexists(place):
         raise UserError(f'config.data.sources: {place!r}: no such folder; "python" is the corpus that is always here')
-    if files.is_url(place):
+    if regular_files.is_url(place):
         return sorted(str(file) for file in files_below(path)) if path.is_dir() else [place]
     try:
         return names_below(place, hidden)
@@ -70,7 +70,7 @@ def names_below(place: str, hidden: list[str]) -> list[str]:
     if not os.path.isdir(place):
         return [place]
     found = []
-    for where, folders, names in files.walk(place):
+    for where, folders, names in regular_files.walk(place):
         hidden += [os.path.join(where, name) for name in (*folders, *names) if name.startswith(".")]
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(where, name) for name in names if not name.startswith(".")]
@@ -79,7 +79,7 @@ def names_below(place: str, hidden: list[str]) -> list[str]:
 
 def unreadable(name: str, error: OSError) -> UserError:
     return UserError(
-        f"config.data.sources: {files.shown(name)} cannot be read: {error.strerror}; remove it, or mend it"
+        f"config.data.sources: {regular_files.shown(name)} cannot be read: {error.strerror}; remove it, or mend it"
     )
 
 
@@ -87,7 +87,7 @@ def what_else(name: str) -> str:
     """What a file is that is not to be read as the text it seems to be, "" where it is text. Raises UserError."""
     kind, packed = kind_of(name), re.search(r"\.(gz|zst)$", name.lower())
     try:
-        with files.opened(name) as file:
+        with regular_files.opened(name) as file:
             head = file.read(HEAD)
     except OSError as error:
         raise unreadable(name, error) from None
@@ -109,8 +109,8 @@ def is_binary(content: bytes) -> bool:
 
 def to_prepare(place: str, others: list[tuple[str, str]], num_files: int, tokenizer: str) -> UserError:
     """The mistake of a place that is no folder of text, with the command that makes it text, or a corpus of it."""
-    where, whats = f"config.data.sources: {files.shown(repr(place))}", [what for _, what in others]
-    first = f"{files.shown(others[0][0])} is {whats[0]}" if others else ""
+    where, whats = f"config.data.sources: {regular_files.shown(repr(place))}", [what for _, what in others]
+    first = f"{regular_files.shown(others[0][0])} is {whats[0]}" if others else ""
     if whats[:1] == [UTF_16]:
         name = shlex.quote(others[0][0])
         return UserError(
@@ -143,7 +143,7 @@ def text_key(name: str) -> str:
     """Under which name the first row of a table has its text, "" where that is not known."""
     kind = kind_of(name)
     try:
-        with files.opened(name) as raw:
+        with regular_files.opened(name) as raw:
             file: Any = gzip.GzipFile(fileobj=raw) if name.lower().endswith(".gz") else raw
             row = next(lines.rows(file, kind), None) if kind in lines.KINDS else None
     except (OSError, EOFError, zlib.error):

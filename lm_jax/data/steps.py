@@ -209,8 +209,9 @@ class Train:
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> None:
         with tokenizer.named("--tokenizer"):
             made = tokenizer.make(self.setting, self.texts())
-        with task_file(os.path.join(self.folder, "tokenizer", "model", made.file_name), "wb") as file:
-            file.write(made.model)
+        for name, content in tokenizer.files(made).items():
+            with task_file(os.path.join(self.folder, "tokenizer", "model", name), "wb") as file:
+                file.write(content)
 
     def texts(self) -> Iterator[str]:
         """Training documents, up to what a sample takes; near-duplicates are left out."""

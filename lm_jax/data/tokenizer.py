@@ -1,84 +1,144 @@
 """Text <-> token ids: SentencePiece, plain bytes, or a Hugging Face `tokenizer.json`; each keeps its one file.
 
 A tokenizer is what `Tokenizer` says. `load` opens one from a file or from a folder that keeps one (a run, a corpus, a Hugging
-Face model), `train` makes one. Text is data: a special token's name that stands in a text is encoded as text.
+Face model), `train` makes one. Text is data: a special token's name that stands in a text is encoded as text. Decoding apart is
+not decoding together: what continues a text is what the whole has more than its start (`continuation`).
 """
 
 import contextlib
+import functools
 import hashlib
 import heapq
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
-from lm_jax import files
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
 
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
+BESIDE = (
+    "special_ids.json"  # what a run or a corpus keeps beside the tokenizer's file, where that alone does not say it
+)
 SPACE = "\u2581"  # how SentencePiece writes a space; the character itself is spelled in bytes
 SAMPLE_BYTES = 8_000_000  # characters of text that a tokenizer is trained on
+LOST = {  # by tokenizers that change a text before they read it; what each is, in a text
+    "line breaks": "a\nb", "spaces beside each other": "a  b", "spaces at the ends": " a ", "tabs": "a\tb",
+    "capital letters": "aB", "accents": "caf\u00e9", "full-width letters": "\uff41",
+    "characters without a piece": "\u732b\U0001f642", "the character U+2581": "a\u2581b",
+}  # fmt: skip
 TRAINED = {"sentencepiece": "bpe", "unigram": "unigram"}  # kind of a setting: what SentencePiece calls it
 SETTINGS = (
     '"bytes", "sentencepiece:PIECES" (BPE), "unigram:PIECES", a tokenizer.model or tokenizer.json, or a folder with one'
 )
 
 
-class Tokenizer(Protocol):
+class Stated(NamedTuple):
+    """What the folder of a tokenizer's file says of it."""
+
+    document: int | str | None = None  # what ends a text, by id or by name
+    num_pieces: int = 0  # rows of its model's table; 0 = as many as there are pieces
+
+
+NOTHING = Stated()
+
+
+class Tokenizer:
     """Text <-> int32 ids. `fingerprint` is the hash of the file: equal sizes are not equal tokenizers."""
 
     file_name: str  # under which runs and corpora keep `model`
     model: bytes  # the file
     fingerprint: str
-    num_pieces: int
-    document_id: int  # stands before every document
+    num_pieces: int  # that a text may have: none beyond its model's table
     bytes_per_piece: np.ndarray  # [num_pieces] int32: bytes of text that each piece stands for
-    special: dict[str, int]  # ids of pieces that stand for no text, such as [MASK], by name
+    special: dict[str, int] = {}  # ids of pieces that stand for no text, such as [MASK], by name
+    beside: bytes = b""  # `special_ids.json` of its corpora: what the file alone does not say
+    known_document: int | None = None
+
+    @property
+    def document_id(self) -> int:
+        """Stands before every document, and so after every one. Raises UserError where nothing says which piece that is."""
+        if self.known_document is None:
+            raise UserError(
+                f"config.data.tokenizer: nothing says which piece ends a text: the {self.file_name} alone does not;\n"
+                "name a folder whose tokenizer_config.json says it (eos_token)"
+            )
+        return self.known_document
+
+    def id_of(self, piece: int | str | None) -> int | None:
+        """The id of a piece by its name or its id, None where there is none."""
+        raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text alone, int32."""
-        ...
+        """Ids of the text alone, int32. Raises UserError where it needs a piece that its model's table has not."""
+        raise NotImplementedError
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of each text, on all cores where the library can."""
-        ...
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 (a sample may stop inside a character) become U+FFFD."""
-        ...
+        raise NotImplementedError
+
+    @functools.cached_property
+    def losses(self) -> tuple[str, ...]:
+        """What of a text is not in its ids, in words; a text comes back whole where there is nothing."""
+        return tuple(name for name, text in LOST.items() if self.decode(self.encode(text)) != text)
+
+    @functools.cached_property
+    def adds_up(self) -> bool:
+        """Whether `bytes_per_piece` of a text's ids add up to the bytes of the text."""
+        size = lambda text: int(self.bytes_per_piece[self.encode(text)].sum())
+        return all(size(text) == len(text.encode()) for text in LOST.values())
+
+    def _take(self, stated: Stated, num_pieces: int, own: int | None, otherwise: int | None = None) -> None:
+        """Settles document and size: what the file has of `<|endoftext|>`, else what is stated, else what it hints at."""
+        self.num_pieces = min(num_pieces, stated.num_pieces or num_pieces)
+        found = [x for x in (own, self.id_of(stated.document), otherwise) if x is not None]
+        self.known_document = found[0] if found else None
+        kept: dict[str, int] = {}
+        if found and found[0] not in (own, otherwise):
+            kept["document"] = found[0]
+        if self.num_pieces < num_pieces:
+            kept["num_pieces"] = self.num_pieces
+        self.beside = json.dumps(kept).encode() if kept else b""
 
 
 def fingerprint(model: bytes) -> str:
     return hashlib.sha256(model).hexdigest()[:16]
 
 
-class SentencePiece:
-    """A SentencePiece model with byte fallback; the decoder gives back every byte."""
+class SentencePiece(Tokenizer):
+    """A SentencePiece model; with byte fallback its decoder gives back every byte.
+
+    Many models put a space before a text (`add_dummy_prefix`), which is no part of it: `decode` takes it away again.
+    """
 
     file_name = "tokenizer.model"
+    NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: normalizer_spec.add_dummy_prefix = false (protobuf merges)
 
-    special: dict[str, int] = {}
-
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, stated: Stated = NOTHING):
         self.model, self.fingerprint = model, fingerprint(model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=model + self.NO_PREFIX)  # inside of a text
         except RuntimeError as error:
             raise UserError(f"not a SentencePiece model: {error}") from error
-        self.num_pieces = self._processor.vocab_size()
-        self.document_id = self._processor.piece_to_id(DOCUMENT)
-        if self._processor.id_to_piece(self.document_id) != DOCUMENT:
-            self.document_id = self._processor.eos_id()
-        if self.document_id < 0:
-            raise UserError(f"the tokenizer has neither a piece {DOCUMENT} nor an end-of-sentence piece")
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        eos = self.eos_id if self.eos_id >= 0 else None
+        self._take(stated, self._processor.vocab_size(), self.id_of(DOCUMENT), eos)
         self._bytes = [self._bytes_of(i) for i in range(self.num_pieces)]
         self.bytes_per_piece = np.array([len(b) for b in self._bytes], np.int32)
+        self._has_bytes = all(self._processor.is_byte(i) for i in self._spelled(SPACE))
+        self._has_prefix = self._processor.encode("a") != self._inner.encode("a")
 
     def _bytes_of(self, index: int) -> bytes:
         if self._processor.is_control(index) or self._processor.is_unknown(index):
@@ -88,53 +148,73 @@ class SentencePiece:
             return bytes([int(piece[1:-1], 16)])
         return piece.replace(SPACE, " ").encode()
 
+    def _spelled(self, text: str) -> list[int]:
+        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+
+    def id_of(self, piece: int | str | None) -> int | None:
+        size = self._processor.vocab_size()
+        index = self._processor.piece_to_id(piece) if isinstance(piece, str) else -1 if piece is None else piece
+        known = 0 <= index < size and (not isinstance(piece, str) or self._processor.id_to_piece(index) == piece)
+        return index if known else None
+
     def encode(self, text: str) -> np.ndarray:
         ids: list[int] = []
-        for number, part in enumerate(text.split(SPACE)):
+        for number, part in enumerate(text.split(SPACE) if self._has_bytes else [text]):
             if number:
-                ids += [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-            ids += self._processor.encode(part)
-        return np.array(ids, np.int32)
+                ids += self._spelled(SPACE)
+            ids += (self._inner if number else self._processor).encode(part)
+        return within(np.array(ids, np.int32), self, self._processor.id_to_piece)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         plain = [text for text in texts if SPACE not in text]
         of_plain = iter(self._processor.encode(plain, num_threads=os.cpu_count() or 1))
-        return [self.encode(text) if SPACE in text else np.array(next(of_plain), np.int32) for text in texts]
+        of_one = lambda ids: within(np.array(ids, np.int32), self, self._processor.id_to_piece)
+        return [self.encode(text) if SPACE in text else of_one(next(of_plain)) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return b"".join(self._bytes[i] for i in map(int, ids) if i < self.num_pieces).decode("utf-8", errors="replace")
+        found = b"".join(self._bytes[i] for i in map(int, ids) if i < self.num_pieces).decode("utf-8", errors="replace")
+        return found.removeprefix(" ") if self._has_prefix else found
 
 
-class Bytes:
+def within(ids: np.ndarray, tokenizer: Tokenizer, name: Callable[[int], str | None]) -> np.ndarray:
+    """The ids. Raises UserError where one is beyond the table of the tokenizer's model, with its name."""
+    if len(ids) and ids.max() >= tokenizer.num_pieces:
+        piece = int(ids.max())
+        raise UserError(
+            f"the text has the piece {name(piece)!r}, whose id {piece:,} is beyond the {tokenizer.num_pieces:,} rows of the "
+            "model's table:\nleave it out of the text"
+        )
+    return ids
+
+
+class Bytes(Tokenizer):
     """The 256 bytes of UTF-8 and one piece before documents: nothing to train, nothing unknown in any script."""
 
     file_name = "tokenizer.bytes"
-    special: dict[str, int] = {}
     model = b"lm_jax bytes 1\n"  # ids 0-255 are bytes, 256 stands before documents
 
-    def __init__(self, model: bytes = model):
+    def __init__(self, model: bytes = model, stated: Stated = NOTHING):
         if model != Bytes.model:
             raise UserError("not the byte tokenizer of this version")
-        self.fingerprint, self.num_pieces, self.document_id = fingerprint(model), 257, 256
+        self.fingerprint, self.num_pieces, self.known_document = fingerprint(model), 257, 256
         self.bytes_per_piece = np.array([1] * 256 + [0], np.int32)
+
+    def id_of(self, piece: int | str | None) -> int | None:
+        return piece if isinstance(piece, int) and 0 <= piece < self.num_pieces else None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
-class HuggingFace:
+class HuggingFace(Tokenizer):
     """A `tokenizer.json`, read by `tokenizers`; gives back every byte where that tokenizer does (byte-level BPE)."""
 
     file_name = "tokenizer.json"
-    ENDS = (DOCUMENT, "<|end_of_text|>", "<|endofdocument|>", "</s>", "<eos>", "<|eos|>", "[SEP]")  # the first it has
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, stated: Stated = NOTHING):
         self.model, self.fingerprint = model, fingerprint(model)
         try:
             import tokenizers
@@ -149,45 +229,69 @@ class HuggingFace:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # a name of one in a text is text
         pieces = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.num_pieces = max(pieces.values()) + 1
         self._special = {token["id"]: token["content"] for token in described["added_tokens"] if token["special"]}
         self.special = {content: index for index, content in self._special.items()}
-        self.document_id = next((pieces[end] for end in self.ENDS if end in pieces), -1)
-        if self.document_id < 0:
-            raise UserError(f"the tokenizer.json has no piece for the end of a text (any of {', '.join(self.ENDS)})")
+        hinted = [i for ids in reversed(self.around()) for i in reversed(ids)]  # what it puts after a text, else before
+        self._take(stated, max(pieces.values()) + 1, pieces.get(DOCUMENT), hinted[0] if hinted else None)
         self.bytes_per_piece = np.zeros(self.num_pieces, np.int32)
         added = {token["content"] for token in described["added_tokens"]}
         count = _piece_sizes(described)
         for piece, index in pieces.items():
-            if index not in self._special:
+            if index not in self._special and index < self.num_pieces:
                 self.bytes_per_piece[index] = len(piece.encode()) if piece in added else count(piece)
+
+    def id_of(self, piece: int | str | None) -> int | None:
+        if isinstance(piece, str):
+            return self._tokenizer.token_to_id(piece)
+        return None if piece is None or self._tokenizer.id_to_token(piece) is None else piece
 
     def encode(self, text: str) -> np.ndarray:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        # A unigram or word model may hold a special token among its words: such a name is taken apart before it is encoded.
-        names = [self._special[i] for i in {*ids} & self._special.keys() if len(self._special[i]) > 1]
-        names = [name for name in names if name in text]
-        if names:
-            parts = re.split("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names), text)
-            ids = [i for part in parts for i in self._tokenizer.encode(part, add_special_tokens=False).ids]
-        return np.array(ids, np.int32)
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
+        if not self._special.keys().isdisjoint(ids):  # a model may hold a special token among its words
+            ids = self._nameless.encode(text, add_special_tokens=False).ids
+        return within(np.array(ids, np.int32), self, self._tokenizer.id_to_token)
 
     def encode_control(self, text: str) -> np.ndarray:
         """Ids of a text whose names of special tokens mean these tokens: of a template's own words, never of a user's."""
         self._tokenizer.encode_special_tokens = False
         try:
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         finally:
             self._tokenizer.encode_special_tokens = True
+        return within(ids, self, self._tokenizer.id_to_token)
+
+    @functools.cached_property
+    def _nameless(self):
+        """The tokenizer with special tokens whose names no text spells, whatever its model would make of them."""
+        import tokenizers
+
+        described = json.loads(self.model)
+        model, hidden = (
+            described["model"],
+            {name: f"\U0010fffe{name}\U0010fffe" for name in self.special if len(name) > 1},
+        )
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {hidden.get(piece, piece): index for piece, index in model["vocab"].items()}
+        else:
+            model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+        model |= {"unk_token": hidden.get(unknown, unknown)} if (unknown := model.get("unk_token")) else {}
+        parts = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
+        if "merges" in model:
+            known = lambda merge: hidden.keys().isdisjoint([*parts(merge), "".join(parts(merge))])
+            model["merges"] = [merge for merge in model["merges"] if known(merge)]
+        for token in described["added_tokens"]:
+            token["content"] = hidden.get(token["content"], token["content"])
+        nothing = dict.fromkeys(("truncation", "padding", "post_processor"))
+        made = tokenizers.Tokenizer.from_str(json.dumps(described | nothing))
+        made.encode_special_tokens = True
+        return made
 
     def around(self) -> tuple[list[int], list[int]]:
         """What the tokenizer's own post-processor puts before a text and after it."""
-        bare, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-        first = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
-        return whole[:first], whole[first + len(bare) :]
+        whole = self._tokenizer.encode("a", add_special_tokens=True)
+        text = [k for k, is_put in enumerate(whole.special_tokens_mask) if not is_put]
+        first, stop = (text[0], text[-1] + 1) if text else (len(whole.ids), len(whole.ids))
+        return whole.ids[:first], whole.ids[stop:]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if i < self.num_pieces and i not in self._special]
@@ -205,7 +309,7 @@ def _piece_sizes(described: dict[str, Any]):
     return lambda piece: 1 if byte.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
 
 
-KINDS: dict[str, Any] = {kind.file_name: kind for kind in (SentencePiece, Bytes, HuggingFace)}
+KINDS: dict[str, Any] = {kind.file_name: kind for kind in (HuggingFace, SentencePiece, Bytes)}  # the richest first
 
 
 def load(setting: str) -> Tokenizer:
@@ -222,12 +326,67 @@ def load(setting: str) -> Tokenizer:
         path = kept[0]
     kind = {".json": HuggingFace, ".bytes": Bytes}.get(path.suffix, SentencePiece)
     try:
-        if not (model := files.read_bytes(path)):
+        if not (model := regular_files.read_bytes(path)):
             raise UserError("the file is empty")
-        return kind(model)
-    except (UserError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"config.data.tokenizer = {setting!r}: {reason}") from None
+        return kind(model, stated_in(path.parent))
+    except UserError as error:
+        raise UserError(f"config.data.tokenizer = {setting!r}: {error}") from None
+
+
+def stated_in(folder: epath.Path) -> Stated:
+    """What a folder says of its tokenizer: a run or a corpus in `special_ids.json`, Hugging Face in its three files."""
+    if kept := read_json(folder / BESIDE):
+        return Stated(kept.get("document"), kept.get("num_pieces", 0))
+    described, told = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
+    ends: list[int | str | None] = [token_in(told.get("eos_token"))]
+    ends += [
+        first_of(read_json(folder / name).get("eos_token_id")) for name in ("generation_config.json", "config.json")
+    ]
+    rows = described.get("vocab_size")
+    return Stated(
+        next((end for end in ends if end is not None), None), rows if isinstance(rows, int) and rows > 0 else 0
+    )
+
+
+def token_in(value: Any) -> str | None:
+    """The name of a token as tokenizer_config.json writes it: a string, or an object with its `content`."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def first_of(value: Any) -> int | None:
+    found = value[0] if isinstance(value, list) and value else value
+    return found if isinstance(found, int) else None
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """An object in a file, {} where there is none that can be read."""
+    try:
+        content = regular_files.read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def continuation(tokenizer: Tokenizer, before: Iterable[int], ids: Iterable[int]) -> str:
+    """The text that `ids` add to the text of the ids `before`: what the whole has more than its start.
+
+    Half a character at the end of either is U+FFFD as long as it is half; where both halves are there it belongs to `ids`.
+    """
+    before, ids = [*map(int, before)], [*map(int, ids)]
+    start, whole = tokenizer.decode(before), tokenizer.decode(before + ids)
+    return whole[len(os.path.commonprefix([start, whole])) :]
+
+
+def tell_losses(tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """One line on what of a text a tokenizer loses; none where a text comes back as it was."""
+    if tokenizer.losses:
+        say(f"the tokenizer loses text: {', '.join(tokenizer.losses)}; what is read and written is what it leaves")
+
+
+def files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What a run or a corpus keeps of a tokenizer, by name."""
+    return {tokenizer.file_name: tokenizer.model} | ({BESIDE: tokenizer.beside} if tokenizer.beside else {})
 
 
 def num_pieces(setting: str) -> int:
@@ -315,4 +474,18 @@ def train(texts: Iterable[str], pieces: int, model_type: str = "bpe") -> Sentenc
         raise UserError(
             f"config.data.tokenizer: {pieces} pieces cannot be trained{hint}: {str(error).splitlines()[-1]}"
         ) from error
-    return SentencePiece(model.getvalue())
+    return SentencePiece(on_grid(model.getvalue()) if model_type == "unigram" else model.getvalue())
+
+
+def on_grid(model: bytes) -> bytes:
+    """A SentencePiece model whose scores are 64ths: float32 adds them without rounding (up to 2**18, some 30,000 pieces).
+
+    Two ways to cut a run of spaces have the same sum; in float32 the order of adding would choose, and no other library could
+    give the same ids.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    message = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    for piece in message.pieces:
+        piece.score = round(piece.score * 64) / 64
+    return message.SerializeToString()

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax import files
+from lm_jax import regular_files
 from lm_jax.config import UserError
 from lm_jax.data.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def read(place: str, tokenizer: Tokenizer, dim: int) -> WordVectors:
             wanted.setdefault(text, []).append(i)
     table, found = np.zeros((tokenizer.num_pieces, dim), np.float32), np.zeros(tokenizer.num_pieces, bool)
     try:
-        file = files.opened(place)
+        file = regular_files.opened(place)
     except OSError as error:
         raise UserError(f"config.train.init_from = {place!r} cannot be read: {error.strerror}") from None
     with file:

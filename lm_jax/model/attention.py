@@ -4,6 +4,7 @@ Shape suffixes: B batch, T query length, S key length, D model, H heads, G kv he
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import Model, UserError
-from lm_jax.model.layers import Dense, Norm
-from lm_jax.sharding import computed, constrain, einsum, iota, on_each_device, platform, reshape
+from lm_jax.model.layers import Dense, Norm, capped
+from lm_jax.sharding import computed, constrain, einsum, iota, on_each_device, platform, precision, reshape
 
 CHUNK = 256  # queries in one chunk of the chunked backend
 
@@ -42,13 +43,14 @@ class Ability(NamedTuple):
     length_multiple: int = 1
     cache: bool = False  # queries may be fewer than keys
     bias: bool = False  # something may be added to the logits
+    softcap: bool = False  # logits may be bounded
 
 
 ABILITIES = {
-    "splash": Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128),
+    "splash": Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128, softcap=True),
     "cudnn": Ability("gpu", ("float16", "bfloat16"), head_multiple=8, largest_head=128, length_multiple=2),
-    "chunked": Ability(),
-    "xla": Ability(cache=True, bias=True),
+    "chunked": Ability(softcap=True),
+    "xla": Ability(cache=True, bias=True, softcap=True),
 }
 
 
@@ -61,6 +63,7 @@ class Call(NamedTuple):
     num_queries: int
     num_keys: int
     bias: bool = False
+    softcap: bool = False
 
 
 def refusal(backend: str, call: Call) -> str:
@@ -79,6 +82,8 @@ def refusal(backend: str, call: Call) -> str:
         return f"has no cache: {call.num_queries} queries, {call.num_keys} keys"
     if call.bias and not able.bias:
         return "adds nothing to the logits, which relative positions need"
+    if call.softcap and not able.softcap:
+        return "does not bound the logits, which model.logit_softcap asks for"
     return ""
 
 
@@ -99,7 +104,8 @@ def choose(backend: str, call: Call) -> str:
 def preflight(config: Model, sequence_length: int, platform: str) -> None:
     """Raises UserError, before anything compiles, where the configured backend cannot train this model there."""
     sizes = config.head_dim, sequence_length, sequence_length
-    choose(config.attention, Call(platform, config.compute_dtype, *sizes, config.positions == "relative"))
+    asked = config.positions == "relative", config.logit_softcap[0] > 0
+    choose(config.attention, Call(platform, config.compute_dtype, *sizes, *asked))
 
 
 def attend(
@@ -112,36 +118,42 @@ def attend(
     backend: str,
     causal: bool = True,
     bias_BHTS=None,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Softmax attention (arXiv:1706.03762) in segments and windows, heads in groups -> [B, T, H, K].
 
-    Causal, or of both sides of a token; `bias_BHTS` is added to the logits. `xla` builds the whole square of logits.
+    Causal, or of both sides of a token; `bias_BHTS` is added to the logits, which `softcap` bounds (arXiv:2408.00118, section
+    2). `xla` builds the whole square of logits.
     The others rely on keys in the order of the queries, so that a token sees no later place, and need no square in the backward
     pass.
     """
     head_dim, num_queries = q_BTHK.shape[-1], q_BTHK.shape[1]
-    given = bias_BHTS is not None
-    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, head_dim, num_queries, k_BSGK.shape[1], given))
+    asked = bias_BHTS is not None, softcap > 0
+    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, head_dim, num_queries, k_BSGK.shape[1], *asked))
     if backend == "splash":
-        return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window, causal)
+        return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window, causal, softcap)
     arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal
-    if backend == "xla":
-        return checkpoint_name(_xla(*arguments, bias_BHTS), "attended")
-    return checkpoint_name({"chunked": _chunked, "cudnn": _cudnn}[backend](*arguments), "attended")
+    if backend == "cudnn":
+        return checkpoint_name(_cudnn(*arguments), "attended")
+    if backend == "chunked":
+        return checkpoint_name(_chunked(*arguments, softcap), "attended")
+    return checkpoint_name(_xla(*arguments, softcap, bias_BHTS), "attended")
 
 
-def _chunked(q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True) -> jax.Array:
+def _chunked(
+    q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True, softcap: float = 0.0
+) -> jax.Array:
     """`CHUNK` queries at a time against the keys before them, or all; a chunk's square is made again in the backward pass."""
     num_queries, num_keys = q_BTHK.shape[1], k_BSGK.shape[1]
     if num_queries <= CHUNK:
-        return _xla(q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal)
+        return _xla(q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal, softcap)
     out = []
     for start in range(0, num_queries, CHUNK):
         stop = min(start + CHUNK, num_queries)
         first = max(0, start - window + 1) // CHUNK * CHUNK if window else 0
         last = stop if causal else num_keys
         part = lambda context, a, b: Context(*(x[:, a:b] for x in context))
-        attend_chunk = jax.checkpoint(functools.partial(_xla, window=window, causal=causal))
+        attend_chunk = jax.checkpoint(functools.partial(_xla, window=window, causal=causal, softcap=softcap))
         out.append(
             attend_chunk(
                 q_BTHK[:, start:stop],
@@ -166,7 +178,9 @@ def _cudnn(
     return on_each_device(on_a_device, inputs, heads[0])(q_BTHK, k_BSGK, v_BSGK, queries, keys)
 
 
-def _splash(q_BTHK, k_BSGK, v_BSGK, context: Context, window: int, causal: bool = True, interpret: bool = False):
+def _splash(
+    q_BTHK, k_BSGK, v_BSGK, context: Context, window: int, causal=True, softcap: float = 0.0, interpret: bool = False
+) -> jax.Array:
     """The Pallas kernel that skips what no query of a block may see, forwards and backwards."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, on a TPU only
 
@@ -180,11 +194,14 @@ def _splash(q_BTHK, k_BSGK, v_BSGK, context: Context, window: int, causal: bool 
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * q_BTHK.shape[2]),
             block_sizes=blocks,
+            attn_logits_soft_cap=softcap or None,
             residual_checkpoint_name="attended",
             interpret=interpret,
         )
         rows = (x.swapaxes(1, 2) for x in (q_BTHK / head_dim**0.5, k_BSGK, v_BSGK))
-        return jax.vmap(kernel)(*rows, splash.SegmentIds(ids_BT, ids_BT)).swapaxes(1, 2)
+        full = precision(q_BTHK.dtype)
+        with jax.default_matmul_precision(full and "highest"):  # the kernel's products say nothing of it
+            return jax.vmap(kernel)(*rows, splash.SegmentIds(ids_BT, ids_BT)).swapaxes(1, 2)
 
     heads, tokens = _layouts()
     return on_each_device(on_a_device, (*heads, tokens), heads[0])(q_BTHK, k_BSGK, v_BSGK, context.segment_ids)
@@ -207,7 +224,15 @@ def _seen(queries: Context, keys: Context, window: int, causal: bool = True) -> 
 
 
 def _xla(
-    q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True, bias_BHTS=None
+    q_BTHK,
+    k_BSGK,
+    v_BSGK,
+    queries: Context,
+    keys: Context,
+    window: int,
+    causal: bool = True,
+    softcap: float = 0.0,
+    bias_BHTS=None,
 ) -> jax.Array:
     batch, num_queries, num_heads, head_dim = q_BTHK.shape
     num_groups = k_BSGK.shape[2]
@@ -217,6 +242,8 @@ def _xla(
     if bias_BHTS is not None:
         like = logits_BGRTS.shape
         logits_BGRTS = logits_BGRTS + reshape(bias_BHTS, like, "batch", "kv_heads", None, None, None)
+    if softcap:
+        logits_BGRTS = capped(logits_BGRTS.astype(jnp.float32), softcap)
     seen_BTS = _seen(queries, keys, window, causal)
     logits_BGRTS = jnp.where(seen_BTS[:, None, None], logits_BGRTS.astype(jnp.float32), jnp.finfo(jnp.float32).min / 2)
     weights_BGRTS = jax.nn.softmax(logits_BGRTS, axis=-1).astype(v_BSGK.dtype)
@@ -225,19 +252,27 @@ def _xla(
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of rotary positions, float32 [B, T, 1, K / 2]: made once, used by every layer."""
+    """Cosines and sines of rotary positions, float32 [B, T, 1, turned width / 2]: made once, used by every layer."""
 
     cos: jax.Array
     sin: jax.Array
 
 
-def rotation(positions_BT: jax.Array, head_dim: int, base: float, scaling: tuple = (1.0, 1.0, 4.0, 0.0)) -> Rotation:
-    """Angles of rotary positions (arXiv:2104.09864): position * base^(-2k / head_dim), scaled as `scaled` says."""
-    half = head_dim // 2
+def rotation(
+    positions_BT: jax.Array, width: int, base: float, scaling: tuple = (1.0, 1.0, 4.0, 0.0), kind: str = "llama3"
+) -> Rotation:
+    """Angles of rotary positions (arXiv:2104.09864): position * base^(-2k / width), scaled as `scaled` or `yarn` says."""
+    half = width // 2
     frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    frequency_K = frequency_K if scaling[0] == 1 else scaled(frequency_K, *scaling)
+    size = 1.0
+    if scaling[0] != 1:
+        by_kind = functools.partial(yarn, base=base) if kind == "yarn" else scaled
+        frequency_K = by_kind(frequency_K, *scaling)
+        size = 0.1 * math.log(scaling[0]) + 1 if kind == "yarn" else 1.0  # arXiv:2309.00071, section 3.4
     angle_BT1K = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_K[None, None, None]
-    return Rotation(*jax.lax.optimization_barrier((jnp.cos(angle_BT1K), jnp.sin(angle_BT1K))))
+    turns = jnp.cos(angle_BT1K), jnp.sin(angle_BT1K)
+    turns = turns if size == 1 else (size * turns[0], size * turns[1])
+    return Rotation(*jax.lax.optimization_barrier(turns))
 
 
 def scaled(frequency_K: jax.Array, factor: float, low: float, high: float, length: float) -> jax.Array:
@@ -250,8 +285,20 @@ def scaled(frequency_K: jax.Array, factor: float, low: float, high: float, lengt
     return frequency_K * (share_K + (1 - share_K) / factor)
 
 
+def yarn(frequency_K: jax.Array, factor: float, low: float, high: float, length: float, base: float) -> jax.Array:
+    """`scaled` with a passage that is linear in the index k, between whole ones (YaRN, arXiv:2309.00071, section 3.2)."""
+    half = len(frequency_K)
+    at = lambda turns: half * math.log(length / (turns * 2 * math.pi)) / math.log(base)  # the index that turns so often
+    first, last = max(math.floor(at(high)), 0), min(math.ceil(at(low)), 2 * half - 1)
+    share_K = 1 - jnp.clip((jnp.arange(half, dtype=jnp.float32) - first) / (max(last - first, 0) or 0.001), 0, 1)
+    return frequency_K * (share_K + (1 - share_K) / factor)
+
+
 def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:
-    """Each pair (k, k + half) turned by its angle, in float32."""
+    """Each pair (k, k + half) of the turned width turned by its angle, in float32; what is beyond stays."""
+    width = 2 * by.cos.shape[-1]
+    if width < x_BTHK.shape[-1]:
+        return jnp.concatenate([rotate(x_BTHK[..., :width], by), x_BTHK[..., width:]], axis=-1)
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1)
     return turned.astype(x_BTHK.dtype)
@@ -298,9 +345,10 @@ class Attention(nnx.Module):
         self.query = Dense(model, heads, config.init_scale, bias)
         self.key = Dense(model, kv_heads, config.init_scale, bias)
         self.value = Dense(model, kv_heads, config.init_scale, bias)
-        norm = lambda: Norm(config.head_dim, config.norm, config.norm_epsilon, config.bias, "head_dim")
-        self.query_norm = norm() if config.qk_norm else None
-        self.key_norm = norm() if config.qk_norm else None
+        normed = lambda dims: dims if config.qk_norm_whole else {"head_dim": config.head_dim}
+        norm = lambda dims: Norm(normed(dims), config.norm, config.norm_epsilon, config.bias)
+        self.query_norm = norm(heads) if config.qk_norm else None
+        self.key_norm = norm(kv_heads) if config.qk_norm else None
         self.output = Dense(heads, model, output_stddev, config.bias)
 
     def __call__(
@@ -317,11 +365,7 @@ class Attention(nnx.Module):
         `source` is what is looked at, [B, S, D] with its context, where that is not `x` itself.
         """
         seen_BSD, seen = source or (x_BTD, context)
-        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(seen_BSD), self.value(seen_BSD)
-        if self.query_norm and self.key_norm:
-            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
-        if turn is not None:
-            q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
+        (q_BTHK, k_BTGK), v_BTGK = self.queries_and_keys(x_BTD, seen_BSD, turn), self.value(seen_BSD)
         named = zip((q_BTHK, k_BTGK, v_BTGK), ("query", "key", "value"), strict=True)
         q_BTHK, k_BTGK, v_BTGK = (checkpoint_name(x, name) for x, name in named)
         backend = self.config.attention
@@ -329,5 +373,17 @@ class Attention(nnx.Module):
             cache = Cache(write(cache.keys, k_BTGK, context), write(cache.values, v_BTGK, context))
             seen, backend = seen_keys(context, cache.keys.shape[1]), "auto"
             k_BTGK, v_BTGK = cache if seen is not context else (k_BTGK, v_BTGK)
-        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context, seen, self.window, backend, self.causal, bias_BHTS)
+        more = self.causal, bias_BHTS, self.config.logit_softcap[0]
+        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context, seen, self.window, backend, *more)
         return checkpoint_name(self.output(out_BTHK), "attention"), cache
+
+    def queries_and_keys(self, x_BTD, seen_BSD, turn: Rotation | None) -> tuple[jax.Array, jax.Array]:
+        """[B, T, H, K] and [B, S, G, K], normalised and turned: their products over sqrt(K) are the logits."""
+        q_BTHK, k_BSGK = self.query(x_BTD), self.key(seen_BSD)
+        if self.query_norm and self.key_norm:
+            q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
+        if turn is not None:
+            q_BTHK, k_BSGK = rotate(q_BTHK, turn), rotate(k_BSGK, turn)
+        if multiplier := self.config.multipliers[2]:
+            q_BTHK = q_BTHK * (multiplier * self.config.head_dim**0.5)
+        return q_BTHK, k_BSGK

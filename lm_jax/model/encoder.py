@@ -23,7 +23,7 @@ class Encoder(Transformer):
 
     def __init__(self, config: Model, num_pieces: int, sequence_length: int):
         super().__init__(config, num_pieces, sequence_length)
-        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
+        norm = lambda: Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
         dense = lambda num: Dense({"model": config.model_dim}, {"features": num}, config.init_scale, config.bias)
         self.segments = Embedding(NUM_SEGMENTS, config.model_dim, "segments", config.init_scale)
         self.embedding_norm = norm()
@@ -45,14 +45,15 @@ class Encoder(Transformer):
 
     def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
         context = Context(batch["positions"], batch["segment_ids"])
-        states_BTD, _ = self(batch["tokens"], context, drop, types_BT=batch["token_type_ids"])
-        return Reading(None if self.config.head else self.fill(states_BTD), self.label_logits(states_BTD))
+        states_BTD, left = self(batch["tokens"], context, drop, types_BT=batch["token_type_ids"])
+        return Reading(None if self.config.head else self.fill(states_BTD), self.label_logits(states_BTD), left)
 
     def fill(self, states_BTD: jax.Array) -> jax.Array:
         """What the masked-token head multiplies with the output table."""
         return self.transform_norm(ACTIVATIONS[self.config.activation](self.transform(states_BTD)))
 
     def label_logits(self, states_BTD: jax.Array) -> jax.Array:
-        """[B, T, C]; of a segment only its first token is asked, but where each token has logits of its own."""
+        """float32 [B, T, C]; of a segment only its first token is asked, but where each token has logits of its own."""
         head = self.labels or self.next_sentence
-        return head(states_BTD if self.config.head in PER_TOKEN else jnp.tanh(self.pooler(states_BTD)))
+        seen_BTD = states_BTD if self.config.head in PER_TOKEN else jnp.tanh(self.pooler(states_BTD))
+        return head(seen_BTD.astype(jnp.float32))

@@ -58,7 +58,7 @@ class Layer(nnx.Module):
     def __init__(self, config: Model, decodes: bool):
         self.config, self.name = config, "decoder" if decodes else "encoder"
         stddev = config.init_scale / math.sqrt((3 if decodes else 2) * config.num_layers)
-        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
+        norm = lambda: Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
         self.attention_norm, self.attention = norm(), Attention(config, 0, stddev, causal=decodes)
         self.cross_norm = norm() if decodes else None
         self.cross = Attention(config, 0, stddev, causal=False) if decodes else None
@@ -86,7 +86,8 @@ class Layer(nnx.Module):
         x_BTD, cache = branch(x_BTD, self.attention_norm, "attention", own)
         if self.cross is not None and self.cross_norm is not None:
             look = self.cross
-            across = lambda x_BTD: look(x_BTD, context, None, None, source=source)
+            seen = source and (source[0].astype(x_BTD.dtype), source[1])
+            across = lambda x_BTD: look(x_BTD, context, None, None, source=seen)
             x_BTD, _ = branch(x_BTD, self.cross_norm, "cross", across)
         return branch(x_BTD, self.mlp_norm, "mlp", lambda x_BTD: (self.mlp(x_BTD), None))[0], cache
 
@@ -98,7 +99,7 @@ class EncoderDecoder(LanguageModel):
         super().__init__(config, num_pieces, sequence_length)
         learned, relative = (config.positions == name for name in ("learned", "relative"))
         places = lambda: Embedding(sequence_length, config.model_dim, "positions", config.init_scale / 2)
-        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
+        norm = lambda: Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
         ends = config.norm_place != "post"  # there the last layers have normalised
         for name, decodes in (("encoder", False), ("decoder", True)):
             setattr(self, f"{name}_positions", places() if learned else None)
@@ -144,6 +145,8 @@ class EncoderDecoder(LanguageModel):
         rotary = config.positions == "rotary"
         turn = rotation(context.positions, config.head_dim, config.rotary_base) if rotary else None
         graph, parameters = split(part("layers"))
+        if source:  # all layers read it: its gradient is their sum
+            source = source[0].astype(jnp.float32), source[1]
 
         def body(x_BTD, scanned):
             index, parameters, cache = scanned

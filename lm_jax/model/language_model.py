@@ -13,7 +13,7 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.heads import num_outputs
 from lm_jax.model.attention import Context
-from lm_jax.model.layers import Dense, Dropout, Embedding
+from lm_jax.model.layers import Dense, Dropout, Embedding, capped
 from lm_jax.sharding import constrain, einsum, iota, reshape
 
 
@@ -22,7 +22,9 @@ class Reading(NamedTuple):
     what else predicts."""
 
     hidden_BTD: jax.Array | None
-    labels_BTC: jax.Array | None = None  # logits of a task's head, or of next sentence at a segment's first token
+    labels_BTC: jax.Array | None = (
+        None  # float32 logits of a task's head, or of next sentence at a segment's first token
+    )
     left: Any = None  # behind by the blocks: the routing losses of experts
 
 
@@ -52,7 +54,9 @@ class LanguageModel(nnx.Module):
     def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
         """What a batch of contract `[batch, length]` arrays gives for the loss."""
         hidden_BTD, left = self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)
-        return Reading(None, self.labels(hidden_BTD), left) if self.labels else Reading(hidden_BTD, left=left)
+        if self.labels is None:
+            return Reading(hidden_BTD, left=left)
+        return Reading(None, self.labels(hidden_BTD.astype(jnp.float32)), left)
 
     @property
     def output_table(self) -> jax.Array:
@@ -64,20 +68,27 @@ class LanguageModel(nnx.Module):
         """What is added to the logits, as it is stored."""
         return None if self.output_bias is None else self.output_bias[...]
 
+    def before_table(self, x_BTD: jax.Array) -> jax.Array:
+        """Hidden states as they are multiplied with the output table, smaller where logits are divided by a constant."""
+        divisor = self.config.multipliers[3]
+        return x_BTD if divisor == 1 else x_BTD / divisor
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Hidden states [B, T, D] -> logits [B, T, V] in the compute dtype; padding of the vocabulary never wins."""
+        """Hidden states [B, T, D] -> float32 logits [B, T, V]; padding of the vocabulary never wins."""
+        x_BTD = self.before_table(x_BTD)
         batch, length, dim = x_BTD.shape
         table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")
         x_ND = reshape(x_BTD, (batch * length, dim), "tokens", None)
-        logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab")
+        logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab", dtype=jnp.float32)
         if self.bias_V is not None:
-            logits = logits + constrain(self.bias_V.astype(x_BTD.dtype), "vocab")[None]
+            logits = logits + constrain(self.bias_V, "vocab")[None]
+        if softcap := self.config.logit_softcap[1]:
+            logits = capped(logits, softcap)
         logits_BTV = reshape(logits, (batch, length, self.vocab_size), "batch", "length", "vocab")
         if self.vocab_size == self.num_pieces:
             return logits_BTV
         real_BTV = iota(logits_BTV.shape, "batch", "length", "vocab") < self.num_pieces
-        never = max(-1e9, float(jnp.finfo(logits_BTV.dtype).min))  # float16 ends at -65504
-        return jnp.where(real_BTV, logits_BTV, jnp.asarray(never, logits_BTV.dtype))
+        return jnp.where(real_BTV, logits_BTV, -1e9)
 
 
 def padded(num_pieces: int) -> int:

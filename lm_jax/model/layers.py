@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm_jax.sharding import constrain, einsum, reshape, stored, take_rows
+from lm_jax.sharding import constrain, einsum, reshape, stored, take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Dense(nnx.Module):
         y = reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
         if self.bias is None:
             return y
-        bias = constrain(self.bias[...].astype(x.dtype), *outputs)
-        return y + bias[None, None]
+        bias = constrain(self.bias[...], *outputs)  # float32, as is the sum over all tokens that is its gradient
+        return (y.astype(bias.dtype) + bias[None, None]).astype(x.dtype)
 
 
 def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
@@ -144,21 +144,23 @@ def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
 
 
 class Norm(nnx.Module):
-    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim, in float32."""
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dims, {axis: size}, in float32."""
 
-    def __init__(self, dim: int, kind: str, epsilon: float, bias: bool, axis: str = "model"):
-        self.kind, self.epsilon, self.axis = kind, epsilon, axis
-        self.scale = declare((dim,), (axis,), constant(1.0))
-        self.bias = declare((dim,), (axis,), constant(0.0)) if bias and kind == "layernorm" else None
+    def __init__(self, dims: dict[str, int], kind: str, epsilon: float, bias: bool):
+        self.kind, self.epsilon, self.axes = kind, epsilon, tuple(dims)
+        sizes = tuple(dims.values())
+        self.scale = declare(sizes, self.axes, constant(1.0))
+        self.bias = declare(sizes, self.axes, constant(0.0)) if bias and kind == "layernorm" else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x, lead = x_BTD.astype(jnp.float32), (None,) * (x_BTD.ndim - 1)
+        num = len(self.axes)
+        x, lead, last = x_BTD.astype(jnp.float32), (None,) * (x_BTD.ndim - num), tuple(range(-num, 0))
         if self.kind == "layernorm":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        x = x * constrain(self.scale[...], self.axis)[lead]
+            x = x - x.mean(last, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(last, keepdims=True) + self.epsilon)
+        x = x * constrain(self.scale[...], *self.axes)[lead]
         if self.bias is not None:
-            x = x + constrain(self.bias[...], self.axis)[lead]
+            x = x + constrain(self.bias[...], *self.axes)[lead]
         return x.astype(x_BTD.dtype)
 
 
@@ -169,8 +171,14 @@ class Embedding(nnx.Module):
         self.table = declare((num, dim), (axis, "model"), normal(stddev), (0,), (1,))
 
     def __call__(self, ids_BT: jax.Array, dtype) -> jax.Array:
+        """-> [B, T, D] in `dtype`; the gradient of a vector is added up in float32, also of one that is read at every token."""
         axes = self.table.get_metadata("declared").axes
-        return take_rows(constrain(self.table[...].astype(dtype), *axes), ids_BT)
+        return take(constrain(self.table[...], *axes), ids_BT, "batch", "length", None).astype(dtype)
+
+
+def capped(logits: jax.Array, cap: float) -> jax.Array:
+    """Logits between -cap and cap, as they are near 0 (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * jnp.tanh(logits / cap)
 
 
 def stacked(block: nnx.Module, num: int) -> nnx.Module:

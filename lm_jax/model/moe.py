@@ -12,7 +12,7 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.layers import Declaration, Dense, declare, normal
-from lm_jax.sharding import computed, constrain, on_each_device, sum_over
+from lm_jax.sharding import computed, constrain, on_each_device, precision, sum_over
 
 
 class Experts(nnx.Module):
@@ -34,7 +34,7 @@ class Experts(nnx.Module):
         """-> [B, T, D], and what is wrong with the routing of each row (`routing_losses`), float32 [B, 2]."""
         logits_BTE = self.router(x_BTD.astype(jnp.float32))  # a choice by small differences (arXiv:2101.03961)
         weights_BTC, chosen_BTC = jax.lax.top_k(jax.nn.softmax(logits_BTE), self.config.experts_per_token)
-        weights_BTC = (weights_BTC / weights_BTC.sum(-1, keepdims=True)).astype(x_BTD.dtype)
+        weights_BTC = weights_BTC / weights_BTC.sum(-1, keepdims=True)
         tokens = computed(("batch", "length", None))
         kernels = ("experts", "model", "mlp"), ("experts", "model", "mlp"), ("experts", "mlp", "model")
         body = functools.partial(_on_a_device, self.activation)
@@ -46,17 +46,21 @@ class Experts(nnx.Module):
 
 
 def _on_a_device(activation, x_BTD, weights_BTC, chosen_BTC, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-    """Tokens are put in the order of their experts, so that each expert has one product; F may be a part of the whole."""
+    """Tokens are put in the order of their experts, so that each expert has one product; F may be a part of the whole.
+
+    What adds up over experts, or over the width for a weight's gradient, does so in float32.
+    """
     batch, length, dim = x_BTD.shape
     num_chosen, num_experts = chosen_BTC.shape[-1], len(gate_EDF)
     expert = chosen_BTC.reshape(-1)  # [N * C]
     order = jnp.argsort(expert, stable=True)
     sizes_E = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
-    x = x_BTD.reshape(-1, dim)[order // num_chosen]
-    h = activation(jax.lax.ragged_dot(x, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x, up_EDF, sizes_E)
-    y = jax.lax.ragged_dot(h, down_EFD, sizes_E) * weights_BTC.reshape(-1)[order][:, None]
+    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_E, precision=precision(x_BTD.dtype))
+    x = x_BTD.reshape(-1, dim).astype(jnp.float32)[order // num_chosen].astype(x_BTD.dtype)
+    h = activation(product(x, gate_EDF)) * product(x, up_EDF)
+    y = product(h, down_EFD).astype(jnp.float32) * weights_BTC.reshape(-1)[order][:, None]
     y_NCD = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, num_chosen, dim)
-    return sum_over(y_NCD.sum(1).reshape(batch, length, dim), "mlp")
+    return sum_over(y_NCD.sum(1).reshape(batch, length, dim), "mlp").astype(x_BTD.dtype)
 
 
 def routing_losses(logits_BTE: jax.Array, chosen_BTC: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:

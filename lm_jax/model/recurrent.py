@@ -71,13 +71,13 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context, state: State) -> tuple[jax.Array, State]:
         """-> [B, T, D], and the state after the last token."""
-        kernel_DG = constrain(self.recurrent[...].astype(x_BTD.dtype), "model", "features")
+        kernel_DG = constrain(self.recurrent[...], "model", "features")  # float32: its gradient is a sum over time
         step = CELLS[self.config.kind].step
 
         def over_time(state: State, at):
             x_BG, position_B1, segment_B1 = at
             state = tuple(jnp.where((position_B1 == 0) & (segment_B1 > 0), 0, x_BD) for x_BD in state)
-            h_BG = einsum("BD,DG->BG", state[0].astype(x_BTD.dtype), kernel_DG, "batch", "features")
+            h_BG = einsum("BD,DG->BG", state[0].astype(x_BTD.dtype), kernel_DG.astype(x_BTD.dtype), "batch", "features")
             after = step(state, x_BG.astype(jnp.float32), h_BG.astype(jnp.float32))
             state = tuple(jnp.where(segment_B1 > 0, new, old) for new, old in zip(after, state, strict=True))
             return state, state[0].astype(x_BTD.dtype)

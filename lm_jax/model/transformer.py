@@ -57,21 +57,23 @@ class Block(nnx.Module):
     """Transformer block; residual outputs start smaller by sqrt(2 layers) (GPT-2).
 
     The stream x becomes, by `config.norm_place`, for both branches f (attention, then MLP):
-    pre: x + f(norm(x)) (arXiv:2002.04745); post: norm(x + f(x)) (arXiv:1706.03762); both: x + norm(f(norm(x))).
+    pre: x + f(norm(x)) (arXiv:2002.04745); post: norm(x + f(x)) (arXiv:1706.03762); both: x + norm(f(norm(x)));
+    branch: x + norm(f(x)) (arXiv:2501.00656).
     """
 
     def __init__(self, config: Model, window: int):
         self.config = config
         output_stddev = config.init_scale / math.sqrt(2 * config.num_layers)
-        norm = lambda: Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias)
-        causal = config.kind != "encoder"
-        self.attention_norm, self.attention = norm(), Attention(config, window, output_stddev, causal)
+        norm = lambda: Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
+        causal, before = config.kind != "encoder", config.norm_place != "branch"
+        self.attention_norm = norm() if before else None
+        self.attention = Attention(config, window, output_stddev, causal)
         activation = ACTIVATIONS[config.activation]
-        self.mlp_norm = norm()
+        self.mlp_norm = norm() if before else None
         self.mlp = Experts(config, output_stddev, activation) if config.num_experts else Mlp(config, output_stddev)
-        both = config.norm_place == "both"
-        self.attention_post_norm = norm() if both else None
-        self.mlp_post_norm = norm() if both else None
+        after = config.norm_place in ("both", "branch")
+        self.attention_post_norm = norm() if after else None
+        self.mlp_post_norm = norm() if after else None
 
     def __call__(
         self,
@@ -82,16 +84,18 @@ class Block(nnx.Module):
         drop: Dropout | None,
         cache: Cache | None,
     ):
-        post, rate = self.config.norm_place == "post", self.config.dropout
+        post, rate, multiplier = self.config.norm_place == "post", self.config.dropout, self.config.multipliers[1]
+        before = lambda x_BTD, norm: x_BTD if post or norm is None else norm(x_BTD)
 
-        def join(x_BTD, y_BTD, name: str, norm: Norm, post_norm: Norm | None):
+        def join(x_BTD, y_BTD, name: str, norm: Norm | None, post_norm: Norm | None):
             y_BTD = post_norm(y_BTD) if post_norm else y_BTD
+            y_BTD = y_BTD if multiplier == 1 else y_BTD * multiplier
             x_BTD = x_BTD + (drop(y_BTD, rate, name, layer) if drop and rate else y_BTD)
-            return norm(x_BTD) if post else x_BTD
+            return norm(x_BTD) if post and norm else x_BTD
 
-        y_BTD, cache = self.attention(x_BTD if post else self.attention_norm(x_BTD), context, turn, cache)
+        y_BTD, cache = self.attention(before(x_BTD, self.attention_norm), context, turn, cache)
         x_BTD = join(x_BTD, y_BTD, "attention", self.attention_norm, self.attention_post_norm)
-        y_BTD = x_BTD if post else self.mlp_norm(x_BTD)
+        y_BTD = before(x_BTD, self.mlp_norm)
         routing = None
         if isinstance(self.mlp, Experts):
             y_BTD, routing = self.mlp(y_BTD, context.segment_ids)
@@ -114,7 +118,7 @@ class Transformer(LanguageModel):
         for index, window in enumerate(config.window):
             setattr(self, f"block_{index}", stacked(Block(config, window), config.num_layers // self.period))
         ends = config.norm_place != "post"  # there the last block has normalised
-        self.norm = Norm(config.model_dim, config.norm, config.norm_epsilon, config.bias) if ends else None
+        self.norm = Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias) if ends else None
 
     @staticmethod
     def empty_caches(config: Model, batch: int, slots: int) -> list[Cache]:
@@ -177,26 +181,40 @@ class Transformer(LanguageModel):
         return self.norm(x_BTD) if self.norm else x_BTD, left
 
     def rotations(self, positions_BT: jax.Array) -> list[Rotation | None]:
-        """Of each block of the period; blocks with a window may have another base, without scaling (Gemma 3)."""
+        """Of each block of the period; blocks with a window may have another base, without scaling (Gemma 3), and each its
+        share of a head's width (0: none)."""
         config = self.config
-        if config.positions != "rotary":
-            return [None] * self.period
-        far = rotation(positions_BT, config.head_dim, config.rotary_base, config.rotary_scaling)
-        if not config.rotary_local_base:
-            return [far] * self.period
-        near = rotation(positions_BT, config.head_dim, config.rotary_local_base)
-        return [near if window else far for window in config.window]
+        made: dict[tuple[int, tuple], Rotation] = {}  # blocks that turn alike share one
+
+        def of_block(window: int, share: float) -> Rotation | None:
+            width = int(config.head_dim * share)
+            if config.positions != "rotary" or not width:
+                return None
+            how: tuple = (config.rotary_base, config.rotary_scaling, config.rotary_scaling_kind)
+            how = (config.rotary_local_base,) if window and config.rotary_local_base else how
+            if (width, how) not in made:
+                made[width, how] = rotation(positions_BT, width, *how)
+            return made[width, how]
+
+        return [of_block(*kind) for kind in zip(config.window, shares(config), strict=True)]
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.compute_dtype)
         x_BTD = self.embedding(tokens_BT, dtype)
         if self.config.scale_embedding:
             x_BTD = x_BTD * jnp.asarray(math.sqrt(self.config.model_dim), dtype)
+        if self.config.multipliers[0] != 1:
+            x_BTD = x_BTD * self.config.multipliers[0]
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(positions_BT, dtype)
         if self.config.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoids(positions_BT, self.config.model_dim).astype(dtype)
         return x_BTD
+
+
+def shares(config: Model) -> tuple[float, ...]:
+    """`config.rotary_share` of each block of the period."""
+    return config.rotary_share * (len(config.window) // len(config.rotary_share))
 
 
 def sinusoids(positions_BT: jax.Array, dim: int) -> jax.Array:

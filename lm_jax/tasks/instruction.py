@@ -45,8 +45,8 @@ class Instruction(Task):
     def truth(self, values: tuple) -> str:
         return values[0][self.last(values)]["content"]
 
-    def end(self, by: Tokenizer) -> int:
-        return chat.end_of_turn(self.chat_template, by)
+    def ends(self, by: Tokenizer) -> tuple[int, ...]:
+        return (chat.end_of_turn(self.chat_template, by),)
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         found = []

@@ -9,6 +9,7 @@ answer a part.
 
 import numpy as np
 
+from lm_jax import chat
 from lm_jax.config import Config, UserError
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks.instruction import checked_messages, find_template, template_of, turns
@@ -24,12 +25,16 @@ class Preference(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         self.beta = config.train.dpo_beta
-        self.chat_template = find_template(config)
+        self.chat_template, self.has_chats = find_template(config), False
+
+    def ends(self, by: Tokenizer) -> tuple[int, ...]:
+        return (chat.end_of_turn(self.chat_template, by),) if self.has_chats else super().ends(by)
 
     def parse(self, row: Row) -> tuple:
         is_chat = isinstance(row.content["prompt"], list)
         prompt = checked_messages(row, "prompt", answered=False) if is_chat else checked_text(row, "prompt")
         self.chat_template = self.chat_template or (template_of(self.config) if is_chat else "")
+        self.has_chats |= is_chat
         chosen, rejected = checked_text(row, "chosen"), checked_text(row, "rejected")
         if chosen.strip() == rejected.strip():
             raise UserError(f"{row.where}: chosen and rejected are the same text {chosen[:40]!r}")

@@ -15,6 +15,7 @@ from lm_jax.data.mixture import Mixed, Mixture, Shares, short_names
 from lm_jax.data.packing import Batch, BestFit, lay_out, stacked_or_padding
 from lm_jax.data.shards import Corpus, Split, file_hash
 from lm_jax.data.sources import SPLITS, split_of
+from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.tables import Row, files_of, left_over, rows
@@ -139,6 +140,11 @@ class TaskData(Mixture):
     @property
     def chat_template(self) -> str:
         return self.task.chat_template
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        found = of_documents(self.by)
+        return found._replace(ends=self.task.ends(self.by)).also(*found.ends)
 
     def _examples(self, data: Data, split: str) -> Examples:
         records = self.records[split]

@@ -4,15 +4,17 @@
 <workdir>/results/<split>.json   what it is of, and every score with its 95% interval;  <split>.md  the same as a table
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm_jax import files
 from lm_jax.config import UserError, nearest
+from lm_jax.files import sealed, unsealed
 from lm_jax.places import write_whole
+from lm_jax.regular_files import read_bytes
 from lm_jax.tasks.scores import KINDS, RESAMPLES, Difference, Measure, calibration, intervals, paired
 
 
@@ -54,9 +56,11 @@ def write(
     plain = lambda value: value.tolist()  # numbers and arrays of numpy
     text = "".join(json.dumps(line, default=plain, ensure_ascii=False) + "\n" for line in lines)
     summary = about | {
+        "format": 2,
         "split": split,
         "kind": kind,
         "records": len(results),
+        "lines": hashlib.sha256(text.encode()).hexdigest(),
         "bootstrap": {"resamples": RESAMPLES, "seed": seed, "share": 0.95},
         "scores": {name: interval._asdict() for name, interval in found.items()},
     }
@@ -69,8 +73,9 @@ def write(
     )
     folder = workdir / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    for ending, content in (("jsonl", text), ("md", page), ("json", json.dumps(summary, indent=1, default=plain))):
-        write_whole(folder / f"{split}.{ending}", content.encode())
+    summary = json.loads(json.dumps(summary, default=plain))
+    for ending, content in (("jsonl", text.encode()), ("md", page.encode()), ("json", sealed(summary))):
+        write_whole(folder / f"{split}.{ending}", content)
     return {name: interval.value for name, interval in found.items()}
 
 
@@ -84,12 +89,14 @@ def read(workdir: epath.Path, split: str) -> tuple[str, list[Result]]:
     """(kind, results) of an evaluated split. Raises UserError where there are none or a line is none."""
     place = workdir / "results" / f"{split}.jsonl"
     try:
-        kind = files.read_json(workdir / "results" / f"{split}.json")["kind"]
-        lines = [json.loads(line) for line in files.read_bytes(place).split(b"\n") if line]
+        summary, raw = unsealed(read_bytes(workdir / "results" / f"{split}.json"), first=2), read_bytes(place)
+        if summary.get("lines", "") not in ("", hashlib.sha256(raw).hexdigest()):
+            raise ValueError("it is not as it was written")
+        kind, lines = summary["kind"], [json.loads(line) for line in raw.split(b"\n") if line]
         results = [Result(x["record"], x["truth"], x["prediction"], x.get("confidence")) for x in lines]
     except FileNotFoundError:
         raise UserError(f"no results of the {split} split in {workdir}: evaluate it first") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place} cannot be read ({type(error).__name__}: {error}): evaluate once more") from None
     if kind not in KINDS:
         raise UserError(f"{place}: kind {kind!r} is none of {', '.join(KINDS)}{nearest(str(kind), KINDS)}")

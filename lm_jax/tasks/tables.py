@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from lm_jax import files
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
 from lm_jax.data import lines
 from lm_jax.data.sources import SPLITS
@@ -103,7 +103,7 @@ def like(column: str, there) -> list[str]:
 
 
 def _text(path: epath.Path) -> Iterator[Row]:
-    with files.opened(path) as file:
+    with regular_files.opened(path) as file:
         for row in lines.rows(file, path.suffix[1:]):
             where = f"{path} line {row.number}"
             if isinstance(row, lines.Wrong):
@@ -119,7 +119,7 @@ def _parquet(path: epath.Path) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError:
         raise needs(str(path), "pyarrow", "prep") from None
-    with files.opened(path) as file:
+    with regular_files.opened(path) as file:
         content = file.read()
     number = 0
     try:

@@ -94,9 +94,9 @@ class Task:
         """What a model wrote for a record, without the white space around it."""
         return Result(where, self.truth(values).strip(), text.strip())
 
-    def end(self, by: Tokenizer) -> int:
-        """The piece that ends an answer."""
-        return by.document_id
+    def ends(self, by: Tokenizer) -> tuple[int, ...]:
+        """The pieces of which any ends an answer."""
+        return (by.document_id,)
 
     def scores(self, results: tuple) -> dict[str, float]:
         """The task's metrics, the first of which is what one looks at; none where texts are written (lm_jax/answers.py)."""

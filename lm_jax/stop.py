@@ -1,0 +1,145 @@
+"""What SIGINT and SIGTERM do: they end the process at once while nothing would be lost, else they ask it to save and leave.
+
+A thread takes them: a handler in Python waits until C++ (a compiler, the training of a tokenizer) gives the main thread back.
+Nothing heavy is imported here: `lm_jax/__init__.py` listens before anything else is imported.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_PREEMPTED = 75
+NEVER = -1  # in the place of a step: there is none
+LAST = b"\0"  # in the place of a signal's number
+
+
+listening: list[
+    "Stop"
+] = []  # the last takes what comes; the first, where the process is a command of ours, from its start on
+
+
+class Stopped(Exception):
+    """The process was asked to stop, in the middle of what can be done again."""
+
+
+class Stop:
+    """`with Stop() as stop`: signals end the process, or set `requested` where a step is done that is not saved yet.
+
+    SIGINT is taken also where it was ignored when the process started, as a shell starts what stands before an `&`: who sends
+    it means it. A second signal ends the process at once, whatever is lost.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.done = NEVER  # the newest step in memory
+        self.saved = NEVER  # the newest step on disk, whole
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, args=(read,), daemon=True)
+        self._thread.start()
+        os.register_at_fork(after_in_child=self._forget)
+        listening.append(self)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while this process replaced itself comes now
+        return self
+
+    def __exit__(self, *error) -> None:
+        listening.remove(self)
+        for below in listening[-1:]:
+            below.done, below.saved = self.done, self.saved
+        signal.set_wakeup_fd(self._fd_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        write, self._write = self._write, NEVER
+        os.close(write)
+
+    def _forget(self) -> None:
+        """In a forked child: signals do what they do everywhere; not one of them is told to the parent's thread."""
+        if self._write != NEVER:
+            signal.set_wakeup_fd(-1)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+
+    def _listen(self, read: int) -> None:
+        while taken := os.read(read, 1):  # the number of a signal; nothing once `__exit__` has closed the other end
+            if taken[0] in SIGNALS:
+                self._take(taken[0])
+            elif taken == LAST:
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now waits
+                os.close(self._write)  # what came before is answered
+        os.close(read)
+
+    def hand_over(self) -> None:
+        """Ends listening so that no signal is lost: those that are not answered here stay with the process."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        os.write(self._write, LAST)
+        self._thread.join()
+
+    def _take(self, number: int) -> None:
+        if self.done <= max(self.saved, 0) or self.requested:
+            leave(number, self.saved)
+        self.requested = True
+        tell("stopping: this pass is finished and the run is saved; once more to leave at once")
+
+    def check(self) -> None:
+        """Raises Stopped where the process was asked to stop."""
+        if self.requested:
+            raise Stopped
+
+
+def leave(number: int, saved: int = NEVER) -> NoReturn:
+    """Ends the process with 128 + the signal, or, where a run is saved, with 75. Its threads and workers end with it."""
+    goes_on = f"; saved at step {saved:,}, the same command goes on from there" * (saved > NEVER)
+    tell(f"lm_jax: stopped{goes_on}")
+    end_process(128 + number if saved == NEVER else EXIT_PREEMPTED)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process and its workers now, whatever its threads do; a worker left alone would say that its queue is gone."""
+    for name in ("multiprocessing", "multiprocess"):  # of Grain, and of datatrove
+        workers = sys.modules[name].active_children() if name in sys.modules else []
+        for worker in workers:
+            worker.kill()
+    os._exit(code)
+
+
+def tell(line: str) -> None:
+    """On stderr, below the line of progress that may stand open on a terminal."""
+    with contextlib.suppress(OSError):  # nobody listens: it is done all the same
+        os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())
+
+
+@contextlib.contextmanager
+def children_deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that start meanwhile never see SIGINT: it goes to all of a terminal's, and the parent says what is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited; here other threads still take it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def replace_process(program: str, arguments: list[str]) -> NoReturn:
+    """`os.execv`; a signal meanwhile waits until the new program listens."""
+    for one in listening:
+        one.hand_over()
+    os.execv(program, arguments)
+
+
+def is_command() -> bool:
+    """Whether this process was started as one of our commands: `python -m lm_jax.x`, or a script of `tools`; no worker is."""
+    tools, script = (
+        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"),
+        (sys.argv or [""])[0],
+    )
+    if script == "-m":  # while Python looks the module up
+        return any(word.startswith("lm_jax.") for word in sys.orig_argv)
+    return script in sys.orig_argv and os.path.dirname(os.path.abspath(script)) == tools

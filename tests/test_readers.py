@@ -1,0 +1,89 @@
+"""What only the place of training needed binds no reader: every command reads a run that was trained elsewhere, otherwise."""
+
+import dataclasses
+import runpy
+
+import jax
+import pytest
+from conftest import ROOT
+
+from lm_jax import checkpoint, evaluate, generate, main
+from lm_jax.config import PLACE, Mesh, leaves
+from lm_jax.convert import run
+from lm_jax.sharding import make_mesh
+
+# Each of them is another place: a TPU pod, scanned and recomputed layers, a mesh that is not here, workers.
+PLACES = {
+    "model.attention": "splash",
+    "model.remat": "names",
+    "model.unroll": False,
+    "data.num_workers": 100,
+    "train.microbatch_rows": 8,
+    "mesh.data": 3,
+    "mesh.fsdp": 64,
+    "mesh.tensor": 256,
+}
+
+
+def tool(name: str):
+    return lambda arguments: runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"](arguments)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(finished, tmp_path_factory) -> str:
+    """The finished run as if each of these settings had been another's."""
+    found = checkpoint.locate(str(finished), lambda line: None)
+    config = found.config
+    for path, value in PLACES.items():
+        section, name = path.split(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    workdir = checkpoint.epath.Path(tmp_path_factory.mktemp("elsewhere") / "run")
+    with jax.set_mesh(make_mesh(Mesh(data=1), jax.devices()[:1])):
+        run.write(workdir, found._replace(config=config), checkpoint.load_parameters(found)[1], {})
+    return str(workdir)
+
+
+def test_the_settings_are_all_that_are_of_the_place():
+    assert PLACES.keys() == PLACE.keys() == {path for path, field in leaves().items() if field.metadata["place"]}
+    assert not any(leaves()[path].metadata["fixed"] for path in PLACE)
+
+
+COMMANDS = {
+    "generate": (generate.main, ["--model", "{run}", "--prompt", "class", "--max_new_tokens", "4"]),
+    "beams": (generate.main, ["--model", "{run}", "--prompt", "class", "--max_new_tokens", "4", "--beams", "2"]),
+    "evaluate": (evaluate.main, ["--model", "{run}"]),
+    "convert": (tool("convert_checkpoint"), ["{run}", "{tmp}/out", "--unproven"]),
+    "look_inside": (tool("look_inside"), ["embedding", "--model", "{run}", "--text", "class"]),
+    "model_card": (tool("model_card"), ["--model", "{run}"]),
+    "init_from": (
+        main.main,
+        [
+            "--config=experiments/quickstart.py:smoke",
+            "--workdir={tmp}/next",
+            "--config.train.init_from={run}",
+            "--dry_run",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_reads_a_run_from_elsewhere(name, elsewhere, tmp_path):
+    command, arguments = COMMANDS[name]
+    assert not command([argument.format(run=elsewhere, tmp=tmp_path) for argument in arguments])
+
+
+def test_what_is_read_is_right_here(elsewhere):
+    """One function reads a MODEL: what it gives has nothing of the other place in it."""
+    config = checkpoint.locate(elsewhere, lambda line: None).config
+    assert {path: checkpoint.flatten(config)[path] for path in PLACE} == PLACE
+
+
+@pytest.mark.proof
+def test_lm_eval_reads_a_run_from_elsewhere(elsewhere):
+    from lm_jax.harness import HarnessModel
+
+    model = HarnessModel(checkpoint.locate(elsewhere, lambda line: None))
+    assert model.loglikelihood_rolling([type("Request", (), {"args": ("class a:",)})()])[0] < 0
