@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
 
@@ -84,7 +85,7 @@ def files_of(template: Template) -> dict[str, bytes]:
 
 def read_text(path: epath.Path) -> str:
     try:
-        return path.read_text()
+        return regular_files.read_bytes(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror if isinstance(error, OSError) else 'no UTF-8'}"

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import __version__
+from lm_jax import __version__, regular_files
 from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
@@ -255,7 +255,7 @@ def complete_steps(folder: epath.Path) -> list[int]:
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """What the manifest of a step says. Raises ValueError that says why it cannot be relied on."""
     try:
-        manifest = unsealed((folder / MANIFEST).read_bytes(), FORMAT)
+        manifest = unsealed(regular_files.read_bytes(folder / MANIFEST), FORMAT)
         if manifest["format"] not in (1, FORMAT):
             raise ValueError(f"has format {manifest['format']!r}, this version reads 1 and {FORMAT}")
         if str(manifest["step"]) != folder.name.partition(".")[0]:
@@ -448,7 +448,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     """
     path = workdir / "config.json"
     try:
-        content = unsealed(path.read_bytes(), FORMAT)
+        content = unsealed(regular_files.read_bytes(path), FORMAT)
         content["config"] = flatten(Config()) | content["config"]
     except (FileNotFoundError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no config of a run; use another --workdir") from None
@@ -595,6 +595,8 @@ def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], 
     where = f"put it back, or write its new place into {workdir / 'config.json'} (base, place)"
     try:
         found = locate(said["place"], say)
+    except RecursionError:
+        raise UserError(f"{workdir}: its base is itself, or leads back to it\n{where}") from None
     except UserError as error:
         raise UserError(f"{workdir} needs its base: {str(error).removeprefix('--model ')}\n{where}") from None
     if fingerprint(found) != said["hash"]:

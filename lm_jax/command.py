@@ -34,6 +34,7 @@ from lm_jax.faults import EXIT_MACHINE, EXIT_USER
 from lm_jax.stop import Stop, end_process, listening, replace_process
 
 EXIT_FAULT = 70
+LARGEST_EXPERIMENT = 2**20  # bytes
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -59,6 +60,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
 
     def parse_args(self, arguments=None, namespace=None):
+        check_text(arguments or ())
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             flag = rest[0].split("=")[0]
@@ -83,6 +85,17 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(
                     f"--{name} {shown(getattr(known, name))} is read only where {told}: leave one of them out"
                 )
+
+
+def check_text(arguments) -> None:
+    """Raises UserError for an argument whose bytes are no text: it would reach tokenizers and files that are written."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the argument {argument!r} is not UTF-8; give a file that is named so another name"
+            ) from None
 
 
 class Once(argparse.Action):
@@ -176,6 +189,7 @@ def ask(prompt: str) -> str:
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """`--config.x.y=v` and `--config.x.y v` as {x.y: v}, and the other arguments. Raises UserError for a repeated one."""
+    check_text(arguments)
     overrides: dict[str, str] = {}
     rest, waiting = [], list(arguments)
     while waiting:
@@ -223,6 +237,8 @@ def experiment_config(place: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config {place}: not a Python file")
+    if os.path.getsize(path) > LARGEST_EXPERIMENT:
+        raise UserError(f"--config {place}: a file of {os.path.getsize(path):,} bytes is no experiment")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

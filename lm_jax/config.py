@@ -43,7 +43,16 @@ LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 
 
 class UserError(ValueError):
-    """What a user can mend: reaches the terminal as one to five plain lines, exit code 2."""
+    """What a user can mend: reaches the terminal as one to five plain lines, exit code 2.
+
+    Names of files stand in these lines and may hold anything: control characters are shown as escapes, and what is very long
+    loses its middle.
+    """
+
+    def __str__(self) -> str:
+        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in super().__str__())
+        lines = [line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}" for line in plain.split("\n")]
+        return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"... ({len(lines) - 4} more lines)"])
 
 
 def needs(what: str, package: str, extra: str) -> UserError:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lm_jax import beam, chat, checkpoint, command, distributed
+from lm_jax import beam, chat, checkpoint, command, distributed, regular_files
 from lm_jax.config import Mesh, UserError
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.decoding import SLICE, Completion, stream, writes
@@ -101,15 +101,16 @@ def main(arguments: list[str]) -> int:
 
 
 def read_prompts(place: str) -> list[str]:
-    """The lines of a file of prompts. Raises UserError."""
+    """The lines of a file of prompts, which end at "\\n" or "\\r\\n" and at nothing else. Raises UserError."""
     try:
-        with open(place, encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        text = regular_files.read_bytes(place).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {place}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
-    if not lines:
+    if not text:
         raise UserError(f"--prompts {place} is empty: a prompt a line is expected")
-    return lines
+    if "\0" in text:
+        raise UserError(f"--prompts {place} holds a NUL character (a binary file?): a prompt a line is expected")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:

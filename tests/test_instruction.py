@@ -249,7 +249,7 @@ def test_rows_predict_the_answers_and_nothing_else(place):
 MISTAKES = [
     ({"messages": []}, "messages is no list of messages"),
     ({"messages": "hello"}, "messages is no list of messages"),
-    ({"messages": [{"role": "user"}]}, 'message 1 is no {"role": ..., "content": ...}'),
+    ({"messages": [{"role": "user"}]}, 'message 1 is no {"role": "user", "content": "..."} but an object with role'),
     (
         {"messages": [{"role": "usr", "content": "a"}]},
         "role 'usr' is none of system, user, assistant; did you mean user?",

@@ -11,6 +11,7 @@ from lm_jax.convert.text_files import TEMPLATE, Text
 from lm_jax.convert.tokenizer_json import special_token, vocab_of
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.regular_files import opened
 
 # Their names, which hold for weights alone; a number of a layer stands for `{layer}`.
 NAMES = {
@@ -27,6 +28,7 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+HEADER, MOST_TENSORS = 2**27, 2**20  # bytes before the tensors, and how many of these, that a file may have
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # a token's type; a control is a mark, no text
 # How a text is cut before byte-pair merges, by `tokenizer.ggml.pre`.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -56,6 +58,7 @@ def read(path: str) -> Contents:
     """Quantised weights come back as float32. Raises UserError for another architecture, or what is no whole GGUF file."""
     gguf = package()
     try:
+        check_counts(path)
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package raises whatever its arrays do
         raise UserError(f"{path} is no whole GGUF file: {str(error)[:100]}") from None
@@ -100,6 +103,44 @@ def ids_in(value) -> SpecialIds:
     known = tuple(dict.fromkeys(end for end in ends if end is not None))
     before = () if first is None or not value("tokenizer.ggml.add_bos_token", False) else (first,)
     return SpecialIds(before, (), -1, known)
+
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value by its type
+STRING, ARRAY = 8, 9
+
+
+def check_counts(path: str) -> None:
+    """Raises ValueError for a file that is shorter than its counts say, beyond whose end the package would go on for ever."""
+    with opened(path) as file:
+        content = file.read(HEADER)
+
+    def number(at: int, size: int) -> int:
+        if at + size > len(content):
+            raise ValueError(f"it ends at byte {len(content):,}, inside its header")
+        return int.from_bytes(content[at : at + size], "little")
+
+    def after(at: int, kind: int, depth: int = 0) -> int:
+        """Where a value ends."""
+        if kind == STRING:
+            return at + 8 + number(at, 8)
+        if kind != ARRAY or depth > 3:
+            return at + SIZES[kind]
+        kind, count, at = number(at, 4), number(at + 4, 8), at + 12
+        if count > len(content):
+            raise ValueError(f"a list of {count:,} values in a header of {len(content):,} bytes")
+        if kind in SIZES:
+            return at + count * SIZES[kind]
+        for _ in range(count):
+            at = after(at, kind, depth + 1)
+        return at
+
+    at = 24
+    for _ in range(number(16, 8)):
+        at = after(at, STRING)
+        at = after(at + 4, number(at, 4))
+    number(at, 0)
+    if number(8, 8) > MOST_TENSORS:
+        raise ValueError(f"{number(8, 8):,} tensors")
 
 
 def their_name(path: str, name: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from lm_jax import regular_files
 from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve_found
 from lm_jax.convert import encoders, families, safetensors
 from lm_jax.convert.families import EXPERT, LAYER, Family
@@ -141,8 +142,7 @@ def _numbers(names: list[str]) -> str:
 def is_folder(folder: str) -> bool:
     """Whether config.json is one of Hugging Face's: it says what it is by `model_type`."""
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            return "model_type" in json.load(file)
+        return "model_type" in regular_files.read_json(os.path.join(folder, "config.json"))
     except (OSError, ValueError, RecursionError, TypeError):
         return False
 
@@ -174,8 +174,7 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
 def read_description(folder: str) -> Description:
     path = os.path.join(folder, "config.json")
     try:
-        with open(path) as file:
-            content = json.load(file)
+        content = regular_files.read_json(path)
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} cannot be read as JSON") from None
     return describe(content, path, folder)

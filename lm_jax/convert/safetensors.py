@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from lm_jax.config import UserError
+from lm_jax.regular_files import opened, read_bytes
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -46,15 +47,18 @@ def file_tensors(path: str) -> dict[str, Tensor]:
     def refuse(problem: str) -> UserError:
         return UserError(f"{path} is no whole safetensors file: {problem}; copy or download it again")
 
-    total = os.path.getsize(path)
-    with open(path, "rb") as file:
+    try:
+        file, total = opened(path), os.path.getsize(path)
+    except OSError as error:
+        raise refuse(str(error.strerror)) from None
+    with file:
         size = int.from_bytes(file.read(8), "little")
         if total < 8 or size > min(LARGEST_HEADER, total - 8):
             raise refuse(f"a header of {size:,} bytes in a file of {total:,}")
         try:
             header = json.loads(file.read(size), object_pairs_hook=_without_repetition)
             header.pop("__metadata__", None)
-        except (ValueError, RecursionError, AttributeError):
+        except (ValueError, RecursionError, AttributeError, TypeError):
             raise refuse("its header cannot be read") from None
     found, ranges = {}, []
     for name, entry in header.items():
@@ -131,8 +135,7 @@ def _weight_map(folder: str, present: list[str]) -> dict[str, str]:
     """{name of a tensor: its file}, as the index says: files of its own folder, never paths. Raises UserError."""
     path = os.path.join(folder, INDEX)
     try:
-        with open(path) as file:
-            named = json.load(file, object_pairs_hook=_without_repetition)["weight_map"]
+        named = json.loads(read_bytes(path), object_pairs_hook=_without_repetition)["weight_map"]
         assert named and all(isinstance(name, str) for name in named.values())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path} is no index of safetensors files; copy or download it again") from None

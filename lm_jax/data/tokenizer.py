@@ -20,6 +20,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
 
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
@@ -330,7 +331,7 @@ def load(setting: str) -> Tokenizer:
         path = kept[0]
     kind = {".json": HuggingFace, ".bytes": Bytes}.get(path.suffix, SentencePiece)
     try:
-        if not (model := path.read_bytes()):
+        if not (model := regular_files.read_bytes(path)):
             raise UserError("the file is empty")
         return kind(model, stated_in(path.parent))
     except UserError as error:
@@ -366,8 +367,8 @@ def first_of(value: Any) -> int | None:
 def read_json(path: epath.Path) -> dict[str, Any]:
     """An object in a file, {} where there is none that can be read."""
     try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
+        content = regular_files.read_json(path)
+    except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -10,13 +10,15 @@ import numpy as np
 from etils import epath
 
 from lm_jax import chat
-from lm_jax.config import Config, UserError, nearest
+from lm_jax.config import Config, UserError
+from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Encoded, Task
+from lm_jax.tasks.tables import Row, like
+from lm_jax.tasks.task import Encoded, Task, no_text
 
 ROLES = ("system", "user", "assistant")
 UNREAD = ("tool_calls", "function_call", "tool_call_id")
+MESSAGE = '{"role": "user", "content": "..."}'
 
 
 class Instruction(Task):
@@ -90,21 +92,31 @@ def turns(template: chat.Template, messages: list[chat.Message], by: Tokenizer, 
         raise UserError(f"{where}: {error}") from None
 
 
+def in_a_table(messages) -> str:
+    """The way out where a conversation stands in a cell."""
+    return "; a cell of a table cannot be one: give JSON lines" if isinstance(messages, str) else ""
+
+
 def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.Message]:
     """A conversation that starts with a person (or a system before), with an answer or (not `answered`) up to one."""
     messages = row.content[column]
     if not isinstance(messages, list) or not messages:
-        raise UserError(f'{row.where}: {column} is no list of messages {{"role": "user", "content": "..."}}')
+        raise UserError(
+            f"{row.where}: {column} is no list of messages {MESSAGE} but {described(messages)}{in_a_table(messages)}"
+        )
     roles = []
     for number, message in enumerate(messages, 1):
         where = f"{row.where}: message {number}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where} is no {{"role": ..., "content": ...}}')
+            raise UserError(f"{where} is no {MESSAGE} but {described(message)}")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise UserError(f"{where}: role {role!r} is none of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
+            close = like(str(role).strip(), ROLES)
+            near = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{where}: role {role!r:.60} is none of {', '.join(ROLES)}{near}")
         if not isinstance(content, str) or not content.strip():
-            raise UserError(f"{where} ({role}) {'is empty' if isinstance(content, str) else 'has no text'}")
+            said = "is empty" if isinstance(content, str) else f"has no text: its content is {no_text(content)}"
+            raise UserError(f"{where} ({role}) {said}")
         if unread := next((name for name in UNREAD if message.get(name)), ""):
             raise UserError(f"{where} has {unread}: conversations with tools are not read")
         if role == "system" and number > 1:

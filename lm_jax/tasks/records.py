@@ -11,6 +11,7 @@ import numpy as np
 from lm_jax.chat import Template
 from lm_jax.config import Config, Data, UserError
 from lm_jax.data import tokenizer
+from lm_jax.data.lines import listed
 from lm_jax.data.mixture import Mixed, Mixture, Shares, short_names
 from lm_jax.data.packing import Batch, BestFit, lay_out, stacked_or_padding
 from lm_jax.data.shards import Corpus, Split, file_hash
@@ -18,7 +19,7 @@ from lm_jax.data.sources import SPLITS, split_of
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks import TASKS
-from lm_jax.tasks.tables import Row, files_of, rows
+from lm_jax.tasks.tables import Row, files_of, left_over, rows
 from lm_jax.tasks.task import Result, Segment, Task
 
 
@@ -191,6 +192,8 @@ def open_records(config: Config, say: Callable[[str], None] = lambda line: None)
         if twice := [where for where, values in found[split] if task.text(values) in seen]:
             say(f"{len(twice):,} {split} texts are also in train, the first at {twice[0]}")
     files = {path.name: file_hash(str(path)) for path in files_of(places[0]).values()}
+    if others := left_over(places[0], files):
+        say(f"not read: {listed(others)} (a split is {', '.join(SPLITS)})")
     counts = {split: {"tokens": len(records[split].split.tokens)} for split in SPLITS}
     corpus = Corpus("", {"files": files, "counts": counts}, {split: records[split].split for split in SPLITS})
     return TaskData({short_names(places)[0]: corpus}, places, by, task, records)
