@@ -24,6 +24,7 @@ from lm_jax.config import (
     flatten,
     nearest,
     parse_value,
+    plain_lines,
     resolve,
     shown,
     shrink,
@@ -140,7 +141,7 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     except Exception as error:
         if refused := faults.described(error):
             code, lines = refused
-            print(f"lm_jax: {lines}", file=sys.stderr)
+            print(f"lm_jax: {plain_lines(lines)}", file=sys.stderr)
             return code
         traceback.print_exc()
         print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)

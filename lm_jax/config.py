@@ -50,9 +50,14 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in super().__str__())
-        lines = [line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}" for line in plain.split("\n")]
-        return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"... ({len(lines) - 4} more lines)"])
+        return plain_lines(super().__str__())
+
+
+def plain_lines(text: str) -> str:
+    """At most five lines of printable characters, none longer than 1,000."""
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    lines = [line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}" for line in plain.split("\n")]
+    return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"... ({len(lines) - 4} more lines)"])
 
 
 def needs(what: str, package: str, extra: str) -> UserError:

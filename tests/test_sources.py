@@ -100,7 +100,7 @@ def test_prose_of_any_name_is_read_and_the_rest_is_said(tmp_path, monkeypatch):
             ".DS_Store": PNG,
             "latin.txt": "Grüße".encode("latin-1"),
             "d/e/deep.rst": b"deep",
-            "ends.txt": b"a\x1cb\x85",
+            "ends.txt": "a\x1cb\x85\u2028".encode(),
         },
     )
     os.symlink(tmp_path / "text", tmp_path / "text" / "d" / "circle")
@@ -113,7 +113,7 @@ def test_prose_of_any_name_is_read_and_the_rest_is_said(tmp_path, monkeypatch):
     said: list[str] = []
     given = dict(data__tokenizer="bytes", data__validation_fraction=0.0, data__test_fraction=0.0)
     corpus = shards.open_corpus(tiny(data__sources=place, **given).data, said.append)
-    assert "5 documents" in said[0] and "1 empty, 1 duplicates, 2 not UTF-8, 2 hidden" in said[0]
+    assert "6 documents" in said[0] and "1 empty, 1 duplicates, 1 not UTF-8, 2 hidden" in said[0]
     assert {"hidden, left out: " + os.path.join(place, ".git"), f"not UTF-8, left out: {place}/latin.txt"} <= set(said)
     assert corpus.manifest["left_out"]["hidden"] == hidden
 

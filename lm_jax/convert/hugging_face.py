@@ -119,6 +119,9 @@ def slots(family: Family, graph: Graph) -> list[Slot]:
     return found
 
 
+MOST_RANGES = 20  # of numbers in a message
+
+
 def listed(names) -> str:
     """All of them in one line: names that differ in numbers only are one, with the numbers of the first that differs."""
     groups: dict[str, list[str]] = {}
@@ -134,8 +137,10 @@ def _numbers(names: list[str]) -> str:
     first = sorted({int(re.search(r"\d+", name)[0]) for name in names})  # type: ignore[index]
     if len(first) < len(names):
         return f"{len(names)} of them"
-    starts = [n for n in first if n - 1 not in first]
-    ends = [n for n in first if n + 1 not in first]
+    known = {*first}
+    starts, ends = [n for n in first if n - 1 not in known], [n for n in first if n + 1 not in known]
+    if len(starts) > MOST_RANGES:
+        return f"{len(names):,} of them"
     return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True))
 
 
