@@ -376,8 +376,11 @@ def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainStat
 
 
 def read_data_state(workdir: epath.Path, step: int) -> DataState:
-    """That of a verified step: as it was saved, but for the rows that were left out since."""
+    """That of a verified step: as it was saved, but for the rows that were left out since; nothing was read where the parameters
+    are from elsewhere."""
     folder = steps_folder(workdir) / str(step)
+    if not (folder / "data").exists():
+        return DataState(step, 0)
     saved = json.loads((folder / "data" / "metadata").read_text())
     skipped = read_json(folder / MANIFEST).get("skipped", saved["skipped"])
     return DataState(saved["step"], saved["cursor"], tuple((first, last) for first, last in skipped))

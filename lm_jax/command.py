@@ -65,13 +65,13 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             flag = rest[0].split("=")[0]
-            raise UserError(f"unknown argument {shown(rest[0])}{nearest(flag[:100], self._option_string_actions)}")
+            raise UserError(f"unknown argument {rest[0][:100]}{nearest(flag[:100], self._option_string_actions)}")
         for name, reach in self._reach.items():
             self._check_reach(known, name, reach)
         return known
 
     def reads(self, reach: dict[str, tuple], *names: str) -> None:
-        """These flags are read only where others have one of these values, () = any that is on; elsewhere they are refused."""
+        """These flags are read only where others have one of these values, () = any but the default; elsewhere they are refused."""
         self._reach |= dict.fromkeys(names, reach)
 
     def _check_reach(self, known: argparse.Namespace, name: str, reach: dict[str, tuple]) -> None:
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         given = getattr(action, "stood", False) or getattr(known, name) != self.get_default(name)
         for other, values in reach.items() if given else ():
             found = getattr(known, other)
-            if not (found in values if values else found):
+            if found not in values if values else found == self.get_default(other):
                 flag = other if other in {action.dest for action in self._get_positional_actions()} else f"--{other}"
                 some = f"from {values[0]} to {values[-1]}" if len(values) > 4 else " or ".join(map(str, values))
                 told = f"{flag} is {some}" if values else f"{flag} is given"

@@ -65,7 +65,9 @@ def needs(what: str, package: str, extra: str) -> UserError:
     return UserError(f"{what} needs the package {package}: in the clone, pip install -e '.[{extra}]'")
 
 
-Reach = dict[str, tuple]  # {path of another leaf: the values with which it is read; () = all but "off"}
+Reach = dict[
+    str, tuple
+]  # {path of another leaf: the values with which it is read; () = any but its default, which is off}
 
 
 def knob(
@@ -715,6 +717,7 @@ def _check_sources(path: str, value: Any) -> Sources:
 
 def is_read(flat: dict[str, Any], path: str) -> bool:
     """Whether what `flat` says makes anything read this leaf: every condition of its reach holds."""
+<<<<<<< HEAD
     return all(
         _value(flat, other) in values if values else _is_on(flat, other)
         for other, values in leaves()[path].metadata["reach"].items()
@@ -729,6 +732,16 @@ def _value(flat: dict[str, Any], path: str) -> Any:
 def _is_on(flat: dict[str, Any], path: str) -> bool:
     """Whether a leaf has another value than its default, which is off, and is not made of zeros."""
     value = _value(flat, path)
+=======
+    return all(_holds(flat, other, values) for other, values in leaves()[path].metadata["reach"].items())
+
+
+def _holds(flat: dict[str, Any], path: str, values: tuple) -> bool:
+    """Whether a leaf has one of these values, () = any that asks for something; what nothing reads has its default."""
+    value = flat[path] if is_read(flat, path) else leaves()[path].default
+    if values:
+        return value in values
+>>>>>>> w-knobs
     return value != leaves()[path].default and (any(value) if isinstance(value, tuple) else bool(value))
 
 
@@ -747,8 +760,12 @@ def _check_reach(flat: dict[str, Any]) -> None:
     def missing(path: str) -> tuple[str, tuple]:
         """The first condition of its reach that does not hold."""
         reach = leaves()[path].metadata["reach"]
+<<<<<<< HEAD
         holds = lambda other, values: _value(flat, other) in values if values else _is_on(flat, other)
         return next((other, values) for other, values in reach.items() if not holds(other, values))
+=======
+        return next((other, values) for other, values in reach.items() if not _holds(flat, other, values))
+>>>>>>> w-knobs
 
     def line(path: str) -> str:
         other, values = missing(path)

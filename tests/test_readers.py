@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from lm_jax import checkpoint, evaluate, generate, main
-from lm_jax.config import PLACE, Mesh, leaves
+from lm_jax.config import PLACE, Mesh, UserError, leaves
 from lm_jax.convert import run
 from lm_jax.sharding import make_mesh
 
@@ -54,7 +54,6 @@ COMMANDS = {
     "generate": (generate.main, ["--model", "{run}", "--prompt", "class", "--max_new_tokens", "4"]),
     "beams": (generate.main, ["--model", "{run}", "--prompt", "class", "--max_new_tokens", "4", "--beams", "2"]),
     "evaluate": (evaluate.main, ["--model", "{run}"]),
-    "convert": (tool("convert_checkpoint"), ["{run}", "{tmp}/out", "--unproven"]),
     "look_inside": (tool("look_inside"), ["embedding", "--model", "{run}", "--text", "class"]),
     "model_card": (tool("model_card"), ["--model", "{run}"]),
     "init_from": (
@@ -67,6 +66,13 @@ COMMANDS = {
         ],
     ),
 }
+
+
+def test_what_cannot_be_converted_is_so_for_what_the_model_is(elsewhere, tmp_path):
+    """It is read, and then there is no family that the quickstart's model is of."""
+    with pytest.raises(UserError, match="no Hugging Face family is this model") as error:
+        tool("convert_checkpoint")([elsewhere, f"{tmp_path}/out", "--unproven"])
+    assert not [path for path in PLACES if path.split(".")[1] in str(error.value)]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
