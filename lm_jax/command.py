@@ -81,8 +81,7 @@ class Parser(argparse.ArgumentParser):
             found = getattr(known, other)
             if found not in values if values else found == self.get_default(other):
                 flag = other if other in {action.dest for action in self._get_positional_actions()} else f"--{other}"
-                some = f"from {values[0]} to {values[-1]}" if len(values) > 4 else " or ".join(map(str, values))
-                told = f"{flag} is {some}" if values else f"{flag} is given"
+                told = f"{flag} is {' or '.join(map(str, values))}" if values else f"{flag} is given"
                 raise UserError(
                     f"--{name} {shown(getattr(known, name))} is read only where {told}: leave one of them out"
                 )

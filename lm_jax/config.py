@@ -717,22 +717,6 @@ def _check_sources(path: str, value: Any) -> Sources:
 
 def is_read(flat: dict[str, Any], path: str) -> bool:
     """Whether what `flat` says makes anything read this leaf: every condition of its reach holds."""
-<<<<<<< HEAD
-    return all(
-        _value(flat, other) in values if values else _is_on(flat, other)
-        for other, values in leaves()[path].metadata["reach"].items()
-    )
-
-
-def _value(flat: dict[str, Any], path: str) -> Any:
-    """Of a leaf; what nothing reads has its default."""
-    return flat[path] if is_read(flat, path) else leaves()[path].default
-
-
-def _is_on(flat: dict[str, Any], path: str) -> bool:
-    """Whether a leaf has another value than its default, which is off, and is not made of zeros."""
-    value = _value(flat, path)
-=======
     return all(_holds(flat, other, values) for other, values in leaves()[path].metadata["reach"].items())
 
 
@@ -741,7 +725,6 @@ def _holds(flat: dict[str, Any], path: str, values: tuple) -> bool:
     value = flat[path] if is_read(flat, path) else leaves()[path].default
     if values:
         return value in values
->>>>>>> w-knobs
     return value != leaves()[path].default and (any(value) if isinstance(value, tuple) else bool(value))
 
 
@@ -760,12 +743,7 @@ def _check_reach(flat: dict[str, Any]) -> None:
     def missing(path: str) -> tuple[str, tuple]:
         """The first condition of its reach that does not hold."""
         reach = leaves()[path].metadata["reach"]
-<<<<<<< HEAD
-        holds = lambda other, values: _value(flat, other) in values if values else _is_on(flat, other)
-        return next((other, values) for other, values in reach.items() if not holds(other, values))
-=======
         return next((other, values) for other, values in reach.items() if not _holds(flat, other, values))
->>>>>>> w-knobs
 
     def line(path: str) -> str:
         other, values = missing(path)

@@ -46,13 +46,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--length_penalty", type=float, default=1.0, help="of beam search: above 0 longer texts win")
     drawn = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
     parser.reads({"beams": (1,)}, *drawn)  # what beam search neither draws nor stops at
-<<<<<<< HEAD
-    parser.reads({"beams": tuple(range(2, 65))}, "length_penalty")
-    parser.reads({"chat": ()}, "system", "chat_variables")
-=======
     parser.reads({"beams": ()}, "length_penalty")
-    parser.reads({"chat": ()}, "system")
->>>>>>> w-knobs
+    parser.reads({"chat": ()}, "system", "chat_variables")
     flags = parser.parse_args(arguments)
     bounds = {
         "max_new_tokens": (1, 1e6),

@@ -92,11 +92,7 @@ MISTAKES = [
         ("generate", ["--model", "{run}", "--prompt=x", "--beams=4", flag], "is read only where --beams is 1")
         for flag in ("--temperature=0.5", "--stop=x", "--top_k=3", "--top_p=0.5", "--min_p=0.1", "--seed=0")
     ],
-<<<<<<< HEAD
-    ("generate", ["--model", "{run}", "--prompt", "x", "--length_penalty", "2"], "only where --beams is from 2 to 64"),
-=======
     ("generate", ["--model", "{run}", "--prompt", "x", "--length_penalty", "2"], "only where --beams is given"),
->>>>>>> w-knobs
     ("generate", ["--model", "{run}", "--prompt", "x", "--top_k=1", "--top_k=2"], "--top_k stands twice"),
     ("evaluate", ["--model", "{run}", "--beams", "4"], "config.evaluate.metrics says none here"),
     ("verify", [SMOKE, "--show", "--num_steps=2"], "--num_steps 2 is read only where --show is False"),

@@ -67,13 +67,8 @@ DEFAULT = ("transformer", "lstm", "regression")
 OTHER = {
     "model.num_layers": 4, "model.model_dim": 96, "model.num_heads": 2, "model.num_kv_heads": 2, "model.head_dim": 8,
     "model.mlp_dim": 32, "model.rotary_base": 99.0, "model.rotary_local_base": 77.0,
-<<<<<<< HEAD
-    "model.rotary_scaling": (8.0, 1.0, 4.0, 32.0), "model.rotary_share": (0.5,), "model.logit_softcap": (2.0, 3.0),
-    "model.multipliers": (2.0, 0.5, 0.3, 4.0),
-=======
     "model.rotary_scaling": (9.0, 1.0, 4.0, 32.0), "model.rotary_share": (0.5,), "model.logit_softcap": (5.0, 7.0),
     "model.multipliers": (2.0, 0.5, 0.3, 3.0),
->>>>>>> w-knobs
     "model.norm_epsilon": 0.01, "model.num_experts": 2, "model.experts_per_token": 1, "model.window": (4,), "model.lora_rank": 3,
     "model.lora_alpha": 3.0, "model.lora_pattern": "key|recurrent|input", "model.labels": ("a", "b", "c"), "model.dropout": 0.3,
     "model.init_scale": 0.3, "optimizer.learning_rate": 0.3, "optimizer.warmup": 7, "optimizer.decay_over": 55,
