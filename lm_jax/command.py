@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def reads(self, reach: dict[str, tuple], *names: str) -> None:
-        """These flags are read only where others have one of these values, () = any but the default; elsewhere they are refused."""
+        """These flags are read only where others have one of these values, () = any but the default."""
         self._reach |= dict.fromkeys(names, reach)
 
     def _check_reach(self, known: argparse.Namespace, name: str, reach: dict[str, tuple]) -> None:
