@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import __version__
+from lm_jax import __version__, regular_files
 from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
@@ -255,7 +255,7 @@ def complete_steps(folder: epath.Path) -> list[int]:
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """What the manifest of a step says. Raises ValueError that says why it cannot be relied on."""
     try:
-        manifest = unsealed((folder / MANIFEST).read_bytes(), FORMAT)
+        manifest = unsealed(regular_files.read_bytes(folder / MANIFEST), FORMAT)
         if manifest["format"] not in (1, FORMAT):
             raise ValueError(f"has format {manifest['format']!r}, this version reads 1 and {FORMAT}")
         if str(manifest["step"]) != folder.name.partition(".")[0]:
@@ -451,7 +451,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     """
     path = workdir / "config.json"
     try:
-        content = unsealed(path.read_bytes(), FORMAT)
+        content = unsealed(regular_files.read_bytes(path), FORMAT)
         content["config"] = flatten(Config()) | content["config"]
     except (FileNotFoundError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no config of a run; use another --workdir") from None
@@ -598,6 +598,8 @@ def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], 
     where = f"put it back, or write its new place into {workdir / 'config.json'} (base, place)"
     try:
         found = locate(said["place"], say)
+    except RecursionError:
+        raise UserError(f"{workdir}: its base is itself, or leads back to it\n{where}") from None
     except UserError as error:
         raise UserError(f"{workdir} needs its base: {str(error).removeprefix('--model ')}\n{where}") from None
     if fingerprint(found) != said["hash"]:
@@ -605,10 +607,19 @@ def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], 
     return found
 
 
+def context_of(located: Located) -> int:
+    """The longest text, in tokens, that a model was made for: a run that started from another model keeps that one's."""
+    kept = {} if located.described else read_config(located.workdir)
+    return max(kept.get("context", 0), located.config.data.sequence_length)
+
+
 def fingerprint(located: Located) -> str:
     """sha256 over what is known of the files that hold a model's arrays, wherever they lie."""
     if located.described:
-        files = {path.name: file_hash(path) for path in located.workdir.glob("*.safetensors")}
+        from lm_jax.convert import safetensors
+
+        names = safetensors.weight_files(str(located.workdir))
+        files = {name: file_hash(located.workdir / name) for name in names}
     else:
         files = read_json(steps_folder(located.workdir) / str(located.step) / MANIFEST)["files"]
     below = fingerprint(located.base) if located.base else ""

@@ -24,6 +24,7 @@ from lm_jax.config import (
     flatten,
     nearest,
     parse_value,
+    plain_lines,
     resolve,
     shown,
     shrink,
@@ -31,9 +32,10 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, listening, replace_process
+from lm_jax.stop import Stop, end_process, listening, replace_process
 
 EXIT_FAULT = 70
+LARGEST_EXPERIMENT = 2**20  # bytes
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -59,6 +61,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
 
     def parse_args(self, arguments=None, namespace=None):
+        check_text(arguments or ())
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             flag = rest[0].split("=")[0]
@@ -68,11 +71,12 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def reads(self, reach: dict[str, tuple], *names: str) -> None:
-        """These flags are read only where others have one of these values, () = any but the default; else they are refused."""
+        """These flags are read only where others have one of these values, () = any but the default."""
         self._reach |= dict.fromkeys(names, reach)
 
     def _check_reach(self, known: argparse.Namespace, name: str, reach: dict[str, tuple]) -> None:
-        given = getattr(known, f"_{name}_seen", False) or getattr(known, name) != self.get_default(name)
+        action = self._option_string_actions.get(f"--{name}")
+        given = getattr(action, "stood", False) or getattr(known, name) != self.get_default(name)
         for other, values in reach.items() if given else ():
             found = getattr(known, other)
             if found not in values if values else found == self.get_default(other):
@@ -83,13 +87,26 @@ class Parser(argparse.ArgumentParser):
                 )
 
 
+def check_text(arguments) -> None:
+    """Raises UserError for an argument whose bytes are no text: it would reach tokenizers and files that are written."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the argument {argument!r} is not UTF-8; give a file that is named so another name"
+            ) from None
+
+
 class Once(argparse.Action):
     """A flag that may stand once."""
 
+    stood = False
+
     def __call__(self, parser, namespace, values, option_string=None):
-        if option_string and getattr(namespace, f"_{self.dest}_seen", False):
+        if self.stood and option_string:
             raise UserError(f"{option_string} stands twice")
-        setattr(namespace, f"_{self.dest}_seen", True)
+        self.stood = True  # the parser is made anew for every command line
         setattr(namespace, self.dest, values)
 
 
@@ -104,7 +121,7 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
     if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
         with contextlib.suppress(OSError):  # which may be what was refused
             sys.stdout.flush()
-        os._exit(code)  # whatever other threads still wait for
+        end_process(code)
     sys.exit(code)
 
 
@@ -123,7 +140,7 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     except Exception as error:
         if refused := faults.described(error):
             code, lines = refused
-            print(f"lm_jax: {lines}", file=sys.stderr)
+            print(f"lm_jax: {plain_lines(lines)}", file=sys.stderr)
             return code
         traceback.print_exc()
         print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)
@@ -172,6 +189,7 @@ def ask(prompt: str) -> str:
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """`--config.x.y=v` and `--config.x.y v` as {x.y: v}, and the other arguments. Raises UserError for a repeated one."""
+    check_text(arguments)
     overrides: dict[str, str] = {}
     rest, waiting = [], list(arguments)
     while waiting:
@@ -219,6 +237,8 @@ def experiment_config(place: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config {place}: not a Python file")
+    if os.path.getsize(path) > LARGEST_EXPERIMENT:
+        raise UserError(f"--config {place}: a file of {os.path.getsize(path):,} bytes is no experiment")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -43,7 +43,21 @@ LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 
 
 class UserError(ValueError):
-    """What a user can mend: reaches the terminal as one to five plain lines, exit code 2."""
+    """What a user can mend: reaches the terminal as one to five plain lines, exit code 2.
+
+    Names of files stand in these lines and may hold anything: control characters are shown as escapes, and what is very long
+    loses its middle.
+    """
+
+    def __str__(self) -> str:
+        return plain_lines(super().__str__())
+
+
+def plain_lines(text: str) -> str:
+    """At most five lines of printable characters, none longer than 1,000."""
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    lines = [line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}" for line in plain.split("\n")]
+    return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"... ({len(lines) - 4} more lines)"])
 
 
 def needs(what: str, package: str, extra: str) -> UserError:
@@ -171,7 +185,7 @@ class Model:
     qk_norm_whole: bool = knob(
         False,
         "the queries of all heads normalised together, and the keys (OLMo 2)",
-        reach=ONE_STACK | {"model.qk_norm": (True,)},
+        reach=ATTENDING | {"model.qk_norm": (True,)},
     )
     logit_softcap: tuple[float, float] = knob(
         (0.0, 0.0),
@@ -904,6 +918,8 @@ def _check_together(config: Config) -> None:
 
 def _check_rotary(model: Model) -> None:
     share, window = model.rotary_share, model.window
+    if model.kind not in ONE_STACK["model.kind"]:
+        return
     if len(share) not in (1, len(window)):
         raise UserError(f"config.model.rotary_share = {share}: one value, or one for each of window = {window}")
     for one in share if model.positions == "rotary" else ():

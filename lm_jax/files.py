@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from etils import epath
 
+from lm_jax import regular_files
+
 SEAL = "sha256"
 SELF_CHECKED = "base"  # not under the seal: a path that may move, beside the hash of what must be found there
 # What may stand beside the config.json of a model, and is part of it: its tokenizer, its template, where its texts end.
@@ -23,7 +25,7 @@ MODEL_FILES = (
 def file_hash(path) -> dict[str, int | str]:
     """{"bytes": size, "sha256": hash} of a file at any path."""
     digest, size = hashlib.sha256(), 0
-    with epath.Path(path).open("rb") as file:
+    with regular_files.opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
             size += len(block)

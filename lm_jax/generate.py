@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lm_jax import beam, chat, checkpoint, command, distributed
+from lm_jax import beam, chat, checkpoint, command, distributed, regular_files
 from lm_jax.config import Mesh, UserError
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.decoding import SLICE, Completion, stream, writes
@@ -30,6 +30,9 @@ def main(arguments: list[str]) -> int:
         "--chat", action="store_true", help="prompts are what a user says, in the model's chat template"
     )
     parser.add_argument("--system", default="", help="with --chat: what stands before a conversation")
+    parser.add_argument(
+        "--chat_variables", default="", help='with --chat: of the template, such as {"enable_thinking": false}'
+    )
     parser.add_argument("--prompts", default="", help="a file with a prompt a line; JSON lines come out")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
@@ -44,7 +47,7 @@ def main(arguments: list[str]) -> int:
     drawn = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
     parser.reads({"beams": (1,)}, *drawn)  # what beam search neither draws nor stops at
     parser.reads({"beams": ()}, "length_penalty")
-    parser.reads({"chat": ()}, "system")
+    parser.reads({"chat": ()}, "system", "chat_variables")
     flags = parser.parse_args(arguments)
     bounds = {
         "max_new_tokens": (1, 1e6),
@@ -98,22 +101,23 @@ def main(arguments: list[str]) -> int:
 
 
 def read_prompts(place: str) -> list[str]:
-    """The lines of a file of prompts. Raises UserError."""
+    """The lines of a file of prompts, which end at "\\n" or "\\r\\n" and at nothing else. Raises UserError."""
     try:
-        with open(place, encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        text = regular_files.read_bytes(place).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {place}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
-    if not lines:
+    if not text:
         raise UserError(f"--prompts {place} is empty: a prompt a line is expected")
-    return lines
+    if "\0" in text:
+        raise UserError(f"--prompts {place} holds a NUL character (a binary file?): a prompt a line is expected")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
     parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
-    template = chat.read_template(located.workdir) if flags.chat else ""
-    marks = marks.also(chat.end_of_turn(template, tokenizer)) if template else marks
+    template = chat.read_template(located.workdir, flags.chat_variables) if flags.chat else None
+    marks = marks.also(*chat.ends_of_turn(template, tokenizer)) if template else marks
     before = [{"role": "system", "content": flags.system}] if flags.system else []
 
     def write(

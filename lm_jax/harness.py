@@ -54,7 +54,7 @@ class HarnessModel(TemplateLM):
     def in_chat(self) -> None:
         """Texts end where the chat template ends the assistant's turn, too."""
         template = chat.read_template(self.found.workdir)
-        self.marks = self.marks.also(chat.end_of_turn(template, self.found.tokenizer))
+        self.marks = self.marks.also(*chat.ends_of_turn(template, self.found.tokenizer))
 
     @property
     def eot_token_id(self) -> int:
@@ -152,12 +152,13 @@ class HarnessModel(TemplateLM):
         return self.found.tokenizer.fingerprint
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        return chat.read_template(self.found.workdir) if chat_template else ""
+        return chat.read_template(self.found.workdir).source if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not add_generation_prompt:
             raise UserError("a task that begins the assistant's answer cannot be asked with --apply_chat_template")
-        return chat.render(chat.read_template(self.found.workdir), chat_history)
+        template = chat.read_template(self.found.workdir)
+        return chat.render(chat.shown(template, self.found.tokenizer), [chat.Job(chat_history, True)])[0]
 
 
 def run(model: HarnessModel, tasks: list[str], include_path: str = "", **settings: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_
     if is_chunked(num_logits, hidden_BTD.dtype):
         hidden_BTD = model.before_table(hidden_BTD)
         arrays = hidden_BTD, model.output_table, model.bias_V, batch["targets"], batch["loss_mask"]
-        return in_chunks(model.num_pieces, z_loss, *arrays, model.config.logit_softcap[1])
+        return in_chunks(model.num_pieces, z_loss, *arrays, model.softcap)
     logits_BTV = model.logits(hidden_BTD)
     loss = (token_losses(logits_BTV, batch["targets"]) * batch["loss_mask"]).sum()
     if not z_loss:

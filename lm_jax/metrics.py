@@ -17,9 +17,11 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lm_jax import regular_files
 from lm_jax.files import flush
 
 FILE, CHECKSUMS = "metrics.jsonl", "metrics.crc32"
+MOST = 2**32  # bytes of them
 
 
 def read(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
@@ -28,8 +30,8 @@ def read(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) ->
     Says which lines are damaged: those that cannot be read are left out, those that do not have their checksum are kept.
     """
     path, beside = workdir / FILE, workdir / CHECKSUMS
-    raw = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    sums: list[bytes] = beside.read_bytes().split(b"\n")[:-1] if beside.exists() else []
+    raw = regular_files.read_bytes(path, MOST).split(b"\n")[:-1] if path.exists() else []
+    sums: list[bytes] = regular_files.read_bytes(beside, MOST).split(b"\n")[:-1] if beside.exists() else []
     found, lost, altered = [], [], []
     for number, line in enumerate(raw, 1):
         values = values_of(line)

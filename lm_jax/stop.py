@@ -5,6 +5,7 @@ Nothing heavy is imported here: `lm_jax/__init__.py` listens before anything els
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import NoReturn
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_PREEMPTED = 75
 NEVER = -1  # in the place of a step: there is none
+WORKERS = ("multiprocessing", "multiprocess")  # what starts Grain's workers, and datatrove's
 LAST = b"\0"  # in the place of a signal's number
 
 
@@ -99,7 +101,16 @@ def leave(number: int, saved: int = NEVER) -> NoReturn:
     """Ends the process with 128 + the signal, or, where a run is saved, with 75. Its threads and workers end with it."""
     goes_on = f"; saved at step {saved:,}, the same command goes on from there" * (saved > NEVER)
     tell(f"lm_jax: stopped{goes_on}")
-    os._exit(128 + number if saved == NEVER else EXIT_PREEMPTED)
+    end_process(128 + number if saved == NEVER else EXIT_PREEMPTED)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process and its workers now, whatever its threads do; a worker left alone would say that its queue is gone."""
+    for name in WORKERS:
+        workers = sys.modules[name].active_children() if name in sys.modules else []
+        for worker in workers:
+            worker.kill()
+    os._exit(code)
 
 
 def tell(line: str) -> None:
@@ -111,6 +122,13 @@ def tell(line: str) -> None:
 @contextlib.contextmanager
 def children_deaf_to_ctrl_c() -> Iterator[None]:
     """Processes that start meanwhile never see SIGINT: it goes to all of a terminal's, and the parent says what is done."""
+    for name in WORKERS:  # whose first worker starts a process that cleans up, and unblocks signals when it does
+        if name in sys.modules:
+            sys.warnoptions.append(
+                "ignore:resource_tracker"
+            )  # that it cleans up after workers that were ended is no news
+            importlib.import_module(f"{name}.resource_tracker").ensure_running()
+            sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited; here other threads still take it
     try:
         yield

@@ -179,7 +179,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             with goodput("reference"):
                 say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
         if leads():
-            checkpoint.write_config(workdir, config, origins, facts)
+            checkpoint.write_config(workdir, config, origins, facts | kept_context(saved, source))
         return train(this, given)
 
 
@@ -189,7 +189,9 @@ def write_run_files(
     """What a run consists of beside its config.json. Raises UserError where what only the run has is not as it was written."""
     checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
     if mixed.chat_template:
-        checkpoint.write_run_file(workdir, chat.FILE, mixed.chat_template.encode(), say)
+        template = chat.shown(mixed.chat_template, mixed.tokenizer)
+        for name, content in chat.files_of(template).items():
+            checkpoint.write_run_file(workdir, name, content, say)
     checkpoint.check_run_files(workdir, saved)
     if not saved or not (workdir / BESIDE).exists():
         inherited = source.special_ids.ends if isinstance(source, checkpoint.Located) else ()
@@ -205,6 +207,13 @@ def counted_from(config: Config, data: DataState, rows_per_epoch: float) -> tupl
 
 def with_rows_of_microbatch(config: Config, rows: int | str) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
+
+
+def kept_context(saved: dict[str, Any], source: Source | None) -> dict[str, int]:
+    """{"context": tokens} for config.json: rows may be shorter than what the model that a run started from can read."""
+    if isinstance(source, checkpoint.Located):
+        return {"context": checkpoint.context_of(source)}
+    return {name: saved[name] for name in ("context",) if name in saved}
 
 
 def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, int]) -> Config:

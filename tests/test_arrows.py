@@ -10,17 +10,19 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-stop config files ramp spikes sharding heads data.sources data.tokenizer data.special_ids data.word_vectors data.shards
-data.packing data.objectives data.mixture chat tasks.scores tasks.tables tasks.task tasks.words tasks.classification
-tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction tasks.preference tasks.records data.pipeline
-data.readers data.report data.clean data.overlap data.steps data.executors data.prepare places faults tasks.results
-compile_cache distributed model.layers trained model.adapters model.attention model.language_model model.moe
+stop config regular_files files ramp spikes sharding heads data.lines data.sources data.tokenizer data.special_ids
+data.word_vectors data.shards data.packing data.objectives data.mixture jinja_process chat tasks.scores tasks.tables
+tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction
+tasks.preference tasks.records data.pipeline data.readers data.report data.clean data.overlap data.steps
+data.executors data.prepare places faults tasks.results compile_cache distributed model.layers trained model.adapters
+model.attention model.language_model model.moe
 model.transformer model.encoder model.encoder_decoder model.recurrent model.graph convert.safetensors convert.fields
-convert.rotary convert.families convert.encoders convert.hugging_face convert.gguf loss costs optimizer train_state train_step
-metrics goodput terminal checkpoint convert.run command sampling decoding beam answers reference likelihood generate
-evaluate train main verify harness
+convert.rotary convert.families convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files
+convert.gguf loss costs optimizer train_state train_step metrics goodput terminal checkpoint convert.run command
+sampling decoding convert.proof convert.export beam answers reference likelihood generate evaluate train main verify
+harness
 """.split()
-CONVERT = {f"convert.{name}" for name in "safetensors fields rotary families encoders hugging_face gguf run".split()}
+CONVERT = {name for name in ORDER if name.startswith("convert.")}
 PERIPHERY = CONVERT | {
     "verify",
     "likelihood",

@@ -1,6 +1,7 @@
 """Finetuning to tell labels apart: rows, losses, metrics, what is taken from a pretrained model, and what users get wrong."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -183,8 +184,8 @@ MISTAKES = [
     ('{"text": 3, "label": "good"}', "the text is no string"),
     ('{"Txt": "a", "label": "good"}', "has no column 'text', only 'Txt', 'label'; did you mean Txt?"),
     ('{"text": "a", "labels": "good"}', "has no column 'label', only 'text', 'labels'; did you mean labels?"),
-    ("text,label", "is no JSON object"),
-    ('{"text": "a", "label": null}', "label None is none of"),
+    ("text,label", "no JSON object (Expecting value, column 1;"),
+    ('{"text": "a", "label": null}', "label null is none of"),
     ('{"text": "a", "second": "", "label": "good"}', "the second is empty"),
 ]
 
@@ -254,8 +255,13 @@ def test_init_from_takes_all_but_the_head_and_says_so(place, tmp_path):
     given = [
         a for a in arguments(place) if not a.startswith(("--config.optimizer", "--config.model", "--config.evaluate"))
     ]
-    first, second = tmp_path / "first", tmp_path / "second"
-    result = command("main", *given, *pretraining, *once, "--workdir", str(first))
+    first, second, text = tmp_path / "first", tmp_path / "second", tmp_path / "text"
+    text.mkdir()
+    for number, line in enumerate((pathlib.Path(place) / "train.jsonl").read_text().split("\n")):
+        (text / f"{number}.txt").write_text(line)
+    pretraining.append(f"--config.data.sources={text}")
+    before = [a for a in given if not a.startswith("--config.data.sources")]
+    result = command("main", *before, *pretraining, *once, "--workdir", str(first))
     assert result.returncode == 0, result.stderr
     more = [f"--config.model.labels={LABELS}", f"--config.train.init_from={first}", "--config.data.sequence_length=48"]
     result = command("main", *given, *more, *once, "--workdir", str(second))

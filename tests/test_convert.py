@@ -6,6 +6,7 @@ import os
 import pathlib
 import pydoc_data.topics
 import random
+import shutil
 import sys
 
 import jax
@@ -87,7 +88,7 @@ def test_a_planted_mistake_is_seen(name, mistake):
         ("granite", "attention_multiplier", 0.41), ("granite", "logits_scaling", 7.1),
         ("llama_yarn", "rope_parameters", {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}),
         ("llama_yarn", "rope_parameters",
-         {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_slow": 2.0}),
+         {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "beta_slow": 4.0}),
     ],
 )  # fmt: skip
 def test_every_new_setting_counts(name, field, value):
@@ -109,7 +110,7 @@ def test_what_is_written_is_read_again_bit_by_bit(name, tmp_path):
     content, tensors, _ = parity.recorded(name)
     described = hugging_face.describe(content, name, "bytes")
     ours = hugging_face.parameters(described, tensors, name)
-    again = hugging_face.description_of(described.config, described.num_pieces, end=2)
+    again = hugging_face.description_of(described.config, described.num_pieces, {"eos_token_id": 2})
     assert again.family == described.family
     for shard_bytes in (safetensors.SHARD_BYTES, 20_000):
         folder = str(tmp_path / str(shard_bytes))
@@ -194,6 +195,83 @@ def test_an_index_names_files_of_its_own_folder_alone(folder, name):
         load(folder)
 
 
+def write_bytes(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def another(name: str):
+    """A whole safetensors file beside the model, with another array under a name that the model has."""
+    arrays = {"model.norm.weight": np.full(36, 7, np.float32), "adapter.lora_A": np.zeros(3, np.float32)}
+    return lambda folder: safetensors.write_file(str(folder / name), arrays)
+
+
+def whole_and_index(folder):
+    """One file with all arrays, which wins; the index beside it names parts that are not even there."""
+    arrays = {
+        name: x.read() + (name == "model.norm.weight") for name, x in safetensors.folder_tensors(str(folder)).items()
+    }
+    for path in folder.glob("model-*.safetensors"):
+        path.unlink()
+    safetensors.write_file(str(folder / safetensors.WHOLE), arrays)
+
+
+def renamed(name: str):
+    """All arrays in one file of another name, without an index."""
+
+    def change(folder):
+        whole_and_index(folder)
+        (folder / safetensors.INDEX).unlink()
+        (folder / safetensors.WHOLE).rename(folder / name)
+
+    return change
+
+
+def index(change):
+    def changed(folder):
+        path = folder / safetensors.INDEX
+        content = json.loads(path.read_text())
+        change(content["weight_map"])
+        path.write_text(json.dumps(content))
+
+    return changed
+
+
+def moved(named: dict) -> None:
+    """The index says another of its files for an array than the one that holds it."""
+    named["model.norm.weight"] = next(file for file in named.values() if file != named["model.norm.weight"])
+
+
+BESIDE = {  # what happens to a folder of several files and an index; by how much its last norm changes, or what is said
+    "nothing": (lambda folder: None, 0),
+    "a part too many": (another("model-00099-of-00099.safetensors"), 0),
+    "another layout": (another("consolidated.safetensors"), 0),
+    "an adapter": (another("adapter_model.safetensors"), 0),
+    "no safetensors file": (write_bytes("zzz.safetensors", b"nonsense"), 0),
+    "an index of PyTorch's": (write_bytes("pytorch_model.bin.index.json", b"{}"), 0),
+    "one file and an index": (whole_and_index, 1),
+    "one file of another name": (renamed("weights.safetensors"), "weights.safetensors is not read\nwhere it holds the whole"),
+    "a part not there": (index(lambda named: named.update(x="model-7.safetensors")), "1 files that are not there: model-7"),
+    "a path": (index(lambda named: named.update(x="../x.safetensors")), "only safetensors files beside it"),
+    "another part": (index(moved), "does not hold model.norm.weight, which .*index.json says"),
+    "an array less": (index(lambda named: named.pop("model.norm.weight")), "missing: norm.weight"),
+    "an empty index": (index(lambda named: named.clear()), "is no index of safetensors files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_the_index_or_the_one_file_is_read_and_nothing_beside_it(folder, what):
+    change, expected = BESIDE[what]
+    before = load(folder)["norm"]["scale"]
+    change(folder)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            load(folder)
+        return
+    np.testing.assert_array_equal(load(folder)["norm"]["scale"], before + expected)
+    parts = {path.name for path in folder.glob("model-*.safetensors")} - {"model-00099-of-00099.safetensors"}
+    assert set(safetensors.weight_files(str(folder))) == ({safetensors.WHOLE} if expected else parts)
+
+
 @pytest.mark.parametrize("size", [2**63, 10**12, 100_000_001, 50_000])
 def test_a_header_longer_than_its_file_is_refused(folder, size):
     path = min(folder.glob("*.safetensors"))
@@ -236,8 +314,10 @@ def test_nothing_is_left_where_writing_fails(tmp_path):
     described = hugging_face.describe(content, "config.json", "bytes")
     ours = hugging_face.parameters(described, tensors, "llama")
 
-    def refuse(folder):
-        assert os.path.exists(f"{folder}/config.json")
+    def refuse(folder, arrays):
+        assert os.listdir(folder) == ["config.json"] and arrays.keys() == tensors.keys(), (
+            "proven before arrays are written"
+        )
         raise UserError("logits differ")
 
     with pytest.raises(UserError, match="logits differ"):
@@ -248,6 +328,30 @@ def test_nothing_is_left_where_writing_fails(tmp_path):
     with pytest.raises(UserError, match="there and not empty"):
         hugging_face.write(str(tmp_path / "out"), described, ours, {})
     assert os.listdir(tmp_path / "out") == ["mine"]
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    content, tensors, _ = parity.recorded("llama")
+    described = hugging_face.describe(content, "config.json", "bytes")
+    ours = hugging_face.parameters(described, tensors, "llama")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9 - 5_000, 5_000))
+    with pytest.raises(UserError, match="0.00 GB are free there; name another disk"):
+        hugging_face.write(str(tmp_path / "new" / "out"), described, ours, {}, lambda *given: pytest.fail("too late"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_disk_gives_back_in_another_way_gets_no_name(tmp_path, monkeypatch):
+    content, tensors, _ = parity.recorded("llama")
+    described = hugging_face.describe(content, "config.json", "bytes")
+    ours, write = hugging_face.parameters(described, tensors, "llama"), safetensors.write_folder
+
+    def broken(folder, tensors, shard_bytes):
+        write(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, shard_bytes)
+
+    monkeypatch.setattr(safetensors, "write_folder", broken)
+    with pytest.raises(UserError, match="gave model.norm.weight back in another way"):
+        hugging_face.write(str(tmp_path / "out"), described, ours, {})
+    assert os.listdir(tmp_path) == []
 
 
 def test_our_safetensors_are_those_of_the_package(tmp_path):

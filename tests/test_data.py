@@ -171,7 +171,8 @@ def folder(tmp_path, monkeypatch):
         (place / name).write_bytes((library / name).read_bytes())
     (place / "again.py").write_bytes((library / "copy.py").read_bytes())
     (place / "empty.py").write_text("")
-    (place / "photo.jpg").write_bytes(bytes(range(256)))
+    (place / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    (place / ".hidden").write_text("not text")
     (place / "windows.txt").write_bytes("\ufeffhello\r\nworld".encode())
     return place
 
@@ -185,9 +186,11 @@ def test_bad_input_is_left_out_and_said(folder):
         data__test_fraction=0.0,
     ).data
     corpus = shards.open_corpus(data, said.append)
-    assert corpus.manifest["left_out"] == {"empty": 1, "duplicates": 1, "not_utf8": [str(folder / "photo.jpg")]}
+    names = {"not_utf8": [str(folder / "latin.txt")], "hidden": [str(folder / ".hidden")]}
+    assert corpus.manifest["left_out"] == {"empty": 1, "duplicates": 1} | names
     assert corpus.splits["train"].num_documents == 7
-    assert "left out: 1 empty, 1 duplicates, 1 not UTF-8" in said[0] and "photo.jpg" in said[1]
+    assert "left out: 1 empty, 1 duplicates, 1 not UTF-8, 1 hidden" in said[0]
+    assert "latin.txt" in said[1] and ".hidden" in said[2]
     texts = corpus.tokenizer.decode(corpus.splits["train"].tokens)
     assert "hello\r\nworld" in texts and "\ufeff" not in texts
 

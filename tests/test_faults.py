@@ -71,7 +71,7 @@ SITUATIONS = [
     ("convert: disk full", convert("{folder}/hf", **at(".hf.", errno.ENOSPC)), "hf.*No space left"),
     ("convert: size", convert("{folder}/hf", limits={"RLIMIT_FSIZE": 9000}), "File too large"),
     ("prepare: no permission", tool("prepare_data", "--output", "{folder}/c", "python", **at("/c.work", errno.EACCES)), "c.work"),
-    ("tokenizer to a full disk", tool("train_tokenizer", "--pieces=300", "--characters=20000", "--output", "{folder}/t.model",
+    ("tokenizer to a full disk", tool("train_tokenizer", "--pieces=600", "--characters=50000", "--output", "{folder}/t.model",
                                       "python", **at("t.model", errno.ENOSPC)), "t.model.draft: No space left"),
 ]  # fmt: skip
 PREPARED = tool("prepare_data", "--output", "{folder}/made", "--tokenizer", "bytes", "{folder}/text.jsonl")

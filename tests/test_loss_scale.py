@@ -248,7 +248,7 @@ def test_nothing_but_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, ca
     assert main.main([*OFTEN, *more, "--workdir", str(workdir)]) == command.EXIT_FAULT
     said = capsys.readouterr().out
     assert "step 6 skipped: the gradient of rows 40 to 47 is not finite" in said and "steps 7 to 8 skipped" in said
-    assert f"stopped: {train.MOST_IN_A_ROW} updates in a row were not finite" in said and "from step 14 " in said
+    assert f"stopped: {train.MOST_IN_A_ROW} updates in a row were not finite" in said and "from step 16 " in said
     assert checkpoint.complete_steps(workdir / "checkpoints")[:3] == [2, 4, 6], "the good ones are kept meanwhile"
     assert len(lines_of(workdir)) <= 6, "it went on for long"
     assert all(np.isfinite(x).all() for x in final_arrays(workdir))

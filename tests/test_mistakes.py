@@ -87,6 +87,7 @@ MISTAKES = [
         ["--model", "{run}", "--prompt", "x", "--system", "y"],
         "--system 'y' is read only where --chat is given",
     ),
+    ("generate", ["--model", "{run}", "--prompt", "x", "--chat_variables", "x"], "is read only where --chat is given"),
     *[
         ("generate", ["--model", "{run}", "--prompt=x", "--beams=4", flag], "is read only where --beams is 1")
         for flag in ("--temperature=0.5", "--stop=x", "--top_k=3", "--top_p=0.5", "--min_p=0.1", "--seed=0")

@@ -17,7 +17,7 @@ from conftest import ROOT, tiny
 from test_processes import free_port
 
 from lm_jax.config import UserError
-from lm_jax.data import clean, executors, overlap, prepare, readers, shards, sources
+from lm_jax.data import clean, executors, lines, overlap, prepare, readers, shards, sources
 
 WORDS = """the of to and with that have be a in for over under before after letter proof table engine garden bridge number
 method picture record wrote read mended measured compared answered counted sorted drew slowly early often never once green
@@ -178,14 +178,19 @@ def test_changed_text_starts_over(raw, monkeypatch):
 
 BAD = [
     ("x.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n', "x.jsonl:2", "not UTF-8"),
-    ("x.jsonl", b'{"text": "good"}\n{"text": "ha', "x.jsonl:2", "not JSON"),
-    ("x.jsonl", b'{"text": "good"}\n\n[1, 2]\n', "x.jsonl:3", "no string under 'text'"),
-    ("x.jsonl", b'{"text": "good"}\n{"body": "b"}\n', "x.jsonl:2", "it has: body"),
-    ("x.jsonl", b'{"text": "good"}\n{"text": 3}\n', "x.jsonl:2", "no string"),
+    ("x.jsonl", b'{"text": "good"}\n{"text": "ha', "x.jsonl:2", "no JSON object"),
+    ("x.jsonl", b'{"text": "good"}\n\n[1, 2]\n', "x.jsonl:3", "no JSON object (a list of 2;"),
+    (
+        "x.jsonl",
+        b'{"text": "good"}\n{"body": "b"}\n',
+        "x.jsonl:2",
+        "no string under 'text' (it has body; --text_key body takes a string)",
+    ),
+    ("x.jsonl", b'{"text": "good"}\n{"text": 3}\n', "x.jsonl:2", "no string under 'text' (there stands the number 3)"),
     ("x.jsonl", b'{"text": "good"}\n{"text": "\\u0000"}\n', "x.jsonl:2", "NUL"),
     ("x.jsonl", b'{"text": "good"}\n{"text": "\\ud800"}\n', "x.jsonl:2", "surrogate"),
-    ("x.jsonl", b'{"text": "good"}\n' + b"[" * 100_000 + b"\n", "x.jsonl:2", "not JSON"),
-    ("x.jsonl", b'{"text": "good"}\n{"n": ' + b"9" * 10_000 + b"}\n", "x.jsonl:2", "not JSON"),
+    ("x.jsonl", b'{"text": "good"}\n' + b"[" * 100_000 + b"\n", "x.jsonl:2", "no JSON object"),
+    ("x.jsonl", b'{"text": "good"}\n{"n": ' + b"9" * 10_000 + b"}\n", "x.jsonl:2", "no JSON object"),
     ("x.jsonl", b'{"text": "good"}\n{"text": "' + b"x" * 2_000_000 + b'"}\n', "x.jsonl:2", "a line of more than 1 MB"),
     (
         "x.jsonl.gz",
@@ -202,7 +207,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "content", "place", "reason"), BAD, ids=[f"{n}-{r[:12]}" for n, _, _, r in BAD])
 def test_a_bad_record_stops_by_its_place_or_is_counted(tmp_path, monkeypatch, name, content, place, reason):
-    monkeypatch.setattr(readers, "LINE_BYTES", 1_000_000)
+    monkeypatch.setattr(lines, "LONGEST", 1_000_000)
     (tmp_path / name).write_bytes(content)
     write(tmp_path / "good.jsonl", [story(seed) for seed in range(30)])
     with pytest.raises(UserError) as error:
@@ -393,7 +398,9 @@ def test_packed_files_and_tables_and_pages(tmp_path):
         assert isinstance(torn, readers.Bad) and [r.text for r in whole] == [story(1)] * (end > 10)
     parquet.write_table(pyarrow.table({"text": ["one", None, "three"], "n": [1, 2, 3]}), tmp_path / "x.parquet")
     found = list(readers.records(str(tmp_path / "x.parquet")))
-    assert [r.id.rpartition(":")[2] for r in found] == ["1", "2", "3"] and found[1].reason == "not a string"
+    assert [r.id.rpartition(":")[2] for r in found] == ["1", "2", "3"] and found[
+        1
+    ].reason == "no string under 'text' (there stands null)"
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:100])
     assert "damaged" in list(readers.records(str(tmp_path / "x.parquet")))[0].reason
     paragraphs = "".join(f"<p>{story(n)}</p>" for n in range(3))

@@ -27,10 +27,10 @@ MOE = dict(model__num_experts=4, model__gated=True, model__bias=False)
 BASES: dict[str, dict] = {
     "transformer": {},
     "rotary": ROTARY,
+    "scaled rotary": dict(ROTARY, model__rotary_scaling=(4.0, 1.0, 8.0, 64.0)),
+    "norm of heads": dict(model__qk_norm=True),
     "windows": dict(ROTARY, model__window=(0, 8)),
     "sinusoidal": dict(model__positions="sinusoidal"),
-    "scaled": dict(ROTARY, model__rotary_scaling=SCALED),
-    "heads normalised": dict(model__qk_norm=True),
     "no bias": dict(model__bias=False),
     "experts": MOE,
     "lora": dict(model__lora_rank=2),

@@ -29,9 +29,14 @@ def write_table(folder, suffix: str, records: list[dict] = RECORDS) -> str:
     elif suffix == ".parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif suffix == ".tsv":
+        assert not any(set("\t\n") & set(str(value)) for record in records for value in record.values())
+        path.write_text(
+            "".join("\t".join(map(str, row)) + "\n" for row in (records[0], *(r.values() for r in records)))
+        )
     else:
         with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, list(records[0]), delimiter="\t" if suffix == ".tsv" else ",")
+            table = csv.DictWriter(file, list(records[0]))
             table.writeheader()
             table.writerows(records)
     return str(folder)
@@ -40,9 +45,10 @@ def write_table(folder, suffix: str, records: list[dict] = RECORDS) -> str:
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
 def test_a_table_of_any_kind_gives_the_rows_of_json_lines(tmp_path, suffix):
     folders = [tmp_path / name for name in "ab"]
+    records = [r | {"text": r["text"].replace("\n", " ")} for r in RECORDS] if suffix == ".tsv" else RECORDS
     for folder, kind in zip(folders, (".jsonl", suffix), strict=True):
         folder.mkdir()
-        write_table(folder, kind)
+        write_table(folder, kind, records)
     found = []
     for folder in folders:
         config = tiny(**DECODER | CLASSES | {"data__sources": str(folder)})
@@ -64,7 +70,7 @@ def test_columns_may_have_other_names_and_a_wrong_one_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("text,label\na,bad\nb\n", "line 3 has 1 values, the header names 2: text, label"),
+        ("text,label\na,bad\nb\n", "line 3: other cells than its header .1 cells, the header names 2: text, label"),
         ('text,label\n"a" b,bad\n', "line 2: "),
     ],
 )

@@ -287,7 +287,7 @@ MISTAKES = [
     (TAGS, '{"words": ["a"], "tags": ["O"]}', "has no column 'tokens', only 'words', 'tags'"),
     (SPANS, '{"question": "q", "context": "a b", "answer": "c"}', "the answer 'c' does not stand in the context"),
     (SPANS, '{"question": "q", "context": "a b", "answer": "b", "start": 1}', "stands no 'b'; it stands at 2"),
-    (SPANS, '{"question": "q", "context": "a b", "answer": "b", "start": "x"}', "the start 'x' is no number"),
+    (SPANS, '{"question": "q", "context": "a b", "answer": "b", "start": "x"}', "the start 'x' is no finite number"),
     (SPANS, '{"question": "q", "context": "a b", "answer": 3}', "the answer is no string"),
     (SPANS, '{"question": " ", "context": "a b", "answer": "a"}', "the question is empty"),
     (SPANS, '{"question": "q", "contxt": "a b", "answer": "a"}', "; did you mean contxt?"),

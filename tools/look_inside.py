@@ -49,7 +49,7 @@ def attention_weights(model, tokens: np.ndarray, layer: int) -> np.ndarray:
     q_BTHK, k_BSGK = own.queries_and_keys(x_BTD, x_BTD, turn)
     width, num = k_BSGK.shape[-1], len(tokens)
     identity = np.eye(num, -(-num // width) * width, dtype=np.float32)
-    weights, more = [], (own.causal, None, model.config.logit_softcap[0])
+    weights, more = [], (own.causal, None, own.softcap)
     for start in range(0, num, width):
         values = np.broadcast_to(identity[None, :, None, start : start + width], k_BSGK.shape)
         weights.append(attend(q_BTHK, k_BSGK, values, context, context, own.window, "xla", *more))

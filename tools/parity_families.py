@@ -35,7 +35,7 @@ LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
 NINE = dict(num_attention_heads=9, num_key_value_heads=3, hidden_size=36)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=1e4)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=4096, rope_theta=1e4)
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=1e5)
 NEAR = dict(rope_type="default", rope_theta=300.0)
 SLIDING, FULL = "sliding_attention", "full_attention"

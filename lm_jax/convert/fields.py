@@ -153,7 +153,7 @@ class Theirs:
 
     def positive(self, name: str, null: float | Any = ...) -> float:
         value = self(name, float, null)
-        if value != null and not value > 0:
+        if self.content.get(name, self.defaults[name]) is not None and not value > 0:
             raise UserError(f"{self.where}: {name} = {value}: expected more than 0")
         return value
 

@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm_jax.config import UserError, needs
+from lm_jax.convert.text_files import TEMPLATE, Text
+from lm_jax.convert.tokenizer_json import special_token, vocab_of
+from lm_jax.data.special_ids import SpecialIds
+from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.regular_files import opened
 
 # Their names, which hold for weights alone; a number of a layer stands for `{layer}`.
 NAMES = {
@@ -23,6 +28,7 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+HEADER, MOST_TENSORS = 2**27, 2**20  # bytes before the tensors, and how many of these, that a file may have
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # a token's type; a control is a mark, no text
 # How a text is cut before byte-pair merges, by `tokenizer.ggml.pre`.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -30,11 +36,13 @@ CUTS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, BYTES],
 }
+ENDS = ("eos", "eot", "eom")  # a file names these: of a text, of a turn, of a message; a reader stops at any
 
 
 class Contents(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
+    ids: SpecialIds
     files: dict[str, bytes]
 
 
@@ -50,6 +58,7 @@ def read(path: str) -> Contents:
     """Quantised weights come back as float32. Raises UserError for another architecture, or what is no whole GGUF file."""
     gguf = package()
     try:
+        check_counts(path)
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package raises whatever its arrays do
         raise UserError(f"{path} is no whole GGUF file: {str(error)[:100]}") from None
@@ -74,8 +83,6 @@ def read(path: str) -> Contents:
         "rope_theta": value("llama.rope.freq_base", 10_000.0),
         "rope_parameters": {"rope_type": "default", "rope_theta": value("llama.rope.freq_base", 10_000.0)},
         "vocab_size": len(value("tokenizer.ggml.tokens", [])),
-        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
         "tie_word_embeddings": "output.weight" not in {tensor.name for tensor in reader.tensors},
     }
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -84,10 +91,56 @@ def read(path: str) -> Contents:
         name, part = their_name(path, tensor.name)
         x = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         tensors[name] = in_halves(x, heads[part]) if part in heads else x
-    files = {"tokenizer.json": tokenizer(path, value)}
+    files = {HuggingFace.file_name: tokenizer(path, value)}
     if template := value("tokenizer.chat_template"):
-        files["chat_template.jinja"] = template.encode()
-    return Contents(config, tensors, files)
+        files[TEMPLATE] = template.encode()
+    return Contents(config, tensors, ids_in(value), files)
+
+
+def ids_in(value) -> SpecialIds:
+    """What stands before a text, and its ends."""
+    first, ends = value("tokenizer.ggml.bos_token_id"), [value(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
+    known = tuple(dict.fromkeys(end for end in ends if end is not None))
+    before = () if first is None or not value("tokenizer.ggml.add_bos_token", False) else (first,)
+    return SpecialIds(before, (), -1, known)
+
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value by its type
+STRING, ARRAY = 8, 9
+
+
+def check_counts(path: str) -> None:
+    """Raises ValueError for a file that is shorter than its counts say, beyond whose end the package would go on for ever."""
+    with opened(path) as file:
+        content = file.read(HEADER)
+
+    def number(at: int, size: int) -> int:
+        if at + size > len(content):
+            raise ValueError(f"it ends at byte {len(content):,}, inside its header")
+        return int.from_bytes(content[at : at + size], "little")
+
+    def after(at: int, kind: int, depth: int = 0) -> int:
+        """Where a value ends."""
+        if kind == STRING:
+            return at + 8 + number(at, 8)
+        if kind != ARRAY or depth > 3:
+            return at + SIZES[kind]
+        kind, count, at = number(at, 4), number(at + 4, 8), at + 12
+        if count > len(content):
+            raise ValueError(f"a list of {count:,} values in a header of {len(content):,} bytes")
+        if kind in SIZES:
+            return at + count * SIZES[kind]
+        for _ in range(count):
+            at = after(at, kind, depth + 1)
+        return at
+
+    at = 24
+    for _ in range(number(16, 8)):
+        at = after(at, STRING)
+        at = after(at + 4, number(at, 4))
+    number(at, 0)
+    if number(8, 8) > MOST_TENSORS:
+        raise ValueError(f"{number(8, 8):,} tensors")
 
 
 def their_name(path: str, name: str) -> tuple[str, str]:
@@ -116,12 +169,7 @@ def tokenizer(path: str, value) -> bytes:
     if kind != "gpt2" or cut not in CUTS:
         raise UserError(f"{path}: its tokenizer {kind!r}, {cut!r} is not read; known are gpt2 with {', '.join(CUTS)}")
     pieces, kinds = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
-    mark = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    marks = [
-        {"id": i, "content": piece, **mark}
-        for i, (piece, k) in enumerate(zip(pieces, kinds, strict=True))
-        if k == CONTROL
-    ]
+    marks = [special_token(i, piece) for i, (piece, k) in enumerate(zip(pieces, kinds, strict=True)) if k == CONTROL]
     content = {
         "version": "1.0",
         **{"truncation": None, "padding": None, "normalizer": None, "post_processor": None},
@@ -138,13 +186,13 @@ def tokenizer(path: str, value) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def write(path: str, contents: Contents, sentencepiece_model: bytes = b"") -> None:
+def write(path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], text: Text) -> None:
     """A GGUF file of float32 weights, whole or not at all. The tokenizer is a SentencePiece model of byte pairs (`llama`), else
-    the tokenizer.json of `contents` (`gpt2`).
+    one of byte pairs in a tokenizer.json (`gpt2`).
 
-    No reader but ours has been seen to take it. Raises UserError for another family, and for a tokenizer that GGUF cannot say.
+    No reader but ours has been seen to take it. Raises UserError for another family, and for a text that GGUF cannot say.
     """
-    gguf, config = package(), contents.config
+    gguf = package()
     if config["model_type"] != "llama" or config["rope_parameters"]["rope_type"] != "default":
         raise UserError(
             f"{path}: of GGUF files llama without scaled positions is written, not {config['model_type']!r}"
@@ -165,19 +213,18 @@ def write(path: str, contents: Contents, sentencepiece_model: bytes = b"") -> No
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    if sentencepiece_model:
-        add_sentencepiece(writer, sentencepiece_model, config["vocab_size"])
+    if text.tokenizer.file_name == "tokenizer.model":
+        add_sentencepiece(writer, text.tokenizer.model, config["vocab_size"])
+    elif text.tokenizer.file_name == HuggingFace.file_name:
+        add_byte_pairs(path, writer, json.loads(text.tokenizer.model), config["vocab_size"])
     else:
-        add_byte_pairs(path, writer, json.loads(contents.files["tokenizer.json"]), config["vocab_size"])
-    for name in ("bos_token_id", "eos_token_id"):
-        if config.get(name) is not None:
-            getattr(writer, f"add_{name}")(config[name])
-    writer.add_add_bos_token(False)
-    if "chat_template.jinja" in contents.files:
-        writer.add_chat_template(contents.files["chat_template.jinja"].decode())
+        raise UserError(f"{path}: a GGUF file has no tokenizer of plain bytes; train with one of SentencePiece")
+    add_ids(path, writer, text.ids)
+    if text.template:
+        writer.add_chat_template(text.template)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     ours = {theirs: own for own, theirs in NAMES.items()}
-    for name, x in contents.tensors.items():
+    for name, x in tensors.items():
         own = ours.get(name)
         if own is None:
             _, _, layer, part = name.removesuffix(".weight").split(".", 3)
@@ -189,6 +236,20 @@ def write(path: str, contents: Contents, sentencepiece_model: bytes = b"") -> No
     writer.write_tensors_to_file()
     writer.close()
     os.replace(draft, path)
+
+
+def add_ids(path: str, writer, ids: SpecialIds) -> None:
+    """What stands before a text, and all its ends. Raises UserError where there are more than a file has names for."""
+    if len(ids.ends) > len(ENDS) or len(ids.first) > 1:
+        raise UserError(
+            f"{path}: texts begin with {list(ids.first)} and end at any of {list(ids.ends)}; "
+            f"a GGUF file says one first token and {len(ENDS)} ends"
+        )
+    for name, end in zip(ENDS, ids.ends, strict=False):
+        getattr(writer, f"add_{name}_token_id")(end)
+    for first in ids.first:
+        writer.add_bos_token_id(first)
+    writer.add_add_bos_token(bool(ids.first))
 
 
 def add_sentencepiece(writer, model: bytes, num_pieces: int) -> None:
@@ -213,8 +274,8 @@ def add_byte_pairs(path: str, writer, described: dict[str, Any], num_pieces: int
     names = [name for name, known in CUTS.items() if known == cuts]
     if described["model"]["type"] != "BPE" or not names:
         raise UserError(f"{path}: the tokenizer is neither SentencePiece nor byte pairs cut as {' or '.join(CUTS)} do")
-    marks = {mark["id"]: mark["content"] for mark in described["added_tokens"]}
-    pieces = {i: piece for piece, i in described["model"]["vocab"].items()} | marks
+    marks = {mark["id"] for mark in described["added_tokens"] if mark["special"]}
+    pieces = {i: piece for piece, i in vocab_of(described).items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(names[0])
     writer.add_token_list([pieces.get(i, f"<unused_{i}>") for i in range(num_pieces)])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from lm_jax import regular_files
 from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve_found
 from lm_jax.convert import encoders, families, safetensors
 from lm_jax.convert.families import EXPERT, LAYER, Family
@@ -29,6 +30,7 @@ FAMILIES = families.FAMILIES | encoders.FAMILIES
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
 # The same arrays under other names, where the tables are one.
 TWICE = ("cls.predictions.decoder.bias", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+WITHOUT_TABLE = ("rotary", "relative")  # positions that any length has
 HEADS = ("lm_head.", "cls.")  # their names have no prefix
 # What a model is, beside how it is trained and computed: this a config.json must say.
 TRAINING = {"dropout", "init_scale", "attention", "remat", "unroll", "compute_dtype"}
@@ -117,6 +119,9 @@ def slots(family: Family, graph: Graph) -> list[Slot]:
     return found
 
 
+MOST_RANGES = 20  # of numbers in a message
+
+
 def listed(names) -> str:
     """All of them in one line: names that differ in numbers only are one, with the numbers of the first that differs."""
     groups: dict[str, list[str]] = {}
@@ -132,16 +137,17 @@ def _numbers(names: list[str]) -> str:
     first = sorted({int(re.search(r"\d+", name)[0]) for name in names})  # type: ignore[index]
     if len(first) < len(names):
         return f"{len(names)} of them"
-    starts = [n for n in first if n - 1 not in first]
-    ends = [n for n in first if n + 1 not in first]
+    known = {*first}
+    starts, ends = [n for n in first if n - 1 not in known], [n for n in first if n + 1 not in known]
+    if len(starts) > MOST_RANGES:
+        return f"{len(names):,} of them"
     return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True))
 
 
 def is_folder(folder: str) -> bool:
     """Whether config.json is one of Hugging Face's: it says what it is by `model_type`."""
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            return "model_type" in json.load(file)
+        return "model_type" in regular_files.read_json(os.path.join(folder, "config.json"))
     except (OSError, ValueError, RecursionError, TypeError):
         return False
 
@@ -173,8 +179,7 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
 def read_description(folder: str) -> Description:
     path = os.path.join(folder, "config.json")
     try:
-        with open(path) as file:
-            content = json.load(file)
+        content = regular_files.read_json(path)
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} cannot be read as JSON") from None
     return describe(content, path, folder)
@@ -200,6 +205,8 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
             found.pop(name, None)
     for name in TWICE:
         found.pop(name, None)
+    if described.content.get("tie_word_embeddings") is True and "shared.weight" in found:
+        found.setdefault("lm_head.weight", found["shared.weight"])  # T5 1.1 with one table, as transformers 5 makes it
     wanted: dict[str, list[Slot]] = {}
     for slot in slots(family, graph):
         wanted.setdefault(bare(slot.name), []).append(slot)
@@ -270,25 +277,22 @@ def what_it_is(model: Model) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in unused}
 
 
-def description_of(config: Config, num_pieces: int, end: int = -1) -> Description:
-    """The family that can say all that a model is, and its config.json; `end` is the piece between documents.
+def description_of(config: Config, num_pieces: int, ids: dict[str, Any] | None = None, context: int = 0) -> Description:
+    """The family that can say all that a model is, and its config.json, with the fields `ids` of its text.
 
-    Raises UserError that names what the nearest family cannot say.
+    `context` is the longest text, in tokens, of a model whose positions have no table. Raises UserError that names what the
+    nearest family cannot say.
     """
     reasons, kind = {}, config.model.kind
+    length = config.data.sequence_length
     for name, family in FAMILIES.items():
         if family.kind != kind:
             continue
-        places = family.length
         content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
-        content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces)
-        content[places] = config.data.sequence_length
+        content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces, **(ids or {}))
+        content[family.length] = max(length, context) if config.model.positions in WITHOUT_TABLE else length
         if kind == "transformer":  # a family's own may be beyond this vocabulary: then no model is built
-            content["pad_token_id"] = None
-        if end >= 0:
-            content.update(bos_token_id=end, eos_token_id=end)
-        if end >= 0 and name == "t5":
-            content.update(decoder_start_token_id=end)
+            content.setdefault("pad_token_id", None)
         if name == "gpt2":
             content.update(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         content |= family.write(config.model)
@@ -320,34 +324,66 @@ def their_tensors(described: Description, ours: dict) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(np.concatenate(several, axes[name])) for name, several in parts.items()}
 
 
+Proof = Callable[[str, dict[str, np.ndarray]], None]
+
+
 def write(
     folder: str,
     described: Description,
     ours: dict,
-    carried: dict[str, bytes],
-    prove: Callable[[str], None] = lambda folder: None,
+    files: dict[str, bytes],
+    prove: Proof = lambda folder, tensors: None,
     shard_bytes: int = safetensors.SHARD_BYTES,
 ) -> None:
-    """A new folder, whole or not at all; `prove` sees it before it gets its name, and raises where it must not have it."""
+    """A new folder, whole or not at all: small files, then arrays. `prove` raises where it must not be written: it sees a folder
+    with the small files, and the arrays before they are on disk. All that is written is read again here."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f"{folder} is there and not empty; name another folder")
     parent = os.path.dirname(os.path.abspath(folder))
+    tensors = their_tensors(described, ours)
+    check_room(parent, folder, sum(x.nbytes for x in tensors.values()) + sum(map(len, files.values())))
     os.makedirs(parent, exist_ok=True)
     unfinished = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=parent)
     try:
         os.chmod(unfinished, 0o755)
-        with open(os.path.join(unfinished, "config.json"), "w") as file:
-            json.dump(described.content, file, indent=1)
-        for name, content in carried.items():
+        for name, content in ({"config.json": json.dumps(described.content, indent=1).encode()} | files).items():
             with open(os.path.join(unfinished, name), "wb") as file:
                 file.write(content)
-        safetensors.write_folder(unfinished, their_tensors(described, ours), shard_bytes)
-        prove(unfinished)
+        check_read(unfinished, described, tensors)
+        prove(unfinished, tensors)
+        safetensors.write_folder(unfinished, tensors, shard_bytes)
+        found = safetensors.folder_tensors(unfinished)
+        if wrong := [name for name, x in tensors.items() if not np.array_equal(found[name].read(), x, equal_nan=True)]:
+            raise UserError(f"{folder}: not written: the disk gave {listed(wrong)} back in another way")
         if os.path.isdir(folder):
             os.rmdir(folder)
         os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_room(parent: str, folder: str, num_bytes: int) -> None:
+    """Raises UserError where the disk has no room for a folder of so many bytes."""
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"{folder}: {num_bytes / 1e9:,.2f} GB are to be written, {free / 1e9:,.2f} GB are free there; name another disk"
+        )
+
+
+def check_read(folder: str, described: Description, tensors: dict[str, np.ndarray]) -> None:
+    """Raises UserError where a folder's config.json with these arrays is another model when it is read here."""
+    found = read_description(folder)
+    here, there = what_it_is(described.config.model), what_it_is(found.config.model)
+    wrong = [key for key in here if here[key] != there.get(key)]
+    if not wrong and described.num_pieces == found.num_pieces:
+        again = their_tensors(found, parameters(found, tensors, folder))
+        # A scale that is kept as 1 + w, or divided by a root, may change its last bit on the way.
+        wrong = [name for name, x in tensors.items() if not np.allclose(again[name], x, 1e-6, 1e-30, equal_nan=True)]
+    if wrong:
+        raise UserError(f"not written: read here again it has another {listed(wrong)}")
 
 
 def carried_files(folder: str) -> dict[str, bytes]:

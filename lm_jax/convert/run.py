@@ -41,7 +41,7 @@ def write(
     facts: dict[str, Any] = {"pipeline": 0, "tokenizer": tokenizer.fingerprint, "data": "", "shards": {}}
     facts["run"] = checkpoint.run_identity({}, found.config, facts)
     said = {"base": {"place": place_of(base), "hash": checkpoint.fingerprint(base)}} if base else {}
-    checkpoint.write_config(workdir, found.config, {}, facts | said)
+    checkpoint.write_config(workdir, found.config, {}, facts | said | {"context": checkpoint.context_of(found)})
     graph = build(
         found.config.model,
         specials(tokenizer, found.config.data.objective).num_pieces,

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from lm_jax.config import UserError
+from lm_jax.regular_files import opened, read_bytes
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -46,15 +47,18 @@ def file_tensors(path: str) -> dict[str, Tensor]:
     def refuse(problem: str) -> UserError:
         return UserError(f"{path} is no whole safetensors file: {problem}; copy or download it again")
 
-    total = os.path.getsize(path)
-    with open(path, "rb") as file:
+    try:
+        file, total = opened(path), os.path.getsize(path)
+    except OSError as error:
+        raise refuse(str(error.strerror)) from None
+    with file:
         size = int.from_bytes(file.read(8), "little")
         if total < 8 or size > min(LARGEST_HEADER, total - 8):
             raise refuse(f"a header of {size:,} bytes in a file of {total:,}")
         try:
             header = json.loads(file.read(size), object_pairs_hook=_without_repetition)
             header.pop("__metadata__", None)
-        except (ValueError, RecursionError, AttributeError):
+        except (ValueError, RecursionError, AttributeError, TypeError):
             raise refuse("its header cannot be read") from None
     found, ranges = {}, []
     for name, entry in header.items():
@@ -82,24 +86,37 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def folder_tensors(folder: str) -> dict[str, Tensor]:
-    """{name: where it stands} over all files of a model's folder. Raises UserError; a pickle is refused with the way out."""
+def weight_files(folder: str) -> list[str]:
+    """The files that hold a model's arrays: `model.safetensors`, else those that the index names, and nothing beside them.
+
+    Raises UserError; a pickle is refused with the way out.
+    """
     names = sorted(os.listdir(folder))
+    if WHOLE in names:  # it wins over an index, as in `transformers`
+        return [WHOLE]
     if INDEX in names:
-        files = sorted(_index_files(os.path.join(folder, INDEX), names))
-    else:
-        files = [name for name in names if name.endswith(".safetensors")]
-    if not files:
-        raise UserError(f"{folder} has no safetensors file{_way_out(folder, names)}")
-    found: dict[str, Tensor] = {}
-    for name in files:
-        new = file_tensors(os.path.join(folder, name))
-        if twice := new.keys() & found.keys():
-            raise UserError(
-                f"{folder}: {min(twice)} stands in two files, {name} and {os.path.basename(found[min(twice)].path)}"
-            )
-        found |= new
-    return found
+        return sorted(set(_weight_map(folder, names).values()))
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        raise UserError(
+            f"{folder} has neither {WHOLE} nor {INDEX}; {others[0]} is not read\n"
+            f"where it holds the whole model, name it {WHOLE}; where it is a part, copy the others and the index too"
+        )
+    raise UserError(f"{folder} has no {WHOLE} and no {INDEX}{_way_out(folder, names)}")
+
+
+def folder_tensors(folder: str) -> dict[str, Tensor]:
+    """{name: where it stands} of a model's folder, each in the file that the index names for it. Raises UserError."""
+    found = {file: file_tensors(os.path.join(folder, file)) for file in weight_files(folder)}
+    if list(found) == [WHOLE]:
+        return found[WHOLE]
+    named = _weight_map(folder, os.listdir(folder))
+    if lacking := [name for name, file in named.items() if name not in found[file]]:
+        raise UserError(
+            f"{folder}: {named[lacking[0]]} does not hold {lacking[0]}, which {INDEX} says (+{len(lacking) - 1} more); "
+            "copy or download it again"
+        )
+    return {name: found[file][name] for name, file in named.items()}
 
 
 def _way_out(folder: str, names: list[str]) -> str:
@@ -114,21 +131,21 @@ def _way_out(folder: str, names: list[str]) -> str:
     )
 
 
-def _index_files(path: str, present: list[str]) -> set[str]:
-    """The files that an index names: names in its own folder, never paths. Raises UserError."""
+def _weight_map(folder: str, present: list[str]) -> dict[str, str]:
+    """{name of a tensor: its file}, as the index says: files of its own folder, never paths. Raises UserError."""
+    path = os.path.join(folder, INDEX)
     try:
-        with open(path) as file:
-            named = json.load(file)["weight_map"].values()
-        files = {name for name in named if isinstance(name, str)}
-        assert files and len(files) == len(set(named))
+        named = json.loads(read_bytes(path), object_pairs_hook=_without_repetition)["weight_map"]
+        assert named and all(isinstance(name, str) for name in named.values())
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path} is no index of safetensors files; copy or download it again") from None
+    files = set(named.values())
     for name in sorted(files):
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise UserError(f"{path} names {name!r}: only safetensors files beside it are read")
     if lacking := sorted(files - set(present)):
         raise UserError(f"{path} names {len(lacking)} files that are not there: {', '.join(lacking[:3])}")
-    return files
+    return named
 
 
 def write_file(path: str, tensors: dict[str, np.ndarray]) -> None:

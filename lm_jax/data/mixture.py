@@ -142,9 +142,9 @@ class Mixture:
         return False
 
     @property
-    def chat_template(self) -> str:
+    def chat_template(self) -> Any:
         """In which a task writes conversations."""
-        return ""
+        return None
 
     @property
     def special_ids(self) -> special_ids.SpecialIds:

@@ -1,11 +1,10 @@
 """Contamination: what of an evaluation set stands in the text, found by runs of 13 words and told for each set."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 
 from lm_jax.config import UserError
-from lm_jax.data import clean, readers
+from lm_jax.data import clean, lines, readers, sources
 from lm_jax.data.readers import Bad, Document
 from lm_jax.data.report import Tally
 
@@ -47,28 +46,21 @@ def evaluation_index(places: tuple[str, ...], text_key: str) -> tuple[dict, dict
 
 
 def evaluation_items(path: str, text_key: str) -> Iterator[str]:
-    """The text of each item: of a JSON record all its strings, so that a question and its answer are one."""
-    if readers.kind_of(path) != "jsonl":
+    """The text of each item: of a record in a table all its strings, so that a question and its answer are one."""
+    if sources.kind_of(path) not in lines.KINDS:
         for record in readers.records(path, text_key):
             if isinstance(record, Bad):
                 raise UserError(f"--decontaminate {record.id}: {record.reason}")
             yield record.text
         return
-    with readers.opened(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                found = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"--decontaminate {path}:{number}: not JSON ({error})") from None
-            yield "\n".join(strings(found))
-
-
-def strings(value) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from strings(item)
+    try:
+        with readers.opened(path) as file:
+            for row in lines.rows(file, sources.kind_of(path)):
+                if isinstance(row, lines.Wrong):
+                    raise UserError(f"--decontaminate {path}:{row.number}: {row.reason}")
+                yield "\n".join(lines.strings(row.content))
+    except (*readers.DAMAGE, OSError) as error:
+        raise UserError(f"--decontaminate {path} cannot be read: {error}") from None
 
 
 def summary(places: tuple[str, ...], text_key: str, tally: Tally) -> dict[str, dict[str, int]]:

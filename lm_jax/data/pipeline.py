@@ -4,6 +4,7 @@ Our code computes which tokens a row holds (`packing`, `mixture`); Grain runs th
 only state is an integer, the cursor: neither batch size, mesh, processes nor workers enter a row.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -59,13 +60,21 @@ def local_rows(mesh: jax.sharding.Mesh, size: int, length: int) -> tuple[int, ..
     return tuple(sorted({row for rows, _ in held for row in range(size)[rows]}))  # type: ignore[misc]
 
 
+def leave_soon(*_) -> None:
+    timer = threading.Timer(SOON, os._exit, (1,))
+    timer.daemon = True  # a worker that has nothing more to do does not wait for it
+    timer.start()
+
+
 def end_with_parent(index: int, count: int) -> None:
     """In a worker: leaves within a second of the process that started it, however that ended.
 
-    SIGTERM goes to all processes of a job, and the rows that are on their way are needed until the run is saved.
+    Ctrl-C is for the parent to answer. SIGTERM goes to all processes of a job, and the rows that are on their way are needed
+    until the run is saved.
     """
     parent = os.getppid()
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(SOON, os._exit, (1,)).start())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave_soon)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -88,9 +97,9 @@ def batches(
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=end_with_parent)
     place = {row: index for index, row in enumerate(local)}
-    found = iter(dataset)
-    if num_workers:
-        with stop.children_deaf_to_ctrl_c():
+    with stop.children_deaf_to_ctrl_c() if num_workers else contextlib.nullcontext():
+        found = iter(dataset)
+        if num_workers:
             found.start_prefetch()
     try:
         for batch in found:

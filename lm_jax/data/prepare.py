@@ -79,9 +79,9 @@ class Plan:
     buckets: int
 
 
-def make_plan(settings: Settings) -> Plan:
+def make_plan(settings: Settings, say: Say = lambda line: None) -> Plan:
     """Which files each task reads. Raises UserError where a place holds none."""
-    files = readers.find(settings.sources)
+    files = readers.find(settings.sources, say)
     with tokenizer.named("--tokenizer"):
         given = None if tokenizer.num_pieces(settings.tokenizer) else tokenizer.load(settings.tokenizer)
         tokens = given.fingerprint + given.beside.decode() if given else ""
@@ -106,7 +106,7 @@ def run(settings: Settings, say: Say = print) -> dict[str, Any]:
     """Prepares the corpus, or goes on where an earlier run was stopped. Returns the report. Raises UserError."""
     check(settings)
     shards.check_url("--output", settings.output)
-    plan = make_plan(settings)
+    plan = make_plan(settings, say)
     if shards.is_prepared(settings.output):
         return already(settings, plan, say)
     if not shards.is_url(settings.output) and os.path.exists(settings.output) and os.listdir(settings.output):

@@ -10,7 +10,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import zlib
@@ -19,13 +18,13 @@ from typing import Any, NamedTuple
 
 import fsspec
 
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
-from lm_jax.data import sources
+from lm_jax.data import lines, sources
 
 PIECE = (
     1_000_000  # characters of the longest document: a longer one is taken apart, so that no stage holds more at once
 )
-LINE_BYTES = 64_000_000  # of the longest line of JSON that is parsed
 HF_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")  # what is read of a data set's repository
 
 
@@ -59,9 +58,10 @@ class Damaged(ValueError):
 DAMAGE = (Damaged, EOFError, gzip.BadGzipFile, zlib.error)
 
 
-def find(places: tuple[str, ...]) -> list[File]:
+def find(places: tuple[str, ...], say: Callable[[str], None] = lambda line: None) -> list[File]:
     """The files of places (files, folders, globs, URLs of fsspec, "hf:OWNER/NAME"), in order. Raises UserError."""
     found: dict[str, File] = {}
+    hidden: list[str] = []
     for place in places:
         if place == "python":
             found[place] = File(
@@ -71,7 +71,7 @@ def find(places: tuple[str, ...]) -> list[File]:
         url = f"hf://datasets/{place[3:]}" if place.startswith("hf:") and "//" not in place else place
         try:
             system, inside = fsspec.core.url_to_fs(url)
-            paths = _below(system, inside)
+            paths = _below(system, inside, hidden)
             if url != place:
                 paths = [path for path in paths if path.endswith(HF_FILES)]
             for path in paths:
@@ -80,25 +80,27 @@ def find(places: tuple[str, ...]) -> list[File]:
         except (ImportError, ValueError) as error:  # a protocol whose package is not here, or that nobody knows
             raise UserError(f"{place}: {error}") from None
         except OSError as error:
-            raise UserError(f"{place} cannot be read: {error}") from None
+            raise UserError(f"{error.filename or place} cannot be read: {error.strerror or error}") from None
         if not paths:
-            raise UserError(f"{place}: no such file, folder or pattern")
+            raise UserError(
+                f"{place}: no such file, folder or pattern" + f"; it has {len(hidden)} hidden ones" * bool(hidden)
+            )
+    if hidden:
+        first = regular_files.shown(hidden[0])
+        say(f"left out: {len(hidden):,} files and folders whose names begin with a dot, the first {first}")
     return [found[name] for name in sorted(found)]
 
 
-def _below(system, path: str) -> list[str]:
-    """Files that a path, a folder or a pattern names."""
-    matching = system.glob(path) if re.search(r"[*?\[]", path) and not system.exists(path) else [path]
-    return [file for match in matching if system.exists(match) for file in sorted(system.find(match))]
-
-
-def kind_of(path: str) -> str:
-    """How a file is read: jsonl, parquet, html, warc, python or text, by its name without .gz and .zst."""
-    suffix = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
-    by_suffix = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".html": "html"}
-    return {**by_suffix, ".htm": "html", ".warc": "warc", ".wet": "warc"}.get(
-        suffix, "python" if path == "python" else "text"
-    )
+def _below(system, path: str, hidden: list[str]) -> list[str]:
+    """Files that a path, a folder or a pattern names. Raises OSError for what is on this machine and can be no file."""
+    exists = os.path.lexists if "file" in system.protocol else system.exists
+    matching = system.glob(path) if re.search(r"[*?\[]", path) and not exists(path) else [path]
+    if "file" not in system.protocol:
+        return [file for match in matching if exists(match) for file in sorted(system.find(match))]
+    found = [file for match in matching if exists(match) for file in sources.names_below(match, hidden)]
+    for file in found:
+        regular_files.check(file)
+    return found
 
 
 class Zstandard(io.RawIOBase):
@@ -118,7 +120,7 @@ class Zstandard(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self._ready:
             rest = self._frame.unused_data if self._frame.eof else b""
-            block = rest or self._file.read(1 << 17)
+            block = rest or self._file.read(1 << 12)  # of which a bomb makes 128 MiB, not more
             if not block:
                 if self._fed and not self._frame.eof:
                     raise Damaged("the file ends inside a frame")
@@ -138,12 +140,12 @@ class Zstandard(io.RawIOBase):
 @contextlib.contextmanager
 def opened(path: str, seen: Callable[[int], None] = lambda num_bytes: None):
     """The bytes of a file, .gz and .zst undone (not of WARC, whose reader wants to). `seen` hears how far the file is read."""
-    with fsspec.open(path, "rb") as raw:
-        if kind_of(path) == "parquet":  # read by its own index
+    with fsspec.open(path, "rb") if regular_files.is_url(path) else regular_files.opened(path) as raw:
+        if sources.kind_of(path) == "parquet":  # read by its own index
             yield raw
             return
         inner = _Heard(raw, seen)
-        if path.lower().endswith(".gz") and kind_of(path) != "warc":
+        if path.lower().endswith(".gz") and sources.kind_of(path) != "warc":
             # With a buffer around it, whole lines before a torn end would be lost.
             yield gzip.GzipFile(fileobj=io.BufferedReader(inner))
         elif path.lower().endswith(".zst"):
@@ -171,10 +173,10 @@ class Where:
     """The line that a reader has come to; 0 where a file has none."""
 
     def __init__(self, path: str):
-        self.path, self.line = path, 0
+        self.path, self.name, self.line = path, regular_files.shown(path), 0
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}" if self.line else self.path
+        return f"{self.name}:{self.line}" if self.line else self.name
 
 
 def records(
@@ -186,7 +188,8 @@ def records(
             yield from _whole(f"python/{name}", content)
         return
     where = Where(path)
-    read = {"jsonl": _jsonl, "parquet": _parquet, "html": _html, "warc": _warc, "text": _text}[kind_of(path)]
+    own = {"parquet": _parquet, "html": _html, "warc": _warc, "text": _text}
+    read = own.get(sources.kind_of(path), _rows)
     try:
         with opened(path, seen) as file:
             for record in read(where, file, text_key):
@@ -199,11 +202,8 @@ def records(
 
 def _checked(record: Document | Bad) -> Iterator[Document | Bad]:
     """The record in pieces, or what is wrong with its text."""
-    if isinstance(record, Document):
-        if "\0" in record.text:
-            record = Bad(record.id, "holds a NUL character (a binary file?)")
-        elif re.search("[\ud800-\udfff]", record.text):
-            record = Bad(record.id, "holds half a surrogate pair, which is no character")
+    if isinstance(record, Document) and (reason := lines.no_text(record.text)):
+        record = Bad(record.id, reason)
     if isinstance(record, Bad) or len(record.text) <= PIECE:
         yield record
         return
@@ -235,40 +235,25 @@ def _text(where: Where, file, _: str) -> Iterator[Document | Bad]:
             waiting += decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             where.line = line + waiting.count("\n") + error.object[: error.start].count(b"\n")
-            yield Bad(str(where), "not UTF-8")
+            is_16 = not line - 1 and error.object.startswith(lines.UTF_16_MARKS)
+            yield Bad(str(where), lines.UTF_16 if is_16 else "not UTF-8")
             return
         while len(waiting) > PIECE:
             part = waiting[: cut(waiting)]
-            yield Document(part, f"{where.path}#{number}", metadata={"piece": number})
+            yield Document(part, f"{where.name}#{number}", metadata={"piece": number})
             line, number, waiting = line + part.count("\n"), number + 1, waiting[len(part) :]
         if not block:
             break
-    name, facts = (f"{where.path}#{number}", {"piece": number}) if number else (where.path, {})
+    name, facts = (f"{where.name}#{number}", {"piece": number}) if number else (where.name, {})
     yield Document(waiting, name, metadata=facts)
 
 
-def _jsonl(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
-    while line := file.readline(LINE_BYTES + 1):
-        where.line += 1
-        if len(line) > LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(1 << 20)
-            yield Bad(str(where), f"a line of more than {LINE_BYTES // 10**6} MB; give so long a text as a text file")
-        elif line.strip():
-            yield _json(where, line.removeprefix(codecs.BOM_UTF8) if where.line == 1 else line, text_key)
-
-
-def _json(where: Where, line: bytes, text_key: str) -> Document | Bad:
-    try:
-        found = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return Bad(str(where), f"not UTF-8 (byte {error.start + 1} of the line)")
-    except (ValueError, RecursionError) as error:
-        return Bad(str(where), f"not JSON ({error})")
-    if not isinstance(found, dict) or not isinstance(found.get(text_key), str):
-        has = ", ".join(list(found)[:5]) if isinstance(found, dict) else type(found).__name__
-        return Bad(str(where), f"no string under {text_key!r} (--text_key; it has: {has[:100]})")
-    return Document(found[text_key], str(where))
+def _rows(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
+    """JSON, CSV or TSV."""
+    for row in lines.rows(file, sources.kind_of(where.path)):
+        where.line = row.number
+        found = lines.text_of(row.content, text_key, "--text_key") if isinstance(row, lines.Row) else row
+        yield Document(found, str(where)) if isinstance(found, str) else Bad(str(where), found.reason)
 
 
 def _needs(package: str, what: str):
@@ -285,24 +270,24 @@ def _parquet(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
 
     try:
         table = parquet.ParquetFile(file)
-        if text_key not in table.schema_arrow.names:
-            has = ", ".join(table.schema_arrow.names[:5])
-            yield Bad(where.path, f"no column {text_key!r} (--text_key; it has: {has[:100]})")
+        if text_key not in (names := table.schema_arrow.names):
+            yield Bad(where.name, f"no column {text_key!r} (--text_key; it has: {lines.listed(names)})")
             return
         for batch in table.iter_batches(256, columns=[text_key]):
             for value in batch.column(0).to_pylist():
                 where.line += 1
-                yield Document(value, str(where)) if isinstance(value, str) else Bad(str(where), "not a string")
-    except ArrowException as error:
-        raise Damaged(str(error).splitlines()[0][:100]) from None
+                found = lines.text_of({text_key: value}, text_key, "--text_key")
+                yield Document(found, str(where)) if isinstance(found, str) else Bad(str(where), found.reason)
+    except (ArrowException, OSError, ValueError) as error:  # of a file in pieces, and of text that is no UTF-8
+        raise Damaged(str(error).split("\n")[0][:100]) from None
 
 
 def _html(where: Where, file, _: str) -> Iterator[Document | Bad]:
-    content = file.read(LINE_BYTES + 1)
-    if len(content) > LINE_BYTES:
-        yield Bad(where.path, f"a page of more than {LINE_BYTES // 10**6} MB")
+    content = file.read(lines.LONGEST + 1)
+    if len(content) > lines.LONGEST:
+        yield Bad(where.name, f"a page of more than {lines.LONGEST // 10**6} MB")
     else:
-        yield Document(page_text(content), where.path)
+        yield Document(page_text(content), where.name)
 
 
 def page_text(content: bytes) -> str:
@@ -325,9 +310,15 @@ def _warc(where: Where, file, _: str) -> Iterator[Document | Bad]:
             where.line += 1
             name = f"{where}:{record.rec_headers.get_header('WARC-Target-URI') or ''}"
             kind = (record.http_headers and record.http_headers.get_header("Content-Type")) or ""
-            if record.rec_type == "conversion":
-                yield from _whole(name, record.content_stream().read())
-            elif record.rec_type == "response" and "html" in kind:
-                yield Document(page_text(record.content_stream().read()), name)
+            is_page = record.rec_type == "response" and "html" in kind
+            if record.rec_type != "conversion" and not is_page:
+                continue
+            content = record.content_stream().read(lines.LONGEST + 1)
+            if len(content) > lines.LONGEST:
+                yield Bad(name, f"a page of more than {lines.LONGEST // 10**6} MB")
+            elif is_page:
+                yield Document(page_text(content), name)
+            else:
+                yield from _whole(name, content)
     except ArchiveLoadFailed as error:
-        raise Damaged(str(error).splitlines()[0][:100]) from None
+        raise Damaged(str(error).split("\n")[0][:100]) from None

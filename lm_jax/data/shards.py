@@ -17,16 +17,17 @@ import importlib.util
 import json
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
 
+from lm_jax import regular_files
 from lm_jax.config import Data, UserError, needs
 from lm_jax.data import sources, tokenizer
 from lm_jax.files import file_hash, flush, seal, sealed, unsealed
+from lm_jax.regular_files import is_url
 
 FORMAT = 3  # 2 had no seal, and is read
 PIPELINE = 1  # version of what turns documents into shards and shards into rows: other rows, other number
@@ -230,10 +231,6 @@ def cache_folder() -> str:
     return os.path.join(home, ".cache", "lm_jax")
 
 
-def is_url(place) -> bool:
-    return "://" in str(place)
-
-
 def check_url(name: str, place) -> None:
     """Raises UserError where the package that reads a URL is not installed."""
     scheme = str(place).partition("://")[0] if is_url(place) else ""
@@ -244,11 +241,12 @@ def check_url(name: str, place) -> None:
 
 def check_plain(*places: str) -> None:
     """Raises UserError where a file, or one of a folder, is a pipe or a device: it would be read, or waited for, for ever."""
-    for place in places:
-        if os.path.isdir(place):
-            check_plain(*(entry.path for entry in os.scandir(place)))
-        elif os.path.lexists(place) and not stat.S_ISREG(os.stat(place).st_mode):
-            raise UserError(f"{place} is a pipe or a device, and no file; remove it, or name another place")
+    for place in filter(os.path.lexists, places):
+        try:
+            for path in regular_files.below(place):
+                regular_files.check(path)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; remove it, or name another place") from None
 
 
 def is_prepared(place: str) -> bool:
@@ -277,7 +275,9 @@ def open_corpus(
     by = given.fingerprint + given.beside.decode() if given else data.tokenizer
     identity = [2, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
     if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
-        identity.append([(name, hashlib.sha256(text).hexdigest()) for name, text in sources.documents(source)])
+        named = lambda name: name if is_url(name) else os.path.abspath(name)
+        found = sources.documents(place, data.tokenizer)
+        identity.append([(named(name), hashlib.sha256(text).hexdigest()) for name, text in found])
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     name = "python" if place == "python" else os.path.basename(source)
     folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
@@ -305,8 +305,10 @@ def writer_lock(path: str, say: Callable[[str], None]):
 def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str, say: Callable[[str], None]) -> None:
     """Read, split, train the tokenizer on the training documents (or take the one given), tokenise, write."""
     found: dict[str, dict[str, str]] = {split: {} for split in sources.SPLITS}
-    unreadable, duplicates, empty = [], 0, 0
-    for name, raw in sources.documents(place):
+    unreadable: list[str] = []
+    hidden: list[str] = []
+    duplicates, empty = 0, 0
+    for name, raw in sources.documents(place, data.tokenizer, hidden):
         text = sources.decode(name, raw)
         if text is None:
             unreadable.append(name)
@@ -321,10 +323,11 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
     if not ordered["train"]:
         raise UserError(f"config.data.sources: {place!r} holds no text (UTF-8 files that are not empty)")
     num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
-    dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8"
+    dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8, {len(hidden)} hidden"
     say(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
-    for name in unreadable[:3]:
-        say(f"not UTF-8, left out: {name}")
+    for what, names in (("not UTF-8", unreadable), ("hidden", hidden)):
+        for name in names[:3]:
+            say(f"{what}, left out: {regular_files.shown(name)}")
     if not given:
         say(f"training a tokenizer of {tokenizer.num_pieces(data.tokenizer):,} pieces")
     trained = given or tokenizer.make(data.tokenizer, ordered["train"])
@@ -340,7 +343,7 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
             if time.monotonic() - start > 2:
                 start = time.monotonic()
                 say(f"tokenising: {100 * done / num_bytes:.0f}%")
-    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable}
+    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
     writer.close(source=place, left_out=left_out)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(draft, folder)
@@ -384,8 +387,12 @@ def read(folder: str, mend: str) -> Corpus:
 def read_manifest(folder: str, mend: str) -> dict:
     path = os.path.join(folder, MANIFEST)
     try:
-        with open(path, "rb") as file:
-            manifest = unsealed(file.read(), FORMAT)
+        manifest = unsealed(regular_files.read_bytes(path), FORMAT)
+        listed, counts = manifest["files"], [manifest["counts"][split]["shards"] for split in sources.SPLITS]
+        if any(os.path.basename(name) != name or {"bytes", "sha256"} - {*file} for name, file in listed.items()):
+            raise ValueError("files elsewhere")
+        if not all(type(count) is int and 0 <= count <= len(listed) for count in counts):
+            raise ValueError("more shards than files")
         found, names = manifest["format"], [manifest["tokenizer_file"], *shard_names(manifest["counts"])]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read as the manifest of a corpus; {mend}") from None
@@ -465,8 +472,15 @@ def open_split(folder: str, name: str) -> Split:
     load = lambda k, part: np.asarray(
         np.load(path(k, part), mmap_mode="r")
     )  # a plain view: slices of a memmap are slow
-    tokens = [load(k, "tokens") for k in range(count["shards"])] or [np.zeros(0, np.uint16)]
+    try:
+        tokens = [load(k, "tokens") for k in range(count["shards"])] or [np.zeros(0, np.uint16)]
+        offsets = [load(k, "offsets") for k in range(count["shards"])]
+    except ValueError as error:  # a pickle, or no .npy
+        raise UserError(f"{folder}: the {name} split cannot be read: {error}; prepare it again") from None
+    for array, own in zip(tokens, offsets, strict=False):
+        borders = own[[0, -1]].tolist() if own.dtype == np.int64 and own.ndim == 1 and len(own) else []
+        if array.dtype not in (np.uint16, np.uint32) or borders != [0, len(array)] or (np.diff(own) < 0).any():
+            raise UserError(f"{folder}: the {name} split is no tokens with the borders of documents; prepare it again")
     starts = np.cumsum([0, *map(len, tokens)])
-    offsets = [load(k, "offsets")[:-1] + starts[k] for k in range(count["shards"])]
-    joined = np.concatenate([*offsets, starts[-1:]])
+    joined = np.concatenate([*(own[:-1] + start for own, start in zip(offsets, starts, strict=False)), starts[-1:]])
     return Split(tokens[0] if len(tokens) == 1 else Joined(tokens), joined, count["bytes"], (folder, name))

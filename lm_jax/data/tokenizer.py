@@ -20,6 +20,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
 
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
@@ -233,11 +234,11 @@ class HuggingFace(Tokenizer):
         hinted = [i for ids in reversed(self.around()) for i in reversed(ids)]  # what it puts after a text, else before
         self._take(stated, max(pieces.values()) + 1, pieces.get(DOCUMENT), hinted[0] if hinted else None)
         self.bytes_per_piece = np.zeros(self.num_pieces, np.int32)
-        added = {token["content"] for token in described["added_tokens"]}
+        self.added = {token["content"]: token["id"] for token in described["added_tokens"]}
         count = _piece_sizes(described)
         for piece, index in pieces.items():
             if index not in self._special and index < self.num_pieces:
-                self.bytes_per_piece[index] = len(piece.encode()) if piece in added else count(piece)
+                self.bytes_per_piece[index] = len(piece.encode()) if piece in self.added else count(piece)
 
     def id_of(self, piece: int | str | None) -> int | None:
         if isinstance(piece, str):
@@ -252,12 +253,17 @@ class HuggingFace(Tokenizer):
 
     def encode_control(self, text: str) -> np.ndarray:
         """Ids of a text whose names of special tokens mean these tokens: of a template's own words, never of a user's."""
+        return self.place_control(text)[0]
+
+    def place_control(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_control`, and [N, 2] from which character to which each id stands."""
         self._tokenizer.encode_special_tokens = False
         try:
-            ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            found = self._tokenizer.encode(text, add_special_tokens=False)
         finally:
             self._tokenizer.encode_special_tokens = True
-        return within(ids, self, self._tokenizer.id_to_token)
+        ids = within(np.array(found.ids, np.int32), self, self._tokenizer.id_to_token)
+        return ids, np.array(found.offsets, int).reshape(-1, 2)
 
     @functools.cached_property
     def _nameless(self):
@@ -325,7 +331,7 @@ def load(setting: str) -> Tokenizer:
         path = kept[0]
     kind = {".json": HuggingFace, ".bytes": Bytes}.get(path.suffix, SentencePiece)
     try:
-        if not (model := path.read_bytes()):
+        if not (model := regular_files.read_bytes(path)):
             raise UserError("the file is empty")
         return kind(model, stated_in(path.parent))
     except UserError as error:
@@ -361,8 +367,8 @@ def first_of(value: Any) -> int | None:
 def read_json(path: epath.Path) -> dict[str, Any]:
     """An object in a file, {} where there is none that can be read."""
     try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
+        content = regular_files.read_json(path)
+    except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -473,4 +479,18 @@ def train(texts: Iterable[str], pieces: int, model_type: str = "bpe") -> Sentenc
         raise UserError(
             f"config.data.tokenizer: {pieces} pieces cannot be trained{hint}: {str(error).splitlines()[-1]}"
         ) from error
-    return SentencePiece(model.getvalue())
+    return SentencePiece(on_grid(model.getvalue()) if model_type == "unigram" else model.getvalue())
+
+
+def on_grid(model: bytes) -> bytes:
+    """A SentencePiece model whose scores are 64ths: float32 adds them without rounding (up to 2**18, some 30,000 pieces).
+
+    Two ways to cut a run of spaces have the same sum; in float32 the order of adding would choose, and no other library could
+    give the same ids.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    message = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    for piece in message.pieces:
+        piece.score = round(piece.score * 64) / 64
+    return message.SerializeToString()

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
+from lm_jax import regular_files
 from lm_jax.config import UserError
 from lm_jax.data.tokenizer import Tokenizer
 
@@ -30,7 +30,11 @@ def read(place: str, tokenizer: Tokenizer, dim: int) -> WordVectors:
         if text := tokenizer.decode([i]).strip():
             wanted.setdefault(text, []).append(i)
     table, found = np.zeros((tokenizer.num_pieces, dim), np.float32), np.zeros(tokenizer.num_pieces, bool)
-    with epath.Path(place).open("rb") as file:
+    try:
+        file = regular_files.opened(place)
+    except OSError as error:
+        raise UserError(f"config.train.init_from = {place!r} cannot be read: {error.strerror}") from None
+    with file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             word, numbers = _parts(place, number, line)
             if number == 1 and word.isdigit() and len(numbers) == 1:

@@ -336,8 +336,18 @@ def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, context: Context) -> jax.A
 class Attention(nnx.Module):
     """Multi-head attention with grouped keys and values (arXiv:2305.13245)."""
 
-    def __init__(self, config: Model, window: int, output_stddev: float, causal: bool = True):
+    def __init__(
+        self,
+        config: Model,
+        window: int,
+        output_stddev: float,
+        causal: bool = True,
+        softcap: float = 0.0,
+        multiplier: float = 0.0,
+    ):
+        """`softcap` bounds the logits, 0: nothing does; `multiplier` makes them of products, 0: 1 / sqrt(head_dim)."""
         self.config, self.window, self.causal = config, window, causal
+        self.softcap, self.multiplier = softcap, multiplier
         model = {"model": config.model_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
@@ -373,7 +383,7 @@ class Attention(nnx.Module):
             cache = Cache(write(cache.keys, k_BTGK, context), write(cache.values, v_BTGK, context))
             seen, backend = seen_keys(context, cache.keys.shape[1]), "auto"
             k_BTGK, v_BTGK = cache if seen is not context else (k_BTGK, v_BTGK)
-        more = self.causal, bias_BHTS, self.config.logit_softcap[0]
+        more = self.causal, bias_BHTS, self.softcap
         out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, context, seen, self.window, backend, *more)
         return checkpoint_name(self.output(out_BTHK), "attention"), cache
 
@@ -384,6 +394,6 @@ class Attention(nnx.Module):
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         if turn is not None:
             q_BTHK, k_BSGK = rotate(q_BTHK, turn), rotate(k_BSGK, turn)
-        if multiplier := self.config.multipliers[2]:
-            q_BTHK = q_BTHK * (multiplier * self.config.head_dim**0.5)
+        if self.multiplier:
+            q_BTHK = q_BTHK * (self.multiplier * self.config.head_dim**0.5)
         return q_BTHK, k_BSGK

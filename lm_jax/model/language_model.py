@@ -32,6 +32,7 @@ class LanguageModel(nnx.Module):
     """Embedding and output table. `vocab_size` is padded; `num_pieces` of it are real."""
 
     output_bias: nnx.Param | None = None
+    softcap, divisor = 0.0, 1.0  # of the logits: what bounds them (0: nothing), and by what they are divided
 
     def __init__(self, config: Model, num_pieces: int, sequence_length: int):
         self.config, self.num_pieces, self.vocab_size = config, num_pieces, padded(num_pieces)
@@ -70,8 +71,7 @@ class LanguageModel(nnx.Module):
 
     def before_table(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states as they are multiplied with the output table, smaller where logits are divided by a constant."""
-        divisor = self.config.multipliers[3]
-        return x_BTD if divisor == 1 else x_BTD / divisor
+        return x_BTD if self.divisor == 1 else x_BTD / self.divisor
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> float32 logits [B, T, V]; padding of the vocabulary never wins."""
@@ -82,8 +82,8 @@ class LanguageModel(nnx.Module):
         logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab", dtype=jnp.float32)
         if self.bias_V is not None:
             logits = logits + constrain(self.bias_V, "vocab")[None]
-        if softcap := self.config.logit_softcap[1]:
-            logits = capped(logits, softcap)
+        if self.softcap:
+            logits = capped(logits, self.softcap)
         logits_BTV = reshape(logits, (batch, length, self.vocab_size), "batch", "length", "vocab")
         if self.vocab_size == self.num_pieces:
             return logits_BTV

@@ -67,7 +67,8 @@ class Block(nnx.Module):
         norm = lambda: Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
         causal, before = config.kind != "encoder", config.norm_place != "branch"
         self.attention_norm = norm() if before else None
-        self.attention = Attention(config, window, output_stddev, causal)
+        constants = config.logit_softcap[0], config.multipliers[2]
+        self.attention = Attention(config, window, output_stddev, causal, *constants)
         activation = ACTIVATIONS[config.activation]
         self.mlp_norm = norm() if before else None
         self.mlp = Experts(config, output_stddev, activation) if config.num_experts else Mlp(config, output_stddev)
@@ -110,6 +111,7 @@ class Transformer(LanguageModel):
 
     def __init__(self, config: Model, num_pieces: int, sequence_length: int):
         super().__init__(config, num_pieces, sequence_length)
+        self.softcap, self.divisor = config.logit_softcap[1], config.multipliers[3]
         self.period = len(config.window)
         learned = config.positions == "learned"
         self.positions = (

@@ -10,17 +10,21 @@ import numpy as np
 from etils import epath
 
 from lm_jax import chat
-from lm_jax.config import Config, UserError, nearest
+from lm_jax.config import Config, UserError
+from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Encoded, Task
+from lm_jax.tasks.tables import Row, like
+from lm_jax.tasks.task import Encoded, Task, no_text
 
 ROLES = ("system", "user", "assistant")
+UNREAD = ("tool_calls", "function_call", "tool_call_id")
+MESSAGE = '{"role": "user", "content": "..."}'
 
 
 class Instruction(Task):
     columns: tuple[str, ...] = ("messages",)
     writes = True
+    chat_template: chat.Template
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -44,33 +48,33 @@ class Instruction(Task):
         return values[0][self.last(values)]["content"]
 
     def ends(self, by: Tokenizer) -> tuple[int, ...]:
-        return (chat.end_of_turn(self.chat_template, by),)
+        return chat.ends_of_turn(self.chat_template, by)
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         found = []
         for messages, where in values:
-            ids, is_answer = turns(self.chat_template, messages, by, where)
+            ids, is_answer, unlearnt = turns(self.chat_template, messages, by, where)
             segment = {"tokens": ids[:-1], "targets": ids[1:], "loss_mask": is_answer[1:].astype(np.float32)}
             if not segment["loss_mask"][:room].any():
                 raise UserError(
                     f"{where}: the assistant begins after {int(is_answer.argmax()):,} tokens, beyond a row of {room}:\n"
                     "raise config.data.sequence_length"
                 )
-            found.append(Encoded({name: x[:room] for name, x in segment.items()}, len(ids) - 1))
+            found.append(Encoded({name: x[:room] for name, x in segment.items()}, len(ids) - 1, unlearnt=len(unlearnt)))
         return found
 
     def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
         return chat.encode(self.chat_template, values[0][: self.last(values)], by)[-room:]
 
 
-def find_template(config: Config) -> str:
-    """The chat template that stands beside the tokenizer, "" where there is none."""
+def find_template(config: Config) -> chat.Template | None:
+    """The chat template that stands beside the tokenizer, None where there is none."""
     place = epath.Path(config.data.tokenizer)
     folder = place if place.is_dir() else place.parent
-    return chat.find_template(folder) if place.exists() else ""
+    return chat.find_template(folder) if place.exists() else None
 
 
-def template_of(config: Config) -> str:
+def template_of(config: Config) -> chat.Template:
     """The chat template that stands beside the tokenizer. Raises UserError."""
     if template := find_template(config):
         return template
@@ -80,7 +84,7 @@ def template_of(config: Config) -> str:
     )
 
 
-def turns(template: str, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
+def turns(template: chat.Template, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
     """The conversation of a record. Raises UserError that says where."""
     try:
         return chat.encode_turns(template, messages, by)
@@ -88,21 +92,33 @@ def turns(template: str, messages: list[chat.Message], by: Tokenizer, where: str
         raise UserError(f"{where}: {error}") from None
 
 
+def in_a_table(messages) -> str:
+    """The way out where a conversation stands in a cell."""
+    return "; a cell of a table cannot be one: give JSON lines" if isinstance(messages, str) else ""
+
+
 def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.Message]:
     """A conversation that starts with a person (or a system before), with an answer or (not `answered`) up to one."""
     messages = row.content[column]
     if not isinstance(messages, list) or not messages:
-        raise UserError(f'{row.where}: {column} is no list of messages {{"role": "user", "content": "..."}}')
+        raise UserError(
+            f"{row.where}: {column} is no list of messages {MESSAGE} but {described(messages)}{in_a_table(messages)}"
+        )
     roles = []
     for number, message in enumerate(messages, 1):
         where = f"{row.where}: message {number}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where} is no {{"role": ..., "content": ...}}')
+            raise UserError(f"{where} is no {MESSAGE} but {described(message)}")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise UserError(f"{where}: role {role!r} is none of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
+            close = like(str(role).strip(), ROLES)
+            near = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{where}: role {role!r:.60} is none of {', '.join(ROLES)}{near}")
         if not isinstance(content, str) or not content.strip():
-            raise UserError(f"{where} ({role}) {'is empty' if isinstance(content, str) else 'has no text'}")
+            said = "is empty" if isinstance(content, str) else f"has no text: its content is {no_text(content)}"
+            raise UserError(f"{where} ({role}) {said}")
+        if unread := next((name for name in UNREAD if message.get(name)), ""):
+            raise UserError(f"{where} has {unread}: conversations with tools are not read")
         if role == "system" and number > 1:
             raise UserError(f"{where}: a system speaks first or not at all")
         if role == "assistant" and "user" not in roles:
@@ -112,4 +128,5 @@ def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.
         raise UserError(f"{row.where}: no message is an assistant's: there is nothing to learn")
     if not answered and roles[-1] != "user":
         raise UserError(f"{row.where}: the last message of {column} is {roles[-1]}'s, not a user's")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    read = ("role", "content", *chat.THOUGHTS)
+    return [{name: message[name] for name in read if isinstance(message.get(name), str)} for message in messages]

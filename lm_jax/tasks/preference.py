@@ -28,12 +28,12 @@ class Preference(Task):
         self.chat_template, self.has_chats = find_template(config), False
 
     def ends(self, by: Tokenizer) -> tuple[int, ...]:
-        return (chat.end_of_turn(self.chat_template, by),) if self.has_chats else super().ends(by)
+        return chat.ends_of_turn(self.chat_template, by) if self.has_chats else super().ends(by)
 
     def parse(self, row: Row) -> tuple:
         is_chat = isinstance(row.content["prompt"], list)
         prompt = checked_messages(row, "prompt", answered=False) if is_chat else checked_text(row, "prompt")
-        self.chat_template = self.chat_template or (template_of(self.config) if is_chat else "")
+        self.chat_template = self.chat_template or (template_of(self.config) if is_chat else None)
         self.has_chats |= is_chat
         chosen, rejected = checked_text(row, "chosen"), checked_text(row, "rejected")
         if chosen.strip() == rejected.strip():
@@ -72,7 +72,9 @@ class Preference(Task):
             before = np.append([by.document_id], by.encode(prompt))
             return continued(before, by.encode(answer), by.document_id)
         said = {"role": "assistant", "content": answer}
-        ids, is_answer = turns(self.chat_template, [*prompt, said], by, where)
+        ids, is_answer, unlearnt = turns(self.chat_template, [*prompt, said], by, where)
+        if len(prompt) in unlearnt:
+            raise UserError(f"{where}: the chat template writes an answer in another way than it lets it begin")
         stop = int(np.flatnonzero(is_answer)[-1]) + 1
         start = (
             int(np.flatnonzero(~is_answer[:stop])[-1]) + 1

@@ -21,7 +21,7 @@ from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.heads import ENDS, MAY_END, MAY_START, STARTS
 from lm_jax.tasks import scores
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Encoded, Result, Task, checked_text
+from lm_jax.tasks.task import Encoded, Result, Task, checked_number, checked_text, no_text
 from lm_jax.tasks.words import Unit, pieces_of, units
 
 LONGEST = 64  # pieces of an answer
@@ -50,8 +50,12 @@ class QuestionAnswering(Task):
         question, context = checked_text(row, "question"), checked_text(row, "context")
         answers = row.content["answer"]
         answers = answers if isinstance(answers, list) else [answers]
-        if not answers or not all(isinstance(answer, str) for answer in answers):
-            raise UserError(f"{row.where}: the answer is no string, nor a list of strings")
+        if wrong := [answer for answer in answers if not isinstance(answer, str)]:
+            raise UserError(f"{row.where}: the answer is {no_text(wrong[0])} (nor a list of strings)")
+        if not answers or (len(answers) > 1 and not all(answer.strip() for answer in answers)):
+            raise UserError(
+                f'{row.where}: a list of answers holds texts that are not empty; "" alone means that there is none'
+            )
         answer = answers[0]
         if not answer.strip():
             return Question(context, question, (), 0, 0)
@@ -149,10 +153,10 @@ def found_at(row: Row, context: str, answer: str) -> int:
                 f'{row.where}: the answer {answer[:60]!r} does not stand in the context ("" means: it has none)'
             )
         return found
-    try:
-        start = int(start)
-    except (TypeError, ValueError):
-        raise UserError(f"{row.where}: the start {start!r} is no number of characters") from None
+    number = checked_number(row, "start")
+    if number != int(number):
+        raise UserError(f"{row.where}: the start {start!r} is no whole number of characters")
+    start = int(number)
     if start < 0 or context[start : start + len(answer)] != answer:
         near = f"; it stands at {found}" if (found := context.find(answer)) >= 0 else ""
         raise UserError(f"{row.where}: at character {start} of the context stands no {answer[:60]!r}{near}")

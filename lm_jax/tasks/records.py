@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lm_jax.chat import Template
 from lm_jax.config import Config, Data, UserError
 from lm_jax.data import tokenizer
+from lm_jax.data.lines import listed
 from lm_jax.data.mixture import Mixed, Mixture, Shares, short_names
 from lm_jax.data.packing import Batch, BestFit, lay_out, stacked_or_padding
 from lm_jax.data.shards import Corpus, Split, file_hash
@@ -17,7 +19,7 @@ from lm_jax.data.sources import SPLITS, split_of
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks import TASKS
-from lm_jax.tasks.tables import Row, files_of, rows
+from lm_jax.tasks.tables import Row, files_of, left_over, rows
 from lm_jax.tasks.task import Result, Segment, Task
 
 
@@ -137,7 +139,7 @@ class TaskData(Mixture):
         return int(np.add.reduceat(records.columns["loss_mask"], records.split.offsets[:-1]).max())
 
     @property
-    def chat_template(self) -> str:
+    def chat_template(self) -> Template | None:
         return self.task.chat_template
 
     @property
@@ -190,6 +192,8 @@ def open_records(config: Config, say: Callable[[str], None] = lambda line: None)
         if twice := [where for where, values in found[split] if task.text(values) in seen]:
             say(f"{len(twice):,} {split} texts are also in train, the first at {twice[0]}")
     files = {path.name: file_hash(str(path)) for path in files_of(places[0]).values()}
+    if others := left_over(places[0], files):
+        say(f"not read: {listed(others)} (a split is {', '.join(SPLITS)})")
     counts = {split: {"tokens": len(records[split].split.tokens)} for split in SPLITS}
     corpus = Corpus("", {"files": files, "counts": counts}, {split: records[split].split for split in SPLITS})
     return TaskData({short_names(places)[0]: corpus}, places, by, task, records)
@@ -240,6 +244,12 @@ def tokenised(
     if long:
         of = f"{len(long):,} of {len(found):,} records cut to {data.sequence_length} tokens"
         say(f"{split}: {of}, the first at {where[long[0]]}")
+    if unlearnt := [k for k, one in enumerate(encoded) if one.unlearnt]:
+        of = f"{sum(encoded[k].unlearnt for k in unlearnt):,} answers in {len(unlearnt):,} of {len(found):,} records"
+        say(
+            f"{split}: {of} are read and not learnt, the first at {where[unlearnt[0]]}: the chat template writes them in\n"
+            "another way once the conversation goes on (it may leave out earlier thoughts)"
+        )
     names = encoded[0].segment if encoded else {"tokens": np.zeros(0, np.int32)}
     columns = {name: np.concatenate([one.segment[name] for one in encoded]) for name in names} if encoded else names
     sizes = [len(one.segment["tokens"]) for one in encoded]

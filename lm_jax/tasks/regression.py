@@ -6,15 +6,12 @@ Learnt is how far a value is from the mean of the records to train on, in units 
 starts near 0 would first have to find the mean. Scores are in the units of the records.
 """
 
-import math
-
 import numpy as np
 
-from lm_jax.config import UserError
 from lm_jax.tasks import scores
 from lm_jax.tasks.classification import OfSequence, second_text
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Result, checked_text
+from lm_jax.tasks.task import Result, checked_number, checked_text
 
 
 class Regression(OfSequence):
@@ -30,14 +27,7 @@ class Regression(OfSequence):
         return (values[1] - self.mean) / self.deviation
 
     def parse(self, row: Row) -> tuple[str, float, str]:
-        text, value = checked_text(row, "text"), row.content["value"]
-        try:
-            number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if not math.isfinite(number):
-            raise UserError(f"{row.where}: the value {value!r} is no finite number")
-        return text, number, second_text(row)
+        return checked_text(row, "text"), checked_number(row, "value"), second_text(row)
 
     def count(self, values: list[tuple]) -> str:
         numbers = np.array([value[1] for value in values])

@@ -14,6 +14,7 @@ from etils import epath
 from lm_jax.config import UserError, nearest
 from lm_jax.files import sealed, unsealed
 from lm_jax.places import write_whole
+from lm_jax.regular_files import read_bytes
 from lm_jax.tasks.scores import KINDS, RESAMPLES, Difference, Measure, calibration, intervals, paired
 
 
@@ -88,7 +89,7 @@ def read(workdir: epath.Path, split: str) -> tuple[str, list[Result]]:
     """(kind, results) of an evaluated split. Raises UserError where there are none or a line is none."""
     place = workdir / "results" / f"{split}.jsonl"
     try:
-        summary, raw = unsealed((workdir / "results" / f"{split}.json").read_bytes(), first=2), place.read_bytes()
+        summary, raw = unsealed(read_bytes(workdir / "results" / f"{split}.json"), first=2), read_bytes(place)
         if summary.get("lines", "") not in ("", hashlib.sha256(raw).hexdigest()):
             raise ValueError("it is not as it was written")
         kind, lines = summary["kind"], [json.loads(line) for line in raw.split(b"\n") if line]

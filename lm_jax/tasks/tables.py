@@ -3,22 +3,25 @@
     {"text": "a film to see twice", "label": "positive"}
 
 A place holds `train.jsonl` (or .csv, .tsv, .parquet) and may hold `validation` and `test`; a split without a file is cut from
-the first by content hash, so that equal texts stand in one split.
+the first by content hash, so that equal texts stand in one split. How a line is read: lm_jax/data/lines.py.
 """
 
-import csv
 import difflib
 import io
-import json
+import os
+import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from etils import epath
 
+from lm_jax import regular_files
 from lm_jax.config import UserError, needs
+from lm_jax.data import lines
 from lm_jax.data.sources import SPLITS
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+MOST_ROWS = 100_000_000  # of a Parquet file, whose few bytes may say any number
 
 
 class Row(NamedTuple):
@@ -31,26 +34,66 @@ def files_of(place: str) -> dict[str, epath.Path]:
     folder = epath.Path(place)
     found: dict[str, epath.Path] = {}
     for split in SPLITS:
-        paths = [path for path in (folder / f"{split}{suffix}" for suffix in SUFFIXES) if path.exists()]
+        paths = [path for path in (folder / f"{split}{suffix}" for suffix in SUFFIXES) if there(path)]
         if len(paths) > 1:
             raise UserError(f"config.data.sources: {paths[0]} and {paths[1].name}: which of them? Keep one")
         found |= dict.fromkeys([split] * len(paths), paths[0]) if paths else {}
     if "train" not in found:
         raise UserError(
             f"config.data.sources: {place!r}: a task needs a folder with train.jsonl (or .csv, .tsv, .parquet)"
+            + what_is_there(folder)
         )
     return found
 
 
+def there(path: epath.Path) -> bool:
+    """Whether a place has a file of this name, even a link that leads nowhere: that it cannot be read is then said."""
+    return path.exists() or os.path.lexists(path)
+
+
+def what_is_there(folder: epath.Path) -> str:
+    """What a place without records has instead, with what would make it right."""
+    if not folder.exists():
+        return ": no such folder"
+    if not folder.is_dir():
+        return f"; this is a file: name its folder, {str(folder.parent)!r}"
+    others = sorted(path.name for path in folder.iterdir())
+    return f"; it has {lines.listed(others)} (unpack what is packed, and name it so)" if others else "; it is empty"
+
+
+def left_over(place: str, read) -> list[str]:
+    """Names of other tables in a place than those that are read, such as dev.jsonl."""
+    return sorted(
+        path.name for path in epath.Path(place).iterdir() if path.suffix in SUFFIXES and path.name not in read
+    )
+
+
 def rows(path: epath.Path, columns: tuple[str, ...]) -> Iterator[Row]:
     """The records of a file, each with all of the columns. Raises UserError at the first line that is none."""
-    for row in _parquet(path) if path.suffix == ".parquet" else _text(path):
-        for column in columns:
-            if column not in row.content:
-                there = f"; did you mean {close[0]}?" if (close := like(column, row.content)) else ""
-                names = ", ".join(map(repr, row.content))
-                raise UserError(f"{row.where} has no column {column!r}, only {names}{there}")
-        yield row
+    if path.suffix not in SUFFIXES and not path.is_dir():
+        raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: unpack it, or write it as one of these")
+    try:
+        for row in _parquet(path) if path.suffix == ".parquet" else _text(path):
+            for column in columns:
+                if column not in row.content:
+                    raise UserError(f"{row.where} {without(column, row.content)}{taken(column, columns, row.content)}")
+            yield row
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def without(column: str, there) -> str:
+    """That a column is missing, which are there, and the nearest of them."""
+    names = ", ".join(repr(name[:40]) for name in list(there)[:8]) + ", ..." * (len(there) > 8)
+    close = like(column, there)
+    return f"has no column {column!r}, only {names}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def taken(column: str, columns: tuple[str, ...], there) -> str:
+    """The setting that takes the nearest of the columns that are there."""
+    close = like(column, there)
+    names = tuple(close[0] if name == column else name for name in columns) if close else ()
+    return f"\n--config.data.columns={shlex.quote(repr(names))} takes it" if names else ""
 
 
 def like(column: str, there) -> list[str]:
@@ -60,46 +103,14 @@ def like(column: str, there) -> list[str]:
 
 
 def _text(path: epath.Path) -> Iterator[Row]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8") from None
-    if path.suffix != ".jsonl":
-        table = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        yield from _table(path, table)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _json(line, f"{path} line {number}")
-
-
-def _json(line: str, where: str) -> Row:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f'{where} is no JSON object; a record is {{"text": ..., "label": ...}}, one a line')
-    return Row(content, where)
-
-
-def _table(path: epath.Path, table) -> Iterator[Row]:
-    names: list[str] = []
-    while True:
-        first = table.line_num + 1
-        where = f"{path} line {first}"
-        try:
-            values = next(table, None)
-        except csv.Error as error:
-            raise UserError(f"{where}: {error}") from None
-        if values is None:
-            return
-        if not names:
-            names = values
-        elif values:
-            if len(values) != len(names):
-                raise UserError(f"{where} has {len(values)} values, the header names {len(names)}: {', '.join(names)}")
-            yield Row(dict(zip(names, values, strict=True)), where)
+    with regular_files.opened(path) as file:
+        for row in lines.rows(file, path.suffix[1:]):
+            where = f"{path} line {row.number}"
+            if isinstance(row, lines.Wrong):
+                raise UserError(f"{where}: {row.reason}")
+            if reason := lines.no_text(row.content):
+                raise UserError(f"{where}: {reason}")
+            yield Row(row.content, where)
 
 
 def _parquet(path: epath.Path) -> Iterator[Row]:
@@ -108,8 +119,21 @@ def _parquet(path: epath.Path) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError:
         raise needs(str(path), "pyarrow", "prep") from None
+    with regular_files.opened(path) as file:
+        content = file.read()
+    number = 0
     try:
-        content = parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    yield from (Row(row, f"{path} row {number}") for number, row in enumerate(content, 1))
+        table = parquet.ParquetFile(io.BytesIO(content))
+        if wrong := lines.wrong_header(table.schema_arrow.names):
+            raise UserError(f"{path}: {wrong}")
+        if table.metadata.num_rows > MOST_ROWS:
+            raise UserError(f"{path} says that it has {table.metadata.num_rows:,} rows; at most {MOST_ROWS:,} are read")
+        for batch in table.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield Row(row, f"{path} row {number}")
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        first = str(error).split("\n")[0][:200]
+        raise UserError(f"{path} cannot be read after row {number}: {first}; copy or download it again") from None

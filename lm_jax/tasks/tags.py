@@ -7,15 +7,17 @@ tag. A record that is too long keeps the words that fit; only these are scored.
 """
 
 import itertools
+import re
 
 import numpy as np
 
 from lm_jax.config import UserError
+from lm_jax.data.lines import described
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks import scores
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Encoded, Result, Task, counted, label_id
+from lm_jax.tasks.task import Encoded, Result, Task, counted, label_id, no_text
 from lm_jax.tasks.words import pieces_of, spaced
 
 
@@ -28,7 +30,7 @@ class TokenClassification(Task):
             raise UserError(f"{row.where}: {len(words)} words and {len(tags)} tags; each word has one")
         for k, word in enumerate(words, 1):
             if not isinstance(word, str) or not word.strip():
-                raise UserError(f"{row.where}: word {k} is {'empty' if isinstance(word, str) else 'no string'}")
+                raise UserError(f"{row.where}: word {k} is {no_text(word)}")
         return tuple(words), tuple(label_id(row, tag, self.labels) for tag in tags)
 
     def text(self, values: tuple) -> str:
@@ -87,7 +89,8 @@ def are_spans(labels: tuple[str, ...]) -> bool:
 def listed(row: Row, column: str) -> list:
     """The list in a column; a string's parts between spaces. Raises UserError."""
     found = row.content[column]
-    found = found.split() if isinstance(found, str) else found
+    found = re.findall(r"[^ \t\r\n]+", found) if isinstance(found, str) else found
     if not isinstance(found, list) or not found:
-        raise UserError(f"{row.where}: the {column} are {'empty' if found == [] else 'no list'}")
+        what = "empty" if found == [] else f"no list but {described(found)}"
+        raise UserError(f"{row.where}: the {column} are {what}; expected is one for each word")
     return found

@@ -1,12 +1,16 @@
 """What a task is: it turns records into segments with targets, and what a model answers into results and their scores."""
 
+import json
+import math
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.config import Config, UserError, nearest
+from lm_jax.config import Config, UserError
+from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.tasks.tables import Row
+from lm_jax.tasks.tables import Row, like
 
 Segment = dict[str, np.ndarray]  # [n] each: tokens, targets, loss_mask, and what else a row of the task has
 TARGET = {"value": np.float32}  # other heads: int32
@@ -25,6 +29,7 @@ class Encoded(NamedTuple):
     segment: Segment
     whole: int  # tokens that the record has; the segment holds fewer where it was cut
     first: int = 0  # of its tokens, those of a segment of their own; 0 = all are one
+    unlearnt: int = 0  # of its answers, those that are read and not learnt
 
 
 class Task:
@@ -35,7 +40,7 @@ class Task:
     optional: tuple[str, ...] = ()
     kind = ""  # of its results, in lm_jax/tasks/scores.py
     writes = False  # whether its answers are texts that a model writes
-    chat_template = ""  # in which it writes conversations
+    chat_template: Any = None  # chat.Template in which it writes conversations
     compares = False  # whether its loss compares a model with the first parameters
 
     def __init__(self, config: Config):
@@ -116,18 +121,70 @@ def checked_text(row: Row, column: str) -> str:
     """A string with something in it. Raises UserError."""
     text = row.content[column]
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{row.where}: the {column} is {'empty' if isinstance(text, str) else 'no string'}")
+        raise UserError(f"{row.where}: the {column} is {no_text(text)}")
     return text
+
+
+def no_text(value: Any) -> str:
+    """What stands in the place of a text, and how it would be one."""
+    if isinstance(value, str):
+        return "empty"
+    quoted = f': write "{json.dumps(value)}", in quotes' if isinstance(value, (int, float)) else ""
+    return f"no string but {described(value)}{quoted}"
 
 
 def label_id(row: Row, label: Any, labels: tuple[str, ...]) -> int:
     """The place of a record's label in the set of them. Raises UserError."""
-    if isinstance(label, bool) or not isinstance(label, (str, int)) or str(label) not in labels:
-        known = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
-        raise UserError(
-            f"{row.where}: label {label!r} is none of config.model.labels: {known}{nearest(str(label), labels)}"
+    text = str(label) if isinstance(label, (str, int)) and not isinstance(label, bool) else None
+    if text in labels:
+        return labels.index(text)
+    shown = repr(label[:60]) if isinstance(label, str) else described(label)
+    known = ", ".join(plain(name) for name in labels[:8]) + ", ..." * (len(labels) > 8)
+    raise UserError(f"{row.where}: label {shown} is none of config.model.labels: {known}{right_label(label, labels)}")
+
+
+def plain(label: str) -> str:
+    """A label as a message shows it: in quotes where one would not see what it is."""
+    return label if label.strip() == label and label.isprintable() and "," not in label else repr(label)
+
+
+def right_label(label: Any, labels: tuple[str, ...]) -> str:
+    """What would be right in the place of a label that is none, "" where nothing is near."""
+    if isinstance(label, str):
+        close = like(label.strip(), labels)
+        return f"; did you mean {plain(close[0])}?" if close else ""
+    if isinstance(label, (bool, float)):
+        forms = (
+            str(label),
+            json.dumps(label),
+            f"{label:g}",
+            str(int(label)) if label == label and abs(label) < 1e15 else "",
         )
-    return labels.index(str(label))
+        form = next((form for form in forms if form in labels), "")
+        return f'; write "{form}", in quotes' if form else "; a label is a string"
+    if isinstance(label, int) and 0 <= label < len(labels):
+        return f'; where they are counted from 0, write "{labels[label]}"'
+    return "; a record has one label, a string" if label is None or isinstance(label, (list, dict)) else ""
+
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def checked_number(row: Row, column: str) -> float:
+    """A finite number, or the text of one as a table has it. Raises UserError."""
+    value = row.content[column]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_text = isinstance(value, str) and NUMBER.fullmatch(value.strip())
+    try:
+        number = float(value) if is_number or is_text else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        text = value.strip().replace("\u2212", "-").replace(",", ".").replace("_", "") if isinstance(value, str) else ""
+        near = f"; did you mean {text}?" if NUMBER.fullmatch(text) and math.isfinite(float(text)) else ""
+        shown = repr(value[:60]) if isinstance(value, str) else described(value)
+        raise UserError(f"{row.where}: the {column} {shown} is no finite number{near}")
+    return number
 
 
 def counted(labels: tuple[str, ...], ids: list[int]) -> str:

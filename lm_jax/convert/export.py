@@ -1,0 +1,102 @@
+"""A MODEL on its way out: what it is in another's words, its arrays, and what it knows of text; as a folder or a GGUF file."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from etils import epath
+
+from lm_jax import chat, checkpoint
+from lm_jax.config import UserError
+from lm_jax.convert import gguf, hugging_face, text_files
+from lm_jax.convert.proof import Exported
+from lm_jax.convert.text_files import Text
+from lm_jax.data.objectives import specials
+from lm_jax.data.special_ids import SpecialIds
+from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+
+Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, the arrays, and the model as it is here
+
+
+class Leaving(NamedTuple):
+    described: hugging_face.Description
+    parameters: dict
+    text: Text
+    no_chat: str = ""  # why conversations cannot be compared here, though there is a template
+
+
+def of_model(found: checkpoint.Located) -> Leaving:
+    """A run or a Hugging Face folder. Raises UserError where no family is this model."""
+    text, no_chat = text_of(found)
+    reads = found.config.model.kind == "encoder_decoder"
+    fields, context = text_files.id_fields(text.ids, reads), checkpoint.context_of(found)
+    described = hugging_face.description_of(found.config, found.num_pieces, fields, context)
+    return Leaving(described, checkpoint.load_parameters(found)[1], text, no_chat)
+
+
+def of_gguf(path: str) -> Leaving:
+    """A GGUF file of the Llama family. Raises UserError."""
+    contents = gguf.read(path)
+    tokenizer = HuggingFace(contents.files[HuggingFace.file_name])
+    template = contents.files.get(text_files.TEMPLATE, b"").decode()
+    ids, no_chat = with_turns(contents.ids, chat.Template(template) if template else None, tokenizer)
+    described = hugging_face.describe(contents.config | text_files.id_fields(ids, False), path, "bytes")
+    parameters = hugging_face.parameters(described, contents.tensors, path)
+    return Leaving(described, parameters, Text(tokenizer, ids, template=template), no_chat)
+
+
+def text_of(found: checkpoint.Located) -> tuple[Text, str]:
+    """What a MODEL knows of text, and why its conversations cannot be compared ("" = they can)."""
+    tokenizer, data, no_chat = found.tokenizer, found.config.data, ""
+    ids, template = found.special_ids, chat.find_template(found.workdir)
+    if found.config.model.kind == "encoder":
+        own = specials(tokenizer, data.objective)
+        ids = ids._replace(first=(own.classifier,), last=(own.document,), ends=())
+    else:
+        ids, no_chat = with_turns(ids, template, tokenizer)
+    added = () if found.described else text_files.added_pieces(data.objective, tokenizer)
+    kept = hugging_face.carried_files(str(found.workdir))
+    return Text(tokenizer, ids, added, template.source if template else "", kept), no_chat
+
+
+def with_turns(ids: SpecialIds, template: chat.Template | None, tokenizer: Tokenizer) -> tuple[SpecialIds, str]:
+    """The ends with that of an assistant's turn; and why there is none though there is a template."""
+    if not template:
+        return ids, ""
+    try:
+        ends = chat.ends_of_turn(template, tokenizer)
+    except UserError as error:
+        return ids, str(error)
+    return ids.also(*ends), "" if ends else "the chat template writes no control token behind an answer, or takes none"
+
+
+def write_folder(folder: str, leaving: Leaving, prove: Prove, say: Callable[[str], None]) -> None:
+    """A new Hugging Face folder, proven before its arrays are written. Raises UserError."""
+    described, parameters, text, no_chat = leaving
+    fields = text_files.id_fields(text.ids, described.config.model.kind == "encoder_decoder")
+    files, left_out = text_files.made(text, fields, described.config.data.sequence_length)
+    if left_out:
+        say(left_out)
+    if no_chat:
+        say(f"conversations are not compared: {no_chat}")
+
+    def as_read(small: str, tensors: dict) -> None:
+        """The folder's own text is compared, not the run's."""
+        again = checkpoint.locate_hugging_face(epath.Path(small))
+        ids = again.special_ids
+        if text.ids.ends and (ids.first, set(ids.ends)) != (text.ids.first, set(text.ids.ends)):
+            raise UserError(f"not written: texts begin and end with {text.ids} here, and read again with {ids}")
+        graph, template = hugging_face.graph_of(described), None if no_chat else chat.find_template(epath.Path(small))
+        prove(small, tensors, Exported(described, graph, parameters, again.tokenizer, ids, template))
+
+    hugging_face.write(folder, described, parameters, files, as_read)
+
+
+def write_gguf(path: str, leaving: Leaving) -> None:
+    """A GGUF file of the Llama family; one that is there is not replaced. Raises UserError."""
+    if os.path.exists(path):
+        raise UserError(f"{path} is there; name another file")
+    described, parameters, text, _ = leaving
+    tensors = hugging_face.their_tensors(described, parameters)
+    hugging_face.check_room(os.path.dirname(os.path.abspath(path)), path, sum(x.nbytes for x in tensors.values()))
+    gguf.write(path, described.content, tensors, text)

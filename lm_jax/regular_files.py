@@ -1,0 +1,93 @@
+"""Files that a user names: only regular ones are opened, since a FIFO waits for ever and a device has no end.
+
+Everything that reads what somebody else wrote opens it here. What cannot be opened is an OSError whose `strerror` says why.
+"""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from typing import IO, Any
+
+from etils import epath
+
+LARGEST = 2**28  # bytes of what is read at once: JSON, tokenizers, templates, prompts
+KINDS = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISDIR, "a folder"),
+)
+
+
+def is_url(place) -> bool:
+    return "://" in str(place)
+
+
+def check(path) -> None:
+    """Raises OSError for what is on this machine and no regular file."""
+    if is_url(path):
+        return
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.ENXIO, str(error), str(path)) from None
+    for is_one, kind in KINDS:
+        if is_one(mode):
+            raise OSError(errno.EISDIR if kind == "a folder" else errno.ENXIO, f"it is {kind}, not a file", str(path))
+
+
+def opened(path) -> IO[bytes]:
+    """The bytes of a file at any place. Raises OSError."""
+    check(path)
+    return epath.Path(path).open("rb")
+
+
+def read_bytes(path, largest: int = LARGEST) -> bytes:
+    """A whole file of at most `largest` bytes. Raises OSError."""
+    with opened(path) as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise OSError(errno.ENXIO, f"it has more than {largest >> 20:,} MiB", str(path))
+    return content
+
+
+def read_json(path) -> Any:
+    """The JSON in a file. Raises OSError, and ValueError for what is none, also where it is nested too deep."""
+    try:
+        return json.loads(read_bytes(path))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in the order of names that goes through links, into each folder once: a circle of links has an end."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        identity = os.stat(where)
+        folders.sort()
+        if (identity.st_dev, identity.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((identity.st_dev, identity.st_ino))
+        yield where, folders, sorted(names)
+
+
+def below(place: str) -> Iterator[str]:
+    """The files below a folder, or the place itself where it is none. Raises OSError."""
+    if not os.path.isdir(place):
+        yield place
+        return
+    for where, _, names in walk(place):
+        yield from (os.path.join(where, name) for name in names)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def shown(name: str) -> str:
+    """A name for one line of a terminal: control characters and bytes that are no text as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))
