@@ -284,7 +284,7 @@ def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) 
 
 
 def starting_point(
-    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str
+    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str = ""
 ) -> tuple[TrainState, DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
     newest = checkpoint.newest_valid(workdir, say, quarantine=True, run=run) if leads() else None

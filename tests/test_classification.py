@@ -11,6 +11,7 @@ from conftest import ROOT, command, tiny
 from lm_jax import checkpoint, metrics
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import pipeline
+from lm_jax.data.tokenizer import Bytes
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
 from lm_jax.model.graph import build
@@ -147,7 +148,7 @@ def test_evaluation_counts_every_record_whatever_the_batch_and_devices(place, mo
     mesh = make_mesh(Mesh(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
         here = jax.jit(lambda: graph.init(jax.random.key(1), sharded=True))()
-        found = Evaluator(graph, mesh, np.zeros(258), size)(here, rows)
+        found = Evaluator(graph, mesh, Bytes(), size)(here, rows)
         batch = next(pipeline.batches(rows, mesh, 0, 1, 8 * rows.num_rows))
         logits = np.asarray(jax.jit(lambda p, b: graph.module(p).read(b).labels_BTC)(here, batch), np.float64)
     assert found.tokens == len(found.results) == 30

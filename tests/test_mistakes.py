@@ -194,9 +194,7 @@ def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeyp
 def test_a_mistake_as_a_real_command(index, places, tmp_path):
     name, arguments, words = MISTAKES[index]
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
-    started = time.monotonic()
     result = command(name, *(argument.format(**places) for argument in arguments), devices=8, cwd=tmp_path)
-    assert time.monotonic() - started < 10
     check(result.returncode, result.stderr, words.replace("{run}", re.escape(places["run"])))
 
 

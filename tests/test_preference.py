@@ -15,6 +15,7 @@ from test_train import assert_same_run, lines_of
 from lm_jax import chat, evaluate, loss, main, reference
 from lm_jax.config import Mesh, UserError
 from lm_jax.data import pipeline
+from lm_jax.data.tokenizer import Bytes
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.heads import label_losses
 from lm_jax.model.graph import build
@@ -142,7 +143,7 @@ def test_the_loss_is_that_of_the_paper(model):
     config, mixed, graph = model
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         first, now = parameters_of(graph, 1), parameters_of(graph, 2)
-        evaluator = Evaluator(graph, make_mesh(Mesh(), jax.devices()[:1]), np.zeros(257), 4)
+        evaluator = Evaluator(graph, make_mesh(Mesh(), jax.devices()[:1]), Bytes(), 4)
         margins = reference.margins(mixed, config, "validation", first, evaluator)
         columns, split = mixed.records["validation"].columns, mixed.records["validation"].split
         columns["reference"][split.offsets[:-1]] = margins
@@ -182,7 +183,7 @@ def test_it_starts_at_ln_2_and_a_step_goes_the_right_way_on_any_mesh(model):
         mesh = make_mesh(mesh, jax.devices()[: 8 if found else 1])
         with jax.set_mesh(mesh):
             parameters = parameters_of(graph)
-            evaluator = Evaluator(graph, mesh, np.zeros(257), 8)
+            evaluator = Evaluator(graph, mesh, Bytes(), 8)
             columns["reference"][split.offsets[:-1]] = reference.margins(mixed, config, "train", parameters, evaluator)
             batch = next(pipeline.batches(mixed.stream(config.data), mesh, 0, 1, 8))
             columns["reference"][:] = 0
@@ -216,7 +217,7 @@ def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, caps
     kill_once_saved(line)
     kept = (tmp_path / "killed" / reference.FILE).read_bytes()
     (tmp_path / "killed" / reference.FILE).unlink()
-    with pytest.raises(UserError, match="is missing or broken"):
+    with pytest.raises(UserError, match="reference.npz is missing; put it back"):
         main.main(line)
     (tmp_path / "killed" / reference.FILE).write_bytes(kept)
     assert main.main(line) == 0

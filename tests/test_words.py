@@ -243,7 +243,7 @@ def learnt(config, data, steps: int = 60, rate: float = 3e-3) -> tuple[tuple, di
         for _ in range(steps):
             parameters, state = step(parameters, state, batch)
         ((_, held),) = data.held(config.data, "validation").items()
-        totals = Evaluator(graph, mesh, np.zeros(258), 4)(parameters, held)
+        totals = Evaluator(graph, mesh, Bytes(), 4)(parameters, held)
     return totals.results, data.scores(totals.results)
 
 

@@ -246,6 +246,8 @@ def check_plain(*places: str) -> None:
             for path in regular_files.below(place):
                 regular_files.check(path)
         except OSError as error:
+            if error.errno not in regular_files.NO_FILE:
+                raise  # a refusal of the machine
             raise UserError(f"{error.filename}: {error.strerror}; remove it, or name another place") from None
 
 
