@@ -13,7 +13,13 @@ from typing import IO, Any
 from etils import epath
 
 LARGEST = 2**28  # bytes of what is read at once: JSON, tokenizers, templates, prompts
-NO_FILE = (errno.ENXIO, errno.EISDIR, errno.ELOOP)  # of what is no file by its nature, and not refused by the machine
+NO_FILE = (
+    errno.ENXIO,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENOENT,
+)  # of what is no file: no refusal of the machine
 KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
