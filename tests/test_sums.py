@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import LLAMA, tiny
 
+from lm_jax.config import RECURRENT
 from lm_jax.data.objectives import example, specials
 from lm_jax.decoding import next_logits, prefill
 from lm_jax.evaluate import open_data
@@ -24,6 +25,7 @@ from lm_jax.train_step import train_step
 ROWS = 256  # of 64 tokens
 # Where only 1,024 labels are added up, whose gradients nearly cancel, bfloat16 inputs cost more.
 LIMIT, HEADS_LIMIT = 0.02, 0.2
+OF_ALL = ("model__model_dim", "model__unroll")
 SMALL = dict(model__model_dim=32, model__mlp_dim=64, model__num_heads=2, model__num_kv_heads=2, model__unroll=False)
 LABELS = dict(train__task="classification", model__labels=("a", "b"), data__packing="best_fit")
 ENCODER_DECODER = dict(model__kind="encoder_decoder", data__objective="span_corruption")
@@ -63,7 +65,8 @@ def apart(found: np.ndarray, expected: np.ndarray, whole: float) -> float:
 
 @pytest.mark.parametrize("kind", some(KINDS))
 def test_gradients_in_bfloat16_are_those_in_float32(kind):
-    config = tiny(**{**SMALL, **KINDS[kind]})
+    small = {name: value for name, value in SMALL.items() if kind not in RECURRENT or name in OF_ALL}
+    config = tiny(**{**small, **KINDS[kind]})
     mixed = open_data(config)
     num_pieces = specials(mixed.tokenizer, config.data.objective).num_pieces
     batch = mixed.stream(config.data).rows(list(range(ROWS)))

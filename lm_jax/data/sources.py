@@ -65,15 +65,16 @@ def _names(place: str, hidden: list[str]) -> list[str]:
 
 
 def names_below(place: str, hidden: list[str]) -> list[str]:
-    """The files of a folder on this machine, in order, or the one that the place is; names that begin with a dot go into
-    `hidden`. Raises OSError."""
+    """The files of a folder on this machine, in order, or the one that the place is; names that begin with a dot, and
+    what Python compiled, go into `hidden`. Raises OSError."""
     if not os.path.isdir(place):
         return [place]
     found = []
     for where, folders, names in regular_files.walk(place):
-        hidden += [os.path.join(where, name) for name in (*folders, *names) if name.startswith(".")]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(where, name) for name in names if not name.startswith(".")]
+        is_hidden = lambda name: name.startswith(".") or name == "__pycache__"
+        hidden += [os.path.join(where, name) for name in (*folders, *names) if is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [os.path.join(where, name) for name in names if not is_hidden(name)]
     return sorted(found)
 
 
