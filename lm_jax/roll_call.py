@@ -18,7 +18,6 @@ from lm_jax.stop import tell
 
 LIMIT = "LM_JAX_JOIN_SECONDS"  # in the environment: how long processes wait for one another
 SAY_SECONDS = 10  # between lines that say who is waited for
-LONGEST = 2**20  # bytes of a message: the hosts of some ten thousand processes
 FORMAT = 1
 
 
@@ -165,15 +164,13 @@ def answer(found: Cluster, wait: Wait) -> list[str]:
     """Every other process: calls process 0 until it is told the whole roll."""
     host, _, port = found.address.rpartition(":")
     mine = {"lm_jax": FORMAT, "process": found.process, "of": found.num_processes, "host": socket.gethostname()}
-    what = f"{found.name(0)} at {found.address}"
     while True:
         reason = "which answers, but not to this run: it may be in an earlier one"
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=2) as connection:
-                send([connection], mine)
                 connection.settimeout(5)
-                for line in connection.makefile("rb"):
-                    told = json.loads(line)
+                send([connection], mine)
+                for told in messages(connection):
                     if "roll" in told:
                         return told["roll"]
                     if "error" in told:
@@ -188,7 +185,17 @@ def answer(found: Cluster, wait: Wait) -> list[str]:
             reason = "where nobody listens (yet)"
         except OSError:
             reason = "which does not answer"
-        except (ValueError, KeyError, TypeError):  # no JSON, or not ours
-            pass
-        wait(f"{what}, {reason}")
+        wait(f"{found.name(0)} at {found.address}, {reason}")
         time.sleep(0.5)
+
+
+def messages(connection: socket.socket) -> Iterator[dict[str, Any]]:
+    """What process 0 says, as long as it is that."""
+    for line in connection.makefile("rb"):
+        try:
+            told = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(told, dict) or not told.keys() & {"roll", "error", "never", "waits"}:
+            return
+        yield told
