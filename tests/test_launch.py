@@ -10,7 +10,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
+from schema import wrong
 
 LAUNCH = ROOT / "tools" / "launch"
 DOCS = ROOT / "docs" / "pods.md"
@@ -177,6 +179,74 @@ def test_the_script_for_slurm_says_what_it_would_run():
     assert subprocess.run(["bash", "-n", str(LAUNCH / "slurm.sbatch")]).returncode == 0
     alone = subprocess.run(line[:2], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
     assert alone.returncode == 2 and "not in a job of Slurm: sbatch" in alone.stderr
+
+
+def filled(*words: str) -> dict:
+    """The JobSet that a run on GKE applies."""
+    return yaml.safe_load(dry("gke.py", "run", *words).split("<<'END'\n")[1].removesuffix("END\n"))
+
+
+ODD = ["--", "--config", "a.py", '--config.evaluate.prompt=$HOME: "x" # {y}\n', "--workdir=gs://b/true"]
+JOBSETS = {  # -> slices, hosts, chips of a host
+    "one host": (("one", "--image=i", "--topology=2x2", *RUN), (1, 1, 4)),
+    "part of a host": (("one", "--image=i", "--topology=1x1", "--chips=1", *RUN), (1, 1, 1)),
+    "a slice": (("r", "--image=i", "--topology=4x4", *RUN), (1, 4, 4)),
+    "slices of a v5p": (
+        ("r", "--image=h:5/i@sha256:0", "--accelerator=tpu-v5p-slice", "--topology=2x2x4", "--slices=3", *RUN), (3, 4, 4),
+    ),
+    "odd words": (("r", "--image=i", *ODD), (1, 2, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JOBSETS)
+def test_a_jobset_is_as_its_schema_says(case):
+    words, counts = JOBSETS[case]
+    found = filled(*words)
+    assert wrong(found, json.loads((ROOT / "tests" / "jobset_schema.json").read_text())) == []
+    job = found["spec"]["replicatedJobs"][0]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    hosts = job["template"]["spec"]["parallelism"]
+    assert (job["replicas"], hosts, container["resources"]["limits"]["google.com/tpu"]) == counts
+    assert hosts == job["template"]["spec"]["completions"] and container["args"] == [*words[words.index("--") + 1 :]]
+
+
+def test_the_schema_would_see_a_jobset_that_is_none():
+    schema = json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
+    for change in ({"kind": "Job"}, {"metadata": {"name": "A_b"}}, {"spec": {}}, {"sepc": {}}):
+        assert wrong(filled(*JOBSETS["a slice"][0]) | change, schema), change
+
+
+def docs_commands() -> list[str]:
+    """The lines in the code blocks of docs/pods.md that are commands."""
+    blocks = re.findall(r"```\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    return [
+        line for block in blocks for line in block.splitlines() if re.match(r"python3|sbatch|docker|JAX_|tail", line)
+    ]
+
+
+def test_the_commands_of_the_docs_are_dry_runs_as_they_stand():
+    run = [line for line in docs_commands() if "tools/launch/" in line and not line.startswith("docker")]
+    assert len(run) == 12
+    for line in run:
+        pasted = re.sub(r"^sbatch --ntasks=2 (\S+)", r"bash \1 --dry_run", line)
+        pasted = re.sub(r"( --(?= )|$)", r" --dry_run\1", pasted, count=1) if pasted == line else pasted
+        result = subprocess.run(pasted, shell=True, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0 and result.stdout, (pasted, result.stderr)
+        for experiment in re.findall(r"experiments/\w+\.py", line):
+            assert (ROOT / experiment).exists(), experiment
+
+
+SAID = [  # fragments of the table of errors, which the code says
+    "never came within", "where nobody listens (yet)", "whose name is not known (yet)", "which does not answer",
+    "which answers, but not to this run", "of this host is taken", "both say that they are process", "is one of",
+    "there are no such machines now", "share no disk", "LM_JAX_JOIN_SECONDS", "JAX_COORDINATOR_PORT", "LM_JAX_RESTARTS",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SAID)
+def test_errors_of_the_docs_are_those_of_the_code(words):
+    sources = [*(ROOT / "lm_jax").glob("*.py"), *LAUNCH.iterdir()]
+    assert words in DOCS.read_text() and any(words in path.read_text() for path in sources if path.is_file())
 
 
 @pytest.mark.proof
