@@ -369,6 +369,18 @@ def test_what_a_model_came_with_goes_along_and_is_corrected_only_where_this_mode
     }
 
 
+@on_one
+def test_a_turn_ends_where_the_template_ends_it_whatever_the_folder_says(tmp_path):
+    one, out = leaving("llama", "chat", context=4096), tmp_path / "out"
+    export.write_folder(str(out), one, lambda *given: None, print)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((out / name).read_text())
+        (out / name).write_text(json.dumps(content | {"eos_token_id": one.text.tokenizer.document_id}))
+    found = checkpoint.locate(str(out))
+    text, why = export.text_of(found)
+    assert not why and 401 not in found.special_ids.ends and {*text.ids.ends} == {*found.special_ids.ends, 401}
+
+
 class Fields:
     """A GGUF writer that keeps what it is told, and gives it back as a reader does."""
 
