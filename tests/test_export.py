@@ -345,6 +345,42 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, arrays)
 
 
+@on_one
+def test_what_a_model_came_with_goes_along_and_is_corrected_only_where_this_model_does_otherwise():
+    came = {
+        "special_tokens_map.json": b'{"eos_token": "<|endoftext|>"}',
+        "merges.txt": b"#version: 0.2",
+        "tokenizer_config.json": b'{"eos_token": "<|im_end|>", "padding_side": "left", "add_bos_token": false}',
+        "generation_config.json": b'{"eos_token_id": 99, "temperature": 0.6, "pad_token_id": 3}',
+    }
+    text = leaving("llama", "bpe", ends=(7,), context=4096).text._replace(kept=came)
+    files, why = text_files.made(text, text_files.id_fields(text.ids, False), 4096)
+    content = {name: json.loads(files[name]) for name in files if name.endswith("config.json")}
+    assert not why and {name: files[name] for name in ("special_tokens_map.json", "merges.txt")}.items() <= came.items()
+    assert (
+        content["tokenizer_config.json"] | {"eos_token": "<|im_end|>", "padding_side": "left", "add_bos_token": True}
+        == content["tokenizer_config.json"]
+    )
+    assert content["generation_config.json"] == {
+        "eos_token_id": list(text.ids.ends),
+        "temperature": 0.6,
+        "pad_token_id": 3,
+        "bos_token_id": text.ids.first[0],
+    }
+
+
+@on_one
+def test_a_turn_ends_where_the_template_ends_it_whatever_the_folder_says(tmp_path):
+    one, out = leaving("llama", "chat", context=4096), tmp_path / "out"
+    export.write_folder(str(out), one, lambda *given: None, print)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((out / name).read_text())
+        (out / name).write_text(json.dumps(content | {"eos_token_id": one.text.tokenizer.document_id}))
+    found = checkpoint.locate(str(out))
+    text, why = export.text_of(found)
+    assert not why and 401 not in found.special_ids.ends and {*text.ids.ends} == {*found.special_ids.ends, 401}
+
+
 class Fields:
     """A GGUF writer that keeps what it is told, and gives it back as a reader does."""
 
