@@ -235,14 +235,14 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
 
 
 def by_slice(devices: list, asked: int) -> list[list]:
-    """The devices by the slice that they say they are of; equal parts of them, in order, where they say nothing (a CPU).
+    """The devices by the slice that they say they are of; equal parts of them, in order, where they pretend (a CPU).
 
     Raises UserError where `asked`, which is -1 or a number of slices, is another number.
     """
     found: dict[int, list] = {}
     for device in devices:
         found.setdefault(getattr(device, "slice_index", 0), []).append(device)
-    if len(found) == 1 and not hasattr(devices[0], "slice_index") and asked > 1:
+    if len(found) == 1 and devices[0].platform == "cpu" and asked > 1:
         each = len(devices) // asked
         return [devices[i * each : (i + 1) * each] for i in range(asked)]
     if asked not in (-1, len(found)):
