@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-from lm_jax import faults
+from lm_jax import fault_points, faults
 from lm_jax.config import (
     Config,
     PeerError,
@@ -132,8 +132,11 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     try:
         from lm_jax import distributed
 
+        fault_points.arm(os.environ.get("LM_JAX_FAULT", ""))
         distributed.configure()
         code = main(arguments) or 0
+        if unbroken := fault_points.unreached():
+            print(unbroken, file=sys.stderr)
         sys.stdout.flush()
         return code
     except UserError as error:
