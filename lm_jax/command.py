@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-from lm_jax import faults
+from lm_jax import fault_points, faults
 from lm_jax.config import (
     Config,
     PeerError,
@@ -33,7 +33,7 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, end_process, listening, replace_process
+from lm_jax.stop import Stop, end_process, listening, replace_process, work_is_done
 
 EXIT_FAULT = 70
 LARGEST_EXPERIMENT = 2**20  # bytes
@@ -123,6 +123,7 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         with contextlib.suppress(OSError):  # which may be what was refused
             sys.stdout.flush()
         end_process(code)
+    work_is_done()
     sys.exit(code)
 
 
@@ -131,8 +132,11 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     try:
         from lm_jax import distributed
 
+        fault_points.arm(os.environ.get("LM_JAX_FAULT", ""))
         distributed.configure()
         code = main(arguments) or 0
+        if unbroken := fault_points.unreached():
+            print(unbroken, file=sys.stderr)
         sys.stdout.flush()
         return code
     except UserError as error:

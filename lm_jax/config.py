@@ -484,6 +484,14 @@ class Mesh:
     tensor: int = knob(
         1, "devices that split heads, MLP and vocabulary; -1 = the rest", fixed=False, low=-1, high=2**20, place=True
     )
+    slices: int = knob(
+        1,
+        "parts of the machine that a slower network joins, which split data; -1 = as many as the devices say",
+        fixed=False,
+        low=-1,
+        high=2**20,
+        place=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -915,7 +923,9 @@ def _check_together(config: Config) -> None:
     axes = dataclasses.asdict(config.mesh)
     for name, size in axes.items():
         if size < 1 and size != -1:
-            raise UserError(f"config.mesh.{name} = {size}: expected a number of devices, or -1 for the rest")
+            what = "slices, or -1 for all that there are" if name == "slices" else "devices, or -1 for the rest"
+            raise UserError(f"config.mesh.{name} = {size}: expected a number of {what}")
+    del axes["slices"]
     if list(axes.values()).count(-1) > 1:
         raise UserError(f"config.mesh: only one axis can be -1 (the rest), got {axes}")
 

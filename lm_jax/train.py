@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, spikes, terminal
+from lm_jax import answers, chat, checkpoint, command, costs, fault_points, metrics, reference, spikes, terminal
 from lm_jax.config import Config, Length, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
@@ -106,6 +106,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     with goodput("devices"):
         here = devices()
         mine = own(here)
+    fault_points.reach("start")
     say.silent = not leads()
     sizes = mesh_shape(config.mesh, len(here))
     attention.preflight(config.model, config.data.sequence_length, mine.platform)
@@ -290,6 +291,7 @@ def starting_point(
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
     newest = checkpoint.newest_valid(workdir, say, quarantine=True, run=run) if leads() else None
     if (step := agree(NEVER if newest is None else newest)) != NEVER:
+        fault_points.reach("restore")
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
@@ -466,6 +468,7 @@ def good_step(this: Run, spike: int) -> int:
 
 def compiled(this: Run) -> CompiledStep:
     this.say.progress("compiling the step")
+    fault_points.reach("compile")
     one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
     return compile_step(this.program, this.mesh, one_microbatch)
 
@@ -484,9 +487,11 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
     numbers = range(this.data.step, this.num_steps)
     for step in traced(numbers, config.log.profile, this.desk.folder / "profile", this.say):
         rows = this.ramp.rows(step)
+        fault_points.reach("step")
 
         def watch(done: int, step: int = step, rows: int = rows) -> bool:
             log.inside(step, done * this.microbatch, rows)
+            fault_points.reach("microbatch")
             return stop.requested
 
         with jax.transfer_guard("disallow"):  # the host neither feeds nor reads the device unasked while it works
@@ -706,7 +711,11 @@ def make_evaluator(this: Run) -> Evaluator:
 def evaluate_now(this: Run, evaluation, num_rows: int, *prefixes: str) -> dict[str, float]:
     """Metrics of the first `num_rows` validation rows (0: all) of each source, under each prefix. Raises Stopped."""
     evaluator, rows = evaluation
-    watch = lambda done, of: this.progress(f"evaluating: row {done} of {of}")
+
+    def watch(done: int, of: int) -> None:
+        this.progress(f"evaluating: row {done} of {of}")
+        fault_points.reach("evaluation")
+
     with this.goodput("evaluation"):
         totals = {name: evaluator(this.parameters, held, num_rows, watch) for name, held in rows.items()}
     values = {
@@ -745,6 +754,7 @@ def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> N
 
     The line that has `final/loss` is the last that a run writes: without it the run is not over.
     """
+    fault_points.reach("end")
     show_sample(this, writer)
     lines = metrics.read(this.desk.folder)
     this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-stop config regular_files files ramp spikes sharding heads data.lines data.sources data.tokenizer data.special_ids
+stop config fault_points regular_files files ramp spikes sharding heads data.lines data.sources data.tokenizer data.special_ids
 data.word_vectors data.shards data.packing data.objectives data.mixture jinja_process chat tasks.scores tasks.tables
 tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction
 tasks.preference tasks.records data.pipeline data.readers data.report data.clean data.overlap data.steps
