@@ -52,7 +52,10 @@ def find() -> Cluster | None:
     if num == 1:
         return None
     known = address and num is not None and process is not None
-    found = None if known else next(filter(None, (kind() for kind in KINDS)), None)
+    kinds = (
+        KINDS[:-1] if known else KINDS
+    )  # what is given needs no server; a host's accelerators are shared out all the same
+    found = next(filter(None, (kind() for kind in kinds)), None)
     if address:
         found = explicit(address, found, num, process)
     if found is None or found.num_processes == 1:
@@ -177,4 +180,4 @@ def metadata_answers() -> bool:
         connection.close()
 
 
-KINDS = (open_mpi, slurm, gke, tpu_vm)
+KINDS = (open_mpi, slurm, gke, tpu_vm)  # the one that asks over the network last

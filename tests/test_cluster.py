@@ -47,6 +47,8 @@ PLACES = {
     "slurm, each shown its own": (STEP | {"CUDA_VISIBLE_DEVICES": "3"}, (f"node07:{SLURM_PORT}", 4, 2, 1, 0, None)),
     "slurm, shown all": (STEP | {"CUDA_VISIBLE_DEVICES": "0,1"}, (f"node07:{SLURM_PORT}", 4, 2, 1, 0, 0)),
     "slurm, address given": (STEP | ADDRESS, ("10.0.0.1:1234", 4, 2, 1, 0, 0)),
+    "slurm, all given": (STEP | FULL, ("10.0.0.1:1234", 3, 2, 1, 0, 0)),
+    "mpi, all given": (MPI | FULL, ("10.0.0.1:1234", 3, 2, 1, 0, 1)),
     "slurm, port given": (STEP | {"JAX_COORDINATOR_PORT": "9000"}, ("node07:9000", 4, 2, 1, 0, 0)),
     "script of sbatch": ({name: STEP[name] for name in STEP if "STEP" not in name}, None),
     "shell of salloc": ({"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4"}, None),
