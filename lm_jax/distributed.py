@@ -4,19 +4,27 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
+from jax._src import distributed
 
-from lm_jax import compile_cache
+from lm_jax import compile_cache, peers
 from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
+from lm_jax.peers import agree, everyone
 from lm_jax.places import leased
 from lm_jax.stop import SIGNALS
+
+TOGETHER = (
+    5.0  # seconds in which what one process writes is to be seen by all: a network's file system keeps what it read
+)
+__all__ = ["agree", "configure", "devices", "everyone", "find_together", "leads", "settle", "workdir_lock"]
 
 
 def configure() -> None:
@@ -34,6 +42,8 @@ def devices() -> list[jax.Device]:
         jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
         for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
             signal.signal(taken, signal.getsignal(taken))
+        joined = distributed.global_state
+        peers.join(joined.num_processes, joined.process_id, joined.coordinator_address or "", joined.client)
     try:
         return jax.devices()
     except RuntimeError as error:
@@ -44,11 +54,6 @@ def devices() -> list[jax.Device]:
 def leads() -> bool:
     """Whether this process is the one that writes what a run has once: log, metrics, config, and the manifest of a step."""
     return jax.process_index() == 0
-
-
-def agree(number: int) -> int:
-    """The leading process' number, on every process; all wait for it."""
-    return int(multihost_utils.broadcast_one_to_all(np.int64(number))) if jax.process_count() > 1 else number
 
 
 def settle(tree):
@@ -78,3 +83,28 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
                 f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir"
             ) from None
         yield
+
+
+def find_together(workdir: epath.Path) -> None:
+    """Raises UserError on all processes where one of them has another workdir than process 0, or one that is not shared.
+
+    Process 0 holds the lock, and writes a word into it that the others have to find: a path says nothing of what is there.
+    """
+    if peers.line is None:
+        return
+    path = workdir / "lock" / "word" if is_url(workdir) else workdir / "lock"
+    word = agree(secrets.token_hex(8), "a word")
+    if leads():
+        path.write_text(word)
+    agree(None, "the word is written")
+    until = time.monotonic() + TOGETHER
+    while not (is_found := path.exists() and path.read_text() == word) and time.monotonic() < until:
+        time.sleep(0.1)
+    found = everyone([is_found, socket.gethostname(), os.path.abspath(workdir)], "the word is found")
+    lost = [f"process {k} (host {host}): {place}" for k, (there, host, place) in enumerate(found) if not there]
+    if lost:
+        more = f" (+{len(lost) - 1} more)" * (len(lost) > 1)
+        raise UserError(
+            f"what process 0 writes into {found[0][2]} is not in the --workdir of {lost[0]}{more}\n"
+            "all processes of a run need one --workdir that they share"
+        )
