@@ -122,7 +122,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         mixed = open_data(config, say)
         tell_losses(mixed.tokenizer, say)
         stream = mixed.stream(config.data)
-    peers.compare(mixed.facts["shards"] | {"tokenizer": mixed.tokenizer.fingerprint, "data": mixed.facts["data"]})
+    peers.compare(mixed.alike)
     as_written, expected = config, as_data(agree(checkpoint.expected_data_state(workdir) if leads() else None, "data"))
     config, ramp, ticking = counted_from(as_written, expected, stream.rows_per_epoch)
     num_pieces = objectives.specials(mixed.tokenizer, config.data.objective).num_pieces
@@ -137,6 +137,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
     facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
+    peers.compare({"the step of config.train.init_from": source.step if isinstance(source, checkpoint.Located) else 0})
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
     say(terminal.header(config, name, counted, mixed, ramp, sizes, (here[0], peak)))
