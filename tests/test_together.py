@@ -1,9 +1,10 @@
-"""The processes of a run decide as one and die as one: the line between them, every decision that goes over it, real processes."""
+"""The processes of a run decide as one and die as one: the line between them, and every decision that goes over it."""
 
 import ast
 import contextlib
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -12,10 +13,10 @@ import types
 import pytest
 from conftest import ROOT
 
-from lm_jax import peers, stop
+from lm_jax import checkpoint, command, distributed, metrics, peers, stop, train
 from lm_jax.config import UserError
 
-# Every decision that leads to a collective, by what it is called on the line: what it is taken from, which is of one process alone.
+# Every decision that leads to a collective, as the line calls it: what it is taken from, which is of one process alone.
 DECISIONS = {
     "facts": "config, code, versions and data of process 0 (of a model the step), for the others to compare theirs with",
     "what differs": "what each finds",
@@ -301,3 +302,105 @@ def test_a_step_that_is_stuck_writes_where_every_thread_is_and_then_ends(tmp_pat
     assert [late(1, 8) for _ in range(6)] == [""] * 6
     assert late(22, 8) == "has been in one step for 22 s: stuck"
     os.close(log)
+
+
+class Script:
+    """A line whose other end is written down: what process 0 decided in one run is what another one hears."""
+
+    def __init__(self, decided: list | None = None):
+        self.leads, self.decided = decided is None, [] if decided is None else [*decided]
+
+    def agree(self, value, about: str):
+        if self.leads:
+            self.decided.append((about, json.dumps(value)))
+            return value
+        of, found = self.decided.pop(0)
+        assert of == about, f"this process is at {about!r}, process 0 at {of!r}"
+        return json.loads(found)
+
+    def everyone(self, value, about: str) -> list:
+        return self.agree([value, value], about)
+
+    def stepped(self, step: int) -> None: ...
+
+    def pace(self, rows: int) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+def never(*arguments, **named):
+    raise AssertionError("a process that does not lead reads what the leading one decides by")
+
+
+def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: float) -> list[tuple]:
+    """[(what, at which step), ...] that a run did together with others: steps, evaluations, saves.
+
+    Its clock runs `rate` times as fast. `is_stopped`: a signal comes, to the leading process in an evaluation, to another one
+    before the first step. Where it does not lead it has no file of the run to look at.
+    """
+    done: list[tuple] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "line", script)
+        if not script.leads:
+            patch.setattr(distributed, "TOGETHER", 0)
+            patch.setattr(checkpoint, "wait_for", lambda path: None)
+            patch.setattr(metrics, "read", lambda folder, say=None: [])
+            for module in (train, checkpoint, distributed):
+                patch.setattr(module, "leads", lambda: False)
+            for name in ("read_config", "has_steps", "expected_data_state", "newest_valid"):
+                patch.setattr(checkpoint, name, never)
+        patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
+
+        def spied(module, name: str, what: str, before=lambda *arguments: None, step=lambda this, *_: this.data.step):
+            real = getattr(module, name)
+
+            def spy(*arguments, **named):
+                before(*arguments)
+                done.append((what, step(*arguments)))
+                return real(*arguments, **named)
+
+            patch.setattr(module, name, spy)
+
+        def signalled(this, *_) -> None:
+            this.stop.requested |= is_stopped
+
+        spied(train, "evaluate_now", "evaluation", signalled if script.leads else lambda *_: None)
+        spied(train, "steps", "steps", lambda *_: None if script.leads else signalled(*_))
+        spied(train.CompiledStep, "__call__", "step", step=lambda _, state, *__: int(state.step))
+        spied(checkpoint.Saver, "save", "save", step=lambda _, state, data, *__: data.step)
+        overrides, _ = command.split_overrides(words)
+        config, origins = command.load_config("experiments/quickstart.py:smoke", overrides)
+        train.run(config, "experiments/quickstart.py:smoke", str(workdir), origins)
+    return done
+
+
+RUN = [
+    "--config.data.tokenizer=bytes", "--config.evaluate.prompt=", "--config.evaluate.num_rows=40", "--config.evaluate.every=2",
+    "--config.train.microbatch_rows=4", "--config.mesh.data=1", "--config.optimizer.decay_over=9",
+]  # fmt: skip
+
+
+def test_who_does_not_lead_does_what_process_0_decides_whatever_it_sees_itself(tmp_path):
+    """A run by a clock, then one that goes on and is stopped in an evaluation; the other process' clock, signals and files say
+    something else each time."""
+    for name, words, clocks, stopped in (
+        ("begun", ["--config.checkpoint.every=60 min", "--config.train.num_steps=3"], (1, 1e9), (False, True)),
+        ("gone on with", ["--config.checkpoint.every=1 min", "--config.train.num_steps=9"], (1e9, 1), (True, False)),
+    ):
+        leading = Script()
+        expected = run_as(leading, tmp_path / "run", [*RUN, *words], stopped[0], clocks[0])
+        assert leading.decided and ("save" in {what for what, _ in expected}) and expected[0][0] != "save", expected
+        other = tmp_path / name
+        if name != "begun":
+            shutil.copytree(tmp_path / "before", other)
+        following = Script(leading.decided)
+        assert run_as(following, other, [*RUN, *words], stopped[1], clocks[1]) == expected, name
+        assert not following.decided, name
+        if name == "begun":
+            shutil.copytree(tmp_path / "run", tmp_path / "before")
+    assert {about for about, _ in leading.decided} >= {
+        "stop",
+        "time to save",
+        "hopeless",
+        "newest step",
+        "is evaluated",
+    }
