@@ -32,7 +32,7 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import EXIT_FAULT, Stop, end_process, listening, replace_process
+from lm_jax.stop import EXIT_FAULT, Stop, end_process, listening, replace_process, work_is_done
 
 LARGEST_EXPERIMENT = 2**20  # bytes
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
@@ -122,6 +122,7 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         with contextlib.suppress(OSError):  # which may be what was refused
             sys.stdout.flush()
         end_process(code)
+    work_is_done()
     sys.exit(code)
 
 

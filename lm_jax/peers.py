@@ -30,6 +30,7 @@ from etils import epath
 
 from lm_jax import stop
 from lm_jax.config import UserError
+from lm_jax.faults import EXIT_MACHINE
 from lm_jax.stop import EXIT_FAULT
 
 BEAT = 0.5  # seconds between two signs of life
@@ -140,7 +141,7 @@ class Line(stop.Alone):
 
     def end(self, code: int, words: str) -> None:
         """This process ends, and the others with it: returns once they have heard it, or do not answer."""
-        if code == EXIT_FAULT:  # which may come from a death that is told in a moment
+        if code in (EXIT_FAULT, EXIT_MACHINE):  # which may come from a death that is told in a moment
             time.sleep(BLAME)
         if not self._over:
             self._tell(End(self.process, self.host, code, f"stopped: {words}"))
