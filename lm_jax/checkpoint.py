@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import __version__, regular_files
+from lm_jax import __version__, fault_points, regular_files
 from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
@@ -130,6 +130,7 @@ class Saver:
             if path.exists() and not mark_path(self.folder, data.step).exists() and not is_step_without_manifest(path):
                 raise UserError(f"{path} is in the way of a checkpoint and was not written by a run: move it away")
             mark_unfinished(self.folder, data.step)
+            fault_points.reach("save.begin")
         if jax.default_backend() == "cpu":  # a CPU array on the host is a view, which the next step would write over
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         self.saved_at = time.monotonic()
@@ -139,12 +140,17 @@ class Saver:
 
     def _finish(self, step: int, also: dict[str, Any], retain: bool) -> None:
         self._orbax.wait_until_finished()
+        fault_points.reach("save.arrays")
         folder = self.folder / str(step)
         if jax.process_count() > 1:
             write_part(folder)
+        fault_points.reach("save.part")
         if leads():
+            fault_points.reach("save.manifest")
             write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS} | also)
+            fault_points.reach("save.mark")
             mark_path(self.folder, step).unlink()
+            fault_points.reach("save.commit")
             if retain:
                 self._retain()
         wait_for(folder / MANIFEST)  # so that all processes know the same steps
@@ -186,6 +192,7 @@ def mark_unfinished(folder: epath.Path, step: int) -> None:
 
 def remove_step(folder: epath.Path, step: int) -> None:
     mark_unfinished(folder, step)
+    fault_points.reach("retain")
     (folder / str(step)).rmtree()
     mark_path(folder, step).unlink()
 
@@ -348,6 +355,7 @@ def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bo
             return step
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
         if quarantine:
+            fault_points.reach("quarantine")
             set_step_aside(folder, step)
     if has_steps(workdir):
         raise UserError(

@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-from lm_jax import faults, stop
+from lm_jax import fault_points, faults, stop
 from lm_jax.config import (
     Config,
+    PeerError,
     UserError,
     check_key,
     default_config,
@@ -128,18 +129,25 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
 
 def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """The exit code of a command; what went wrong is said."""
-    try:
-        from lm_jax import distributed
+    from lm_jax import distributed
 
+    try:
+        fault_points.arm(os.environ.get("LM_JAX_FAULT", ""))
         distributed.configure()
         code = main(arguments) or 0
+        if unbroken := fault_points.unreached():
+            print(unbroken, file=sys.stderr)
         sys.stdout.flush()
         stop.others.part(code)
         return code
     except UserError as error:
-        stop.others.end(EXIT_USER, str(error))
         print(f"lm_jax: {error}", file=sys.stderr)
+        distributed.join_for_last_words()
+        stop.others.end(EXIT_USER, str(error))
         return EXIT_USER
+    except PeerError as error:
+        print(f"lm_jax: {plain_lines(str(error))}", file=sys.stderr)
+        return EXIT_FAULT
     except Exception as error:
         if refused := faults.described(error):
             code, lines = refused

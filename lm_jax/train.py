@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import answers, chat, checkpoint, command, costs, metrics, peers, reference, spikes, terminal
+from lm_jax import answers, chat, checkpoint, command, costs, fault_points, metrics, peers, reference, spikes, terminal
 from lm_jax.config import Config, Length, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
@@ -24,7 +24,7 @@ from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import SLICE, stream
-from lm_jax.distributed import agree, devices, everyone, find_together, leads, workdir_lock
+from lm_jax.distributed import agree, devices, everyone, find_together, leads, own, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source, open_data
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
@@ -109,10 +109,12 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     check_plain(*[str(workdir)] * (not is_url(workdir)))
     with goodput("devices"):
         here = devices()
+        mine = own(here)
+    fault_points.reach("start")
     say.silent = not leads()
     peers.compare(settings(config, experiment, dry_run))
     sizes = mesh_shape(config.mesh, len(here))
-    attention.preflight(config.model, config.data.sequence_length, here[0].platform)
+    attention.preflight(config.model, config.data.sequence_length, mine.platform)
     if pieces := mixture.pieces_expected(config.data):
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
     saved = agree(checkpoint.read_config(workdir) if leads() and checkpoint.has_steps(workdir) else {}, "config.json")
@@ -131,7 +133,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         mesh = make_mesh(config.mesh, here)
         program = make_program(config, num_pieces, ticking)
         counted = costs.count(config, program.graph.declarations)
-        chosen = min(everyone(costs.choose_microbatch(config, counted, sizes, ramp, here[0]), "microbatch"))
+        chosen = min(everyone(costs.choose_microbatch(config, counted, sizes, ramp, mine), "microbatch"))
         config = with_microbatch(config, saved, chosen, sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
@@ -140,10 +142,10 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     peers.compare({"the step of config.train.init_from": source.step if isinstance(source, checkpoint.Located) else 0})
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
-    say(terminal.header(config, name, counted, mixed, ramp, sizes, (here[0], peak)))
+    say(terminal.header(config, name, counted, mixed, ramp, sizes, (mine, peak)))
     if dry_run:
         return 0
-    check_memory(config, counted, ramp, sizes, here[0])
+    check_memory(config, counted, ramp, sizes, mine)
     if not saved:
         check_room(workdir, checkpoint_bytes(config, counted, sizes))
     with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop() as stop:
@@ -311,6 +313,7 @@ def starting_point(
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
     newest = checkpoint.newest_valid(workdir, say, quarantine=True, run=run) if leads() else None
     if (step := agree(NEVER if newest is None else newest, "newest step")) != NEVER:
+        fault_points.reach("restore")
         state, data = checkpoint.restore(workdir, step, program)
         data = as_data(agree(data, "data state"))
         say(f"resumed at step {step:,}, row {data.cursor:,}")
@@ -489,6 +492,7 @@ def good_step(this: Run, spike: int) -> int:
 
 def compiled(this: Run) -> CompiledStep:
     this.say.progress("compiling the step")
+    fault_points.reach("compile")
     one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
     return compile_step(this.program, this.mesh, one_microbatch)
 
@@ -507,9 +511,11 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
     numbers = range(this.data.step, this.num_steps)
     for step in traced(numbers, config.log.profile, this.desk.folder / "profile", this.say):
         rows = this.ramp.rows(step)
+        fault_points.reach("step")
 
         def watch(done: int, step: int = step, rows: int = rows) -> bool:
             log.inside(step, done * this.microbatch, rows)
+            fault_points.reach("microbatch")
             return this.is_asked_to_stop()
 
         with peers.pace(rows):
@@ -731,7 +737,11 @@ def make_evaluator(this: Run) -> Evaluator:
 def evaluate_now(this: Run, evaluation, num_rows: int, *prefixes: str) -> dict[str, float]:
     """Metrics of the first `num_rows` validation rows (0: all) of each source, under each prefix. Raises Stopped."""
     evaluator, rows = evaluation
-    watch = lambda done, of: this.progress(f"evaluating: row {done} of {of}")
+
+    def watch(done: int, of: int) -> None:
+        this.progress(f"evaluating: row {done} of {of}")
+        fault_points.reach("evaluation")
+
     with this.goodput("evaluation"):
         totals = {name: evaluator(this.parameters, held, num_rows, watch) for name, held in rows.items()}
     values = {
@@ -770,6 +780,7 @@ def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> N
 
     The line that has `final/loss` is the last that a run writes: without it the run is not over.
     """
+    fault_points.reach("end")
     show_sample(this, writer)
     lines = metrics.read(this.desk.folder)
     this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))
