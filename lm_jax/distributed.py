@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -55,7 +54,7 @@ def devices() -> list[jax.Device]:
     """
     if not joined and (found := cluster.find()):
         joined.append(Joined(found, roll_call.call(found)))
-        join(found)
+        join(joined[0])
     try:
         return jax.devices()
     except RuntimeError as error:
@@ -63,8 +62,9 @@ def devices() -> list[jax.Device]:
         raise UserError(f"no devices of JAX_PLATFORMS={platforms!r}: {str(error).splitlines()[0]}") from error
 
 
-def join(found: Cluster) -> None:
+def join(all_here: Joined) -> None:
     """Makes this process one of several for JAX. Signals stay ours. Raises PeerError where one that was here is gone again."""
+    found = all_here.cluster
     try:
         jax.distributed.initialize(
             found.address,
@@ -82,7 +82,7 @@ def join(found: Cluster) -> None:
         ) from error
     for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
         signal.signal(taken, signal.getsignal(taken))
-    peers.join(found.num_processes, found.process, found.address, distributed.global_state.client)
+    peers.join(found.process, all_here.hosts, found.address, distributed.global_state.client)
 
 
 def join_for_last_words() -> None:
@@ -91,7 +91,7 @@ def join_for_last_words() -> None:
         if not joined and (found := cluster.find()):
             os.environ[roll_call.LIMIT] = str(LAST_WORDS)
             joined.append(Joined(found, roll_call.call(found)))
-            join(found)
+            join(joined[0])
 
 
 def own(here: list[jax.Device]) -> jax.Device:
@@ -158,7 +158,7 @@ def find_together(workdir: epath.Path) -> None:
     until = time.monotonic() + TOGETHER
     while not (is_found := path.exists() and path.read_text() == word) and time.monotonic() < until:
         time.sleep(0.1)
-    found = everyone([is_found, socket.gethostname(), os.path.abspath(workdir)], "the word is found")
+    found = everyone([is_found, peers.line.host, os.path.abspath(workdir)], "the word is found")
     lost = [f"process {k} (host {host}): {place}" for k, (there, host, place) in enumerate(found) if not there]
     if lost:
         more = f" (+{len(lost) - 1} more)" * (len(lost) > 1)

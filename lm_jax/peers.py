@@ -29,7 +29,7 @@ import jax
 from etils import epath
 
 from lm_jax import stop
-from lm_jax.config import UserError
+from lm_jax.config import PeerError, UserError
 from lm_jax.faults import EXIT_MACHINE
 from lm_jax.stop import EXIT_FAULT
 
@@ -92,12 +92,13 @@ class Line(stop.Alone):
     def __init__(
         self,
         process: int,
+        host: str,
         connections: dict[int, Connection],
         on_end: Callable[[End], None],
         on_wish: Callable[[int], None] = lambda number: None,
     ):
-        self.process, self.connections, self.on_end, self.on_wish = process, connections, on_end, on_wish
-        self.host = socket.gethostname()
+        self.process, self.host, self.connections = process, host, connections
+        self.on_end, self.on_wish = on_end, on_wish
         self.pace = Pace()
         self._step, self._over, self._ending = 0, False, False  # the step, and whether all, or one, came to the end
         self._lock = threading.Lock()
@@ -316,45 +317,45 @@ def log_to(path: epath.Path) -> None:
         logs.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
 
 
-def join(num_processes: int, process: int, address: str, client) -> None:
-    """Connects the processes that JAX has joined: `client` is that of its coordination service, on the host of `address`.
+def join(process: int, hosts: list[str], address: str, client) -> None:
+    """Connects the processes that JAX has joined, on these hosts: `client` is that of its coordination service, at `address`.
 
-    Raises UserError where one cannot reach process 0.
+    Raises PeerError where one cannot reach process 0.
     """
     global line
     host, _, port = address.rpartition(":")
     if process == 0:
-        connections = gather_connections(num_processes, int(port) + 1, client)
+        connections = gather_connections(hosts, int(port) + 1, client)
     else:
-        connections = {0: connect(host.strip("[]"), process, client)}
-    line = Line(process, connections, leave, lambda number: stop.listening[-1].wish(number))
+        connections = {0: connect(host.strip("[]"), process, hosts[0], client)}
+    line = Line(process, hosts[process], connections, leave, lambda number: stop.listening[-1].wish(number))
     stop.others = line
 
 
-def gather_connections(num_processes: int, near: int, client) -> dict[int, Connection]:
+def gather_connections(hosts: list[str], near: int, client) -> dict[int, Connection]:
     """Process 0: waits for the others at a port that it tells them, `near` where that is free. A stranger is sent away."""
     word = secrets.token_hex(16)
     found: dict[int, Connection] = {}
     with listener(near) as listening:
         client.key_value_set(KEY, json.dumps([listening.getsockname()[1], word]))
         until = time.monotonic() + ARRIVAL
-        while len(found) < num_processes - 1:
+        while missing := [str(k) for k in range(1, len(hosts)) if k not in found]:
             listening.settimeout(max(0.01, until - time.monotonic()))
             try:
                 to, _ = listening.accept()
-                to.settimeout(SILENCE)
-                hello, _, rest = to.recv(2**12).partition(b"\n")
-                said = json.loads(hello)
-                assert said["word"] == word
-                found[said["process"]] = Connection(to, said["process"], said["host"], rest)
-                found[said["process"]].send(host=socket.gethostname())
-            except (ValueError, KeyError, TypeError, AssertionError):
-                to.close()
             except TimeoutError:
-                missing = ", ".join(str(k) for k in range(1, num_processes) if k not in found)
-                raise UserError(
-                    unreached(f"process {missing}", socket.gethostname(), listening.getsockname()[1])
-                ) from None
+                raise PeerError(unreached(", ".join(missing), hosts[0], listening.getsockname()[1])) from None
+            to.settimeout(SILENCE)
+            try:
+                hello, _, rest = to.recv(2**12).partition(b"\n")
+                said, process = json.loads(hello)
+            except (OSError, ValueError, TypeError):
+                said, process, rest = "", 0, b""
+            if said == word:
+                found[process] = Connection(to, process, hosts[process], rest)
+                found[process].send(welcome=True)
+            else:
+                to.close()
     return found
 
 
@@ -368,21 +369,22 @@ def listener(near: int) -> socket.socket:
         return socket.create_server(("", 0), backlog=1024, **keywords)
 
 
-def connect(host: str, process: int, client) -> Connection:
-    """Another process: to process 0."""
+def connect(address: str, process: int, host: str, client) -> Connection:
+    """Another process: to process 0, which is on `host`."""
     port, word = json.loads(client.blocking_key_value_get(KEY, int(1000 * ARRIVAL)))
     try:
-        to = socket.create_connection((host, port), timeout=ARRIVAL)
-        to.sendall(json.dumps({"word": word, "process": process, "host": socket.gethostname()}).encode() + b"\n")
+        to = socket.create_connection((address, port), timeout=ARRIVAL)
+        to.sendall(json.dumps([word, process]).encode() + b"\n")
         to.settimeout(ARRIVAL)
-        hello, _, rest = to.recv(2**12).partition(b"\n")
-        return Connection(to, 0, json.loads(hello)["host"], rest)
+        welcome, _, rest = to.recv(2**12).partition(b"\n")
+        json.loads(welcome)
+        return Connection(to, 0, host, rest)
     except (OSError, ValueError):
-        raise UserError(unreached(f"process {process}", host, port)) from None
+        raise PeerError(unreached(str(process), address, port)) from None
 
 
 def unreached(who: str, host: str, port: int) -> str:
-    return f"{who} cannot reach process 0 at {host}:{port}\nlet the processes of a run connect to each other's ports"
+    return f"process {who} cannot reach process 0 at {host}:{port}\nlet the processes of a run connect to each other's ports"
 
 
 def leave(end: End) -> None:
@@ -392,7 +394,8 @@ def leave(end: End) -> None:
     force.start()
     stop.tell(end.told())
     for descriptor in logs[1:]:
-        os.write(descriptor, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {end.told()}\n".encode())
+        with contextlib.suppress(OSError):  # what cannot be written is no reason to stay
+            os.write(descriptor, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {end.told()}\n".encode())
     stop.end_process(end.code)
 
 
@@ -408,7 +411,7 @@ def compare(facts: dict[str, Any]) -> None:
         if names
         else []
     )
-    found = line.everyone([socket.gethostname(), *mine], "what differs")
+    found = line.everyone([line.host, *mine], "what differs")
     told = [f"process {k} (host {host}): {differs}" for k, (host, *rest) in enumerate(found) for differs in rest]
     if told:
         more = f"\n(+{len(told) - 3} more)" * (len(told) > 3)

@@ -288,6 +288,10 @@ def death(folder: pathlib.Path, num: int, phase: str, who: int, how: str) -> flo
     return took
 
 
+def test_who_is_killed_is_named_and_the_other_leaves(tmp_path):
+    death(tmp_path, 2, "step", 1, "SIGKILL")
+
+
 @pytest.mark.proof
 def test_how_soon_all_are_out_where_one_dies(tmp_path):
     """LM_JAX_DEATHS of them over kinds, phases, processes and who; a stopped process has done a step before."""

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from lm_jax import checkpoint, command, distributed, metrics, peers, stop, train
-from lm_jax.config import UserError
+from lm_jax.config import PeerError, UserError
 
 # Every decision that leads to a collective, as the line calls it: what it is taken from, which is of one process alone.
 DECISIONS = {
@@ -100,7 +100,7 @@ class Star:
         self.sockets, self.ends, self.wishes = pairs, {k: [] for k in held}, []
         stars.append(self)
         self.lines = {
-            k: peers.Line(k, connections, self.ends[k].append, self.wishes.append)
+            k: peers.Line(k, f"host{k}", connections, self.ends[k].append, self.wishes.append)
             for k, connections in held.items()
             if k not in mute
         }
@@ -245,7 +245,7 @@ def test_who_differs_is_named_to_all_with_the_first_difference(quick, name, monk
     found = star.each(compare)
     assert all(isinstance(error, UserError) for error in found.values()), found
     assert len({str(error) for error in found.values()}) == 1
-    assert str(found[0]).startswith("process 2 (host ") and words in str(found[0]), found[0]
+    assert str(found[0]).startswith("process 2 (host host2)") and words in str(found[0]), found[0]
     changes.clear()
     assert star.each(compare) == dict.fromkeys(range(4))
 
@@ -264,23 +264,23 @@ class Store(dict):
 
 def test_a_stranger_at_the_door_is_sent_away_and_who_never_comes_is_named(monkeypatch):
     store, found = Store(), {}
-    wait = threading.Thread(target=lambda: found.update(peers.gather_connections(2, 1, store)))
+    wait = threading.Thread(target=lambda: found.update(peers.gather_connections(["a", "b"], 1, store)))
     wait.start()
     store.blocking_key_value_get(peers.KEY, 5000)
     port, word = json.loads(store[peers.KEY])
-    for hello in (b"GET / HTTP/1.1\n", b'{"word": "guess", "process": 1, "host": "x"}\n', b"[1]\n"):
+    for hello in (b"GET / HTTP/1.1\n", b'["guess", 1]\n', b"[1]\n", b"7\n"):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(hello)
             with contextlib.suppress(ConnectionResetError):
                 assert stranger.recv(1) == b""
-    connection = peers.connect("127.0.0.1", 1, store)
+    connection = peers.connect("127.0.0.1", 1, "a", store)
     wait.join(5)
-    assert sorted(found) == [1] and found[1].host == connection.host == socket.gethostname()
+    assert sorted(found) == [1] and (found[1].host, connection.host) == ("b", "a")
     monkeypatch.setattr(peers, "ARRIVAL", 0.1)
-    with pytest.raises(UserError, match="process 1, 2 cannot reach process 0 at"):
-        peers.gather_connections(3, 1, Store())
-    with pytest.raises(UserError, match="process 1 cannot reach process 0 at 127.0.0.1:1\n"):
-        peers.connect("127.0.0.1", 1, Store({peers.KEY: json.dumps([1, word])}))
+    with pytest.raises(PeerError, match="process 1, 2 cannot reach process 0 at a:"):
+        peers.gather_connections([*"abc"], 1, Store())
+    with pytest.raises(PeerError, match="process 1 cannot reach process 0 at 127.0.0.1:1\n"):
+        peers.connect("127.0.0.1", 1, "a", Store({peers.KEY: json.dumps([1, word])}))
 
 
 def test_a_step_that_is_stuck_writes_where_every_thread_is_and_then_ends(tmp_path, monkeypatch):
@@ -306,6 +306,8 @@ def test_a_step_that_is_stuck_writes_where_every_thread_is_and_then_ends(tmp_pat
 
 class Script:
     """A line whose other end is written down: what process 0 decided in one run is what another one hears."""
+
+    host = "here"
 
     def __init__(self, decided: list | None = None):
         self.leads, self.decided = decided is None, [] if decided is None else [*decided]
