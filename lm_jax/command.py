@@ -18,6 +18,7 @@ import ml_collections
 from lm_jax import fault_points, faults
 from lm_jax.config import (
     Config,
+    PeerError,
     UserError,
     check_key,
     default_config,
@@ -141,6 +142,9 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     except UserError as error:
         print(f"lm_jax: {error}", file=sys.stderr)
         return EXIT_USER
+    except PeerError as error:
+        print(f"lm_jax: {plain_lines(str(error))}", file=sys.stderr)
+        return EXIT_FAULT
     except Exception as error:
         if refused := faults.described(error):
             code, lines = refused

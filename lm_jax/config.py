@@ -60,6 +60,10 @@ def plain_lines(text: str) -> str:
     return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"... ({len(lines) - 4} more lines)"])
 
 
+class PeerError(Exception):
+    """Another process of the job is not there, or no more: one to five plain lines, exit code 70. Starting again may help."""
+
+
 def needs(what: str, package: str, extra: str) -> UserError:
     """The mistake of a missing package, with the command that installs it: always from the clone, under no name of an index."""
     return UserError(f"{what} needs the package {package}: in the clone, pip install -e '.[{extra}]'")

@@ -24,7 +24,7 @@ from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import SLICE, stream
-from lm_jax.distributed import agree, devices, leads, workdir_lock
+from lm_jax.distributed import agree, devices, leads, own, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source, open_data
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
@@ -105,10 +105,11 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     check_plain(*[str(workdir)] * (not is_url(workdir)))
     with goodput("devices"):
         here = devices()
+        mine = own(here)
     fault_points.reach("start")
     say.silent = not leads()
     sizes = mesh_shape(config.mesh, len(here))
-    attention.preflight(config.model, config.data.sequence_length, here[0].platform)
+    attention.preflight(config.model, config.data.sequence_length, mine.platform)
     if pieces := mixture.pieces_expected(config.data):
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
@@ -126,17 +127,17 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         mesh = make_mesh(config.mesh, here)
         program = make_program(config, num_pieces, ticking)
         counted = costs.count(config, program.graph.declarations)
-        config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
+        config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, mine), sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
     facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
-    say(terminal.header(config, name, counted, mixed, ramp, sizes, (here[0], peak)))
+    say(terminal.header(config, name, counted, mixed, ramp, sizes, (mine, peak)))
     if dry_run:
         return 0
-    check_memory(config, counted, ramp, sizes, here[0])
+    check_memory(config, counted, ramp, sizes, mine)
     if not saved:
         check_room(workdir, checkpoint_bytes(config, counted, sizes))
     with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop() as stop:

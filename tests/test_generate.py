@@ -14,7 +14,7 @@ from lm_jax.config import Mesh, UserError
 from lm_jax.convert import hugging_face
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Bytes
-from lm_jax.decoding import complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.decoding import State, complete, decode, generate, on_mesh, prefill, stream
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build
 from lm_jax.sampling import GREEDY, Sampling, keys, sample
@@ -231,6 +231,22 @@ def test_beams_are_those_of_plain_python(model, penalty, several):
     if penalty == 0 and not several:
         greedy = complete(graph, parameters, tokenizer, PROMPTS, 6, GREEDY)
         assert [one.tokens for one in best] == [one.tokens for one in greedy], "one beam is greedy"
+
+
+def test_several_ends_at_once_crowd_out_no_text_that_goes_on(monkeypatch):
+    """Of two beams' best continuations three are ends; the fifth goes on, and ends best."""
+    chances = np.full((8, 8), 1 / 8)  # of the next token, after each
+    chances[3] = [0.3, 0.2, 0.15, 0, 0.25, 0.1, 0, 0]  # ends are 0, 1, 2
+    chances[5] = [1, 0, 0, 0, 0, 0, 0, 0]
+    rows = np.log(np.maximum(chances, 1e-9)).astype(np.float32)[:, None]
+    logits = lambda token_B: sum(jnp.where(token_B[:, None] == k, row, 0) for k, row in enumerate(rows))
+    monkeypatch.setattr(beam, "next_logits", lambda graph, parameters, state: (logits(state.token_B), state.caches))
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+        zeros = on_mesh(np.zeros(2, np.int32))
+        state = State({}, zeros + 3, zeros, zeros > 0, jnp.int32(0))
+        found = beam.decode("a table", {}, state, 2, 4, (0, 1, 2), np.float32(1))
+    assert np.asarray(found.finished_BKN)[0, 0, :2].tolist() == [5, 0]
+    assert float(found.finished_scores_BK[0, 0]) == pytest.approx(np.log(0.1) / 2, rel=1e-5)
 
 
 def test_an_encoder_decoder_writes_what_its_full_forward_says():
