@@ -33,7 +33,7 @@ def test_a_few_kills():
 @pytest.mark.parametrize(("processes", "place"), [(1, "local"), (2, "local"), (4, "local"), (1, "gs"), (4, "gs")])
 def test_many_kills(processes, place):
     """LM_JAX_KILLS of them."""
-    if place == "gs" and bucket_emulator.find() is None:
+    if place == "gs" and not bucket_emulator.is_here():
         pytest.skip("gcp-storage-emulator is not installed")
     kills = os.environ.get("LM_JAX_KILLS", "40")
     found = killed("--kills", kills, "--processes", str(processes), "--place", place)
