@@ -56,6 +56,8 @@ class Job:
 
     def __init__(self, folder: pathlib.Path, num: int, *words: str, more=lambda k: [], environment=lambda k: {}):
         self.folder, self.workdir = folder, folder / "run"
+        given_here = {word.split("=")[0] for word in words}
+        smoke = [word for word in SMOKE if word.split("=")[0] not in given_here]
         address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(num)}
         self.said: list[str] = [""] * num
         self.processes = []
