@@ -77,7 +77,7 @@ class Job:
                 "-m",
                 "lm_jax.main",
                 f"--config={ROOT}/experiments/quickstart.py:smoke",
-                *SMOKE,
+                *smoke,
             ]
             self.processes.append(
                 subprocess.Popen(
