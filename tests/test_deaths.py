@@ -52,7 +52,7 @@ SMOKE = [
 
 
 class Job:
-    """`num` processes of one run in `folder`; `more(k)` are words, and `environment(k)` settings, of process k alone."""
+    """`num` processes of one run in `folder`; `more(k)` are words in the place of its workdir, and `environment(k)` settings, of process k alone."""
 
     def __init__(self, folder: pathlib.Path, num: int, *words: str, more=lambda k: [], environment=lambda k: {}):
         self.folder, self.workdir = folder, folder / "run"
@@ -81,7 +81,7 @@ class Job:
             ]
             self.processes.append(
                 subprocess.Popen(
-                    [*line, *words, f"--workdir={self.workdir}", *more(k)], env=os.environ | given | environment(k),
+                    [*line, *words, *(more(k) or [f"--workdir={self.workdir}"])], env=os.environ | given | environment(k),
                     cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                 )
             )  # fmt: skip
@@ -213,15 +213,17 @@ def test_processes_end_alike_whatever_happens_to_one(name, num, tmp_path):
     check_alike(name, tmp_path, num)
 
 
+RUN = "--workdir=../run"
 # What is not alike in process 1: (its own words, its own settings, words that both say).
 APART = {
-    "a learning rate": (["--config.optimizer.learning_rate=0.001"], {}, r"config.optimizer.learning_rate 0.001 there, 0.0003 on"),
+    "a learning rate": ([RUN, "--config.optimizer.learning_rate=0.001"], {}, r"config.optimizer.learning_rate 0.001 there, 0.0003 on"),
     "a corpus": ([], {"SOURCE": "other"}, "source/.* there, .* on process 0"),
     "a corpus that is missing": ([], {"SOURCE": "missing"}, "source"),
     "a workdir": (["--workdir=other"], {}, "what process 0 writes into .*/run is not in the --workdir of process 1 .*other"),
     "code": ([], {"PYTHONPATH": "code"}, "lm_jax/ramp.py .* there, .* on process 0"),
     "a flag of XLA": ([], {"XLA_FLAGS": f"{QUICK} --xla_cpu_enable_fast_math=true"}, "XLA_FLAGS .*fast_math"),
-    "a dry run": (["--dry_run"], {}, "--dry_run true there, false on process 0"),
+    "a dry run": ([RUN, "--dry_run"], {}, "--dry_run true there, false on process 0"),
+    "a mistake before it joins": ([RUN, "--config.no.such=1"], {}, "no such|config.no"),
 }  # fmt: skip
 
 
