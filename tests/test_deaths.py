@@ -52,7 +52,8 @@ SMOKE = [
 
 
 class Job:
-    """`num` processes of one run in `folder`; `more(k)` are words in the place of its workdir, and `environment(k)` settings, of process k alone."""
+    """`num` processes of one run in `folder`. Of process k alone are the words `more(k)`, in the place of its workdir, and the
+    settings `environment(k)`."""
 
     def __init__(self, folder: pathlib.Path, num: int, *words: str, more=lambda k: [], environment=lambda k: {}):
         self.folder, self.workdir = folder, folder / "run"
@@ -216,7 +217,7 @@ def test_processes_end_alike_whatever_happens_to_one(name, num, tmp_path):
 RUN = "--workdir=../run"
 # What is not alike in process 1: (its own words, its own settings, words that both say).
 APART = {
-    "a learning rate": ([RUN, "--config.optimizer.learning_rate=0.001"], {}, r"config.optimizer.learning_rate 0.001 there, 0.0003 on"),
+    "a learning rate": ([RUN, "--config.optimizer.learning_rate=0.01"], {}, "learning_rate 0.01 there, .* on process 0"),
     "a corpus": ([], {"SOURCE": "other"}, "source/.* there, .* on process 0"),
     "a corpus that is missing": ([], {"SOURCE": "missing"}, "source"),
     "a workdir": (["--workdir=other"], {}, "what process 0 writes into .*/run is not in the --workdir of process 1 .*other"),
