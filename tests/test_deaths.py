@@ -131,8 +131,14 @@ class Job:
             self.threads[k].join(5)
         return {k: self.processes[k].returncode for k in waited}, took
 
-    def left(self, but=()) -> list[str]:
-        """Processes that belong to those that have ended: none is to be left."""
+    def left(self, but=(), seconds: float = 3) -> list[str]:
+        """Processes that belong to those that have ended, and are still there after some seconds."""
+        until = time.monotonic() + seconds
+        while (found := self._left(but)) and time.monotonic() < until:
+            time.sleep(0.1)
+        return found
+
+    def _left(self, but) -> list[str]:
         found = subprocess.run(["ps", "-eo", "sid,stat,args"], capture_output=True, text=True).stdout
         sessions = {str(process.pid) for k, process in enumerate(self.processes) if k not in but}
         lines = [line.split(maxsplit=2) for line in found.splitlines()]
@@ -168,7 +174,7 @@ ALIKE = {
     "updates that are not finite": (HOPELESS, None, 0, "", 70, ""),
     "an exception in 1": (LONG, STEP, 1, "raise", 70, "ZeroDivisionError"),
     "an exception in 0": (LONG, STEP, 0, "raise", 70, "ZeroDivisionError"),
-    "a data worker of 1 dies": (LONG, STEP, 1, "worker", 70, "process 1|worker"),
+    "a data worker of 1 dies": (LONG, STEP, 1, "worker", 70, "Worker process was terminated"),
     "a full disk in 1": ([*LONG[:1], "--config.checkpoint.every=4"], STEP, 1, "disk", 74, "File too large"),
 }  # fmt: skip
 
