@@ -163,7 +163,9 @@ class Line(stop.Alone):
 
     def stepped(self, step: int) -> None:
         """From its first step on a process that is silent counts as dead: what it compiles is compiled."""
-        self._step = step
+        is_first, self._step = not self._step, step
+        if is_first:
+            self.send(beat=step)
 
     def _tell(self, end: End) -> bool:
         """Tells the others, once; waits until they are gone. Returns whether this was the first end."""
