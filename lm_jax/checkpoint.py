@@ -35,11 +35,11 @@ from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import BESIDE, Tokenizer, load, named, read_json
 from lm_jax.distributed import leads
-from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed
+from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed, write_whole
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
 from lm_jax.optimizer import all_finite
-from lm_jax.places import check_room, set_aside, write_whole
+from lm_jax.places import check_room, set_aside
 from lm_jax.ramp import DataState
 from lm_jax.stop import Stop
 from lm_jax.train_state import Program, TrainState, abstract, make_program

@@ -1,12 +1,14 @@
-"""Files that say whether they are as they were written: hashes, and JSON under a seal.
+"""Files that are there whole or not at all, and say whether they are as they were written: hashes, and JSON under a seal.
 
 A sealed object is the last word on what a run, a step or a corpus consists of: it has the hash of all the rest of it under
 "sha256". What an earlier version wrote has another "format" and no seal; one flipped bit does not turn one into the other.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 from typing import IO, Any
 
 from etils import epath
@@ -43,6 +45,25 @@ def flush(file: IO) -> None:
     """What was written to an open file is on the disk, not in the system's memory alone."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def write_whole(path, content: bytes, alone: bool = True) -> None:
+    """A file at any place that is there whole and durably, or not at all.
+
+    Where it is not `alone` that a process writes the file, each writes a draft of its own: the last one stays.
+    """
+    if regular_files.is_url(path):
+        epath.Path(path).write_bytes(content)
+        return
+    draft = f"{path}.draft" if alone else f"{path}.{secrets.token_hex(4)}.draft"
+    try:
+        with open(draft, "wb") as file:
+            file.write(content)
+            flush(file)
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(draft)
 
 
 def seal(content: Any) -> str:

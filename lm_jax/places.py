@@ -20,23 +20,11 @@ import fsspec.config
 from etils import epath
 
 from lm_jax.config import UserError
-from lm_jax.data.shards import cache_folder, flush, is_url
+from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.data.sources import files_below
 
 LEASE = 30.0  # seconds that a lock on a URL holds without being renewed
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others write to a bucket, too
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """A file that is there whole and durably, or not at all."""
-    if is_url(path):
-        path.write_bytes(content)
-        return
-    draft = f"{path}.draft"
-    with open(draft, "wb") as file:
-        file.write(content)
-        flush(file)
-    os.replace(draft, path)
 
 
 def check_room(folder: epath.Path, num_bytes: float) -> None:

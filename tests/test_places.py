@@ -24,13 +24,6 @@ from lm_jax.data import shards
 EMULATOR = shutil.which("gcp-storage-emulator", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
-    path = epath.Path(tmp_path / "x")
-    places.write_whole(path, b"one")
-    places.write_whole(path, b"two")
-    assert path.read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
 def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
     desk = places.Desk(epath.Path(tmp_path))
     desk.fetch()

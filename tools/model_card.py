@@ -8,7 +8,7 @@ import json
 import re
 
 from lm_jax import checkpoint, command, costs, metrics
-from lm_jax.places import write_whole
+from lm_jax.files import write_whole
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import make_program
 
