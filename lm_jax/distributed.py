@@ -1,7 +1,9 @@
 """Processes and devices: the compile cache, more than one process, how much work may be in flight, one run a workdir."""
 
 import contextlib
+import errno
 import fcntl
+import json
 import logging
 import os
 import signal
@@ -17,6 +19,8 @@ from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.places import leased
 from lm_jax.stop import SIGNALS
+
+MOST_SAID = 400  # characters of what one process tells the others
 
 
 def configure() -> None:
@@ -49,6 +53,36 @@ def leads() -> bool:
 def agree(number: int) -> int:
     """The leading process' number, on every process; all wait for it."""
     return int(multihost_utils.broadcast_one_to_all(np.int64(number))) if jax.process_count() > 1 else number
+
+
+def share() -> tuple[int, int]:
+    """(this process, how many there are), before JAX has looked for devices, too."""
+    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+
+
+def first_answer(ask: Callable[[], str]) -> str:
+    """The first answer of the processes that is not "", on every process; all ask, and wait for each other.
+
+    An OSError of one is raised on all of them.
+    """
+    if share()[1] == 1:
+        return ask()
+    try:
+        answer: tuple = (0, ask()[:MOST_SAID], "")
+    except OSError as error:
+        answer = (
+            error.errno or errno.EIO,
+            str(error.strerror or error)[:MOST_SAID],
+            str(error.filename or "")[:MOST_SAID],
+        )
+    mine = np.zeros(8 * MOST_SAID, np.uint8)
+    raw = json.dumps(answer).encode()
+    mine[: len(raw)] = np.frombuffer(raw, np.uint8)
+    answers = [json.loads(bytes(x).rstrip(b"\0")) for x in np.asarray(multihost_utils.process_allgather(mine))]
+    for number, text, path in answers:
+        if number:
+            raise OSError(number, text, path)
+    return next((text for _, text, _ in answers if text), "")
 
 
 def settle(tree):

@@ -16,6 +16,7 @@ from etils import epath
 from lm_jax import regular_files
 
 SEAL = "sha256"
+Hash = dict[str, int | str]  # {"bytes": size, "sha256" or "md5": of the content}
 SELF_CHECKED = "base"  # not under the seal: a path that may move, beside the hash of what must be found there
 # What may stand beside the config.json of a model, and is part of it: its tokenizer, its template, where its texts end.
 MODEL_FILES = (
@@ -24,17 +25,17 @@ MODEL_FILES = (
 )  # fmt: skip
 
 
-def file_hash(path) -> dict[str, int | str]:
-    """{"bytes": size, "sha256": hash} of a file at any path."""
-    digest, size = hashlib.sha256(), 0
+def file_hash(path, kind: str = "sha256") -> Hash:
+    """{"bytes": size, "sha256": hash} of a file at any path; `kind` "md5" where that is what a store says of an object."""
+    digest, size = hashlib.new(kind, usedforsecurity=False), 0
     with regular_files.opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
             size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": size, kind: digest.hexdigest()}
 
 
-def invalid_reason(path, expected: dict[str, int | str]) -> str:
+def invalid_reason(path, expected: Hash) -> str:
     """What is wrong with a file of which size and hash are known, "" where it is as it was written."""
     if not epath.Path(path).is_file():
         return "is missing"
