@@ -32,7 +32,7 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, end_process, listening, replace_process
+from lm_jax.stop import Stop, end_process, listening, replace_process, work_is_done
 
 EXIT_FAULT = 70
 LARGEST_EXPERIMENT = 2**20  # bytes
@@ -122,6 +122,7 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         with contextlib.suppress(OSError):  # which may be what was refused
             sys.stdout.flush()
         end_process(code)
+    work_is_done()
     sys.exit(code)
 
 

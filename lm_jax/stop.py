@@ -113,6 +113,12 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def work_is_done() -> None:
+    """From here on a signal changes nothing: one that came while the interpreter ends would take the exit code's place."""
+    for number in SIGNALS if listening else ():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def tell(line: str) -> None:
     """On stderr, below the line of progress that may stand open on a terminal."""
     with contextlib.suppress(OSError):  # nobody listens: it is done all the same

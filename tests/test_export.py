@@ -24,7 +24,7 @@ from lm_jax.config import Mesh, UserError
 from lm_jax.convert import export, gguf, hugging_face, proof, safetensors, text_files, tokenizer_json
 from lm_jax.data import special_ids, tokenizer
 from lm_jax.data.special_ids import SpecialIds
-from lm_jax.decoding import complete
+from lm_jax.decoding import Completion, complete
 from lm_jax.model.graph import build
 from lm_jax.sampling import Sampling
 from lm_jax.sharding import make_mesh
@@ -81,11 +81,20 @@ def on_one(work):
     return wrapped
 
 
+LLAMA = FAMILIES["llama"]
+MORE = {  # families that are Llama and a setting or two
+    "phi3": dict(LLAMA, model__rotary_share=(0.5,)),
+    "smollm3": dict(LLAMA, model__num_layers=4, model__window=(0,) * 4, model__rotary_share=(1.0, 1.0, 1.0, 0.0)),
+    "qwen3_moe": dict(LLAMA, model__num_experts=4, model__qk_norm=True),
+    "granite": dict(LLAMA, model__multipliers=(3.0, 0.4, 0.1, 2.0)),
+}
+
+
 @functools.cache
 @on_one
 def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = (), context: int = 0) -> export.Leaving:
     """A model of random weights, large enough to say various things; `ends` are there beside the tokenizer's own."""
-    changes = dict(FAMILIES | ENCODERS)[family] | dict(model__init_scale=0.3, data__sequence_length=128)
+    changes = dict(FAMILIES | ENCODERS | MORE)[family] | dict(model__init_scale=0.3, data__sequence_length=128)
     changes = changes | ({"model__positions": "learned"} if family == "gpt2" else {})
     config, by = tiny(**changes), tokenizer_of(kind)
     first = by.document_id
@@ -274,6 +283,28 @@ def test_what_is_not_mistaken_passes_and_its_ends_are_seen(family, place):
     assert "proven: in a mutant logits are within" in said and "6 greedy texts are the same" in said
 
 
+def test_a_text_that_another_reads_otherwise_is_refused():
+    """The same ids; a space more of them."""
+    by = tokenizer_of("bpe")
+    tokens, text = by.encode("return").tolist(), "return"
+    ours = types.SimpleNamespace(ids=SpecialIds((), (), 0, (0,)))
+    for read, problem in ((text, ""), (f" {text}", f"{tokens} is ' return', here 'return'")):
+        peer = types.SimpleNamespace(write=lambda ids, limit: tokens, decode=lambda ids, read=read: read)
+        asked, mine = ("x", [1], [1]), Completion(text, tokens, [])
+        assert proof.compared(ours, peer, asked, mine, len(tokens)).problem == problem
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_how_far_logits_are_apart_is_said_of_their_size(scale):
+    a = np.random.RandomState(0).standard_normal((1, 8, 64)).astype(np.float32)
+    b = a + 1e-4 * (np.arange(64) == 7).astype(np.float32)
+    assert proof.relative(scale * (a + 9), scale * (b + 9)) == pytest.approx(
+        1e-4 / np.abs(a - a.mean(-1, keepdims=True)).max(), rel=0.05
+    )
+    b[0, 3, 3] = np.nan
+    assert proof.relative(a, b) == proof.relative(a, b[:, :4]) == np.inf
+
+
 @on_one
 def test_what_is_refused_leaves_nothing_and_names_the_way_round(tmp_path, monkeypatch, capsys):
     mutant = lambda folder, described, tensors: Here(folder, tensors, rope(20_000.0))
@@ -286,11 +317,19 @@ def test_what_is_refused_leaves_nothing_and_names_the_way_round(tmp_path, monkey
         export.write_folder(str(tmp_path / "out"), leaving(), refuse, print)
     assert str(error.value).endswith(f"\nto write it all the same: {again}") and len(str(error.value).split("\n")) <= 5
     assert os.listdir(tmp_path) == []
+    made = text_files.made
+    ends = {"generation_config.json": b'{"eos_token_id": [0, 9]}'}
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"not written: texts begin and end with .*9"):
+        patch.setattr(text_files, "made", lambda *given: (made(*given)[0] | ends, ""))
+        export.write_folder(str(tmp_path / "out"), leaving(), skip, print)
+    assert os.listdir(tmp_path) == []
     export.write_folder(str(tmp_path / "out"), leaving(), skip, print)
     assert "unproven, as asked for" in capsys.readouterr().out and (tmp_path / "out" / "model.safetensors").exists()
 
 
-LEAVE = ("gpt2", "llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3", "mixtral", "t5", "bert")  # one row a family
+LEAVE = (
+    "gpt2", "llama", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "olmo2", *MORE, "t5", "bert",
+)  # fmt: skip
 
 
 @pytest.mark.proof
@@ -343,6 +382,42 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     )
     again = hugging_face.their_tensors(found.described, checkpoint.load_parameters(found)[1])
     jax.tree.map(np.testing.assert_array_equal, again, arrays)
+
+
+@on_one
+def test_what_a_model_came_with_goes_along_and_is_corrected_only_where_this_model_does_otherwise():
+    came = {
+        "special_tokens_map.json": b'{"eos_token": "<|endoftext|>"}',
+        "merges.txt": b"#version: 0.2",
+        "tokenizer_config.json": b'{"eos_token": "<|im_end|>", "padding_side": "left", "add_bos_token": false}',
+        "generation_config.json": b'{"eos_token_id": 99, "temperature": 0.6, "pad_token_id": 3}',
+    }
+    text = leaving("llama", "bpe", ends=(7,), context=4096).text._replace(kept=came)
+    files, why = text_files.made(text, text_files.id_fields(text.ids, False), 4096)
+    content = {name: json.loads(files[name]) for name in files if name.endswith("config.json")}
+    assert not why and {name: files[name] for name in ("special_tokens_map.json", "merges.txt")}.items() <= came.items()
+    assert (
+        content["tokenizer_config.json"] | {"eos_token": "<|im_end|>", "padding_side": "left", "add_bos_token": True}
+        == content["tokenizer_config.json"]
+    )
+    assert content["generation_config.json"] == {
+        "eos_token_id": list(text.ids.ends),
+        "temperature": 0.6,
+        "pad_token_id": 3,
+        "bos_token_id": text.ids.first[0],
+    }
+
+
+@on_one
+def test_a_turn_ends_where_the_template_ends_it_whatever_the_folder_says(tmp_path):
+    one, out = leaving("llama", "chat", context=4096), tmp_path / "out"
+    export.write_folder(str(out), one, lambda *given: None, print)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((out / name).read_text())
+        (out / name).write_text(json.dumps(content | {"eos_token_id": one.text.tokenizer.document_id}))
+    found = checkpoint.locate(str(out))
+    text, why = export.text_of(found)
+    assert not why and 401 not in found.special_ids.ends and {*text.ids.ends} == {*found.special_ids.ends, 401}
 
 
 class Fields:

@@ -12,9 +12,9 @@ from conftest import ROOT, command, tiny
 from lm_jax import beam
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import hugging_face
-from lm_jax.data.special_ids import SpecialIds
+from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Bytes
-from lm_jax.decoding import complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.decoding import State, complete, decode, generate, on_mesh, prefill, stream
 from lm_jax.model.attention import Context
 from lm_jax.model.graph import build
 from lm_jax.sampling import GREEDY, Sampling, keys, sample
@@ -182,8 +182,8 @@ def test_no_weight_is_copied_for_a_token(model):
     assert temporary(graph.apart(stacked)) < largest < temporary(stacked)
 
 
-def plain_beams(graph, parameters, tokenizer, prompt, limit, beams, penalty):
-    """The same rules in plain Python over the full model: no cache, no batch."""
+def plain_beams(graph, parameters, tokenizer, prompt, limit, beams, penalty, ends):
+    """(tokens, log-probability) by the same rules in plain Python over the full model: no cache, no batch."""
     start = [tokenizer.document_id, *tokenizer.encode(prompt)]
 
     @jax.jit
@@ -196,33 +196,57 @@ def plain_beams(graph, parameters, tokenizer, prompt, limit, beams, penalty):
     running, finished = [(0.0, [])], []
     for n in range(limit):
         step = [(score + p, [*ids, k]) for score, ids in running for k, p in enumerate(of(start + ids))]
-        best = sorted(step, key=lambda x: -x[0])[: 2 * beams]
-        ends = [ids[-1] == tokenizer.document_id or n + 1 == limit for _, ids in best]
+        best = sorted(step, key=lambda x: -x[0])[: (1 + len(ends)) * beams]
+        ended = [ids[-1] in ends or n + 1 == limit for _, ids in best]
         finished += [
-            (score / (n + 1) ** penalty, ids) for (score, ids), end in list(zip(best, ends, strict=True))[:beams] if end
+            (score / (n + 1) ** penalty, ids)
+            for (score, ids), end in list(zip(best, ended, strict=True))[:beams]
+            if end
         ]
         finished = sorted(finished, key=lambda x: -x[0])[:beams]
-        running = [x for x, end in zip(best, ends, strict=True) if not end][:beams]
+        running = [x for x, end in zip(best, ended, strict=True) if not end][:beams]
         if not running or (len(finished) == beams and running[0][0] / (n + 1) ** penalty <= finished[-1][0]):
             break
-    return [k for k in finished[0][1] if k != tokenizer.document_id], finished[0][0]
+    score, ids = finished[0]
+    return [k for k in ids if k not in ends], score * len(ids) ** penalty
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one end", "two ends"])
 @pytest.mark.parametrize("penalty", [1.0, 0.0, -0.5])
-def test_beams_are_those_of_plain_python(model, penalty):
-    """Penalties below 1 prefer short texts, so that some end at once."""
+def test_beams_are_those_of_plain_python(model, penalty, several):
+    """Penalties below 1 prefer short texts, so that some end at once. A second end is what would be written first."""
     graph, parameters, tokenizer = model
     table = parameters["embedding"]["table"]
     likelier = jnp.where(jnp.arange(len(table)) == tokenizer.document_id, 1.5, 1)[:, None]  # so that texts end
     parameters = parameters | {"embedding": {"table": table * likelier}}
-    found = beam.search(graph, parameters, tokenizer, PROMPTS, 6, 3, penalty)
+    marks = of_documents(tokenizer)
+    if several:
+        first = complete(graph, parameters, tokenizer, PROMPTS[:1], 1, GREEDY)[0].tokens
+        marks = marks._replace(ends=(*marks.ends, *first))
+    found = beam.search(graph, parameters, tokenizer, PROMPTS, 6, 3, penalty, marks)
     for prompt, one in zip(PROMPTS, found, strict=True):
-        tokens, _ = plain_beams(graph, parameters, tokenizer, prompt, 6, 3, penalty)
-        assert one.tokens == tokens
+        tokens, total = plain_beams(graph, parameters, tokenizer, prompt, 6, 3, penalty, marks.ends)
+        assert one.tokens == tokens and one.log_probabilities == [pytest.approx(total, rel=1e-4)]
     best = beam.search(graph, parameters, tokenizer, PROMPTS, 6, 1, penalty)
-    if penalty == 0:
+    if penalty == 0 and not several:
         greedy = complete(graph, parameters, tokenizer, PROMPTS, 6, GREEDY)
         assert [one.tokens for one in best] == [one.tokens for one in greedy], "one beam is greedy"
+
+
+def test_several_ends_at_once_crowd_out_no_text_that_goes_on(monkeypatch):
+    """Of two beams' best continuations three are ends; the fifth goes on, and ends best."""
+    chances = np.full((8, 8), 1 / 8)  # of the next token, after each
+    chances[3] = [0.3, 0.2, 0.15, 0, 0.25, 0.1, 0, 0]  # ends are 0, 1, 2
+    chances[5] = [1, 0, 0, 0, 0, 0, 0, 0]
+    rows = np.log(np.maximum(chances, 1e-9)).astype(np.float32)[:, None]
+    logits = lambda token_B: sum(jnp.where(token_B[:, None] == k, row, 0) for k, row in enumerate(rows))
+    monkeypatch.setattr(beam, "next_logits", lambda graph, parameters, state: (logits(state.token_B), state.caches))
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+        zeros = on_mesh(np.zeros(2, np.int32))
+        state = State({}, zeros + 3, zeros, zeros > 0, jnp.int32(0))
+        found = beam.decode("a table", {}, state, 2, 4, (0, 1, 2), np.float32(1))
+    assert np.asarray(found.finished_BKN)[0, 0, :2].tolist() == [5, 0]
+    assert float(found.finished_scores_BK[0, 0]) == pytest.approx(np.log(0.1) / 2, rel=1e-5)
 
 
 def test_an_encoder_decoder_writes_what_its_full_forward_says():

@@ -125,6 +125,16 @@ def test_from_the_first_import_on_a_signal_ends_a_command_in_one_line(name, tmp_
     assert (process.returncode, output) == (128 + number, "lm_jax: stopped\n")
 
 
+@pytest.mark.parametrize("number", stop.SIGNALS)
+def test_what_is_done_ends_with_its_own_code_whatever_comes_while_the_interpreter_ends(number, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, time\natexit.register(lambda: (print('ending', flush=True), time.sleep(1)))\n"
+    )
+    words = ["-m", "lm_jax.main", "--config", "experiments/quickstart.py", "--print_config"]
+    code, output, _ = signalled(words, "ending", 0.0, (number,), PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert code == 0 and "ending" in output and "stopped" not in output, output
+
+
 def test_a_finetune_that_is_stopped_while_it_compiles_begins_again_where_it_would_have(finished, tmp_path):
     """Nothing is sampled, trained or saved; the next start is as the first: from the model, not from random parameters."""
     words = [*RUN[:4], f"--config.train.init_from={finished}", "--workdir", str(tmp_path / "run")]

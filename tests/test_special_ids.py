@@ -12,12 +12,12 @@ import tokenizer_shapes as shapes
 from conftest import ROOT, tiny
 from etils import epath
 
-from lm_jax import beam, chat, checkpoint
+from lm_jax import beam, chat, checkpoint, decoding
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import gguf, hugging_face, run
 from lm_jax.data import objectives, shards, special_ids, tokenizer
 from lm_jax.data.special_ids import SpecialIds
-from lm_jax.decoding import complete, stream
+from lm_jax.decoding import complete, on_mesh, stream
 from lm_jax.model.graph import build
 from lm_jax.sampling import GREEDY, Sampling
 from lm_jax.sharding import make_mesh
@@ -207,6 +207,23 @@ def test_any_of_the_ends_ends_a_text(path, model):
         found = PATHS[path](graph, parameters, made, ["The king"], 24, marks=marks)
         stop = min(free.index(end) for end in ends if end in free)
         assert found.tokens == free[:stop]
+
+
+def test_behind_any_of_the_ends_nothing_more_is_computed(model):
+    """A text that has ended costs no further token, and no log-probability is of one."""
+    graph, parameters, made = model
+    free = endless(model)
+    given = (
+        on_mesh(np.array([[420, *made.encode("The king")]], np.int32)),
+        on_mesh(np.array([1 + len(made.encode("The king"))])),
+    )
+    state = decoding.prefill(graph, parameters, *given, 64)
+    greedy = jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(1)))
+    out_BN, sure_BN, state = decoding.decode(graph, parameters, state, greedy, 24, 24, (423, free[5]))
+    stop = free.index(free[5])
+    assert int(state.step) == stop + 1 and bool(state.ended_B.all())
+    assert np.asarray(out_BN)[0].tolist() == [*free[: stop + 1], *[423] * (23 - stop)]
+    assert not np.asarray(sure_BN)[0, stop + 1 :].any()
 
 
 REFUSES = "{{ raise_exception('nobody asked') }}"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import command, tiny
 
 from lm_jax import metrics
 from lm_jax.config import UserError
+from lm_jax.data import readers
 from lm_jax.evaluate import open_data
 from lm_jax.tasks.regression import Regression
 from lm_jax.tasks.tables import rows
@@ -56,6 +58,25 @@ def test_a_table_of_any_kind_gives_the_rows_of_json_lines(tmp_path, suffix):
         found.append(stream.rows(list(range(int(stream.rows_per_epoch)))))
     for name, value in found[0].items():
         np.testing.assert_array_equal(value, found[1][name])
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "words"),
+    [
+        (["text", "label", "label"], ["a", "bad", "good"], "a column stands twice in the header .'label'"),
+        (["text", "text", "label"], ["a", "b", "good"], "a column stands twice in the header .'text'"),
+        (["text", "label"], ["a\0b", "bad"], "row 1: holds a NUL character"),
+    ],
+)
+def test_a_parquet_table_is_held_to_what_a_written_one_is(names, values, words, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_arrays([[value] for value in values], names=names), tmp_path / "train.parquet"
+    )
+    with pytest.raises(UserError, match=words):
+        open_data(tiny(**DECODER | CLASSES | {"data__sources": str(tmp_path)}))
+    (found,) = readers.records(str(tmp_path / "train.parquet"))
+    assert isinstance(found, readers.Bad) and re.search(words.removeprefix("row 1: "), found.reason)
 
 
 def test_columns_may_have_other_names_and_a_wrong_one_is_named(tmp_path):

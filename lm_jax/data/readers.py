@@ -270,7 +270,11 @@ def _parquet(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
 
     try:
         table = parquet.ParquetFile(file)
-        if text_key not in (names := table.schema_arrow.names):
+        names = table.schema_arrow.names
+        if wrong := lines.wrong_header(names):
+            yield Bad(where.name, wrong)
+            return
+        if text_key not in names:
             yield Bad(where.name, f"no column {text_key!r} (--text_key; it has: {lines.listed(names)})")
             return
         for batch in table.iter_batches(256, columns=[text_key]):

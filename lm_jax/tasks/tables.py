@@ -131,6 +131,8 @@ def _parquet(path: epath.Path) -> Iterator[Row]:
         for batch in table.iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
+                if reason := lines.no_text(row):
+                    raise UserError(f"{path} row {number}: {reason}")
                 yield Row(row, f"{path} row {number}")
     except UserError:
         raise
