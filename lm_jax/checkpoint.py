@@ -615,8 +615,7 @@ def load_as_trained(located: Located) -> tuple[Program, dict]:
     if located.described:
         from lm_jax.convert import hugging_face
 
-        found = hugging_face.read_parameters(str(located.workdir), located.described)
-        return program, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), found, target.parameters)
+        return program, hugging_face.read_on_mesh(str(located.workdir), located.described, target.parameters)
     trained, frozen = program.split(target.parameters)
     # Only the average of the optimizer's state is read: {"3.average.embedding.table": ..., ...}.
     named = {name: x for name, x in _named(target.optimizer_state).items() if ".average." in name}

@@ -31,6 +31,19 @@ def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
     assert desk.folder == epath.Path(tmp_path) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("process", [0, 1, 3])
+def test_of_several_processes_the_leading_one_sends(tmp_path, monkeypatch, process):
+    """A desk apart from its workdir, as that of a URL is."""
+    monkeypatch.setattr(places.jax, "process_index", lambda: process)
+    desk = places.Desk(epath.Path(tmp_path / "there"))
+    desk.folder = epath.Path(tmp_path / "desk")
+    for folder in (desk.workdir, desk.folder):
+        folder.mkdir()
+    (desk.folder / "metrics.jsonl").write_text("a line")
+    desk.send()
+    assert [path.name for path in desk.workdir.iterdir()] == ["metrics.jsonl"] * (process == 0)
+
+
 @pytest.mark.parametrize(
     ("holder", "over"),
     [
