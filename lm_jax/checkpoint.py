@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import regular_files
+from lm_jax import fault_points, regular_files
 from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
@@ -148,16 +148,22 @@ class Saver:
             return f"{path} is in the way of a checkpoint and was not written by a run: move it away"
         check_room(self.folder, num_bytes)
         mark_unfinished(self.folder, step)
+        fault_points.reach("save.begin")
         return ""
 
     def _finish(self, step: int, also: dict[str, Any], retain: bool) -> None:
         self._orbax.wait_until_finished()
+        fault_points.reach("save.arrays")
         folder = self.folder / str(step)
         if share()[1] > 1:
             write_part(folder)
+        fault_points.reach("save.part")
         if leads():
+            fault_points.reach("save.manifest")
             write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS} | also)
+            fault_points.reach("save.mark")
             mark_path(self.folder, step).unlink()
+            fault_points.reach("save.commit")
             if retain:
                 self._retain()
         wait_for(folder / MANIFEST)  # so that all processes know the same steps
@@ -199,6 +205,7 @@ def mark_unfinished(folder: epath.Path, step: int) -> None:
 
 def remove_step(folder: epath.Path, step: int) -> None:
     mark_unfinished(folder, step)
+    fault_points.reach("retain")
     (folder / str(step)).rmtree()
     mark_path(folder, step).unlink()
 
@@ -265,7 +272,7 @@ def newest_first(folder: epath.Path) -> Iterator[int]:
     """The steps that have a manifest, as the leading process finds them, on every process: all ask for the next one together."""
     step = sys.maxsize
     while True:
-        earlier = [found for found in complete_steps(folder) if found < step] if leads() else []
+        earlier = [found for found in complete_steps(folder) if found < step] if share()[0] == 0 else []
         if (step := agree(max(earlier, default=NEVER))) == NEVER:
             return
         yield step
@@ -284,7 +291,8 @@ def newest_valid(
         if not problem:
             return step
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
-        if quarantine and leads():
+        if quarantine and share()[0] == 0:
+            fault_points.reach("quarantine")
             set_step_aside(folder, step)
     if has_steps(workdir):
         raise UserError(

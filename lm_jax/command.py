@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-from lm_jax import faults
+from lm_jax import fault_points, faults
 from lm_jax.config import (
     Config,
+    PeerError,
     UserError,
     check_key,
     default_config,
@@ -131,13 +132,19 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     try:
         from lm_jax import distributed
 
+        fault_points.arm(os.environ.get("LM_JAX_FAULT", ""))
         distributed.configure()
         code = main(arguments) or 0
+        if unbroken := fault_points.unreached():
+            print(unbroken, file=sys.stderr)
         sys.stdout.flush()
         return code
     except UserError as error:
         print(f"lm_jax: {error}", file=sys.stderr)
         return EXIT_USER
+    except PeerError as error:
+        print(f"lm_jax: {plain_lines(str(error))}", file=sys.stderr)
+        return EXIT_FAULT
     except Exception as error:
         if refused := faults.described(error):
             code, lines = refused

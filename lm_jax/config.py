@@ -60,6 +60,10 @@ def plain_lines(text: str) -> str:
     return "\n".join(lines if len(lines) <= 5 else [*lines[:4], f"... ({len(lines) - 4} more lines)"])
 
 
+class PeerError(Exception):
+    """Another process of the job is not there, or no more: one to five plain lines, exit code 70. Starting again may help."""
+
+
 def needs(what: str, package: str, extra: str) -> UserError:
     """The mistake of a missing package, with the command that installs it: always from the clone, under no name of an index."""
     return UserError(f"{what} needs the package {package}: in the clone, pip install -e '.[{extra}]'")
@@ -479,6 +483,14 @@ class Mesh:
     )
     tensor: int = knob(
         1, "devices that split heads, MLP and vocabulary; -1 = the rest", fixed=False, low=-1, high=2**20, place=True
+    )
+    slices: int = knob(
+        1,
+        "parts of the machine that a slower network joins, which split data; -1 = as many as the devices say",
+        fixed=False,
+        low=-1,
+        high=2**20,
+        place=True,
     )
 
 
@@ -911,7 +923,9 @@ def _check_together(config: Config) -> None:
     axes = dataclasses.asdict(config.mesh)
     for name, size in axes.items():
         if size < 1 and size != -1:
-            raise UserError(f"config.mesh.{name} = {size}: expected a number of devices, or -1 for the rest")
+            what = "slices, or -1 for all that there are" if name == "slices" else "devices, or -1 for the rest"
+            raise UserError(f"config.mesh.{name} = {size}: expected a number of {what}")
+    del axes["slices"]
     if list(axes.values()).count(-1) > 1:
         raise UserError(f"config.mesh: only one axis can be -1 (the rest), got {axes}")
 

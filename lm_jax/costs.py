@@ -165,7 +165,7 @@ def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float:
 
 
 def device_memory(device: jax.Device) -> float:
-    """Bytes that one device offers; on a CPU the machine's memory over the devices that share it."""
+    """Bytes that one device of this process offers; on a CPU the machine's memory over the devices that share it."""
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     return float((device.memory_stats() or {}).get("bytes_limit", 16 * 2**30))

@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
     devices = distributed.devices()  # of several processes each verifies its share of the model
     found = checkpoint.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
-    mesh = make_mesh(Mesh(), devices)
+    mesh = make_mesh(Mesh(slices=-1), devices)
     if found.config.evaluate.metrics:
         answers.check(found.config.evaluate.metrics)
     elif flags.beams > 1 or flags.records:

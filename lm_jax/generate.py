@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
             f"measure it with python -m lm_jax.evaluate --model {flags.model}"
         )
     tell_losses(found.tokenizer, say)
-    with jax.set_mesh(make_mesh(Mesh(), distributed.devices())):
+    with jax.set_mesh(make_mesh(Mesh(slices=-1), distributed.devices())):
         write = writer(*checkpoint.load_parameters(found), found, flags)
         if from_file:
             for first in range(0, len(from_file), TOGETHER):

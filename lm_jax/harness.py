@@ -44,7 +44,7 @@ class HarnessModel(TemplateLM):
                 f"{found.config.model.kind}"
             )
         self.found, self.rows, self.say = found, rows, say or Terminal()
-        self.mesh, self.marks = make_mesh(Mesh(), devices), found.special_ids
+        self.mesh, self.marks = make_mesh(Mesh(slices=-1), devices), found.special_ids
         with jax.set_mesh(self.mesh):
             self.graph, self.parameters = checkpoint.load_parameters(found)
         self.max_length = max_length or self.graph.sequence_length

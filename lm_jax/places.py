@@ -24,6 +24,7 @@ import fsspec.config
 import jax
 from etils import epath
 
+from lm_jax import fault_points
 from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.data.sources import files_below
@@ -109,6 +110,7 @@ class Desk:
         for path in files_below(self.folder):
             name, stat = os.path.relpath(path, self.folder), os.stat(path)
             if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
+                fault_points.reach("send")
                 (self.workdir / name).write_bytes(path.read_bytes())
                 self._sent[name] = stat.st_size, stat.st_mtime_ns
 

@@ -4,11 +4,13 @@ Model code names logical axes only, through `constrain`, `einsum` and `reshape`.
 every array is part of its type, so that a layout nobody asked for is an error while tracing, not a slow program.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lm_jax.config import RECURRENT, Config, UserError
@@ -187,15 +189,23 @@ def laid_out(shapes):
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes with -1 filled in. Raises UserError where they do not multiply to the devices."""
+    """Sizes of the mesh axes with -1 filled in. Raises UserError where they do not multiply to the devices, or slices do not
+    split `data`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values():
         if num_devices % known:
             raise _device_error(sizes, known, num_devices, f"leaves no whole rest of {num_devices} devices")
-        return {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
-    if known > num_devices:
+        sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
+    elif known > num_devices:
         raise _device_error(sizes, known, num_devices, f"is {known} devices, here are {num_devices}")
+    if sizes["data"] % (slices := max(1, config.slices)):
+        above = math.ceil(sizes["data"] / slices) * slices
+        fitting = max(n for n in range(1, slices + 1) if sizes["data"] % n == 0)
+        raise UserError(
+            f"config.mesh.slices = {slices} does not divide mesh axis data = {sizes['data']}: slices split it, and no other\n"
+            f"the nearest data that does is {above}; or the nearest slices that do are {fitting}"
+        )
     return sizes
 
 
@@ -209,10 +219,38 @@ def _device_error(sizes: dict[str, int], known: int, num_devices: int, problem: 
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    """The mesh of these devices. Slices split `data` before anything else does: its collectives alone cross from one to
+    another. Raises UserError where the devices are not so many slices."""
     devices = devices or jax.devices()
-    sizes = mesh_shape(config, len(devices))
+    slices = by_slice(devices, config.slices)
+    sizes = mesh_shape(dataclasses.replace(config, slices=len(slices)), len(devices))
+    inside = tuple((sizes | {"data": sizes["data"] // len(slices)}).values())
+    if min(map(len, slices)) < (each := math.prod(inside)):
+        raise UserError(
+            f"config.mesh takes {each} devices of each slice, and the slices have {', '.join(map(str, map(len, slices)))}"
+        )
     explicit = (AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, explicit, devices=devices[: math.prod(sizes.values())])
+    parts = [jax.make_mesh(inside, AXES, explicit, devices=part[:each]).devices for part in slices]
+    return jax.sharding.Mesh(np.concatenate(parts, AXES.index("data")), AXES, explicit)
+
+
+def by_slice(devices: list, asked: int) -> list[list]:
+    """The devices by the slice that they say they are of; equal parts of them, in order, where they pretend (a CPU).
+
+    Raises UserError where `asked`, which is -1 or a number of slices, is another number.
+    """
+    found: dict[int, list] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(found) == 1 and devices[0].platform == "cpu" and asked > 1:
+        each = len(devices) // asked
+        return [devices[i * each : (i + 1) * each] for i in range(asked)]
+    if asked not in (-1, len(found)):
+        raise UserError(
+            f"config.mesh.slices = {asked}: these {len(devices)} devices are {len(found)} slice{'s' * (len(found) > 1)}\n"
+            f"say --config.mesh.slices={len(found)}"
+        )
+    return [found[index] for index in sorted(found)]
 
 
 def batch_shards(sizes: dict[str, int]) -> int:

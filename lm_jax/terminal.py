@@ -9,7 +9,7 @@ from typing import IO
 
 from etils import epath
 
-from lm_jax import costs
+from lm_jax import costs, distributed
 from lm_jax.config import Config
 from lm_jax.data.mixture import Mixture, Shares
 from lm_jax.ramp import Ramp
@@ -80,6 +80,8 @@ def header(config: Config, name: str, counted: costs.Costs, mixed: Mixture, ramp
         *data_lines(config, mixed, tokens),
     ]
     num_devices = math.prod(sizes.values())
+    if together := distributed.described(num_devices):
+        lines.append(together)
     num_units = len(os.sched_getaffinity(0)) if device.platform == "cpu" else num_devices
     what = f"{costs.device_name(device)} x{num_units}"
     share = 0.6 if device.platform == "cpu" else costs.TYPICAL_MFU

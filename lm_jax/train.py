@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import answers, chat, checkpoint, command, costs, metrics, reference, spikes, terminal
+from lm_jax import answers, chat, checkpoint, command, costs, fault_points, metrics, reference, spikes, terminal
 from lm_jax.config import Config, Length, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
@@ -24,7 +24,7 @@ from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import SLICE, stream
-from lm_jax.distributed import agree, devices, leads, workdir_lock
+from lm_jax.distributed import agree, devices, leads, own, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source, open_data
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
@@ -105,9 +105,11 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     check_plain(*[str(workdir)] * (not is_url(workdir)))
     with goodput("devices"):
         here = devices()
+        mine = own(here)
+    fault_points.reach("start")
     say.silent = not leads()
     sizes = mesh_shape(config.mesh, len(here))
-    attention.preflight(config.model, config.data.sequence_length, here[0].platform)
+    attention.preflight(config.model, config.data.sequence_length, mine.platform)
     if pieces := mixture.pieces_expected(config.data):
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
     saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
@@ -125,17 +127,17 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         mesh = make_mesh(config.mesh, here)
         program = make_program(config, num_pieces, ticking)
         counted = costs.count(config, program.graph.declarations)
-        config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, here[0]), sizes)
+        config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, mine), sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
     facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
-    say(terminal.header(config, name, counted, mixed, ramp, sizes, (here[0], peak)))
+    say(terminal.header(config, name, counted, mixed, ramp, sizes, (mine, peak)))
     if dry_run:
         return 0
-    check_memory(config, counted, ramp, sizes, here[0])
+    check_memory(config, counted, ramp, sizes, mine)
     if not saved:
         check_room(workdir, checkpoint_bytes(config, counted, sizes))
     with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop() as stop:
@@ -289,6 +291,7 @@ def starting_point(
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
     step = checkpoint.newest_valid(workdir, say, quarantine=True, run=run)
     if step is not None:
+        fault_points.reach("restore")
         state, data = checkpoint.restore(workdir, step, program)
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
@@ -465,6 +468,7 @@ def good_step(this: Run, spike: int) -> int:
 
 def compiled(this: Run) -> CompiledStep:
     this.say.progress("compiling the step")
+    fault_points.reach("compile")
     one_microbatch = all(rows == this.microbatch for _, _, rows in this.ramp.stages)
     return compile_step(this.program, this.mesh, one_microbatch)
 
@@ -483,9 +487,11 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
     numbers = range(this.data.step, this.num_steps)
     for step in traced(numbers, config.log.profile, this.desk.folder / "profile", this.say):
         rows = this.ramp.rows(step)
+        fault_points.reach("step")
 
         def watch(done: int, step: int = step, rows: int = rows) -> bool:
             log.inside(step, done * this.microbatch, rows)
+            fault_points.reach("microbatch")
             return stop.requested
 
         with jax.transfer_guard("disallow"):  # the host neither feeds nor reads the device unasked while it works
@@ -705,7 +711,11 @@ def make_evaluator(this: Run) -> Evaluator:
 def evaluate_now(this: Run, evaluation, num_rows: int, *prefixes: str) -> dict[str, float]:
     """Metrics of the first `num_rows` validation rows (0: all) of each source, under each prefix. Raises Stopped."""
     evaluator, rows = evaluation
-    watch = lambda done, of: this.progress(f"evaluating: row {done} of {of}")
+
+    def watch(done: int, of: int) -> None:
+        this.progress(f"evaluating: row {done} of {of}")
+        fault_points.reach("evaluation")
+
     with this.goodput("evaluation"):
         totals = {name: evaluator(this.parameters, held, num_rows, watch) for name, held in rows.items()}
     values = {
@@ -744,6 +754,7 @@ def finish(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> N
 
     The line that has `final/loss` is the last that a run writes: without it the run is not over.
     """
+    fault_points.reach("end")
     show_sample(this, writer)
     lines = metrics.read(this.desk.folder)
     this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))

@@ -1,6 +1,8 @@
 """Every legal mesh of the devices at hand agrees: the same initial bits, the same losses; `--show` prints the table.
 
 python -m lm_jax.verify --config experiments/quickstart.py:smoke        (JAX_NUM_CPU_DEVICES=8 for eight fake devices)
+
+With `--config.mesh.slices=2` those that two slices can split as well.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ from lm_jax.data.objectives import specials
 from lm_jax.evaluate import open_data
 from lm_jax.model.language_model import padded
 from lm_jax.ramp import make_ramp, with_steps
-from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
+from lm_jax.sharding import by_slice, legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
@@ -92,7 +94,9 @@ def main(arguments: list[str]) -> int:
         say(parameter_table(make_program(config, num_pieces).graph.declarations, make_mesh(config.mesh, here)))
         return 0
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
-    meshes = list(legal_meshes(config, vocab_size, len(here)))
+    slices = sorted({len(by_slice(here, -1)), len(by_slice(here, config.mesh.slices))})
+    legal = list(legal_meshes(config, vocab_size, len(here)))
+    meshes = [Mesh(**sizes, slices=n) for n in slices for sizes in legal if sizes["data"] % n == 0]
     if not meshes:
         preflight(config, vocab_size, preflight_sizes)
         raise UserError(f"no mesh of {len(here)} devices is legal for {flags.config}")
@@ -100,13 +104,13 @@ def main(arguments: list[str]) -> int:
         f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices, {flags.num_steps} steps each, float32"
     )
     first, agree = None, True
-    for sizes in meshes:
-        found = trace(config, num_pieces, stream, make_mesh(Mesh(**sizes), here), flags.num_steps)
+    for mesh in meshes:
+        found = trace(config, num_pieces, stream, make_mesh(mesh, here), flags.num_steps)
         first = first or found
         apart = max(abs(a - b) / abs(b) for a, b in zip(found.losses, first.losses, strict=True))
         same = found.digest == first.digest and apart <= TOLERANCE
         agree &= same
-        axes = " ".join(f"{axis} {size}" for axis, size in sizes.items())
+        axes = " ".join(f"{name} {size}" for name, size in dataclasses.asdict(mesh).items())
         losses = " ".join(f"{loss:.6f}" for loss in found.losses)
         say(
             f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {'agrees' if same else 'DIFFERS'}"

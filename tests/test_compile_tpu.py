@@ -33,6 +33,29 @@ def test_gpt_125m_on_eight_chips_with_splash_attention(remat, limit):
     assert found["peak"] <= limit and found["kernels"] >= 3, found
 
 
+@pytest.mark.proof
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu]'")
+def test_only_sums_over_data_cross_from_one_slice_to_another():
+    """A real topology of two slices: inside of one stay the gathers of fsdp and the sums of tensor."""
+    line = [
+        "--config",
+        "experiments/quickstart.py:smoke",
+        "--topology",
+        "2*v5e:2x2",
+        "--config.data.global_batch_size=8",
+    ]
+    line += [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor", "slices")]
+    result = compile_tpu(*line)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.strip().split("\n")[-1])["between_slices"] == ["all-reduce"]
+
+
+def test_a_number_of_slices_that_cannot_be_is_refused():
+    for topology in ("0*v5e:2x2", "*v5e:2x2", "two*v5e:2x2", "2**v5e:2x2"):
+        result = compile_tpu(*CASE[:2], "--topology", topology)
+        assert result.returncode == 2 and "is no number of slices; such as 2*v5e:2x4" in result.stderr, topology
+
+
 def test_a_step_that_cannot_be_is_refused_before_libtpu_is_asked():
     result = compile_tpu(*CASE, "--config.mesh.tensro=5")
     assert result.returncode == 2 and "did you mean" in result.stderr

@@ -184,6 +184,7 @@ ANSWERS = {
     "the last one": (["", "", "c"], "c"),
     "several": (["", "b", "c"], "b"),
     "long, not ASCII": (["", "é" * 5000], "é" * distributed.MOST_SAID),
+    "long, two units each": (["\U0001f600" * 5000, ""], "\U0001f600" * distributed.MOST_SAID),
     "cannot be read": (["", 5, "c"], OSError),
     "the leading one cannot": ([13, "b"], OSError),
 }

@@ -150,6 +150,7 @@ RANGES = {
     "train.num_steps": ("9" * 310 + " epochs", 2**40, "1e400 tokens"), "optimizer.clip_norm": (1e-320,),
     "data.batch_ramp": ((0, 100), (8, "9" * 310 + " tokens")), "train.dpo_beta": (0.0,), "optimizer.weight_decay": (1e9,),
     "data.tokenizer": ("a\0b", "x" * 4_000_000, "\ud800"), "mesh.data": (0, 2**40), "checkpoint.keep_last": (2**40,),
+    "mesh.slices": (0, -2, 2**40),
 }  # fmt: skip
 
 

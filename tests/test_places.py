@@ -3,9 +3,9 @@
 The bucket is an emulator on localhost (`pip install gcp-storage-emulator`, extra `gcs`); without it the proof is skipped.
 """
 
+import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
-from test_processes import free_port
 from test_shards import made_up, write
 
 from lm_jax import metrics, places
 from lm_jax.data import shards
 
-EMULATOR = shutil.which("gcp-storage-emulator", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+sys.path.append(str(ROOT / "tools"))
+bucket_emulator = importlib.import_module("bucket_emulator")
 
 
 def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
@@ -62,23 +62,8 @@ def test_a_lock_is_over_with_its_lease_or_its_process(holder, over):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """`gs://lmtest` in memory, and the environment in which a process sees it."""
-    port = free_port()
-    line = [EMULATOR, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=lmtest"]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    settings = {
-        "STORAGE_EMULATOR_HOST": url,
-        "TENSORSTORE_GCS_HTTP_URL": url,
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    }
-    os.environ.update(settings)
-    time.sleep(3)
-    yield "gs://lmtest"
-    process.terminate()
-    process.wait()
-    for name in settings:
-        del os.environ[name]
+    with bucket_emulator.bucket("lmtest") as url:
+        yield url
 
 
 STEPS = 12
@@ -120,7 +105,7 @@ def lines_of(workdir) -> list[dict]:
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(EMULATOR is None, reason="gcp-storage-emulator is not installed")
+@pytest.mark.skipif(bucket_emulator.find() is None, reason="gcp-storage-emulator is not installed")
 def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))  # nothing was copied before
     documents = {"train": made_up(300), "validation": made_up(20, 5)}
@@ -150,7 +135,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(EMULATOR is None, reason="gcp-storage-emulator is not installed")
+@pytest.mark.skipif(bucket_emulator.find() is None, reason="gcp-storage-emulator is not installed")
 def test_one_run_a_bucket(bucket, monkeypatch):
     monkeypatch.setattr(places, "LEASE", 2.0)
     workdir = epath.Path(f"{bucket}/runs/locked")

@@ -22,6 +22,7 @@ PLACES = {
     "mesh.data": 3,
     "mesh.fsdp": 64,
     "mesh.tensor": 256,
+    "mesh.slices": 3,
 }
 
 

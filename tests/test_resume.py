@@ -70,15 +70,10 @@ def line_of(folder, case: str) -> list[str]:
 
 
 def kill_once_saved(line: list[str]) -> None:
-    """The command as a real process, which SIGKILL ends as soon as its first checkpoint is complete."""
-    killing = (
-        "import os, signal; from lm_jax import checkpoint, command, main; done = checkpoint.Saver.poll\n"
-        "def poll(saver):\n    done(saver)\n"
-        "    if checkpoint.complete_steps(saver.folder): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.Saver.poll = poll; command.door(main.main)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the same eight devices
-    killed = subprocess.run([sys.executable, "-c", killing, *line], env=environment, capture_output=True, timeout=300)
+    """The command as a real process, which SIGKILL ends when its first checkpoint is complete."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LM_JAX_FAULT": "kill@save.commit"}  # the same eight devices
+    words = [sys.executable, "-m", "lm_jax.main", *line]
+    killed = subprocess.run(words, env=environment, capture_output=True, timeout=300, cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
 
 

@@ -13,7 +13,8 @@ from lm_jax.data import pipeline
 from lm_jax.model.graph import build
 from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight, stored
 
-MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2)}
+MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2), "two slices": (4, 2, 1, 2)}
+SMOKE = ["--config", "experiments/quickstart.py:smoke"]
 CONFIG = dict(
     model__dropout=0.1, model__positions="rotary", model__num_kv_heads=4, data__global_batch_size=32,
     optimizer__learning_rate=0.05, optimizer__name="sgd", model__unroll=False,
@@ -29,7 +30,7 @@ class Uneven(pipeline.Stream):
 
 
 def mesh_of(sizes, devices):
-    return make_mesh(Mesh(*sizes), devices[: int(np.prod(sizes))])
+    return make_mesh(Mesh(*sizes), devices[: int(np.prod(sizes[:3]))])
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,76 @@ def test_mesh_sizes_multiply_to_the_devices():
     for mesh, words in ((Mesh(3, -1, 1), "no whole rest of 8"), (Mesh(4, 4, 1), "is 16 devices, here are 8")):
         with pytest.raises(UserError, match=words):
             mesh_shape(mesh, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks a device; of a slice of a TPU pod it says which one that is."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "made up"
+    process_index: int = 0
+
+
+def test_slices_split_data_whatever_order_the_devices_come_in():
+    """The slow part of `data` is the number of the slice; within a slice all are of that one."""
+    chips = [Chip(id, id // 8) for id in np.random.RandomState(0).permutation(16)]
+    for sizes in ((4, 2, 2), (2, 8, 1), (-1, 1, 1), (2, -1, 4), (16, 1, 1), (2, 2, 2)):
+        for asked in (2, -1):
+            found = make_mesh(Mesh(*sizes, slices=asked), chips).devices
+            index = np.vectorize(lambda chip: chip.slice_index)(found)
+            half = len(found) // 2
+            assert (index[:half] == 0).all() and (index[half:] == 1).all(), sizes
+            assert len({chip.id for chip in found.flat}) == found.size
+
+
+def test_devices_that_say_no_slice_are_parted_in_order(eight):
+    found = make_mesh(Mesh(4, 2, 1, slices=2), eight).devices
+    assert set(found[:2].flat) == set(eight[:4]) and set(found[2:].flat) == set(eight[4:])
+    assert make_mesh(Mesh(slices=-1), eight) == make_mesh(Mesh(), eight)
+
+
+UNFIT = {
+    "no data": (Mesh(1, -1, 1, slices=2), 8, "data = 1", "nearest data that does is 2", "slices that do are 1"),
+    "data left": (Mesh(-1, 2, 4, slices=2), 8, "data = 1", "nearest data that does is 2"),
+    "three": (Mesh(8, 1, 1, slices=3), 8, "data = 8", "nearest data that does is 9", "slices that do are 2"),
+    "more than data": (Mesh(4, 2, 1, slices=8), 8, "data = 4", "data that does is 8", "slices that do are 4"),
+    "of all that are there": (Mesh(1, -1, 1, slices=-1), [4, 4], "slices = 2 does not", "nearest data that does is 2"),
+    "not said": (Mesh(), [4, 4], "slices = 1", "these 8 devices are 2 slices", "--config.mesh.slices=2"),
+    "one there": (Mesh(slices=2), [8], "slices = 2", "are 1 slice\n", "--config.mesh.slices=1"),
+    "four there": (Mesh(slices=2), [2, 2, 2, 2], "these 8 devices are 4 slices", "--config.mesh.slices=4"),
+    "uneven": (Mesh(slices=2), [5, 3], "4 devices of each slice", "have 5, 3"),
+    "too small a slice": (Mesh(2, 3, 1, slices=2), [6, 2], "3 devices of each slice", "have 6, 2"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_slices_that_cannot_be_are_refused(case, eight):
+    mesh, there, *words = UNFIT[case]
+    slices = [] if isinstance(there, int) else [index for index, num in enumerate(there) for _ in range(num)]
+    devices = [Chip(id, index) for id, index in enumerate(slices)] or eight[:there]
+    with pytest.raises(UserError) as error:
+        make_mesh(mesh, devices)
+    assert all(word in str(error.value) for word in words), error.value
+    if isinstance(there, int):
+        with pytest.raises(UserError):
+            mesh_shape(mesh, there)  # before data are opened
+
+
+def test_verify_goes_over_slices_too(capsys, eight, monkeypatch):
+    """A mesh whose data two slices can split: once as one slice, once as two."""
+    monkeypatch.setattr(verify.distributed, "devices", lambda: eight[:2])
+    monkeypatch.setattr(verify, "trace", lambda *arguments: verify.Trace("bits", [1.0], {}))
+    assert verify.main([*SMOKE, "--config.mesh.slices=2", "--num_steps=1"]) == 0
+    lines = [line.partition("   initial")[0] for line in capsys.readouterr().out.split("\n") if "initial" in line]
+    assert lines == [
+        "data 2 fsdp 1 tensor 1 slices 1",
+        "data 1 fsdp 2 tensor 1 slices 1",
+        "data 1 fsdp 1 tensor 2 slices 1",
+        "data 2 fsdp 1 tensor 1 slices 2",
+    ]
 
 
 def test_legal_meshes_are_all_that_preflight_accepts():

@@ -3,12 +3,14 @@
     python tools/compile_tpu.py --config experiments/gpt_125m.py --topology v5e:2x4 --config.mesh.data=1 --config.mesh.fsdp=-1
 
 The whole step (gradients of `train.microbatch_rows`, all rows where that is auto, and the update) as a run would compile it.
-Prints one line of JSON: GiB on each device, seconds, how often a Pallas kernel stands in the program.
+Prints one line of JSON: GiB on each device, seconds, how often a Pallas kernel stands in the program, and what kinds of
+collectives go between slices (a sum over data is an all-reduce; more than that is a mesh that does not fit them).
 """
 
 import dataclasses
 import json
 import os
+import re
 import time
 
 os.environ |= {
@@ -35,7 +37,7 @@ def main(arguments: list[str]) -> None:
     overrides, rest = command.split_overrides(arguments)
     parser = command.Parser("tools/compile_tpu.py", __doc__)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--topology", required=True, help="such as v5e:2x4 or v5p:8x8x16")
+    parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:8x8x16; two slices: 2*v5e:2x4")
     flags = parser.parse_args(rest)
     config, _ = command.load_config(flags.config, overrides)
     config = with_steps(config, make_ramp(config), rows_per_epoch=1)
@@ -53,14 +55,20 @@ def main(arguments: list[str]) -> None:
     sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp")}
     sizes["peak"] = memory.peak_memory_in_bytes
     result = {name: round(size / 2**30, 3) for name, size in sizes.items()}
-    result["kernels"] = step.as_text().count('custom_call_target="tpu_custom_call"')
+    text = step.as_text()
+    result["kernels"] = text.count('custom_call_target="tpu_custom_call"')
+    crossing = {found.lower().replace("_", "-") for found in re.findall(r'_xla_megascale_transfer_type="(\w+)"', text)}
+    result["between_slices"] = sorted(crossing)
     print(json.dumps(result | {"seconds": round(time.monotonic() - start)}))
 
 
 def chips(topology: str) -> list[jax.Device]:
-    """The devices of a topology that libtpu knows. Raises UserError."""
+    """The devices of a topology that libtpu knows, or of several slices of it (`2*v5e:2x4`). Raises UserError."""
+    num, star, one = topology.rpartition("*")
+    if star and not re.fullmatch("[1-9][0-9]{0,2}", num):
+        raise UserError(f"--topology {topology}: {num!r} is no number of slices; such as 2*v5e:2x4")
     try:
-        return topologies.get_topology_desc(topology, platform="tpu").devices
+        return topologies.get_topology_desc(one, platform="tpu", num_slices=int(num or 1)).devices
     except Exception as error:  # libtpu's own, of many kinds
         raise UserError(f"--topology {topology}: {str(error).splitlines()[0][:200]}\nsuch as v5e:2x4") from error
 

@@ -1,0 +1,71 @@
+"""Killed again and again, at named points and at any moment, a run ends as the one that nobody disturbed: to the bit."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "tools"))
+chaos, bucket_emulator = map(importlib.import_module, ("chaos", "bucket_emulator"))
+
+
+def killed(*arguments: str) -> dict:
+    """What the command says in the end."""
+    line = [sys.executable, "tools/chaos.py", *arguments, "--json"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_a_few_kills():
+    """The first cards of this seed: what is saved is killed in the middle, and at any moment."""
+    found = killed("--kills=4", "--steps=30", "--seed=0")
+    assert sum(row["kills"] for row in found["phases"]) == found["kills"] == 4
+    assert all(row["steps lost"] <= 3 * chaos.EVERY * row["kills"] for row in found["phases"])
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("processes", "place"), [(1, "local"), (2, "local"), (4, "local"), (1, "gs"), (4, "gs")])
+def test_many_kills(processes, place):
+    """LM_JAX_KILLS of them."""
+    if place == "gs" and bucket_emulator.find() is None:
+        pytest.skip("gcp-storage-emulator is not installed")
+    kills = os.environ.get("LM_JAX_KILLS", "40")
+    found = killed("--kills", kills, "--processes", str(processes), "--place", place)
+    print(f"{processes} processes, {place}: {found}", flush=True)
+    assert found["kills"] == int(kills)
+
+
+@pytest.mark.parametrize("what", ["numbers", "arrays"])
+def test_what_differs_is_told(what, monkeypatch, capsys):
+    """In the second of two runs."""
+
+    def life(self, workdir: str, card: str) -> bool:
+        self.kills += [chaos.Kill(card, 0)] * bool(card)
+        return True
+
+    found = {"numbers": [{"step": 1}], "arrays": [b"x"]}
+    monkeypatch.setattr(chaos.Chaos, "life", life)
+    monkeypatch.setattr(chaos, "outcome", lambda workdir: found | ({what: []} if workdir.endswith("run-1") else {}))
+    assert chaos.main(["--kills=1"]) == 0
+    assert "1 kills in 1 runs (--seed 0): not a bit differs" in capsys.readouterr().out
+    assert chaos.main(["--kills=2"]) == 1
+    assert f"run 2: its {what} are not those of the undisturbed run" in capsys.readouterr().err
+
+
+def test_every_point_is_killed_once_before_one_is_killed_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(chaos.checkpoint, "complete_steps", lambda folder: [5, 10])
+    for processes, place, left_out in ((1, "local", {"send", "save.part"}), (4, "gs", set())):
+        flags = types.SimpleNamespace(processes=processes, place=place, seed=3)
+        made = chaos.Chaos(flags, str(tmp_path), str(tmp_path))
+        cards = [made.card(str(tmp_path)) for _ in range(len(chaos.fault_points.POINTS) - len(left_out) + 4)]
+        assert sorted(cards) == sorted(
+            [*(chaos.fault_points.POINTS.keys() - left_out), *[chaos.STARTING, chaos.RUNNING] * 2]
+        )
+        again = chaos.Chaos(flags, str(tmp_path), str(tmp_path))
+        assert [again.card(str(tmp_path)) for _ in cards] == cards

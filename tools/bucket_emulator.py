@@ -1,0 +1,42 @@
+"""A bucket in the memory of a process on this machine, as Google's are asked: `pip install gcp-storage-emulator gcsfs`."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from lm_jax.config import UserError
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def find() -> str | None:
+    return shutil.which("gcp-storage-emulator", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+
+
+@contextlib.contextmanager
+def bucket(name: str) -> Iterator[str]:
+    """`gs://<name>`, and an environment in which this process and those that it starts see it. Raises UserError."""
+    program, port = find(), free_port()
+    if program is None:
+        raise UserError("a bucket on this machine needs an emulator: pip install gcp-storage-emulator gcsfs")
+    urls = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), f"http://127.0.0.1:{port}")
+    settings = urls | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    line = [program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory", f"--default-bucket={name}"]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        os.environ.update(settings)
+        time.sleep(3)
+        try:
+            yield f"gs://{name}"
+        finally:
+            process.terminate()
+            for setting in settings:
+                del os.environ[setting]
