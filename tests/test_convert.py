@@ -519,7 +519,7 @@ SHARD = 64 * 2**20  # bytes
 def test_no_process_holds_a_model_that_it_reads(num_processes, mesh, tmp_path):
     """Eight files of 64 MB: beside the arrays of its devices a process needs less than one and a half of them."""
     sizes = dict(
-        model__num_layers=9, model__model_dim=1024, model__mlp_dim=2816, model__num_heads=16, model__num_kv_heads=16
+        model__num_layers=11, model__model_dim=1024, model__mlp_dim=2816, model__num_heads=16, model__num_kv_heads=16
     )
     config = tiny(**LLAMA | sizes | {"data__tokenizer": "bytes"})
     described = hugging_face.description_of(config, 4096)

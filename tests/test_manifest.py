@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, tiny
 from etils import epath
 from save_and_restore import digest, run_program
-from test_places import EMULATOR, bucket  # noqa: F401  (a fixture)
+from test_places import bucket, bucket_emulator  # noqa: F401  (a fixture)
 from test_processes import outputs, start
 
 from lm_jax import checkpoint, distributed, manifest, places
@@ -90,7 +90,7 @@ def test_every_product_of_processes_and_meshes_is_restored_to_the_bit(tmp_path):
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(EMULATOR is None, reason="gcp-storage-emulator is not installed")
+@pytest.mark.skipif(bucket_emulator.find() is None, reason="gcp-storage-emulator is not installed")
 def test_in_a_bucket_nothing_is_read_back_and_every_damage_is_found(bucket, tmp_path):  # noqa: F811
     """Two processes save; what the manifest says is the MD5 of what is there; one process finds each of the damages."""
     place = epath.Path(f"{bucket}/runs/shares")

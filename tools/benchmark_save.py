@@ -33,7 +33,7 @@ def resident() -> int:
 def program_of(num_layers: int, model_dim: int):
     config = shrink(default_config())
     config.model.num_layers, config.model.model_dim, config.model.num_heads = num_layers, model_dim, 8
-    config.checkpoint.keep_last = 2
+    config.model.mlp_dim, config.checkpoint.keep_last = 4 * model_dim, 2
     return make_program(resolve(config), 2048)
 
 
