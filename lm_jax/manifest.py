@@ -28,7 +28,7 @@ from lm_jax.places import listed, store_hash
 FORMAT = 2  # 1 had no seal, and is read
 MANIFEST = "MANIFEST.json"
 ITEMS = ("parameters", "optimizer", "data")  # the folders of a step
-THREADS = max(4, os.cpu_count() or 1)  # that hash: hashlib lets others work meanwhile
+THREADS = 32  # that hash: hashlib lets others work meanwhile, and a bucket answers many at once
 PATIENCE = 600  # seconds that one process waits for a file of another
 
 
