@@ -128,12 +128,12 @@ class Saver:
         The manifest has `also` beside the facts of the run. Without `retain` no older step is removed. Raises NotFinite.
         """
         self.wait()
-        if agree((self.folder / str(data.step) / MANIFEST).exists()):
+        if agree((self.folder / str(data.step) / MANIFEST).exists(), "is saved"):
             return
         if not self._is_finite(state):
             raise NotFinite(f"the state after step {data.step:,} is not finite (inf or NaN), and is not saved")
         num_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-        if problem := first_answer(lambda: self._make_way(data.step, num_bytes) if leads() else ""):
+        if problem := first_answer(lambda: self._make_way(data.step, num_bytes) if leads() else "", "room for a step"):
             raise UserError(problem)
         if jax.default_backend() == "cpu":  # a CPU array on the host is a view, which the next step would write over
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
@@ -273,7 +273,7 @@ def newest_first(folder: epath.Path) -> Iterator[int]:
     step = sys.maxsize
     while True:
         earlier = [found for found in complete_steps(folder) if found < step] if share()[0] == 0 else []
-        if (step := agree(max(earlier, default=NEVER))) == NEVER:
+        if (step := agree(max(earlier, default=NEVER), "a step")) == NEVER:
             return
         yield step
 

@@ -4,25 +4,29 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import json
 import logging
 import os
+import secrets
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
+from jax._src import distributed
 
-from lm_jax import cluster, compile_cache, roll_call
+from lm_jax import cluster, compile_cache, peers, roll_call
 from lm_jax.cluster import Cluster
 from lm_jax.config import PeerError, UserError
 from lm_jax.data.shards import cache_folder, is_url
+from lm_jax.peers import agree as agree
+from lm_jax.peers import everyone as everyone
 from lm_jax.places import leased
 from lm_jax.stop import SIGNALS
 
-MOST_SAID = 400  # characters of what one process tells the others
+# Seconds in which what one process writes is to be seen by all: a network's file system keeps what it read.
+TOGETHER = 5.0
+LAST_WORDS = 10  # seconds that a process which ends waits for others to hear it
 
 
 def configure() -> None:
@@ -51,7 +55,7 @@ def devices() -> list[jax.Device]:
     """
     if not joined and (found := cluster.find()):
         joined.append(Joined(found, roll_call.call(found)))
-        join(found)
+        join(joined[0])
     try:
         return jax.devices()
     except RuntimeError as error:
@@ -59,8 +63,9 @@ def devices() -> list[jax.Device]:
         raise UserError(f"no devices of JAX_PLATFORMS={platforms!r}: {str(error).splitlines()[0]}") from error
 
 
-def join(found: Cluster) -> None:
+def join(all_here: Joined) -> None:
     """Makes this process one of several for JAX. Signals stay ours. Raises PeerError where one that was here is gone again."""
+    found = all_here.cluster
     try:
         jax.distributed.initialize(
             found.address,
@@ -78,6 +83,16 @@ def join(found: Cluster) -> None:
         ) from error
     for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
         signal.signal(taken, signal.getsignal(taken))
+    peers.join(found.process, all_here.hosts, found.address, distributed.global_state.client)
+
+
+def join_for_last_words() -> None:
+    """A process that ends before it has joined the others joins them, where they are at hand: they end with it, and know why."""
+    with contextlib.suppress(UserError, PeerError):  # nobody is there, or that is what is being said
+        if not joined and (found := cluster.find()):
+            os.environ[roll_call.LIMIT] = str(LAST_WORDS)
+            joined.append(Joined(found, roll_call.call(found)))
+            join(joined[0])
 
 
 def own(here: list[jax.Device]) -> jax.Device:
@@ -100,17 +115,12 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
-def agree(number: int) -> int:
-    """The leading process' number, on every process; all wait for it."""
-    return int(multihost_utils.broadcast_one_to_all(np.int64(number))) if share()[1] > 1 else number
-
-
 def share() -> tuple[int, int]:
     """(this process, how many there are), before JAX has looked for devices, too."""
     return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
-def first_answer(ask: Callable[[], str]) -> str:
+def first_answer(ask: Callable[[], str], about: str) -> str:
     """The first answer of the processes that is not "", on every process; all ask, and wait for each other.
 
     An OSError of one is raised on all of them.
@@ -118,17 +128,10 @@ def first_answer(ask: Callable[[], str]) -> str:
     if share()[1] == 1:
         return ask()
     try:
-        answer: tuple = (0, ask()[:MOST_SAID], "")
+        answer = [0, ask(), ""]
     except OSError as error:
-        answer = (
-            error.errno or errno.EIO,
-            str(error.strerror or error)[:MOST_SAID],
-            str(error.filename or "")[:MOST_SAID],
-        )
-    mine = np.zeros(32 * MOST_SAID, np.uint8)  # JSON says a character in at most 12 bytes
-    raw = json.dumps(answer).encode()
-    mine[: len(raw)] = np.frombuffer(raw, np.uint8)
-    answers = [json.loads(bytes(x).rstrip(b"\0")) for x in np.asarray(multihost_utils.process_allgather(mine))]
+        answer = [error.errno or errno.EIO, str(error.strerror or error), str(error.filename or "")]
+    answers = everyone(answer, about)
     for number, text, path in answers:
         if number:
             raise OSError(number, text, path)
@@ -162,3 +165,28 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
                 f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir"
             ) from None
         yield
+
+
+def find_together(workdir: epath.Path) -> None:
+    """Raises UserError on all processes where one of them has another workdir than process 0, or one that is not shared.
+
+    Process 0 holds the lock, and writes a word into it that the others have to find: a path says nothing of what is there.
+    """
+    if peers.line is None:
+        return
+    path = workdir / "lock" / "word" if is_url(workdir) else workdir / "lock"
+    word = agree(secrets.token_hex(8), "a word")
+    if leads():
+        path.write_text(word)
+    agree(None, "the word is written")
+    until = time.monotonic() + TOGETHER
+    while not (is_found := path.exists() and path.read_text() == word) and time.monotonic() < until:
+        time.sleep(0.1)
+    found = everyone([is_found, peers.line.host, os.path.abspath(workdir)], "the word is found")
+    lost = [f"process {k} (host {host}): {place}" for k, (there, host, place) in enumerate(found) if not there]
+    if lost:
+        more = f" (+{len(lost) - 1} more)" * (len(lost) > 1)
+        raise UserError(
+            f"what process 0 writes into {found[0][2]} is not in the --workdir of {lost[0]}{more}\n"
+            "all processes of a run need one --workdir that they share"
+        )

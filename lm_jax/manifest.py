@@ -123,7 +123,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 def fault(folder: epath.Path, run: str = "", items: Collection[str] = ITEMS) -> str:
     """What is wrong with what is read of a step, its `items`; "" where all is as it was written, and where `run` is given,
     by that run. Every process asks, reads its share, and has the same answer."""
-    return first_answer(lambda: _fault_here(folder, run, items))
+    return first_answer(lambda: _fault_here(folder, run, items), f"step {folder.name} is whole")
 
 
 def _fault_here(folder: epath.Path, run: str, items: Collection[str]) -> str:

@@ -105,7 +105,7 @@ def lines_of(workdir) -> list[dict]:
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(bucket_emulator.find() is None, reason="gcp-storage-emulator is not installed")
+@pytest.mark.skipif(not bucket_emulator.is_here(), reason="gcp-storage-emulator is not installed")
 def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))  # nothing was copied before
     documents = {"train": made_up(300), "validation": made_up(20, 5)}
@@ -135,7 +135,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(bucket_emulator.find() is None, reason="gcp-storage-emulator is not installed")
+@pytest.mark.skipif(not bucket_emulator.is_here(), reason="gcp-storage-emulator is not installed")
 def test_one_run_a_bucket(bucket, monkeypatch):
     monkeypatch.setattr(places, "LEASE", 2.0)
     workdir = epath.Path(f"{bucket}/runs/locked")

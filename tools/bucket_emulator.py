@@ -1,8 +1,8 @@
 """A bucket in the memory of a process on this machine, as Google's are asked: `pip install gcp-storage-emulator gcsfs`."""
 
 import contextlib
+import importlib.util
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +11,12 @@ from collections.abc import Iterator
 
 from lm_jax.config import UserError
 
+# It serves one request at a time and lets five wait: what a save asks beyond that is lost, and asked again minutes later.
+PATIENT = (
+    "import http.server; http.server.HTTPServer.request_queue_size = 512; "
+    "from gcp_storage_emulator.__main__ import main; main()"
+)
+
 
 def free_port() -> int:
     with socket.socket() as found:
@@ -18,19 +24,28 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def find() -> str | None:
-    return shutil.which("gcp-storage-emulator", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+def is_here() -> bool:
+    return importlib.util.find_spec("gcp_storage_emulator") is not None
 
 
 @contextlib.contextmanager
 def bucket(name: str) -> Iterator[str]:
     """`gs://<name>`, and an environment in which this process and those that it starts see it. Raises UserError."""
-    program, port = find(), free_port()
-    if program is None:
+    port = free_port()
+    if not is_here():
         raise UserError("a bucket on this machine needs an emulator: pip install gcp-storage-emulator gcsfs")
     urls = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), f"http://127.0.0.1:{port}")
     settings = urls | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-    line = [program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory", f"--default-bucket={name}"]
+    line = [
+        sys.executable,
+        "-c",
+        PATIENT,
+        "start",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--in-memory",
+        f"--default-bucket={name}",
+    ]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         os.environ.update(settings)
         time.sleep(3)
