@@ -2,10 +2,9 @@
 
     <workdir>/config.json  tokenizer.{model,json,bytes}  checkpoints/<step>/{parameters,optimizer,data}  .../MANIFEST.json
 
-A step's manifest is written last and durably, and has the hash of every file of the step; config.json has those of the files
-beside it. Both are sealed, and name the same run. Where rows were left out after a step was saved, its manifest has them
-(`skipped`) in the place of its data state. Order of restore: (1) the workdir has a valid step: resume;
-(2) `train.init_from`: parameters only; (3) fresh.
+A step's manifest (`manifest.py`) is written last and durably; config.json has the hashes of the files beside it. Both are
+sealed, and name the same run. Where rows were left out after a step was saved, its manifest has them (`skipped`) in the place of
+its data state. Order of restore: (1) the workdir has a valid step: resume; (2) `train.init_from`: parameters only; (3) fresh.
 """
 
 import concurrent.futures
@@ -15,8 +14,9 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,30 +27,37 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import __version__, fault_points, regular_files
+from lm_jax import fault_points, regular_files
 from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url, is_url
-from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import BESIDE, Tokenizer, load, named, read_json
-from lm_jax.distributed import agree, leads
-from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed
+from lm_jax.distributed import agree, first_answer, leads, share
+from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed, write_whole
+from lm_jax.manifest import (
+    FORMAT,
+    ITEMS,
+    MANIFEST,
+    PATIENCE,
+    fault,
+    read_manifest,
+    wait_for,
+    write_manifest,
+    write_part,
+)  # fmt: skip
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
 from lm_jax.optimizer import all_finite
-from lm_jax.places import check_room, set_aside, write_whole
+from lm_jax.places import check_room, set_aside
 from lm_jax.ramp import DataState
-from lm_jax.stop import Stop
+from lm_jax.stop import NEVER, Stop
 from lm_jax.train_state import Program, TrainState, abstract, make_program
 from lm_jax.trained import joined
 
-FORMAT = 2  # 1 had no seal, and is read
-MANIFEST = "MANIFEST.json"
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder; what is called otherwise is not ours
 UNFINISHED = ".unfinished"  # `<step>.unfinished` stands beside a step while it is written, and while it is removed
 RUN_FILES = (*MODEL_FILES, BESIDE, "reference.npz")  # what config.json has the hashes of
-PATIENCE = 600  # seconds that one process waits for a file of another
 FACTS = ("run", "pipeline", "tokenizer", "data")  # kept with every step; config.json has the shards too
 # What decides results from outside of a config: {name: whether a run must keep it}.
 OUTSIDE = {
@@ -125,24 +132,30 @@ class Saver:
             return
         if not self._is_finite(state):
             raise NotFinite(f"the state after step {data.step:,} is not finite (inf or NaN), and is not saved")
-        if leads():
-            path = self.folder / str(data.step)
-            if path.exists() and not mark_path(self.folder, data.step).exists() and not is_step_without_manifest(path):
-                raise UserError(f"{path} is in the way of a checkpoint and was not written by a run: move it away")
-            mark_unfinished(self.folder, data.step)
-            fault_points.reach("save.begin")
+        num_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        if problem := first_answer(lambda: self._make_way(data.step, num_bytes) if leads() else "", "room for a step"):
+            raise UserError(problem)
         if jax.default_backend() == "cpu":  # a CPU array on the host is a view, which the next step would write over
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         self.saved_at = time.monotonic()
-        check_room(self.folder, sum(x.nbytes for x in jax.tree.leaves(state)))
         self._orbax.save(self.folder / str(data.step), args=ocp.args.Composite(**items(state, data)), force=True)
         self._commit = self._thread.submit(self._finish, data.step, also or {}, retain)
+
+    def _make_way(self, step: int, num_bytes: int) -> str:
+        """Makes sure that a step can be written. Returns what is in the way of it; raises OSError where there is no room."""
+        path = self.folder / str(step)
+        if path.exists() and not mark_path(self.folder, step).exists() and not is_step_without_manifest(path):
+            return f"{path} is in the way of a checkpoint and was not written by a run: move it away"
+        check_room(self.folder, num_bytes)
+        mark_unfinished(self.folder, step)
+        fault_points.reach("save.begin")
+        return ""
 
     def _finish(self, step: int, also: dict[str, Any], retain: bool) -> None:
         self._orbax.wait_until_finished()
         fault_points.reach("save.arrays")
         folder = self.folder / str(step)
-        if jax.process_count() > 1:
+        if share()[1] > 1:
             write_part(folder)
         fault_points.reach("save.part")
         if leads():
@@ -197,99 +210,11 @@ def remove_step(folder: epath.Path, step: int) -> None:
     mark_path(folder, step).unlink()
 
 
-def files_of(folder: epath.Path) -> dict[str, dict[str, int | str]]:
-    """{relative path: size and sha256} of every file of a step but its manifest."""
-    paths = sorted(path for path in files_below(folder) if not path.name.startswith("MANIFEST."))
-    return {os.path.relpath(path, folder): file_hash(path) for path in paths}
-
-
-def writer_of(path: str) -> int:
-    """The process that wrote a file of a step: Orbax keeps the arrays' parts of process k in `ocdbt.process_k`."""
-    found = re.search(r"ocdbt\.process_(\d+)", path)
-    return int(found[1]) if found else 0
-
-
-def part_of(folder: epath.Path, process: int) -> epath.Path:
-    return folder / f"MANIFEST.p{process}.json"
-
-
-def write_part(folder: epath.Path) -> None:
-    """`MANIFEST.p<k>.json`: hashes of what this process wrote, so that no process reads what the others did."""
-    mine = {
-        name: file_hash(folder / name)
-        for name in (os.path.relpath(path, folder) for path in files_below(folder))
-        if writer_of(name) == jax.process_index() and not os.path.basename(name).startswith("MANIFEST.")
-    }
-    write_whole(part_of(folder, jax.process_index()), json.dumps(mine).encode())
-
-
-def wait_for(path: epath.Path) -> None:
-    """Until another process has written it. The processes of a run share its workdir."""
-    start = time.monotonic()
-    while not path.exists():
-        if time.monotonic() - start > PATIENCE:
-            raise TimeoutError(f"{path} was not written in {PATIENCE} s: is the workdir shared by all processes?")
-        time.sleep(0.05)
-
-
-def written_files(folder: epath.Path) -> dict[str, dict[str, int | str]]:
-    """`files_of`, joined from what the processes say that they wrote where there are several."""
-    if jax.process_count() == 1:
-        return files_of(folder)
-    parts = [part_of(folder, process) for process in range(jax.process_count())]
-    for part in parts:
-        wait_for(part)
-    return {name: file for part in parts for name, file in json.loads(part.read_text()).items()}
-
-
-def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
-    versions = {module.__name__: module.__version__ for module in (jax, ocp)} | {"lm_jax": __version__}
-    manifest = {"format": FORMAT, **facts, "versions": versions, "files": written_files(folder)}
-    write_whole(folder / MANIFEST, sealed(manifest))
-    for path in (folder, folder.parent) if not is_url(folder) else ():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def complete_steps(folder: epath.Path) -> list[int]:
     """Steps that have a manifest, in order."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     steps = {int(name) for name in names if STEP.fullmatch(name) and f"{name}{UNFINISHED}" not in names}
     return sorted(step for step in steps if (folder / str(step) / MANIFEST).exists())
-
-
-def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """What the manifest of a step says. Raises ValueError that says why it cannot be relied on."""
-    try:
-        manifest = unsealed(regular_files.read_bytes(folder / MANIFEST), FORMAT)
-        if manifest["format"] not in (1, FORMAT):
-            raise ValueError(f"has format {manifest['format']!r}, this version reads 1 and {FORMAT}")
-        if str(manifest["step"]) != folder.name.partition(".")[0]:
-            raise ValueError(f"is of step {manifest['step']}")
-        manifest["files"].items()
-    except FileNotFoundError:  # another refusal of the system is no damage: it is let through
-        raise ValueError("is missing") from None
-    except (KeyError, AttributeError):
-        raise ValueError("is no manifest of a step") from None
-    return manifest
-
-
-def fault(folder: epath.Path, run: str = "") -> str:
-    """What is wrong with a step, "" where every file is as it was written, and where `run` is given, by that run."""
-    try:
-        manifest = read_manifest(folder)
-    except ValueError as error:
-        return f"{MANIFEST} {error}"
-    if run and manifest.get("run", run) != run:
-        return f"{MANIFEST} is of another run than config.json"
-    expected, found = manifest["files"], files_of(folder)
-    for name in sorted({*expected, *found}):
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != expected.get(name):
-            return f"{name} is not as it was written"
-    return ""
 
 
 def go_back(workdir: epath.Path, data: DataState) -> None:
@@ -343,18 +268,30 @@ def set_step_aside(folder: epath.Path, step: int) -> epath.Path:
     return to
 
 
-def newest_valid(workdir: epath.Path, say: Callable[[str], None], quarantine: bool, run: str = "") -> int | None:
-    """The newest step of a run whose files are as written, None where there never was one.
+def newest_first(folder: epath.Path) -> Iterator[int]:
+    """The steps that have a manifest, as the leading process finds them, on every process: all ask for the next one together."""
+    step = sys.maxsize
+    while True:
+        earlier = [found for found in complete_steps(folder) if found < step] if share()[0] == 0 else []
+        if (step := agree(max(earlier, default=NEVER), "a step")) == NEVER:
+            return
+        yield step
+
+
+def newest_valid(
+    workdir: epath.Path, say: Callable[[str], None], quarantine: bool, run: str = "", items: Collection[str] = ITEMS
+) -> int | None:
+    """The newest step of a run of which the `items` are as written, None where there never was one; all processes ask together.
 
     Raises UserError if all are broken.
     """
     folder = steps_folder(workdir)
-    for step in reversed(complete_steps(folder)):
-        problem = fault(folder / str(step), run)
+    for step in newest_first(folder):
+        problem = fault(folder / str(step), run, items)
         if not problem:
             return step
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
-        if quarantine:
+        if quarantine and share()[0] == 0:
             fault_points.reach("quarantine")
             set_step_aside(folder, step)
     if has_steps(workdir):
@@ -569,7 +506,10 @@ class Located(NamedTuple):
 
 
 def locate(model: str, say: Callable[[str], None] = print) -> Located:
-    """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), verified; or a Hugging Face folder. Raises UserError."""
+    """MODEL: a run (`runs/x`) or a step of it (`runs/x@12000`), what is read of it verified; or a Hugging Face folder.
+
+    Where there are several processes, all of them ask. Raises UserError.
+    """
     check_url("--model", model)
     place, _, wanted = (model, "", "") if (epath.Path(model) / "config.json").exists() else model.rpartition("@")
     place, wanted = (place, wanted) if place else (wanted or model, "")
@@ -582,23 +522,38 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
         return locate_hugging_face(workdir)
     content = read_config(workdir)
     check_run_files(workdir, content)
-    steps, run = complete_steps(workdir / "checkpoints"), content.get("run", "")
     if not has_steps(workdir):
         raise UserError(f"--model {model}: the run has no checkpoint yet")
-    if not wanted:
-        step = newest_valid(workdir, say, quarantine=False, run=run)
-        assert step is not None
-    elif STEP.fullmatch(wanted) and int(wanted) in steps:
-        step = int(wanted)
-        if problem := fault(workdir / "checkpoints" / str(step), run):
-            raise UserError(
-                f"--model {model}: {problem}; whole are {', '.join(str(s) for s in steps if s != step) or 'none'}"
-            )
-    else:
-        raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
     config = resolve_found(unflatten(content["config"]))
     base = locate_base(workdir, content["base"], say) if "base" in content else None
-    return Located(workdir, step, config, load(str(workdir)), None, base)
+    found = Located(workdir, NEVER, config, load(str(workdir)), None, base)
+    return found._replace(step=locate_step(found, model, wanted, content.get("run", ""), say))
+
+
+def locate_step(found: Located, model: str, wanted: str, run: str, say: Callable[[str], None]) -> int:
+    """The step that is `wanted` of a run ("": the newest), what is read of it verified. Raises UserError."""
+    folder = steps_folder(found.workdir)
+    steps, items = complete_steps(folder), items_read(found)
+    if not wanted:
+        step = newest_valid(found.workdir, say, quarantine=False, run=run, items=items)
+        assert step is not None
+        return step
+    if not STEP.fullmatch(wanted) or int(wanted) not in steps:
+        raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
+    if problem := fault(folder / wanted, run, items):
+        others = ", ".join(str(step) for step in steps if step != int(wanted)) or "none"
+        raise UserError(f"--model {model}: {problem}; whole are {others}")
+    return int(wanted)
+
+
+def items_read(located: Located) -> frozenset[str]:
+    """What of a step is read for the parameters that are the model: their average is in the optimizer's state, where a run keeps
+    one of its own; the parameters themselves, then, only for what was not trained."""
+    if not located.config.optimizer.ema or located.base:
+        return frozenset({"parameters"})
+    program = make_program(located.config, located.num_pieces)
+    has_frozen = len(program.trained) < len(program.graph.declarations)
+    return frozenset({"optimizer", *["parameters"] * has_frozen})
 
 
 def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], None]) -> Located:
@@ -668,21 +623,20 @@ def load_as_trained(located: Located) -> tuple[Program, dict]:
     if located.described:
         from lm_jax.convert import hugging_face
 
-        found = hugging_face.read_parameters(str(located.workdir), located.described)
-        return program, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), found, target.parameters)
+        return program, hugging_face.read_on_mesh(str(located.workdir), located.described, target.parameters)
     trained, frozen = program.split(target.parameters)
     # Only the average of the optimizer's state is read: {"3.average.embedding.table": ..., ...}.
-    named = {name: x for name, x in _named(target.optimizer_state).items() if ".average." in name and not located.base}
-    args: dict[str, Any] = {}
-    if frozen or not named:
+    named = {name: x for name, x in _named(target.optimizer_state).items() if ".average." in name}
+    items, args = items_read(located), dict[str, Any]()
+    if "parameters" in items:
         args["parameters"] = ocp.args.StandardRestore(trained if located.base else target.parameters)
-    if named:
+    if "optimizer" in items:
         restore_args = ocp.checkpoint_utils.construct_restore_args(named)
         args["optimizer"] = ocp.args.PyTreeRestore(named, restore_args, partial_restore=True)
     with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as orbax:
         found = orbax.restore(steps_folder(located.workdir) / str(located.step), args=ocp.args.Composite(**args))
-    parameters = found.parameters if "parameters" in args else {}
-    if named:
+    parameters = found.parameters if "parameters" in items else {}
+    if "optimizer" in items:
         average = [found.optimizer[name] for name in named]
         parameters = joined(parameters, jax.tree.unflatten(jax.tree.structure(trained), average))
     return program, joined(under(located.base, frozen), parameters) if located.base else parameters

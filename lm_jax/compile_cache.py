@@ -12,6 +12,8 @@ import jax
 from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
+from lm_jax.files import write_whole
+
 HASH = hashlib.sha256
 SIZE = HASH().digest_size
 
@@ -31,18 +33,13 @@ class CompileCache(CacheInterface):
         return raw[SIZE:] if HASH(raw[SIZE:]).digest() == raw[:SIZE] else None
 
     def put(self, key: str, value: bytes) -> None:
-        draft = f"{self._file(key)}.{os.getpid()}"
         try:
             os.makedirs(self._path, exist_ok=True)
-            with open(draft, "wb") as file:
-                file.write(HASH(value).digest() + value)
-            os.replace(draft, self._file(key))
+            write_whole(self._file(key), HASH(value).digest() + value, alone=False)
         except OSError as error:
             if not self._said:
                 print(f"programs are not kept for the next run: {self._path}: {error.strerror}", file=sys.stderr)
             self._said = True
-            if os.path.exists(draft):
-                os.remove(draft)
 
     def _file(self, key: str) -> str:
         return os.path.join(self._path, f"{key}.program")

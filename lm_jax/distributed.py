@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import logging
 import os
@@ -112,6 +113,29 @@ def described(num_devices: int) -> str:
 def leads() -> bool:
     """Whether this process is the one that writes what a run has once: log, metrics, config, and the manifest of a step."""
     return jax.process_index() == 0
+
+
+def share() -> tuple[int, int]:
+    """(this process, how many there are), before JAX has looked for devices, too."""
+    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+
+
+def first_answer(ask: Callable[[], str], about: str) -> str:
+    """The first answer of the processes that is not "", on every process; all ask, and wait for each other.
+
+    An OSError of one is raised on all of them.
+    """
+    if share()[1] == 1:
+        return ask()
+    try:
+        answer = [0, ask(), ""]
+    except OSError as error:
+        answer = [error.errno or errno.EIO, str(error.strerror or error), str(error.filename or "")]
+    answers = everyone(answer, about)
+    for number, text, path in answers:
+        if number:
+            raise OSError(number, text, path)
+    return next((text for _, text, _ in answers if text), "")
 
 
 def settle(tree):

@@ -152,9 +152,9 @@ def main(arguments: list[str]) -> int:
     if not 1 <= flags.beams <= 64 or flags.records < 0:
         parser.error("--beams is from 1 to 64, --records at least 0")
     say = Terminal()
+    devices = distributed.devices()  # of several processes each verifies its share of the model
     found = checkpoint.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
-    devices = distributed.devices()
     mesh = make_mesh(Mesh(slices=-1), devices)
     if found.config.evaluate.metrics:
         answers.check(found.config.evaluate.metrics)

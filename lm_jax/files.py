@@ -1,12 +1,14 @@
-"""Files that say whether they are as they were written: hashes, and JSON under a seal.
+"""Files that are there whole or not at all, and say whether they are as they were written: hashes, and JSON under a seal.
 
 A sealed object is the last word on what a run, a step or a corpus consists of: it has the hash of all the rest of it under
 "sha256". What an earlier version wrote has another "format" and no seal; one flipped bit does not turn one into the other.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 from typing import IO, Any
 
 from etils import epath
@@ -14,6 +16,7 @@ from etils import epath
 from lm_jax import regular_files
 
 SEAL = "sha256"
+Hash = dict[str, int | str]  # {"bytes": size, "sha256" or "md5": of the content}
 SELF_CHECKED = "base"  # not under the seal: a path that may move, beside the hash of what must be found there
 # What may stand beside the config.json of a model, and is part of it: its tokenizer, its template, where its texts end.
 MODEL_FILES = (
@@ -22,17 +25,17 @@ MODEL_FILES = (
 )  # fmt: skip
 
 
-def file_hash(path) -> dict[str, int | str]:
-    """{"bytes": size, "sha256": hash} of a file at any path."""
-    digest, size = hashlib.sha256(), 0
+def file_hash(path, kind: str = "sha256") -> Hash:
+    """{"bytes": size, "sha256": hash} of a file at any path; `kind` "md5" where that is what a store says of an object."""
+    digest, size = hashlib.new(kind, usedforsecurity=False), 0
     with regular_files.opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
             size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": size, kind: digest.hexdigest()}
 
 
-def invalid_reason(path, expected: dict[str, int | str]) -> str:
+def invalid_reason(path, expected: Hash) -> str:
     """What is wrong with a file of which size and hash are known, "" where it is as it was written."""
     if not epath.Path(path).is_file():
         return "is missing"
@@ -43,6 +46,25 @@ def flush(file: IO) -> None:
     """What was written to an open file is on the disk, not in the system's memory alone."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def write_whole(path, content: bytes, alone: bool = True) -> None:
+    """A file at any place that is there whole and durably, or not at all.
+
+    Where it is not `alone` that a process writes the file, each writes a draft of its own: the last one stays.
+    """
+    if regular_files.is_url(path):
+        epath.Path(path).write_bytes(content)
+        return
+    draft = f"{path}.draft" if alone else f"{path}.{secrets.token_hex(4)}.draft"
+    try:
+        with open(draft, "wb") as file:
+            file.write(content)
+            flush(file)
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(draft)
 
 
 def seal(content: Any) -> str:

@@ -5,7 +5,6 @@
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lm_jax import regular_files
-from lm_jax.files import flush
+from lm_jax.files import flush, write_whole
 
 FILE, CHECKSUMS = "metrics.jsonl", "metrics.crc32"
 MOST = 2**32  # bytes of them
@@ -79,9 +78,7 @@ class Writer:
         kept = [json.dumps(line).encode() for line in read(workdir, say) if line["step"] <= step]
         # The checksums first, and those of no line: a kill in between leaves lines without any, never a false alarm.
         for name, lines in ((CHECKSUMS, []), (FILE, kept), (CHECKSUMS, [checksum(line) for line in kept])):
-            draft = workdir / f"{name}.draft"
-            draft.write_bytes(b"".join(line + b"\n" for line in lines))
-            os.replace(draft, workdir / name)
+            write_whole(workdir / name, b"".join(line + b"\n" for line in lines))
         self._file = open(workdir / FILE, "ab")  # noqa: SIM115  (closed by `close`)
         self._sums = open(workdir / CHECKSUMS, "ab")  # noqa: SIM115
         self._events = EventFileWriter(str(workdir / "tensorboard"))

@@ -4,6 +4,8 @@ A file is one object, written whole; a run writes its log, metrics and TensorBoa
 checkpoint and at the end; its lock is an object that only one can create, with a lease that must be renewed.
 """
 
+import base64
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -15,29 +17,22 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import fsspec
 import fsspec.config
+import jax
 from etils import epath
 
 from lm_jax import fault_points
 from lm_jax.config import UserError
-from lm_jax.data.shards import cache_folder, flush, is_url
+from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.data.sources import files_below
+from lm_jax.files import Hash
 
+LISTINGS = 16  # folders of a bucket that are listed at once
 LEASE = 30.0  # seconds that a lock on a URL holds without being renewed
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others write to a bucket, too
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """A file that is there whole and durably, or not at all."""
-    if is_url(path):
-        path.write_bytes(content)
-        return
-    draft = f"{path}.draft"
-    with open(draft, "wb") as file:
-        file.write(content)
-        flush(file)
-    os.replace(draft, path)
 
 
 def check_room(folder: epath.Path, num_bytes: float) -> None:
@@ -51,13 +46,38 @@ def check_room(folder: epath.Path, num_bytes: float) -> None:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))
 
 
+def listed(folder: epath.Path, part: int = 0, parts: int = 1) -> dict[str, dict[str, Any]]:
+    """{relative path: what the store says of it} of what lies in a folder of a bucket; nothing is downloaded.
+
+    Of `parts` parts one: those of the folders two levels below (of a step: the arrays) that fall to it, and part 0 has the rest.
+    """
+    store, root = fsspec.core.url_to_fs(str(folder))
+    ends: list[dict] = []
+    below: list[dict] = []
+    for entry in store.ls(root, detail=True):
+        for inside in store.ls(entry["name"], detail=True) if entry["type"] == "directory" else [entry]:
+            (below if inside["type"] == "directory" else ends).append(inside)
+    mine = sorted(entry["name"] for entry in below)[part::parts]
+    with concurrent.futures.ThreadPoolExecutor(LISTINGS) as pool:
+        found = list(pool.map(lambda name: store.find(name, detail=True).values(), mine))
+    files = [entry for entries in found for entry in entries] + (ends if part == 0 else [])
+    return {os.path.relpath(entry["name"], root.rstrip("/")): entry for entry in files if entry["type"] == "file"}
+
+
+def store_hash(about: dict[str, Any]) -> Hash | None:
+    """The hash that a store computed of an object when it took it, None where it has none (a joined object, another store)."""
+    if "md5Hash" not in about:
+        return None
+    return {"bytes": int(about["size"]), "md5": base64.b64decode(about["md5Hash"]).hex()}
+
+
 def set_aside(folder: epath.Path, to: epath.Path) -> None:
-    """Renames a folder; on a URL copies it and removes what was copied."""
+    """Renames a folder; on a URL the store copies it, and what was copied is removed."""
     if not is_url(folder):
         folder.rename(to)
         return
-    for path in files_below(folder):
-        (to / os.path.relpath(path, folder)).write_bytes(path.read_bytes())
+    store, root = fsspec.core.url_to_fs(str(folder))
+    store.copy(root, fsspec.core.url_to_fs(str(to))[1], recursive=True)  # inside the store: nothing is downloaded
     folder.rmtree()
 
 
@@ -84,8 +104,8 @@ class Desk:
                 (self.folder / name).write_bytes((self.workdir / name).read_bytes())
 
     def send(self) -> None:
-        """Copies up, whole, every file that changed since it was sent."""
-        if self.folder == self.workdir:
+        """Copies up, whole, every file that changed since it was sent. Of several processes the leading one does."""
+        if self.folder == self.workdir or jax.process_index():
             return
         for path in files_below(self.folder):
             name, stat = os.path.relpath(path, self.folder), os.stat(path)

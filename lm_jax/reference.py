@@ -19,7 +19,7 @@ from etils import epath
 from lm_jax.config import Config, UserError
 from lm_jax.data.sources import SPLITS
 from lm_jax.distributed import agree, leads
-from lm_jax.places import write_whole
+from lm_jax.files import write_whole
 
 FILE = "reference.npz"
 

@@ -311,8 +311,8 @@ def starting_point(
     program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str = ""
 ) -> tuple[TrainState, DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
-    newest = checkpoint.newest_valid(workdir, say, quarantine=True, run=run) if leads() else None
-    if (step := agree(NEVER if newest is None else newest, "newest step")) != NEVER:
+    step = checkpoint.newest_valid(workdir, say, quarantine=True, run=run)
+    if step is not None:
         fault_points.reach("restore")
         state, data = checkpoint.restore(workdir, step, program)
         data = as_data(agree(data, "data state"))
@@ -482,12 +482,12 @@ def good_step(this: Run, spike: int) -> int:
     One from which other batches were taken than now would need another schedule, so another program.
     """
     folder = checkpoint.steps_folder(this.workdir)
-    steps = [step for step in checkpoint.complete_steps(folder) if step <= spike - spikes.MARGIN] if leads() else []
     is_good = lambda step: (
-        not checkpoint.fault(folder / str(step))
+        step <= spike - spikes.MARGIN
+        and not checkpoint.fault(folder / str(step))
         and checkpoint.read_data_state(this.workdir, step).cursor == this.ramp.cursor(step)
     )
-    return agree(next((step for step in reversed(steps) if is_good(step)), NEVER), "good step")
+    return next(filter(is_good, checkpoint.newest_first(folder)), NEVER)
 
 
 def compiled(this: Run) -> CompiledStep:

@@ -24,18 +24,24 @@ sys.path.append(str(ROOT / "tools"))
 bucket_emulator = importlib.import_module("bucket_emulator")
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
-    path = epath.Path(tmp_path / "x")
-    places.write_whole(path, b"one")
-    places.write_whole(path, b"two")
-    assert path.read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
 def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
     desk = places.Desk(epath.Path(tmp_path))
     desk.fetch()
     desk.send()
     assert desk.folder == epath.Path(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("process", [0, 1, 3])
+def test_of_several_processes_the_leading_one_sends(tmp_path, monkeypatch, process):
+    """A desk apart from its workdir, as that of a URL is."""
+    monkeypatch.setattr(places.jax, "process_index", lambda: process)
+    desk = places.Desk(epath.Path(tmp_path / "there"))
+    desk.folder = epath.Path(tmp_path / "desk")
+    for folder in (desk.workdir, desk.folder):
+        folder.mkdir()
+    (desk.folder / "metrics.jsonl").write_text("a line")
+    desk.send()
+    assert [path.name for path in desk.workdir.iterdir()] == ["metrics.jsonl"] * (process == 0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import json
 import re
 
 from lm_jax import checkpoint, command, costs, metrics
-from lm_jax.places import write_whole
+from lm_jax.config import UserError
+from lm_jax.files import write_whole
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import make_program
 
@@ -127,6 +128,9 @@ def main(arguments: list[str]) -> int:
     found = checkpoint.locate(flags.model, say)
     if found.described:
         parser.error(f"--model {flags.model} is a Hugging Face folder: the run knows what it was trained on")
+    step = checkpoint.steps_folder(found.workdir) / str(found.step)
+    if problem := checkpoint.fault(step, items=("data",)):  # the card says what was read of the text, too
+        raise UserError(f"--model {flags.model}: step {found.step}: {problem}")
     text = card(found)
     if flags.output:
         write_whole(checkpoint.epath.Path(flags.output), text.encode())

@@ -12,6 +12,7 @@ import os
 from lm_jax import command
 from lm_jax.config import UserError
 from lm_jax.data import prepare, tokenizer
+from lm_jax.files import write_whole
 from lm_jax.terminal import Terminal
 
 
@@ -31,9 +32,7 @@ def main(arguments: list[str]) -> int:
     texts = prepare.texts_of(tuple(flags.sources), flags.text_key, flags.on_bad_record)
     with tokenizer.named("--kind and --pieces"):
         made = tokenizer.make(f"{flags.kind}:{flags.pieces}", texts, flags.characters)
-    with open(f"{flags.output}.draft", "wb") as file:
-        file.write(made.model)
-    os.replace(f"{flags.output}.draft", flags.output)
+    write_whole(flags.output, made.model)
     say(
         f"{flags.output}: {made.num_pieces:,} pieces, {made.fingerprint}; use it: --config.data.tokenizer={flags.output}"
     )

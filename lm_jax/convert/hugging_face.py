@@ -4,6 +4,7 @@ Everything is checked before anything is made: names, shapes, and that a config 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -25,7 +28,7 @@ from lm_jax.files import MODEL_FILES
 from lm_jax.model.graph import Graph, build
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
-# What describes the text beside the weights goes along as it is.
+AT_ONCE = 2**24  # bytes of a parameter that the host holds on their way to a device
 # Not parameters: masks and frequencies that older versions saved as well.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
 # The same arrays under other names, where the tables are one.
@@ -75,17 +78,21 @@ class Slot(NamedTuple):
         shapes |= {"undivided": (outputs, inputs), "table": (num_pieces, self.shape[-1]), "pieces": (num_pieces,)}
         return shapes.get(self.kind, (inputs * outputs,))
 
-    def to_ours(self, x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float32)
-        if self.kind == "table":
-            return np.pad(x, ((0, self.shape[0] - len(x)), (0, 0)))
-        if self.kind == "pieces":
-            return np.pad(x, (0, self.shape[0] - len(x)))
+    def to_ours(self, x: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarray:
+        """What of ours lies between `bounds`, float32: of `x` no more is read than that."""
+        if self.kind in ("linear", "undivided"):
+            inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
+            axes = (*range(len(outputs), len(self.shape)), *range(len(outputs)))
+            x = x.reshape(*outputs, *inputs).transpose(axes)  # a view, as dims are split and not joined
+        elif self.kind not in ("table", "pieces"):
+            x = x.reshape(self.shape)
+        part = np.array(x[tuple(slice(*both) for both in bounds)], np.float32)
+        if self.kind in ("table", "pieces"):  # ours is padded
+            lacking = bounds[0][1] - bounds[0][0] - len(part)
+            return np.pad(part, ((0, lacking), *[(0, 0)] * (part.ndim - 1))) if lacking else part
         if self.kind == "undivided":
-            return (x.T * np.float32(math.sqrt(self.shape[-1]))).reshape(self.shape)
-        if self.kind == "one_more":
-            x = 1 + x
-        return (x.T if self.kind == "linear" else x).reshape(self.shape)
+            return part * np.float32(math.sqrt(self.shape[-1]))
+        return 1 + part if self.kind == "one_more" else part
 
     def to_theirs(self, x: np.ndarray, num_pieces: int) -> np.ndarray:
         if self.kind in ("table", "pieces"):
@@ -95,6 +102,57 @@ class Slot(NamedTuple):
         if self.kind == "one_more":
             return x - 1
         return x.reshape(self.matrix).T if self.kind == "linear" else x.reshape(self.their_shape(num_pieces))
+
+
+class Stored(NamedTuple):
+    """One of our parameters as it stands in their tensors, which are arrays, or `safetensors.Tensor` that are not read yet."""
+
+    shape: tuple[int, ...]
+    # By place in the stack: the slot, their tensor, and which of its outputs.
+    parts: dict[tuple[int, ...], tuple[Slot, Any, slice]]
+
+    def read(self, bounds: list[tuple[int, int]]) -> np.ndarray:
+        """What lies between (first, end) of each dim, float32: of their tensors one after the other, mapped while it is read."""
+        num_stacked = len(next(iter(self.parts)))
+        ours = np.empty([end - first for first, end in bounds], np.float32)
+        for at in np.ndindex(ours.shape[:num_stacked]):
+            slot, x, outputs = self.parts[tuple(i + first for i, (first, _) in zip(at, bounds, strict=False))]
+            x = x.read() if isinstance(x, safetensors.Tensor) else np.asarray(x)
+            x = x[outputs] if slot.output_axis == 0 else x[..., outputs]
+            ours[at] = slot.to_ours(x, bounds[num_stacked:])
+        return ours
+
+    def on_mesh(self, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """Laid out like `like`: a device has its part, of which AT_ONCE bytes are on the host at a time."""
+        assert like.shape == self.shape and isinstance(like.sharding, jax.sharding.Sharding)
+        found: dict[tuple, jax.Array] = {}
+        arrays = []
+        for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
+            bounds = [part.indices(size)[:2] for part, size in zip(index or (), like.shape, strict=True)]
+            if tuple(bounds) not in found:
+                found[tuple(bounds)] = self._on_device(bounds, device)
+            arrays.append(jax.device_put(found[tuple(bounds)], device))
+        return jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
+
+    def _on_device(self, bounds: list[tuple[int, int]], device: jax.Device) -> jax.Array:
+        shape = [end - first for first, end in bounds]
+        if 4 * math.prod(shape) <= AT_ONCE:
+            return jax.device_put(self.read(bounds), device)
+        (first, end), rows = bounds[0], max(1, AT_ONCE // (4 * math.prod(shape[1:])))
+        with jax.set_mesh(
+            jax.sharding.Mesh(np.array([device]), ("alone",))
+        ):  # a program of one device under no larger mesh
+            whole = jnp.zeros(shape, jnp.float32, device=device)
+            for start in range(first, end, rows):
+                part = jax.device_put(self.read([(start, min(start + rows, end)), *bounds[1:]]), device)
+                whole = _filled(whole, part, start - first)
+        return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _filled(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    """`whole` with `part` in its rows from `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
 
 
 def slots(family: Family, graph: Graph) -> list[Slot]:
@@ -189,8 +247,8 @@ def graph_of(described: Description) -> Graph:
     return build(described.config.model, described.num_pieces, described.config.data.sequence_length)
 
 
-def parameters(described: Description, tensors: dict[str, Any], where: str) -> dict:
-    """Our parameters, float32 on the host, of their tensors (arrays, or `safetensors.Tensor`).
+def stored(described: Description, tensors: dict[str, Any], where: str) -> dict[tuple[str, ...], Stored]:
+    """Our parameters as they stand in their tensors (arrays, or `safetensors.Tensor`).
 
     Raises UserError with all that is missing, unknown or of another shape. Nothing is left as it was initialised.
     """
@@ -223,13 +281,18 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
         problems.append(f"of another shape: {listed(wrong)}, such as {shown[wrong[0]]}")
     if problems:
         raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
-    flat = {path: np.empty(declared.shape, np.float32) for path, declared in graph.declarations.items()}
+    ours = {path: Stored(declared.shape, {}) for path, declared in graph.declarations.items()}
     for name, parts in wanted.items():
-        x = found[name]
-        ends = np.cumsum([part.num_outputs for part in parts])[:-1]
-        pieces = np.split(x.read() if isinstance(x, safetensors.Tensor) else x, ends, axis=parts[0].output_axis)
-        for slot, piece in zip(parts, pieces, strict=True):
-            flat[slot.path][slot.at] = slot.to_ours(piece)
+        ends = np.cumsum([part.num_outputs for part in parts]).tolist()
+        for slot, end in zip(parts, ends, strict=True):
+            outputs = slice(end - slot.num_outputs, end) if len(parts) > 1 else slice(None)
+            ours[slot.path].parts[slot.at] = slot, found[name], outputs
+    return ours
+
+
+def parameters(described: Description, tensors: dict[str, Any], where: str) -> dict:
+    """Our parameters, float32 on the host, of their tensors. Raises UserError."""
+    flat = {path: x.read([(0, n) for n in x.shape]) for path, x in stored(described, tensors, where).items()}
     return nnx.traversals.unflatten_mapping(flat)
 
 
@@ -253,7 +316,14 @@ def whole_shape(parts: list[Slot], num_pieces: int) -> tuple[int, ...]:
 
 
 def read_parameters(folder: str, described: Description) -> dict:
+    """The whole of a folder, on the host."""
     return parameters(described, safetensors.folder_tensors(folder), folder)
+
+
+def read_on_mesh(folder: str, described: Description, like: dict) -> dict:
+    """The parameters of a folder, laid out like `like`: no process reads more of a file than its devices hold."""
+    found, flat = stored(described, safetensors.folder_tensors(folder), folder), nnx.traversals.flatten_mapping(like)
+    return nnx.traversals.unflatten_mapping({path: x.on_mesh(flat[path]) for path, x in found.items()})
 
 
 def what_it_is(model: Model) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from lm_jax.config import UserError
 from lm_jax.data.shards import PIPELINE, Split, cache_folder
-from lm_jax.files import flush
+from lm_jax.files import write_whole
 
 Batch = dict[str, Any]  # of numpy arrays
 Hide = Callable[
@@ -190,12 +190,8 @@ def planned(size: np.ndarray, length: int, keep: bool) -> np.ndarray:
         content = io.BytesIO()
         np.save(content, rows)
         os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, f"{key}-{content_hash(content.getvalue())}.npy")
-        draft = f"{path}.{os.getpid()}"
-        with open(draft, "wb") as out:
-            out.write(content.getvalue())
-            flush(out)
-        os.replace(draft, path)
+        name = f"{key}-{content_hash(content.getvalue())}.npy"
+        write_whole(os.path.join(folder, name), content.getvalue(), alone=False)
     return rows
 
 

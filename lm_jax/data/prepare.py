@@ -34,6 +34,7 @@ from lm_jax.config import UserError, needs
 from lm_jax.data import clean, overlap, readers, report, shards, sources, steps, tokenizer
 from lm_jax.data.executors import Choice, Say, Stage, run_stage
 from lm_jax.data.report import Dropped, Tally
+from lm_jax.files import write_whole
 
 VERSION = 1  # of what a plan means: another version does not go on with a work folder
 TASK_BYTES = 16_000_000  # of input that a task reads
@@ -207,11 +208,7 @@ def start(folder: str, plan: Plan, say: Say) -> None:
 
 
 def write_json(path: str, content) -> None:
-    draft = f"{path}.draft"
-    with open(draft, "w") as file:
-        json.dump(content, file, indent=1)
-        shards.flush(file)
-    os.replace(draft, path)
+    write_whole(path, json.dumps(content, indent=1).encode())
 
 
 def stages(settings: Settings, plan: Plan, folder: str) -> list[Stage]:

@@ -6,6 +6,8 @@ import os
 from collections import Counter
 from typing import Any
 
+from lm_jax.files import write_whole
+
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 200
 
 
@@ -46,10 +48,7 @@ class Tally:
             mine["items"] = sorted({*mine["items"], *entry["items"]})
 
     def save(self, path: str) -> None:
-        draft = f"{path}.{os.getpid()}"
-        with open(draft, "w") as file:
-            json.dump(vars(self), file)
-        os.replace(draft, path)
+        write_whole(path, json.dumps(vars(self)).encode(), alone=False)
 
 
 class Dropped:

@@ -26,7 +26,7 @@ from etils import epath
 from lm_jax import regular_files
 from lm_jax.config import Data, UserError, needs
 from lm_jax.data import sources, tokenizer
-from lm_jax.files import file_hash, flush, seal, sealed, unsealed
+from lm_jax.files import file_hash, flush, seal, sealed, unsealed, write_whole
 from lm_jax.regular_files import is_url
 
 FORMAT = 3  # 2 had no seal, and is read
@@ -198,11 +198,7 @@ class ShardWriter:
             "counts": self.counts,
             "files": {name: file_hash(os.path.join(self.folder, name)) for name in sorted(names)},
         }
-        draft = os.path.join(self.folder, MANIFEST + ".draft")
-        with open(draft, "wb") as file:
-            file.write(sealed(manifest))
-            flush(file)
-        os.replace(draft, os.path.join(self.folder, MANIFEST))
+        write_whole(os.path.join(self.folder, MANIFEST), sealed(manifest))
         descriptor = os.open(self.folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -430,10 +426,7 @@ def verify(folder: str, manifest: dict, mend: str, whole: bool = False) -> None:
                 raise UserError(f"{path} is changed since it was built; {mend}")
         seen[name] = now, start if hashes else last
     os.makedirs(os.path.dirname(known_by), exist_ok=True)
-    draft = f"{known_by}.{os.getpid()}"
-    with open(draft, "wb") as file:
-        file.write(sealed({"format": 1, "start": start, "files": seen}))
-    os.replace(draft, known_by)
+    write_whole(known_by, sealed({"format": 1, "start": start, "files": seen}), alone=False)
 
 
 def verified_before(path: str) -> tuple[int, dict[str, tuple[list, int]]]:

@@ -1,0 +1,80 @@
+"""What stands under a name is whole: the old content or the new, whoever wrote it and wherever that was cut short."""
+
+import errno
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+from test_shards import made_up, write
+
+from lm_jax import compile_cache, files, metrics
+from lm_jax.data import packing, prepare, shards
+from lm_jax.data.report import Tally
+
+
+def known_hashes(folder, corpus) -> None:
+    """What `shards.verify` keeps of the files that it has read."""
+    if not (folder / "text").exists():
+        write(folder / "text", corpus, {"train": made_up(20), "validation": made_up(5, 5)}, 1000)
+    shards.verify(str(folder / "text"), shards.read_manifest(str(folder / "text"), "mend"), "mend")
+
+
+# Everything that puts a file in the place of another: {name: what writes it into a folder}.
+WRITERS = {
+    "any file": lambda folder, corpus: files.write_whole(folder / "x", b"content"),
+    "one of several writers": lambda folder, corpus: files.write_whole(folder / "x", b"content", alone=False),
+    "metrics": lambda folder, corpus: metrics.Writer(folder, 0).close(),
+    "a program": lambda folder, corpus: compile_cache.CompileCache(str(folder)).put("a", b"program"),
+    "a packing plan": lambda folder, corpus: packing.planned(np.arange(1, 30), 32, keep=True),
+    "known hashes": known_hashes,
+    "a plan of preparation": lambda folder, corpus: prepare.write_json(str(folder / "plan.json"), {"a": 1}),
+    "a report": lambda folder, corpus: Tally().save(str(folder / "report.json")),
+    "a corpus": lambda folder, corpus: write(folder / "made", corpus, {"train": made_up(9)}, 1000),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_could_not_be_put_in_place_leaves_nothing_behind(name, tmp_path, corpus, monkeypatch, capsys):
+    monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))
+    if name == "known hashes":
+        known_hashes(tmp_path, corpus)
+    tried = []
+
+    def refuse(draft, path):
+        tried.append(path)
+        assert os.path.getsize(draft) or name == "metrics"  # what it was is whole, and beside it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    try:
+        WRITERS[name](tmp_path, corpus)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+    else:
+        assert "programs are not kept" in capsys.readouterr().err
+    assert tried and not [path for path in tmp_path.rglob("*") if "draft" in path.name]
+
+
+def test_a_file_that_several_write_at_once_is_one_of_theirs(tmp_path):
+    contents = [bytes([k]) * 100_000 for k in range(8)]
+    path = tmp_path / "x"
+
+    def again(content: bytes) -> None:
+        for _ in range(20):
+            files.write_whole(path, content, alone=False)
+            assert path.read_bytes() in contents
+
+    threads = [threading.Thread(target=again, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents and [found.name for found in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_written_file_is_read_again(tmp_path):
+    files.write_whole(tmp_path / "x", b"one")
+    files.write_whole(str(tmp_path / "x"), json.dumps({"a": 1}).encode())
+    assert json.loads((tmp_path / "x").read_bytes()) == {"a": 1}
