@@ -34,7 +34,7 @@ from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.sources import files_below
 from lm_jax.data.tokenizer import BESIDE, Tokenizer, load, named, read_json
-from lm_jax.distributed import leads
+from lm_jax.distributed import agree, leads
 from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed
 from lm_jax.model.adapters import merged
 from lm_jax.model.graph import Graph, build
@@ -121,7 +121,7 @@ class Saver:
         The manifest has `also` beside the facts of the run. Without `retain` no older step is removed. Raises NotFinite.
         """
         self.wait()
-        if (self.folder / str(data.step) / MANIFEST).exists():
+        if agree((self.folder / str(data.step) / MANIFEST).exists(), "is saved"):
             return
         if not self._is_finite(state):
             raise NotFinite(f"the state after step {data.step:,} is not finite (inf or NaN), and is not saved")

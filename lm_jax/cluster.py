@@ -14,9 +14,7 @@ from jax._src.clusters.cloud_tpu_cluster import BaseTpuCluster, get_tpu_env_valu
 
 from lm_jax.config import UserError, needs
 
-PORT = (
-    "8476"  # on Google's machines: the firewall rule that comes with a TPU network lets it through, unlike JAX's 8482
-)
+PORT = "8476"  # the firewall rule that comes with a TPU network lets it through, unlike JAX's 8482
 PROBE_SECONDS = 2  # for the metadata server of a Google machine, which answers in milliseconds
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-from lm_jax import fault_points, faults
+from lm_jax import fault_points, faults, stop
 from lm_jax.config import (
     Config,
     PeerError,
@@ -33,9 +33,8 @@ from lm_jax.config import (
     without_unread,
 )
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import Stop, end_process, listening, replace_process, work_is_done
+from lm_jax.stop import EXIT_FAULT, Stop, end_process, listening, replace_process, work_is_done
 
-EXIT_FAULT = 70
 LARGEST_EXPERIMENT = 2**20  # bytes
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
@@ -119,7 +118,8 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         code = outcome(main, sys.argv[1:] if arguments is None else arguments)
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
-    if code in (EXIT_FAULT, EXIT_MACHINE) and listening:  # this command is all that the process is for
+    alone = stop.others is not stop.ALONE  # ends so: JAX would wait for the others
+    if (alone or code in (EXIT_FAULT, EXIT_MACHINE)) and listening:  # this command is all that the process is for
         with contextlib.suppress(OSError):  # which may be what was refused
             sys.stdout.flush()
         end_process(code)
@@ -129,18 +129,21 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
 
 def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """The exit code of a command; what went wrong is said."""
-    try:
-        from lm_jax import distributed
+    from lm_jax import distributed
 
+    try:
         fault_points.arm(os.environ.get("LM_JAX_FAULT", ""))
         distributed.configure()
         code = main(arguments) or 0
         if unbroken := fault_points.unreached():
             print(unbroken, file=sys.stderr)
         sys.stdout.flush()
+        stop.others.part(code)
         return code
     except UserError as error:
         print(f"lm_jax: {error}", file=sys.stderr)
+        distributed.join_for_last_words()
+        stop.others.end(EXIT_USER, str(error))
         return EXIT_USER
     except PeerError as error:
         print(f"lm_jax: {plain_lines(str(error))}", file=sys.stderr)
@@ -148,8 +151,10 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     except Exception as error:
         if refused := faults.described(error):
             code, lines = refused
+            stop.others.end(code, lines)
             print(f"lm_jax: {plain_lines(lines)}", file=sys.stderr)
             return code
+        stop.others.end(EXIT_FAULT, f"{type(error).__name__}: {faults.first_line(error)}")
         traceback.print_exc()
         print("lm_jax: a fault of ours, not of yours; the same command resumes the run", file=sys.stderr)
         return EXIT_FAULT

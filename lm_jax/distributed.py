@@ -5,20 +5,27 @@ import dataclasses
 import fcntl
 import logging
 import os
+import secrets
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
+from jax._src import distributed
 
-from lm_jax import cluster, compile_cache, roll_call
+from lm_jax import cluster, compile_cache, peers, roll_call
 from lm_jax.cluster import Cluster
 from lm_jax.config import PeerError, UserError
 from lm_jax.data.shards import cache_folder, is_url
+from lm_jax.peers import agree as agree
+from lm_jax.peers import everyone as everyone
 from lm_jax.places import leased
 from lm_jax.stop import SIGNALS
+
+# Seconds in which what one process writes is to be seen by all: a network's file system keeps what it read.
+TOGETHER = 5.0
+LAST_WORDS = 10  # seconds that a process which ends waits for others to hear it
 
 
 def configure() -> None:
@@ -47,7 +54,7 @@ def devices() -> list[jax.Device]:
     """
     if not joined and (found := cluster.find()):
         joined.append(Joined(found, roll_call.call(found)))
-        join(found)
+        join(joined[0])
     try:
         return jax.devices()
     except RuntimeError as error:
@@ -55,8 +62,9 @@ def devices() -> list[jax.Device]:
         raise UserError(f"no devices of JAX_PLATFORMS={platforms!r}: {str(error).splitlines()[0]}") from error
 
 
-def join(found: Cluster) -> None:
+def join(all_here: Joined) -> None:
     """Makes this process one of several for JAX. Signals stay ours. Raises PeerError where one that was here is gone again."""
+    found = all_here.cluster
     try:
         jax.distributed.initialize(
             found.address,
@@ -74,6 +82,16 @@ def join(found: Cluster) -> None:
         ) from error
     for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
         signal.signal(taken, signal.getsignal(taken))
+    peers.join(found.process, all_here.hosts, found.address, distributed.global_state.client)
+
+
+def join_for_last_words() -> None:
+    """A process that ends before it has joined the others joins them, where they are at hand: they end with it, and know why."""
+    with contextlib.suppress(UserError, PeerError):  # nobody is there, or that is what is being said
+        if not joined and (found := cluster.find()):
+            os.environ[roll_call.LIMIT] = str(LAST_WORDS)
+            joined.append(Joined(found, roll_call.call(found)))
+            join(joined[0])
 
 
 def own(here: list[jax.Device]) -> jax.Device:
@@ -94,11 +112,6 @@ def described(num_devices: int) -> str:
 def leads() -> bool:
     """Whether this process is the one that writes what a run has once: log, metrics, config, and the manifest of a step."""
     return jax.process_index() == 0
-
-
-def agree(number: int) -> int:
-    """The leading process' number, on every process; all wait for it."""
-    return int(multihost_utils.broadcast_one_to_all(np.int64(number))) if jax.process_count() > 1 else number
 
 
 def settle(tree):
@@ -128,3 +141,28 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
                 f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir"
             ) from None
         yield
+
+
+def find_together(workdir: epath.Path) -> None:
+    """Raises UserError on all processes where one of them has another workdir than process 0, or one that is not shared.
+
+    Process 0 holds the lock, and writes a word into it that the others have to find: a path says nothing of what is there.
+    """
+    if peers.line is None:
+        return
+    path = workdir / "lock" / "word" if is_url(workdir) else workdir / "lock"
+    word = agree(secrets.token_hex(8), "a word")
+    if leads():
+        path.write_text(word)
+    agree(None, "the word is written")
+    until = time.monotonic() + TOGETHER
+    while not (is_found := path.exists() and path.read_text() == word) and time.monotonic() < until:
+        time.sleep(0.1)
+    found = everyone([is_found, peers.line.host, os.path.abspath(workdir)], "the word is found")
+    lost = [f"process {k} (host {host}): {place}" for k, (there, host, place) in enumerate(found) if not there]
+    if lost:
+        more = f" (+{len(lost) - 1} more)" * (len(lost) > 1)
+        raise UserError(
+            f"what process 0 writes into {found[0][2]} is not in the --workdir of {lost[0]}{more}\n"
+            "all processes of a run need one --workdir that they share"
+        )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import answers, checkpoint, command, distributed, reference
+from lm_jax import answers, checkpoint, command, distributed, peers, reference
 from lm_jax.config import OBJECTIVES, Config, Mesh
 from lm_jax.data import mixture, packing, pipeline
 from lm_jax.data.tokenizer import Tokenizer, tell_losses
@@ -164,6 +164,7 @@ def main(arguments: list[str]) -> int:
         )
     mixed = open_data(found.config, say)
     command.check_tokenizer(found, mixed)
+    peers.compare(vars(flags) | {"step": found.step} | checkpoint.outside() | peers.own_code() | mixed.alike)
     if mixed.compares:
         reference.resume(mixed, found.config, found.workdir)
     rows = mixed.held(found.config.data, flags.split)

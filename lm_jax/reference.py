@@ -18,7 +18,7 @@ from etils import epath
 
 from lm_jax.config import Config, UserError
 from lm_jax.data.sources import SPLITS
-from lm_jax.distributed import leads
+from lm_jax.distributed import agree, leads
 from lm_jax.places import write_whole
 
 FILE = "reference.npz"
@@ -37,15 +37,18 @@ def settle(
         fill(mixed, expected(kept, of_data, workdir))
         return "the reference's margins are those that the run began with"
     of_parameters = digest(parameters)
-    if not kept or (str(kept["data"]), str(kept["parameters"])) != (of_data, of_parameters):
+    is_kept = kept is not None and (str(kept["data"]), str(kept["parameters"])) == (of_data, of_parameters)
+    if agree(is_kept, "reference"):
+        found = expected(kept, of_data, workdir)
+    else:
         fill(mixed, {split: np.zeros(len(mixed.records[split].where), np.float32) for split in SPLITS})
-        kept = {split: margins(mixed, config, split, parameters, evaluator) for split in SPLITS}
+        found = {split: margins(mixed, config, split, parameters, evaluator) for split in SPLITS}
         if leads():
             file = io.BytesIO()
-            np.savez(file, allow_pickle=False, data=of_data, parameters=of_parameters, **kept)
+            np.savez(file, allow_pickle=False, data=of_data, parameters=of_parameters, **found)
             write_whole(workdir / FILE, file.getvalue())
-    fill(mixed, kept)
-    return f"the reference's margins of {sum(len(kept[split]) for split in SPLITS):,} pairs are in {workdir / FILE}"
+    fill(mixed, found)
+    return f"the reference's margins of {sum(len(found[split]) for split in SPLITS):,} pairs are in {workdir / FILE}"
 
 
 def resume(mixed: Any, config: Config, workdir: epath.Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-EXIT_PREEMPTED = 75
+EXIT_FAULT, EXIT_PREEMPTED = 70, 75
 NEVER = -1  # in the place of a step: there is none
 WORKERS = ("multiprocessing", "multiprocess")  # what starts Grain's workers, and datatrove's
 LAST = b"\0"  # in the place of a signal's number
@@ -23,6 +23,24 @@ LAST = b"\0"  # in the place of a signal's number
 listening: list[
     "Stop"
 ] = []  # the last takes what comes; the first, where the process is a command of ours, from its start on
+
+
+class Alone:
+    """What a process without others does with what concerns all of them (`peers.Line`)."""
+
+    def ask(self, number: int) -> bool:
+        """Whether another process answers a signal."""
+        return False
+
+    def end(self, code: int, words: str) -> None:
+        """Before this process ends alone: the others hear why, and end with it."""
+
+    def part(self, code: int) -> None:
+        """Before this process ends as all do."""
+
+
+ALONE = Alone()
+others: Alone = ALONE  # or the line to the other processes, while they are joined
 
 
 class Stopped(Exception):
@@ -37,7 +55,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self.taken = False, False  # to stop; and whether a signal came here
         self.done = NEVER  # the newest step in memory
         self.saved = NEVER  # the newest step on disk, whole
 
@@ -86,22 +104,31 @@ class Stop:
         self._thread.join()
 
     def _take(self, number: int) -> None:
-        if self.done <= max(self.saved, 0) or self.requested:
+        if self.taken:
+            leave(number, self.saved)
+        self.taken = True
+        if others.ask(number):
+            tell("stopping: process 0 is told; once more to leave at once, and all with it")
+        else:
+            self.wish(number)
+
+    def wish(self, number: int) -> None:
+        """A signal that came here, or to another process of this run: leaves where nothing is lost, else stops soon."""
+        if self.requested:
+            return
+        if self.done <= max(self.saved, 0):
             leave(number, self.saved)
         self.requested = True
         tell("stopping: this pass is finished and the run is saved; once more to leave at once")
-
-    def check(self) -> None:
-        """Raises Stopped where the process was asked to stop."""
-        if self.requested:
-            raise Stopped
 
 
 def leave(number: int, saved: int = NEVER) -> NoReturn:
     """Ends the process with 128 + the signal, or, where a run is saved, with 75. Its threads and workers end with it."""
     goes_on = f"; saved at step {saved:,}, the same command goes on from there" * (saved > NEVER)
+    code = 128 + number if saved == NEVER else EXIT_PREEMPTED
+    others.end(code, f"{signal.Signals(number).name}{goes_on}")
     tell(f"lm_jax: stopped{goes_on}")
-    end_process(128 + number if saved == NEVER else EXIT_PREEMPTED)
+    end_process(code)
 
 
 def end_process(code: int) -> NoReturn:

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import answers, chat, checkpoint, command, costs, fault_points, metrics, reference, spikes, terminal
+from lm_jax import answers, chat, checkpoint, command, costs, fault_points, metrics, peers, reference, spikes, terminal
 from lm_jax.config import Config, Length, UserError, parse_length
 from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
@@ -24,7 +24,7 @@ from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.data.word_vectors import WordVectors
 from lm_jax.decoding import SLICE, stream
-from lm_jax.distributed import agree, devices, leads, own, workdir_lock
+from lm_jax.distributed import agree, devices, everyone, find_together, leads, own, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source, open_data
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
@@ -67,8 +67,12 @@ class Run:
 
     def progress(self, text: str) -> None:
         """Says where something long between two steps is. Raises Stopped where the run is asked to stop."""
-        self.stop.check()
+        if self.is_asked_to_stop():
+            raise Stopped
         self.say.progress(text)
+
+    def is_asked_to_stop(self) -> bool:
+        return bool(agree(self.stop.requested, "stop"))
 
     @property
     def microbatch(self) -> int:
@@ -108,18 +112,20 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         mine = own(here)
     fault_points.reach("start")
     say.silent = not leads()
+    peers.compare(settings(config, experiment, dry_run))
     sizes = mesh_shape(config.mesh, len(here))
     attention.preflight(config.model, config.data.sequence_length, mine.platform)
     if pieces := mixture.pieces_expected(config.data):
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
-    saved = checkpoint.read_config(workdir) if checkpoint.has_steps(workdir) else {}
+    saved = agree(checkpoint.read_config(workdir) if leads() and checkpoint.has_steps(workdir) else {}, "config.json")
     if config.evaluate.metrics:
         answers.check(config.evaluate.metrics)
     with goodput("data"):
         mixed = open_data(config, say)
         tell_losses(mixed.tokenizer, say)
         stream = mixed.stream(config.data)
-    as_written, expected = config, checkpoint.expected_data_state(workdir)
+    peers.compare(mixed.alike)
+    as_written, expected = config, as_data(agree(checkpoint.expected_data_state(workdir) if leads() else None, "data"))
     config, ramp, ticking = counted_from(as_written, expected, stream.rows_per_epoch)
     num_pieces = objectives.specials(mixed.tokenizer, config.data.objective).num_pieces
     preflight(config, padded(num_pieces), sizes)
@@ -127,11 +133,13 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         mesh = make_mesh(config.mesh, here)
         program = make_program(config, num_pieces, ticking)
         counted = costs.count(config, program.graph.declarations)
-        config = with_microbatch(config, saved, costs.choose_microbatch(config, counted, sizes, ramp, mine), sizes)
+        chosen = min(everyone(costs.choose_microbatch(config, counted, sizes, ramp, mine), "microbatch"))
+        config = with_microbatch(config, saved, chosen, sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
     facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
+    peers.compare({"the step of config.train.init_from": source.step if isinstance(source, checkpoint.Located) else 0})
     with goodput("peak"):
         peak = costs.peak_flops(mesh, config.model.compute_dtype)
     say(terminal.header(config, name, counted, mixed, ramp, sizes, (mine, peak)))
@@ -141,9 +149,11 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     if not saved:
         check_room(workdir, checkpoint_bytes(config, counted, sizes))
     with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop() as stop:
+        find_together(workdir)
         if leads():
             desk.fetch()
             say.log_to(desk.folder / "log.txt")
+            peers.log_to(desk.folder / "log.txt")
             checkpoint.clean(workdir, say)
         for line in changes:
             say(line)
@@ -155,7 +165,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             config = with_rows_of_microbatch(config, program.config.train.microbatch_rows)
             program = make_program(config, num_pieces, ticking)
         stop.done, stop.saved = data.step, data.step if saved else NEVER
-        if agree(is_over(desk, mixed, config, data.step) if leads() else 0):
+        if agree(is_over(desk, mixed, config, data.step) if leads() else None, "is over"):
             return already_done(desk, say)
         if leads():
             write_run_files(workdir, mixed, source, saved, say)
@@ -183,6 +193,18 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         if leads():
             checkpoint.write_config(workdir, config, origins, facts | kept_context(saved, source))
         return train(this, given)
+
+
+def settings(config: Config, experiment: str, dry_run: bool) -> dict[str, Any]:
+    """What all processes of a run must have alike before there is any data: {name: value}."""
+    given = {f"config.{path}": value for path, value in checkpoint.flatten(config).items()}
+    return given | {"experiment": experiment, "--dry_run": dry_run} | checkpoint.outside() | peers.own_code()
+
+
+def as_data(found) -> DataState:
+    """A data state as it is agreed on: lists for tuples."""
+    step, cursor, skipped = found
+    return DataState(step, cursor, tuple((first, last) for first, last in skipped))
 
 
 def write_run_files(
@@ -290,9 +312,10 @@ def starting_point(
 ) -> tuple[TrainState, DataState]:
     """(1) The newest valid step of the workdir; (2) parameters of `train.init_from`; (3) fresh."""
     newest = checkpoint.newest_valid(workdir, say, quarantine=True, run=run) if leads() else None
-    if (step := agree(NEVER if newest is None else newest)) != NEVER:
+    if (step := agree(NEVER if newest is None else newest, "newest step")) != NEVER:
         fault_points.reach("restore")
         state, data = checkpoint.restore(workdir, step, program)
+        data = as_data(agree(data, "data state"))
         say(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
     data = DataState(0, 0)
@@ -371,12 +394,12 @@ def train(this: Run, given: str) -> int:
         writer, log, trouble = stretch(this, one_step, evaluation, saver)
         while log.spike and not trouble:
             trouble = go_back(this, log, saver)
-            if trouble or stop.requested:
+            if trouble or this.is_asked_to_stop():
                 break
             writer.close()
             writer, log, trouble = stretch(this, one_step, evaluation, saver, log.watch)
         saver.close()
-    finished = this.data.step == this.num_steps and not stop.requested and not trouble
+    finished = this.data.step == this.num_steps and not trouble and not this.is_asked_to_stop()
     if finished:
         finish(this, evaluation, writer)
     writer.close()
@@ -398,7 +421,8 @@ def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpo
     "" is none. What was trained is saved, unless there is trouble or a spike (`log.spike`).
     """
     writer = metrics.Writer(this.desk.folder, this.data.step, this.say) if leads() else metrics.Nowhere()
-    log = StepLog(this, writer, watch or spikes.Watch(checkpoint.saved_beside(this.workdir, this.data.step)))
+    kept = checkpoint.saved_beside(this.workdir, this.data.step) if leads() else {}  # whose spikes count
+    log = StepLog(this, writer, watch or spikes.Watch(kept))
     trouble = ""
     try:
         try:
@@ -413,7 +437,7 @@ def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpo
             pass  # after a whole step
         log.flush()
         log.agree_on_spike()
-        if log.hopeless:
+        if agree(log.hopeless, "hopeless"):
             trouble = f"{MOST_IN_A_ROW} updates in a row were not finite (inf or NaN); none of them was applied"
         elif not log.spike:
             writer.flush()
@@ -435,7 +459,7 @@ def go_back(this: Run, log: "StepLog", saver: checkpoint.Saver) -> str:
     if good == NEVER:
         say(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
         return ""
-    found = checkpoint.read_data_state(this.workdir, good)
+    found = as_data(agree(checkpoint.read_data_state(this.workdir, good) if leads() else None, "data state"))
     row_at = mixture.Kept(this.stream, found.skipped).row_at
     if spikes.times_gone_back(found, row_at) >= spikes.MOST:
         return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
@@ -443,9 +467,9 @@ def go_back(this: Run, log: "StepLog", saver: checkpoint.Saver) -> str:
     (first, last), *_ = set(data.skipped) - set(found.skipped)
     if leads():
         checkpoint.go_back(this.workdir, data)
-    agree(good)  # all wait until that is done
+    agree(good, "went back")  # all wait until that is done
     jax.tree.map(lambda x: x.delete(), this.state)  # there may be no room for two
-    this.state, this.data = checkpoint.restore(this.workdir, good, this.program)
+    this.state, this.data = checkpoint.restore(this.workdir, good, this.program)[0], data
     this.stop.done = this.stop.saved = good
     log.watch = None
     say(f"went back to step {good:,}: from there on rows {first:,} to {last - 1:,} are left out")
@@ -463,7 +487,7 @@ def good_step(this: Run, spike: int) -> int:
         not checkpoint.fault(folder / str(step))
         and checkpoint.read_data_state(this.workdir, step).cursor == this.ramp.cursor(step)
     )
-    return agree(next((step for step in reversed(steps) if is_good(step)), NEVER))
+    return agree(next((step for step in reversed(steps) if is_good(step)), NEVER), "good step")
 
 
 def compiled(this: Run) -> CompiledStep:
@@ -492,24 +516,26 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
         def watch(done: int, step: int = step, rows: int = rows) -> bool:
             log.inside(step, done * this.microbatch, rows)
             fault_points.reach("microbatch")
-            return stop.requested
+            return this.is_asked_to_stop()
 
-        with jax.transfer_guard("disallow"):  # the host neither feeds nor reads the device unasked while it works
-            outcome = one_step(this.state, rows // this.microbatch, batches, watch)
-        if outcome is None:
-            return
-        this.state = outcome[0]
-        this.data = DataState(step + 1, this.data.cursor + rows, this.data.skipped)
-        assert this.data.cursor == this.ramp.cursor(this.data.step), this.data
-        stop.done = step + 1
-        log.done(step + 1, rows, outcome[1])
+        with peers.pace(rows):
+            with jax.transfer_guard("disallow"):  # the host neither feeds nor reads the device unasked while it works
+                outcome = one_step(this.state, rows // this.microbatch, batches, watch)
+            if outcome is None:
+                return
+            this.state = outcome[0]
+            this.data = DataState(step + 1, this.data.cursor + rows, this.data.skipped)
+            assert this.data.cursor == this.ramp.cursor(this.data.step), this.data
+            stop.done = step + 1
+            log.done(step + 1, rows, outcome[1])
         saver.poll()
-        if stop.requested or log.spike:
+        peers.stepped(step + 1)
+        if this.is_asked_to_stop() or log.spike:
             return
         if step + 1 < this.num_steps:
             with log.paused():
                 between_steps(this, log, evaluation, writer, saver)
-        if log.hopeless or log.spike:
+        if log.spike or agree(log.hopeless, "hopeless"):
             return
 
 
@@ -517,8 +543,8 @@ def between_steps(this: Run, log: "StepLog", evaluation, writer: metrics.Writer 
     """What is due after a step that is not the last: a checkpoint, then what looks at the model."""
     length = this.config.checkpoint.every
     number, unit = parse_length(length)
-    in_time = unit == "min" and time.monotonic() - saver.saved_at >= 60 * number
-    due = in_time or unit != "min" and this.is_due(length)
+    in_time = lambda: agree(time.monotonic() - saver.saved_at >= 60 * number, "time to save")
+    due = in_time() if unit == "min" else this.is_due(length)
     if due or is_looked_at(this):
         log.flush()
         log.agree_on_spike()
@@ -553,7 +579,7 @@ def look(this: Run, evaluation, writer: metrics.Writer | metrics.Nowhere) -> Non
 def is_evaluated(this: Run) -> bool:
     """Whether the metrics have the evaluation of the step that a run is gone on with from: it was stopped after it, or before."""
     lines = metrics.read(this.desk.folder) if leads() else []
-    return bool(agree(any("eval/loss" in line and line["step"] == this.data.step for line in lines)))
+    return bool(agree(any("eval/loss" in line and line["step"] == this.data.step for line in lines), "is evaluated"))
 
 
 def give_up(this: Run, trouble: str) -> None:
@@ -634,7 +660,7 @@ class StepLog:
     def agree_on_spike(self) -> None:
         """At a step at which all processes have read the same metrics; the leading one's history counts."""
         if self.this.config.train.on_spike == "rewind":
-            self.spike = agree(self._spike)
+            self.spike = agree(self._spike, "spike")
 
     def read_steps(self) -> None:
         """Says what was wrong with the steps since the last line: which rows were skipped, where the loss jumped."""

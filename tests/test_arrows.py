@@ -14,7 +14,7 @@ stop config fault_points regular_files files ramp spikes sharding heads data.lin
 data.word_vectors data.shards data.packing data.objectives data.mixture jinja_process chat tasks.scores tasks.tables
 tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction
 tasks.preference tasks.records data.pipeline data.readers data.report data.clean data.overlap data.steps
-data.executors data.prepare places faults tasks.results compile_cache cluster roll_call distributed model.layers
+data.executors data.prepare places faults tasks.results compile_cache cluster roll_call peers distributed model.layers
 trained model.adapters model.attention model.language_model model.moe
 model.transformer model.encoder model.encoder_decoder model.recurrent model.graph convert.safetensors convert.fields
 convert.rotary convert.families convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files

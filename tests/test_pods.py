@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +135,17 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
     assert train.run(config, "experiments/quickstart.py:smoke", str(tmp_path / "run"), {}, dry_run=True) == 0
     assert [device.process_index for device in asked] == [number]
     assert f"of {number + 1} GiB a device" in capsys.readouterr().out and flatten(config)
+
+
+# One process by what they are: they time it, or compare it, on one device.
+ALONE = {"benchmark_gpu.py", "benchmark_generate.py", "parity.py", "chaos.py"}
+
+
+def test_nobody_takes_the_first_of_all_devices():
+    """Which is another process's on every host but the first."""
+    first = re.compile(r"(?<!local_)devices\(\)\[|\bhere\[0\]\.(?!platform|device_kind)")
+    paths = [*(ROOT / "lm_jax").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    assert not [str(path) for path in paths if path.name not in ALONE and first.search(path.read_text())]
 
 
 def pretended_mesh(here: list[Owned]) -> SimpleNamespace:

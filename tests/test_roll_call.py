@@ -21,9 +21,9 @@ from lm_jax.config import PeerError, UserError
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Limits of seconds, words at once. Returns the words."""
+    """A limit of a second, words at once. Returns the words."""
     said: list[str] = []
-    monkeypatch.setenv(roll_call.LIMIT, "2")
+    monkeypatch.setenv(roll_call.LIMIT, "1")
     monkeypatch.setattr(roll_call, "SAY_SECONDS", 0.3)
     monkeypatch.setattr(roll_call, "tell", said.append)
     return said
@@ -55,8 +55,15 @@ def called(members: list[Cluster], delays: dict[int, float] | None = None) -> li
 ORDERS = {"at once": {}, "process 0 last": {0: 0.6}, "process 0 first": {1: 0.6, 2: 0.3}}
 
 
+@pytest.fixture
+def patient(quick, monkeypatch):
+    """As `quick`, where nobody is missing and nothing has to be waited for."""
+    monkeypatch.setenv(roll_call.LIMIT, "60")
+    return quick
+
+
 @pytest.mark.parametrize("order", ORDERS)
-def test_all_are_told_the_hosts_of_all(order, quick):
+def test_all_are_told_the_hosts_of_all(order, patient):
     port = free_port()
     found = called([member(port, k) for k in range(3)], ORDERS[order])
     assert found == [[socket.gethostname()] * 3] * 3
@@ -64,7 +71,8 @@ def test_all_are_told_the_hosts_of_all(order, quick):
         pass
 
 
-def test_who_never_comes_is_named_on_all(quick):
+def test_who_never_comes_is_named_on_all(quick, monkeypatch):
+    monkeypatch.setenv(roll_call.LIMIT, "2")
     port = free_port()
     found = called([member(port, k) for k in (0, 2)])
     assert all(isinstance(error, PeerError) for error in found)
@@ -99,7 +107,7 @@ def test_an_address_that_is_none_is_said(case, quick):
         roll_call.call(Cluster("a test", address, 2, 1))
 
 
-def test_two_with_one_number_are_told_apart(quick):
+def test_two_with_one_number_are_told_apart(patient):
     port = free_port()
     found = called([member(port, 0), member(port, 1), member(port, 1)], {2: 0.3})
     assert all(
@@ -107,7 +115,7 @@ def test_two_with_one_number_are_told_apart(quick):
     )
 
 
-def test_two_counts_of_processes_are_told_apart(quick):
+def test_two_counts_of_processes_are_told_apart(patient):
     found = called([member(port := free_port(), 0, 3), member(port, 1, 4)])
     assert all(isinstance(error, UserError) and "one of 4, process 0 on" in str(error) for error in found)
 
@@ -124,8 +132,7 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
-def test_strangers_are_not_listened_to(stranger, quick, monkeypatch):
-    monkeypatch.setenv(roll_call.LIMIT, "20")
+def test_strangers_are_not_listened_to(stranger, patient):
     port = free_port()
 
     def disturb():
@@ -141,7 +148,7 @@ def test_strangers_are_not_listened_to(stranger, quick, monkeypatch):
     thread.join()
 
 
-def test_one_that_called_and_went_is_waited_for_again(quick):
+def test_one_that_called_and_went_is_waited_for_again(patient):
     """A process that is started again while the others still wait is the same process."""
     port = free_port()
 

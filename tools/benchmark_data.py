@@ -57,7 +57,7 @@ def data(arguments: list[str]) -> int:
     config, _ = command.load_config(flags.config, overrides)
     length, mixed = config.data.sequence_length, mixture.open_mixture(config.data)
     corpus, stream = next(iter(mixed.corpora.values())), mixed.stream(config.data)
-    mesh = make_mesh(Mesh(), distributed.devices()[:1])
+    mesh = make_mesh(Mesh(), [distributed.own(distributed.devices())])
     path = f"{corpus.folder}/train-00000.tokens.npy"
     made = pipeline.Batches(stream, 0, 10**6, ROWS, tuple(range(ROWS)))
     load = lambda num_workers: pipeline.batches(stream, mesh, 0, 10**6, ROWS, num_workers)

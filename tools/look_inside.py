@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     encode = lambda text: np.concatenate([first, found.tokenizer.encode(text)])
     tokens = encode(flags.text)
     name = lambda piece: repr(continuation(found.tokenizer, tokens, [piece]))
-    with jax.set_mesh(make_mesh(Mesh(data=1), distributed.devices()[:1])):
+    with jax.set_mesh(make_mesh(Mesh(data=1), [distributed.own(distributed.devices())])):
         graph, parameters = checkpoint.load_parameters(found)
         model = graph.module(parameters)
         if flags.view == "embedding":

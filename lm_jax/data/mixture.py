@@ -207,6 +207,12 @@ class Mixture:
             "shards": files,
         }
 
+    @property
+    def alike(self) -> dict[str, Any]:
+        """`facts`, flat, for processes that compare what each of them reads: {what it is: hash}."""
+        files = {f"{place}/{name}": digest for place, of in self.facts["shards"].items() for name, digest in of.items()}
+        return {name: self.facts[name] for name in ("pipeline", "tokenizer")} | files | {"data": self.facts["data"]}
+
 
 def pieces_expected(data: Data) -> int:
     """Pieces of the tokenizer that will be trained, 0 where one is given and must be opened to know."""

@@ -29,7 +29,7 @@ INSTALL = (
     "{ python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --seed --python 3.12 .venv; }; } && "
     "PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q -e '.[tpu]'"
 )
-STOP = "cd lm_jax && [ ! -f run.pid ] || kill -TERM -- -$(cat run.pid) 2> /dev/null || true"
+STOP = 'cd lm_jax && [ ! -f run.pid ] || kill -s TERM -- "-$(cat run.pid)" 2> /dev/null || true'
 FOLLOW = "cd lm_jax && tail -n +1 -f run.log --pid=$(cat run.pid); exit $(cat run.code)"
 
 

@@ -1,0 +1,408 @@
+"""The processes of a run decide as one and die as one: the line between them, and every decision that goes over it."""
+
+import ast
+import contextlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import types
+
+import pytest
+from conftest import ROOT
+
+from lm_jax import checkpoint, command, distributed, metrics, peers, stop, train
+from lm_jax.config import PeerError, UserError
+
+# Every decision that leads to a collective, as the line calls it: what it is taken from, which is of one process alone.
+DECISIONS = {
+    "facts": "config, code, versions and data of process 0 (of a model the step), for the others to compare theirs with",
+    "what differs": "what each finds",
+    "a word": "a random number",
+    "the word is written": "a file of the workdir, and when it is there",
+    "the word is found": "the workdir as each sees it",
+    "config.json": "a file of the workdir: whether the run has begun, and with what",
+    "data": "the newest step of the workdir, which may be finished meanwhile",
+    "microbatch": "the memory of a local device",
+    "newest step": "which steps are whole",
+    "data state": "the manifest of a step, which going back writes anew",
+    "is over": "the metrics of the workdir",
+    "is evaluated": "the metrics of the workdir",
+    "reference": "a file of the workdir",
+    "is saved": "whether a manifest is there",
+    "stop": "a signal: after a step, a microbatch, a batch of an evaluation, and at the end",
+    "time to save": "a clock",
+    "hopeless": "what was read of the device so far",
+    "spike": "what was read of the device so far, and the history of the losses",
+    "good step": "which steps are whole",
+    "went back": "that process 0 has removed what came later",
+    "end": "the exit code",
+}
+
+
+def calls(tree: ast.AST, *names: str):
+    """Calls of functions and methods that are called so."""
+    named = lambda function: getattr(function, "id", "") or getattr(function, "attr", "")
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and named(node.func) in names]
+
+
+def test_every_decision_is_in_the_table_and_no_signal_is_read_past_it():
+    found, reads = set(), []
+    for path in sorted((ROOT / "lm_jax").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for call in calls(tree, "agree", "everyone"):
+            about = call.args[1] if len(call.args) > 1 else None
+            if isinstance(about, ast.Constant):
+                found.add(about.value)
+            else:
+                assert path.name == "peers.py", f"{path.name} line {call.lineno}: a decision without a name"
+        if path.name not in ("stop.py", "peers.py"):
+            nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "requested"]
+            reads += [(path.name, node.lineno) for node in nodes]
+    assert found == {*DECISIONS}
+    assert len(reads) == 1, f"whoever asks whether to stop asks `Run.is_asked_to_stop`, but for {reads}"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Signs of life ten times as often, and death as soon."""
+    for name, seconds in (("BEAT", 0.05), ("SILENCE", 0.5), ("BLAME", 0.1), ("GOODBYE", 0.05)):
+        monkeypatch.setattr(peers, name, seconds)
+    yield
+    for star in stars:
+        for line in star.lines.values():
+            line._over = True
+    stars.clear()
+
+
+stars: list["Star"] = []
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of one connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        there = socket.create_connection(listening.getsockname())
+        return listening.accept()[0], there
+
+
+class Star:
+    """Several ends of a line in this process: `lines[k]` is that of process k, `ends[k]` what it was told of another's end.
+
+    Those in `mute` hold a socket and say nothing.
+    """
+
+    def __init__(self, num: int, mute=()):
+        pairs = {k: pair() for k in range(1, num)}
+        leader = {k: peers.Connection(pairs[k][0], k, f"host{k}") for k in pairs}
+        held = {0: leader} | {k: {0: peers.Connection(pairs[k][1], 0, "host0")} for k in pairs}
+        self.sockets, self.ends, self.wishes = pairs, {k: [] for k in held}, []
+        stars.append(self)
+        self.lines = {
+            k: peers.Line(k, f"host{k}", connections, self.ends[k].append, self.wishes.append)
+            for k, connections in held.items()
+            if k not in mute
+        }
+
+    def each(self, does) -> dict:
+        """{process: what `does(line)` gave or raised}, all at once."""
+        found: dict = {}
+
+        def one(k: int, line: peers.Line) -> None:
+            try:
+                found[k] = does(line)
+            except Exception as error:
+                found[k] = error
+
+        threads = [threading.Thread(target=one, args=each) for each in self.lines.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        return found
+
+    def wait(self, num: int) -> dict[int, peers.End]:
+        """{process: the end that it was told}, once so many were told."""
+        until = time.monotonic() + 10
+        while sum(map(bool, self.ends.values())) < num and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert all(len(ends) <= 1 for ends in self.ends.values()), self.ends
+        return {k: ends[0] for k, ends in self.ends.items() if ends}
+
+
+def test_all_have_what_process_0_has_and_hear_each_other(quick):
+    star = Star(4)
+    assert star.each(lambda line: line.agree({"of": line.process}, "x")) == dict.fromkeys(range(4), {"of": 0})
+    assert star.each(lambda line: line.everyone(line.process**2, "y")) == dict.fromkeys(range(4), [0, 1, 4, 9])
+    at = star.each(lambda line: line.agree(1, "save" if line.process == 2 else "stop"))
+    assert at[1] == at[3] == 1 and "process 2 is at 'save' where process 0 is at 'stop'" in str(at[2])
+
+
+CODES = {"a mistake of the user's": 2, "a fault": 70, "a full disk": 74, "a signal, saved": 75, "a signal": 143}
+
+
+@pytest.mark.parametrize("who", [0, 1, 3])
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
+def test_who_says_why_it_ends_takes_the_others_along_with_its_code(quick, who, code):
+    star = Star(4)
+    star.lines[who].end(code, "the reason")
+    ends = star.wait(3)
+    assert {k: end.code for k, end in ends.items()} == {k: code for k in range(4) if k != who}
+    assert {(end.process, end.words) for end in ends.values()} == {(who, "stopped: the reason")}
+
+
+DEATHS = ["closes", "is silent", "is silent before its first step", "does not take what it is told"]
+
+
+@pytest.mark.parametrize(
+    ("death", "who"), [(death, who) for death in DEATHS for who in (2, 0)][:-1]
+)  # 0 is told little
+def test_who_ends_without_a_word_is_found_and_named(quick, who, death):
+    star = Star(4, mute=(who,))
+    mine = [star.sockets[k][k == who] for k in star.sockets if who in (0, k)]
+    if death == "closes":
+        for one in mine:
+            one.close()
+    elif death == "does not take what it is told":
+        star.each(lambda line: line.agree("x" * 2**22, "x") if line.leads else None)
+    else:
+        for one in mine:
+            one.sendall(json.dumps({"beat": int(death == "is silent")}).encode() + b"\n")
+    if death == "is silent before its first step":
+        time.sleep(3 * peers.SILENCE)
+        assert not any(star.ends.values())
+        return
+    ends = star.wait(3)
+    words = "gone without a word" if death == "closes" else "silent for"
+    for k in set(range(4)) - {who}:
+        assert ends[k].code == 70 and words in ends[k].words, ends
+        assert ends[k].told().startswith(f"lm_jax: process {who} (host host{who}) is"), ends
+
+
+def test_a_signal_to_any_process_is_answered_by_process_0(quick):
+    star = Star(3)
+    assert star.each(lambda line: line.ask(15)) == {0: False, 1: True, 2: True}
+    until = time.monotonic() + 5
+    while len(star.wishes) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert star.wishes == [15, 15]
+
+
+def test_the_end_that_all_come_to_is_no_death_and_another_one_is_told(quick):
+    star = Star(3)
+    assert star.each(lambda line: line.part(0)) == dict.fromkeys(range(3))
+    for to in star.sockets.values():
+        to[0].close()
+    time.sleep(0.2)
+    assert not any(star.ends.values())
+    star = Star(3)
+    found = star.each(lambda line: line.part(75 if line.process == 1 else 0))
+    assert all("the processes end differently: [0, 75, 0]" in str(error) for error in found.values())
+
+
+def test_a_signal_at_many_processes_asks_once_and_two_at_one_end_all(monkeypatch):
+    """Schedulers signal every process of a job: what the others pass on is not a second signal of process 0's own."""
+    left = []
+    monkeypatch.setattr(stop, "leave", lambda number, saved: left.append(number))
+    one = stop.Stop()
+    one.done, one.saved = 7, 4
+    one.wish(15)
+    one._take(15)
+    one.wish(15)
+    assert one.requested and not left
+    one._take(15)
+    assert left == [15]
+
+
+def facts(**changes) -> dict:
+    return {"config.optimizer.learning_rate": 3e-4, "jax": "1", "lm_jax/train.py": "ab"} | changes
+
+
+DIFFERENCES = {
+    "a learning rate": (
+        {"config.optimizer.learning_rate": 0.001},
+        "config.optimizer.learning_rate 0.001 there, 0.0003",
+    ),
+    "a version": ({"jax": "2"}, 'jax "2" there, "1" on process 0'),
+    "code": ({"lm_jax/train.py": "cd"}, 'lm_jax/train.py "cd" there, "ab"'),
+    "a file more": ({"lm_jax/x.py": "cd"}, 'lm_jax/x.py "cd" there, none'),
+    "two things": ({"config.optimizer.learning_rate": 1, "jax": "2"}, "config.optimizer.learning_rate 1 there"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_who_differs_is_named_to_all_with_the_first_difference(quick, name, monkeypatch):
+    changes, words = DIFFERENCES[name]
+    star, mine = Star(4), threading.local()
+    monkeypatch.setattr(peers, "line", type("", (), {"__getattr__": lambda _, what: getattr(mine.line, what)})())
+
+    def compare(line: peers.Line) -> None:
+        mine.line = line
+        peers.compare(facts(**changes) if line.process == 2 else facts())
+
+    found = star.each(compare)
+    assert all(isinstance(error, UserError) for error in found.values()), found
+    assert len({str(error) for error in found.values()}) == 1
+    assert str(found[0]).startswith("process 2 (host host2)") and words in str(found[0]), found[0]
+    changes.clear()
+    assert star.each(compare) == dict.fromkeys(range(4))
+
+
+class Store(dict):
+    """JAX's coordination service."""
+
+    key_value_set = dict.__setitem__
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        until = time.monotonic() + milliseconds / 1000
+        while key not in self and time.monotonic() < until:
+            time.sleep(0.01)
+        return self[key]
+
+
+def test_a_stranger_at_the_door_is_sent_away_and_who_never_comes_is_named(monkeypatch):
+    store, found = Store(), {}
+    wait = threading.Thread(target=lambda: found.update(peers.gather_connections(["a", "b"], 1, store)))
+    wait.start()
+    store.blocking_key_value_get(peers.KEY, 5000)
+    port, word = json.loads(store[peers.KEY])
+    for hello in (b"GET / HTTP/1.1\n", b'["guess", 1]\n', b"[1]\n", b"7\n"):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(hello)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+    connection = peers.connect("127.0.0.1", 1, "a", store)
+    wait.join(5)
+    assert sorted(found) == [1] and (found[1].host, connection.host) == ("b", "a")
+    monkeypatch.setattr(peers, "ARRIVAL", 0.1)
+    with pytest.raises(PeerError, match="process 1, 2 cannot reach process 0 at a:"):
+        peers.gather_connections([*"abc"], 1, Store())
+    with pytest.raises(PeerError, match="process 1 cannot reach process 0 at 127.0.0.1:1\n"):
+        peers.connect("127.0.0.1", 1, "a", Store({peers.KEY: json.dumps([1, word])}))
+
+
+def test_a_step_that_is_stuck_writes_where_every_thread_is_and_then_ends(tmp_path, monkeypatch):
+    """Held against the last ones by its rows: a batch that grows is no fault, nor are the first steps."""
+    monkeypatch.setattr(peers.Pace, "SHORTEST", 0.0)
+    log = os.open(tmp_path / "log.txt", os.O_WRONLY | os.O_CREAT)
+    monkeypatch.setattr(peers, "logs", [log])
+    pace, clock = peers.Pace(), [0.0]
+    monkeypatch.setattr(peers, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def late(seconds: float, rows: int) -> str:
+        with pace(rows):
+            clock[0] += seconds
+            return pace.late()
+
+    assert [late(500, 8), late(1, 8), late(1, 8), late(1, 8), late(9, 16)] == [""] * 5
+    assert not (tmp_path / "log.txt").read_text()
+    assert late(11, 8) == "" and "test_a_step_that_is_stuck" in (tmp_path / "log.txt").read_text()
+    assert [late(1, 8) for _ in range(6)] == [""] * 6
+    assert late(22, 8) == "has been in one step for 22 s: stuck"
+    os.close(log)
+
+
+class Script:
+    """A line whose other end is written down: what process 0 decided in one run is what another one hears."""
+
+    host = "here"
+
+    def __init__(self, decided: list | None = None):
+        self.leads, self.decided = decided is None, [] if decided is None else [*decided]
+
+    def agree(self, value, about: str):
+        if self.leads:
+            self.decided.append((about, json.dumps(value)))
+            return value
+        of, found = self.decided.pop(0)
+        assert of == about, f"this process is at {about!r}, process 0 at {of!r}"
+        return json.loads(found)
+
+    def everyone(self, value, about: str) -> list:
+        return self.agree([value, value], about)
+
+    def stepped(self, step: int) -> None: ...
+
+    def pace(self, rows: int) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+def never(*arguments, **named):
+    raise AssertionError("a process that does not lead reads what the leading one decides by")
+
+
+def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: float) -> list[tuple]:
+    """[(what, at which step), ...] that a run did together with others: steps, evaluations, saves.
+
+    Its clock runs `rate` times as fast. `is_stopped`: a signal comes, to the leading process in an evaluation, to another one
+    before the first step. Where it does not lead it has no file of the run to look at.
+    """
+    done: list[tuple] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "line", script)
+        if not script.leads:
+            patch.setattr(distributed, "TOGETHER", 0)
+            patch.setattr(checkpoint, "wait_for", lambda path: None)
+            patch.setattr(metrics, "read", lambda folder, say=None: [])
+            for module in (train, checkpoint, distributed):
+                patch.setattr(module, "leads", lambda: False)
+            for name in ("read_config", "has_steps", "expected_data_state", "newest_valid"):
+                patch.setattr(checkpoint, name, never)
+        patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
+
+        def spied(module, name: str, what: str, before=lambda *arguments: None, step=lambda this, *_: this.data.step):
+            real = getattr(module, name)
+
+            def spy(*arguments, **named):
+                before(*arguments)
+                done.append((what, step(*arguments)))
+                return real(*arguments, **named)
+
+            patch.setattr(module, name, spy)
+
+        def signalled(this, *_) -> None:
+            this.stop.requested |= is_stopped
+
+        spied(train, "evaluate_now", "evaluation", signalled if script.leads else lambda *_: None)
+        spied(train, "steps", "steps", lambda *_: None if script.leads else signalled(*_))
+        spied(train.CompiledStep, "__call__", "step", step=lambda _, state, *__: int(state.step))
+        spied(checkpoint.Saver, "save", "save", step=lambda _, state, data, *__: data.step)
+        overrides, _ = command.split_overrides(words)
+        config, origins = command.load_config("experiments/quickstart.py:smoke", overrides)
+        train.run(config, "experiments/quickstart.py:smoke", str(workdir), origins)
+    return done
+
+
+RUN = [
+    "--config.data.tokenizer=bytes", "--config.evaluate.prompt=", "--config.evaluate.num_rows=40", "--config.evaluate.every=2",
+    "--config.train.microbatch_rows=4", "--config.mesh.data=1", "--config.optimizer.decay_over=9",
+]  # fmt: skip
+
+
+def test_who_does_not_lead_does_what_process_0_decides_whatever_it_sees_itself(tmp_path):
+    """A run by a clock, then one that goes on and is stopped in an evaluation; the other process' clock, signals and files say
+    something else each time."""
+    for name, words, clocks, stopped in (
+        ("begun", ["--config.checkpoint.every=60 min", "--config.train.num_steps=3"], (1, 1e9), (False, True)),
+        ("gone on with", ["--config.checkpoint.every=1 min", "--config.train.num_steps=9"], (1e9, 1), (True, False)),
+    ):
+        leading = Script()
+        expected = run_as(leading, tmp_path / "run", [*RUN, *words], stopped[0], clocks[0])
+        assert leading.decided and ("save" in {what for what, _ in expected}) and expected[0][0] != "save", expected
+        other = tmp_path / name
+        if name != "begun":
+            shutil.copytree(tmp_path / "before", other)
+        following = Script(leading.decided)
+        assert run_as(following, other, [*RUN, *words], stopped[1], clocks[1]) == expected, name
+        assert not following.decided, name
+        if name == "begun":
+            shutil.copytree(tmp_path / "run", tmp_path / "before")
+    assert {about for about, _ in leading.decided} >= {
+        "stop",
+        "time to save",
+        "hopeless",
+        "newest step",
+        "is evaluated",
+    }
