@@ -69,9 +69,8 @@ class Started:
         for k, path in enumerate(self.outputs):
             own = {"HOME": f"{folder}/home-{k}", "LM_JAX_CACHE": f"{folder}/home-{k}/cache", "JAX_PROCESS_ID": str(k)}
             line = [sys.executable, "-u", "-m", "lm_jax.main", *LINE, *arguments]
-            with open(path, "w") as output:
-                process = subprocess.Popen(line, env=os.environ | given | own, cwd=ROOT, stdout=output, stderr=output)
-                self.all.append(process)
+            with open(path, "w") as out:
+                self.all.append(subprocess.Popen(line, env=os.environ | given | own, cwd=ROOT, stdout=out, stderr=out))
 
     def steps(self) -> list[int]:
         """Those that the first process said are done; before them the one that it goes on from, if there is one."""
@@ -224,6 +223,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--place", choices=("local", "gs"), default="local")
     parser.add_argument("--json", action="store_true")
     flags = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # this process only reads: an accelerator stays free
     for name, least in (("kills", 1), ("processes", 1), ("steps", 6 * EVERY)):
         if getattr(flags, name) < least:
             parser.error(f"--{name} {getattr(flags, name)}: at least {least}")

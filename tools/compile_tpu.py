@@ -17,6 +17,7 @@ os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # also while another process has libtpu open
 }  # nobody is asked for a TPU
 
 import jax  # noqa: E402
