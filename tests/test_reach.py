@@ -29,7 +29,7 @@ BASES: dict[str, dict] = {
     "rotary": ROTARY,
     "scaled rotary": dict(ROTARY, model__rotary_scaling=(4.0, 1.0, 8.0, 64.0)),
     "norm of heads": dict(model__qk_norm=True),
-    "windows": dict(ROTARY, model__window=(0, 8)),
+    "windows": dict(ROTARY, model__window=(0, 8), model__num_layers=6),  # periods of two layers
     "sinusoidal": dict(model__positions="sinusoidal"),
     "no bias": dict(model__bias=False),
     "experts": MOE,
@@ -147,7 +147,7 @@ def neighbours(config: Config, path: str):
 
 def declared_otherwise(base: str, paths: list[str]) -> dict[str, str]:
     """The leaves of which the declaration says something else than the programs do, with what these say."""
-    config = tiny(model__num_layers=2, model__unroll=False, optimizer__decay_over=0, **BASES[base])
+    config = tiny(**dict(model__num_layers=2, model__unroll=False, optimizer__decay_over=0) | BASES[base])
     config = changed(config, "optimizer.decay_over", 90)  # as `with_steps` gives it
     flat, wrong = flatten(config), {}
     expected = {section: program(config, f"{section}.") for section in ("model", "optimizer", "train")}
@@ -168,7 +168,8 @@ def test_what_is_not_read_everywhere_is_read_where_it_says_so(base):
 @pytest.mark.proof
 @pytest.mark.parametrize("base", BASES)
 def test_every_leaf_is_read_where_it_says_so(base):
-    assert not declared_otherwise(base, TRACED)
+    only = {"lstm lora": "model.lora_pattern"}.get(base, "")  # a layer has one matrix to name; all else is refused
+    assert not declared_otherwise(base, [path for path in TRACED if path != only])
 
 
 REFUSED = {
