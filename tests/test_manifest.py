@@ -89,7 +89,7 @@ def test_every_product_of_processes_and_meshes_is_restored_to_the_bit(tmp_path):
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(bucket_emulator.find() is None, reason="gcp-storage-emulator is not installed")
+@pytest.mark.skipif(not bucket_emulator.is_here(), reason="gcp-storage-emulator is not installed")
 def test_in_a_bucket_nothing_is_read_back_and_every_damage_is_found(bucket, tmp_path):  # noqa: F811
     """Two processes save; what the manifest says is the MD5 of what is there; one process finds each of the damages."""
     place = epath.Path(f"{bucket}/runs/shares")
