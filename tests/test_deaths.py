@@ -155,12 +155,7 @@ def newest(job: Job) -> int:
 LONG = ["--config.train.num_steps=5000", "--config.checkpoint.every=100000"]
 TIMED = ["--config.train.num_steps=300", "--config.checkpoint.every=0.05 min", "--config.evaluate.every=100"]
 EVALUATES = [*LONG, "--config.evaluate.every=3", "--config.evaluate.num_rows=4000"]
-HOPELESS = [
-    *LONG,
-    "--config.optimizer.learning_rate=1e30",
-    "--config.optimizer.clip_norm=0",
-    "--config.optimizer.warmup=0",
-]
+HOPELESS = [*LONG, *(f"--config.optimizer.{each}" for each in ("learning_rate=1000", "weight_decay=100", "warmup=0"))]
 STEP, COMPILE, EVALUATION = "step +3 of", "fits:", "step +3 of"
 
 # {what happens: (words, when, process, what it does, exit code of all, words of the log, or where all end early of each)}
