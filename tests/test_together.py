@@ -356,7 +356,7 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
             patch.setattr(metrics, "read", lambda folder, say=None: [])
             for module in (train, checkpoint, distributed):
                 patch.setattr(module, "leads", lambda: False)
-            for name in ("read_config", "has_steps", "expected_data_state"):
+            for name in ("read_config", "expected_data_state"):
                 patch.setattr(checkpoint, name, never)
         patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
 
