@@ -97,6 +97,10 @@ class Job:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for process, thread in zip(self.processes, self.threads, strict=True):
+            thread.join(5)
+            process.stdout.close()
 
     def _read(self, k: int) -> None:
         for line in self.processes[k].stdout:
