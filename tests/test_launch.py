@@ -256,6 +256,8 @@ SAID = [  # fragments of the table of errors, which the code says
     "never came within", "where nobody listens (yet)", "whose name is not known (yet)", "which does not answer",
     "which answers, but not to this run", "of this host is taken", "both say that they are process", "is one of",
     "there are no such machines now", "share no disk", "LM_JAX_JOIN_SECONDS", "JAX_COORDINATOR_PORT", "LM_JAX_RESTARTS",
+    "is gone without a word", "is silent for", "cannot reach process 0 at", "all processes of a run need the same",
+    "far longer than the last ones", "is not in the --workdir of",
 ]  # fmt: skip
 
 
