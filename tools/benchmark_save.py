@@ -14,7 +14,7 @@ import time
 import jax
 from etils import epath
 
-from lm_jax import checkpoint, manifest
+from lm_jax import checkpoint, command, manifest
 from lm_jax.config import default_config, resolve, shrink
 from lm_jax.distributed import devices
 from lm_jax.ramp import DataState
@@ -101,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command.with_kept_memory()  # as a run has it: threads that write and hash share one heap
     main()
