@@ -9,6 +9,7 @@ No device has a part in it: it works before there is a mesh, while another progr
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import hashlib
 import json
@@ -16,6 +17,7 @@ import os
 import queue
 import secrets
 import selectors
+import signal
 import socket
 import statistics
 import threading
@@ -319,6 +321,15 @@ def log_to(path: epath.Path) -> None:
         logs.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
 
 
+def hold_up_aborts() -> None:
+    """Where process 0 is gone JAX's client ends this process by `abort`, in a race with the thread that knows who is gone and
+    leaves with 70. `sleep`, called with the number of the signal, 6, gives that thread the seconds; it is one of the few
+    functions that the handler of a signal may call, and an abort of another cause goes on after it."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
 def join(process: int, hosts: list[str], address: str, client) -> None:
     """Connects the processes that JAX has joined, on these hosts: `client` is that of its coordination service, at `address`.
 
@@ -330,6 +341,7 @@ def join(process: int, hosts: list[str], address: str, client) -> None:
         connections = gather_connections(hosts, int(port) + 1, client)
     else:
         connections = {0: connect(host.strip("[]"), process, hosts[0], client)}
+    hold_up_aborts()
     line = Line(process, hosts[process], connections, leave, lambda number: stop.listening[-1].wish(number))
     stop.others = line
 

@@ -5,7 +5,10 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -415,3 +418,13 @@ def test_who_does_not_lead_does_what_process_0_decides_whatever_it_sees_itself(t
         "a step",
         "is evaluated",
     }
+
+
+@pytest.mark.parametrize(("held", "code"), [(True, 70), (False, -signal.SIGABRT)])
+def test_an_abort_waits_for_the_thread_that_knows_better(held, code):
+    """As JAX's client aborts in a thread of its own where process 0 is gone."""
+    lines = ["import ctypes, os, threading, time", "from lm_jax import peers"]
+    lines += ["peers.hold_up_aborts()"] * held
+    lines += ["threading.Thread(target=ctypes.CDLL(None).abort).start()", "time.sleep(0.5)", "os._exit(70)"]
+    line = [sys.executable, "-c", "\n".join(lines)]
+    assert subprocess.run(line, cwd=ROOT, capture_output=True, timeout=60).returncode == code
