@@ -200,7 +200,7 @@ def test_a_mistake_as_a_real_command(index, places, tmp_path):
 
 def test_all_checkpoints_broken_is_said(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    for path in (tmp_path / "run" / "checkpoints" / "2" / "data").rglob("*"):
+    for path in (tmp_path / "run" / "checkpoints" / "2" / "parameters").rglob("*"):
         if path.is_file():
             path.write_text("{}")
     result = command("evaluate", "--model", str(tmp_path / "run"))
