@@ -34,6 +34,12 @@ class Terminal:
         for line in self._kept:
             self._keep(line)
 
+    def close(self) -> None:
+        """The run is over, and so is its log."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
     def __call__(self, text: str = "") -> None:
         if self.silent:
             return

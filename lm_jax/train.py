@@ -148,7 +148,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     check_memory(config, counted, ramp, sizes, mine)
     if not saved:
         check_room(workdir, checkpoint_bytes(config, counted, sizes))
-    with workdir_lock(workdir, say), jax.set_mesh(mesh), Stop() as stop:
+    with workdir_lock(workdir, say), contextlib.closing(say), jax.set_mesh(mesh), Stop() as stop:
         find_together(workdir)
         if leads():
             desk.fetch()
