@@ -99,18 +99,18 @@ def open_mpi() -> Cluster | None:
     num = given("OMPI_COMM_WORLD_SIZE")
     if num is None or num == 1:
         return None
+    address = ""  # said by JAX_COORDINATOR_ADDRESS
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        try:
+            address = OmpiCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+        except (KeyError, RuntimeError):  # version 5 says it to mpi4py alone, which JAX asks from 0.12 on
+            raise UserError(
+                "Open MPI runs several processes and does not say where it was started (version 5 never does): "
+                f"mpirun -x JAX_COORDINATOR_ADDRESS=HOST:{PORT} ..., where process 0 is"
+            ) from None
     alone = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-    if OmpiCluster.is_env_present():
-        address = OmpiCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
-    elif "JAX_COORDINATOR_ADDRESS" in os.environ:
-        address = ""  # said there
-    else:
-        raise UserError(
-            "Open MPI runs several processes and does not say where it was started (version 5 never does): "
-            f"mpirun -x JAX_COORDINATOR_ADDRESS=HOST:{PORT} ..., where process 0 is"
-        )
-    local = None if alone else one_accelerator(OmpiCluster.get_local_process_id())
-    return Cluster("Open MPI", address, num, OmpiCluster.get_process_id(), local_device=local)
+    local = None if alone else one_accelerator(given("OMPI_COMM_WORLD_LOCAL_RANK"))
+    return Cluster("Open MPI", address, num, given("OMPI_COMM_WORLD_RANK") or 0, local_device=local)
 
 
 def slurm() -> Cluster | None:
