@@ -138,7 +138,7 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
 
 
 # One process by what they are: they time it, or compare it, on one device.
-ALONE = {"benchmark_gpu.py", "benchmark_generate.py", "parity.py", "chaos.py"}
+ALONE = {"benchmark_gpu.py", "benchmark_generate.py", "benchmark_save.py", "parity.py", "chaos.py"}
 
 
 def test_nobody_takes_the_first_of_all_devices():
