@@ -22,9 +22,10 @@ def with_chips(pattern, *arguments, **keywords):
 def pretend(folder: pathlib.Path) -> dict[str, str]:
     """Writes four chips of a v5e into a folder. Returns the environment of a process that has them."""
     for chip in range(4):
-        (folder / str(chip)).mkdir(parents=True)
-        (folder / str(chip) / "vendor").write_text("0x1ae0\n")
-        (folder / str(chip) / "device").write_text("0x0063\n")
+        place = folder / f"0000:00:0{chip}.0"  # as a PCI bus names it
+        place.mkdir(parents=True)
+        (place / "vendor").write_text("0x1ae0\n")
+        (place / "device").write_text("0x0063\n")
     (folder / "libtpu.so").write_text("")
     return {"LM_JAX_TEST_CHIPS": str(folder), "TPU_LIBRARY_PATH": str(folder / "libtpu.so")}
 
