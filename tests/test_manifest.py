@@ -142,7 +142,19 @@ def test_shares_have_each_file_once_and_nearly_the_same_bytes(sizes, count):
     assert shares == manifest.shared_out(dict(reversed(files.items())), count)  # the order of a dict does not enter
     assert len(shares) == count and sorted(itertools.chain(*shares)) == sorted(files)
     loads = [sum(files[name]["bytes"] for name in share) for share in shares]
-    assert max(loads) <= max([sum(sizes) / count + max(sizes, default=0), *sizes])
+    fullest = [
+        files[name]["bytes"] for name in max(shares, key=lambda share: sum(files[name]["bytes"] for name in share))
+    ]
+    assert sum(fullest) - min(fullest, default=0) <= min(loads)  # its last file went to who had least
+
+
+def test_a_file_of_a_step_that_its_manifest_does_not_know_is_damage(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (step,) = (tmp_path / "run" / "checkpoints").iterdir()
+    (step / "parameters" / "more").write_bytes(b"x")
+    assert checkpoint.fault(epath.Path(step)) == "parameters/more is not as it was written"
+    with pytest.raises(UserError, match="whole"):
+        checkpoint.locate(str(tmp_path / "run"), lambda line: None)
 
 
 WRITERS = {
