@@ -128,7 +128,7 @@ class Saver:
         The manifest has `also` beside the facts of the run. Without `retain` no older step is removed. Raises NotFinite.
         """
         self.wait()
-        if agree((self.folder / str(data.step) / MANIFEST).exists(), "is saved"):
+        if agree(leads() and (self.folder / str(data.step) / MANIFEST).exists(), "is saved"):
             return
         if not self._is_finite(state):
             raise NotFinite(f"the state after step {data.step:,} is not finite (inf or NaN), and is not saved")
@@ -272,7 +272,7 @@ def newest_first(folder: epath.Path) -> Iterator[int]:
     """The steps that have a manifest, as the leading process finds them, on every process: all ask for the next one together."""
     step = sys.maxsize
     while True:
-        earlier = [found for found in complete_steps(folder) if found < step] if share()[0] == 0 else []
+        earlier = [found for found in complete_steps(folder) if found < step] if leads() else []
         if (step := agree(max(earlier, default=NEVER), "a step")) == NEVER:
             return
         yield step
@@ -291,7 +291,7 @@ def newest_valid(
         if not problem:
             return step
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
-        if quarantine and share()[0] == 0:
+        if quarantine and leads():
             fault_points.reach("quarantine")
             set_step_aside(folder, step)
     if has_steps(workdir):

@@ -118,8 +118,8 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
         code = outcome(main, sys.argv[1:] if arguments is None else arguments)
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
-    alone = stop.others is not stop.ALONE  # ends so: JAX would wait for the others
-    if (alone or code in (EXIT_FAULT, EXIT_MACHINE)) and listening:  # this command is all that the process is for
+    in_a_job = stop.others is not stop.ALONE  # ends so: JAX would wait for the others
+    if (in_a_job or code in (EXIT_FAULT, EXIT_MACHINE)) and listening:  # this command is all that the process is for
         with contextlib.suppress(OSError):  # which may be what was refused
             sys.stdout.flush()
         end_process(code)

@@ -112,7 +112,7 @@ def described(num_devices: int) -> str:
 
 def leads() -> bool:
     """Whether this process is the one that writes what a run has once: log, metrics, config, and the manifest of a step."""
-    return jax.process_index() == 0
+    return share()[0] == 0
 
 
 def share() -> tuple[int, int]:

@@ -21,7 +21,7 @@ from etils import epath
 from lm_jax import __version__, regular_files
 from lm_jax.data.shards import is_url
 from lm_jax.data.sources import files_below
-from lm_jax.distributed import first_answer, share
+from lm_jax.distributed import first_answer, leads, share
 from lm_jax.files import Hash, file_hash, sealed, unsealed, write_whole
 from lm_jax.places import listed, store_hash
 
@@ -137,7 +137,7 @@ def _fault_here(folder: epath.Path, run: str, items: Collection[str]) -> str:
     expected = {name: file for name, file in manifest["files"].items() if is_read(name)}
     names = shared_out(expected, share()[1])[share()[0]]
     wrong = dict(zip(names, in_threads(lambda name: _problem(folder / name, expected[name]), names), strict=True))
-    if share()[0] == 0:
+    if leads():
         strange = {*filter(is_read, names_below(folder))} - {*expected}
         wrong |= dict.fromkeys(strange, "is not as it was written")
     return next((f"{name} {wrong[name]}" for name in sorted(wrong) if wrong[name]), "")
