@@ -33,6 +33,7 @@ from etils import epath
 from lm_jax import stop
 from lm_jax.config import PeerError, UserError
 from lm_jax.faults import EXIT_MACHINE
+from lm_jax.roll_call import listen
 from lm_jax.stop import EXIT_FAULT
 
 BEAT = 0.5  # seconds between two signs of life
@@ -374,13 +375,11 @@ def gather_connections(hosts: list[str], near: int, client) -> dict[int, Connect
 
 
 def listener(near: int) -> socket.socket:
-    """At the port `near`, else at any that is free; for IPv4 and IPv6."""
-    both = socket.has_dualstack_ipv6()
-    keywords: dict[str, Any] = {"family": socket.AF_INET6 if both else socket.AF_INET, "dualstack_ipv6": both}
+    """At the port `near`, else at any that is free."""
     try:
-        return socket.create_server(("", near), backlog=1024, **keywords)
+        return listen(near)
     except (OSError, OverflowError):
-        return socket.create_server(("", 0), backlog=1024, **keywords)
+        return listen(0)
 
 
 def connect(address: str, process: int, host: str, client) -> Connection:

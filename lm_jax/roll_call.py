@@ -91,15 +91,20 @@ def lead(found: Cluster, wait: Wait) -> list[str]:
     return roll
 
 
+def listen(port: int) -> socket.socket:
+    """A socket at a port of this host, 0 = any that is free; for IPv4 and IPv6. Raises OSError where it is taken."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
+
+
 @contextlib.contextmanager
 def listening(found: Cluster, wait: Wait) -> Iterator[socket.socket]:
     """The socket of the coordinator's port, on all addresses of this host, once nobody else has it."""
     port = int(found.address.rpartition(":")[2])
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
     while True:
         try:
-            server = socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
+            server = listen(port)
             break
         except OSError:
             try:
