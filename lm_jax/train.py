@@ -17,7 +17,7 @@ from etils import epath
 from flax import nnx
 
 from lm_jax import answers, chat, checkpoint, command, costs, fault_points, metrics, peers, reference, spikes, terminal
-from lm_jax.config import Config, Length, UserError, parse_length
+from lm_jax.config import Config, Length, UserError, flatten, parse_length
 from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
@@ -197,7 +197,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
 
 def settings(config: Config, experiment: str, dry_run: bool) -> dict[str, Any]:
     """What all processes of a run must have alike before there is any data: {name: value}."""
-    given = {f"config.{path}": value for path, value in checkpoint.flatten(config).items()}
+    given = {f"config.{path}": value for path, value in flatten(config).items()}
     return given | {"experiment": experiment, "--dry_run": dry_run} | checkpoint.outside() | peers.own_code()
 
 
@@ -427,7 +427,7 @@ def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpo
     try:
         try:
             if this.data.step == 0:
-                writer.hyper_parameters(checkpoint.flatten(this.config))
+                writer.hyper_parameters(flatten(this.config))
                 show_sample(this, writer)
             elif one_step:
                 look(this, None if is_evaluated(this) else evaluation, writer)
