@@ -28,6 +28,7 @@ from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax import fault_points, regular_files
+from lm_jax.batch_ramp import DataState
 from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
@@ -46,14 +47,13 @@ from lm_jax.manifest import (
     write_manifest,
     write_part,
 )  # fmt: skip
-from lm_jax.model.adapters import merged
-from lm_jax.model.graph import Graph, build
+from lm_jax.model.build import Graph, build
+from lm_jax.model.lora import merged
 from lm_jax.optimizer import all_finite
-from lm_jax.places import check_room, set_aside
-from lm_jax.ramp import DataState
+from lm_jax.remote import check_room, set_aside
 from lm_jax.stop import NEVER, Stop
 from lm_jax.train_state import Program, TrainState, abstract, make_program
-from lm_jax.trained import joined
+from lm_jax.trainable import joined
 
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder; what is called otherwise is not ours
 UNFINISHED = ".unfinished"  # `<step>.unfinished` stands beside a step while it is written, and while it is removed

@@ -23,7 +23,7 @@ Sources = tuple[tuple[str, Weight], ...]
 RECURRENT = ("rnn", "gru", "lstm")
 # What each kind of model can be trained on; the others write from left to right: causal.
 OBJECTIVES = {"encoder": ("masked", "masked_words"), "encoder_decoder": ("span_corruption",)}
-# Every task: the head that it gives its model (lm_jax/heads.py), and the kinds of model that can have it.
+# Every task: the head that it gives its model (lm_jax/model/task_heads.py), and the kinds of model that can have it.
 ONE_TEXT = ("encoder", "transformer", *RECURRENT)
 DECODERS = ("transformer", *RECURRENT)
 HEADS = ("", "labels", "value", "tags", "spans")

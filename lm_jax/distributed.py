@@ -15,13 +15,14 @@ import jax
 from etils import epath
 from jax._src import distributed
 
-from lm_jax import cluster, compile_cache, peers, roll_call
-from lm_jax.cluster import Cluster
+from lm_jax import compile_cache
 from lm_jax.config import PeerError, UserError
 from lm_jax.data.shards import cache_folder, is_url
-from lm_jax.peers import agree as agree
-from lm_jax.peers import everyone as everyone
-from lm_jax.places import leased
+from lm_jax.multihost import cluster, peers, roll_call
+from lm_jax.multihost.cluster import Cluster
+from lm_jax.multihost.peers import agree as agree
+from lm_jax.multihost.peers import everyone as everyone
+from lm_jax.remote import leased
 from lm_jax.stop import SIGNALS
 
 # Seconds in which what one process writes is to be seen by all: a network's file system keeps what it read.

@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import answers, checkpoint, command, distributed, peers, reference
+from lm_jax import checkpoint, cli, distributed
 from lm_jax.config import OBJECTIVES, Config, Mesh
-from lm_jax.data import mixture, packing, pipeline
+from lm_jax.data import loader, mixture, packing
 from lm_jax.data.tokenizer import Tokenizer, tell_losses
 from lm_jax.distributed import settle
-from lm_jax.heads import losses
 from lm_jax.loss import loss_sum, preferences
-from lm_jax.model.graph import Graph
+from lm_jax.model.build import Graph
+from lm_jax.model.task_heads import losses
+from lm_jax.multihost import peers
 from lm_jax.sharding import batch_shards, make_mesh
+from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.terminal import Terminal
 
 
@@ -92,7 +94,7 @@ class Evaluator:
         wanted = min(num_rows or rows.num_rows, rows.num_rows)
         limited: Any = rows.first(wanted)
         parts: list[tuple] = []
-        for batch in pipeline.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
+        for batch in loader.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
             *sums, logits = settle(self._sums(parameters, batch))
             results = results_of(limited, len(parts) * self.size, np.asarray(logits)) if logits is not None else ()
             parts.append((*sums, results))
@@ -136,7 +138,7 @@ def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batc
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("lm_jax.evaluate", __doc__)
+    parser = cli.Parser("lm_jax.evaluate", __doc__)
     parser.add_argument(
         "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
     )
@@ -157,16 +159,16 @@ def main(arguments: list[str]) -> int:
     tell_losses(found.tokenizer, say)
     mesh = make_mesh(Mesh(slices=-1), devices)
     if found.config.evaluate.metrics:
-        answers.check(found.config.evaluate.metrics)
+        generate_answers.check(found.config.evaluate.metrics)
     elif flags.beams > 1 or flags.records:
         parser.error(
             "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
         )
     mixed = open_data(found.config, say)
-    command.check_tokenizer(found, mixed)
+    cli.check_tokenizer(found, mixed)
     peers.compare(vars(flags) | {"step": found.step} | checkpoint.outside() | peers.own_code() | mixed.alike)
     if mixed.compares:
-        reference.resume(mixed, found.config, found.workdir)
+        dpo_reference.resume(mixed, found.config, found.workdir)
     rows = mixed.held(found.config.data, flags.split)
     with jax.set_mesh(mesh):
         graph, parameters = checkpoint.load_parameters(found)
@@ -177,7 +179,7 @@ def main(arguments: list[str]) -> int:
         kind, kept = mixed.kept(added(list(totals.values())).results)
         if found.config.evaluate.metrics:
             watch = lambda done, of: say.progress(f"writing: record {done} of {of}")
-            kept = answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
+            kept = generate_answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
     documents = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
     result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": documents}
     if not found.config.train.task:
@@ -187,11 +189,11 @@ def main(arguments: list[str]) -> int:
     kind = found.config.evaluate.metrics or kind
     if kind and kept:
         about = {"model": flags.model, "step": found.step}
-        scored = answers.keep(found.workdir, flags.split, kind, kept, about)
+        scored = generate_answers.keep(found.workdir, flags.split, kind, kept, about)
         result |= {"records": len(kept)} | {f"eval/{name}": value for name, value in scored.items()}
     say(json.dumps(result))
     return 0
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

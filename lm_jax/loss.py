@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm_jax import heads, sharding
-from lm_jax.model.graph import Graph
+from lm_jax import sharding
+from lm_jax.model import task_heads
+from lm_jax.model.build import Graph
 from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Dropout, capped
 
@@ -58,7 +59,7 @@ def objective(
     beside = routing_loss(left, batch["loss_mask"], routing) if any(routing) and graph.config.num_experts else 0.0
     if hidden_BTD is None:  # a task's head alone
         assert labels_BTC is not None
-        entropy = (heads.losses(graph.config.head, labels_BTC, batch) * batch["loss_mask"]).sum()
+        entropy = (task_heads.losses(graph.config.head, labels_BTC, batch) * batch["loss_mask"]).sum()
         return entropy + beside, entropy
     if "reference" in batch:
         of_pairs = (jax.nn.softplus(-preferences(model, hidden_BTD, batch)) * batch["loss_mask"]).sum()
@@ -68,7 +69,7 @@ def objective(
         return whole + beside, entropy
     mask_BT, is_label_BT = batch["loss_mask"], batch["positions"] == 0
     whole, entropy = vocabulary_loss(model, hidden_BTD, batch | {"loss_mask": mask_BT * ~is_label_BT}, z_loss)
-    of_labels = (heads.label_losses(labels_BTC, batch["targets"]) * mask_BT * is_label_BT).sum()
+    of_labels = (task_heads.label_losses(labels_BTC, batch["targets"]) * mask_BT * is_label_BT).sum()
     return whole + beside + of_labels, entropy + of_labels
 
 

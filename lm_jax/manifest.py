@@ -23,7 +23,7 @@ from lm_jax.data.shards import is_url
 from lm_jax.data.sources import files_below
 from lm_jax.distributed import first_answer, leads, share
 from lm_jax.files import Hash, file_hash, sealed, unsealed, write_whole
-from lm_jax.places import listed, store_hash
+from lm_jax.remote import listed, store_hash
 
 FORMAT = 2  # 1 had no seal, and is read
 MANIFEST = "MANIFEST.json"

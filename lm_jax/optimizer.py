@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
+from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import LARGEST_LOSS_SCALE, Optimizer
 from lm_jax.model.layers import Declaration
-from lm_jax.ramp import UPDATES, Clocks
 from lm_jax.sharding import automatic, stored_reshape
-from lm_jax.trained import joined
+from lm_jax.trainable import joined
 
 STABLE_SHARE = 0.8  # of the whole length, before warmup_stable_decay decays (arXiv:2405.18392: the last fifth)
 GROW_AFTER = 2000  # finite gradients before the loss scale doubles

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.ramp import DataState, Ramp
+from lm_jax.batch_ramp import DataState, Ramp
 
 WINDOW = 128  # steps that the next one is held against
 FEWEST = 32  # of them; before there are so many nothing is a spike

@@ -9,10 +9,11 @@ from typing import IO
 
 from etils import epath
 
-from lm_jax import costs, distributed
+from lm_jax import distributed
+from lm_jax.batch_ramp import Ramp
 from lm_jax.config import Config
 from lm_jax.data.mixture import Mixture, Shares
-from lm_jax.ramp import Ramp
+from lm_jax.plan import counts as costs
 
 QUIET_SECONDS = 10  # between progress lines where the output is not a terminal
 

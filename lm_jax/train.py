@@ -16,25 +16,30 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import answers, chat, checkpoint, command, costs, fault_points, metrics, peers, reference, spikes, terminal
+from lm_jax import checkpoint, cli, fault_points, metrics, spikes, terminal
+from lm_jax.batch_ramp import Clocks, DataState, Every, Ramp, clocks, every, make_ramp, with_steps
 from lm_jax.config import Config, Length, UserError, flatten, parse_length
-from lm_jax.data import mixture, objectives, pipeline, special_ids, word_vectors
+from lm_jax.convert import word_vectors
+from lm_jax.convert.word_vectors import WordVectors
+from lm_jax.data import loader, mixture, objectives, special_ids
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import BESIDE, tell_losses
-from lm_jax.data.word_vectors import WordVectors
-from lm_jax.decoding import SLICE, stream
 from lm_jax.distributed import agree, devices, everyone, find_together, leads, own, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source, open_data
+from lm_jax.generate import chat_template
+from lm_jax.generate.decoding import SLICE, stream
+from lm_jax.generate.sampling import Sampling
 from lm_jax.goodput import Goodput, traced
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
+from lm_jax.multihost import peers
 from lm_jax.optimizer import averaged
-from lm_jax.places import Desk, check_room
-from lm_jax.ramp import Clocks, DataState, Every, Ramp, clocks, every, make_ramp, with_steps
-from lm_jax.sampling import Sampling
+from lm_jax.plan import counts
+from lm_jax.remote import Desk, check_room
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.stop import EXIT_PREEMPTED, NEVER, Stop, Stopped
+from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.train_state import Program, TrainState, fresh, make_program
 from lm_jax.train_step import CompiledStep, compile_step
 
@@ -57,7 +62,7 @@ class Run:
     program: Program
     mesh: jax.sharding.Mesh
     ramp: Ramp
-    counted: costs.Costs
+    counted: counts.Costs
     peak_flops: float
     state: TrainState
     data: DataState
@@ -100,7 +105,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
 
     `experiment` is what `--config` named, `place` the workdir ("": runs/<experiment>[-<variant>]).
     """
-    name, given = command.run_name(experiment), command.as_given(experiment, config, origins)
+    name, given = cli.run_name(experiment), cli.as_given(experiment, config, origins)
     check_url("--workdir", place)
     say, goodput, workdir = terminal.Terminal(), Goodput(), epath.Path(place or f"runs/{name}")
     desk = Desk(workdir)
@@ -119,7 +124,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
     saved = agree(checkpoint.read_config(workdir) if leads() and checkpoint.has_steps(workdir) else {}, "config.json")
     if config.evaluate.metrics:
-        answers.check(config.evaluate.metrics)
+        generate_answers.check(config.evaluate.metrics)
     with goodput("data"):
         mixed = open_data(config, say)
         tell_losses(mixed.tokenizer, say)
@@ -132,8 +137,8 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     with goodput("plan"):
         mesh = make_mesh(config.mesh, here)
         program = make_program(config, num_pieces, ticking)
-        counted = costs.count(config, program.graph.declarations)
-        chosen = min(everyone(costs.choose_microbatch(config, counted, sizes, ramp, mine), "microbatch"))
+        counted = counts.count(config, program.graph.declarations)
+        chosen = min(everyone(counts.choose_microbatch(config, counted, sizes, ramp, mine), "microbatch"))
         config = with_microbatch(config, saved, chosen, sizes)
         program = program._replace(config=config)
     changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
@@ -141,7 +146,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     source = None if saved else find_init(program, mixed, say)
     peers.compare({"the step of config.train.init_from": source.step if isinstance(source, checkpoint.Located) else 0})
     with goodput("peak"):
-        peak = costs.peak_flops(mesh, config.model.compute_dtype)
+        peak = counts.peak_flops(mesh, config.model.compute_dtype)
     say(terminal.header(config, name, counted, mixed, ramp, sizes, (mine, peak)))
     if dry_run:
         return 0
@@ -189,7 +194,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         )
         if mixed.compares:
             with goodput("reference"):
-                say(reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
+                say(dpo_reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
         if leads():
             checkpoint.write_config(workdir, config, origins, facts | kept_context(saved, source))
         return train(this, given)
@@ -213,8 +218,8 @@ def write_run_files(
     """What a run consists of beside its config.json. Raises UserError where what only the run has is not as it was written."""
     checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
     if mixed.chat_template:
-        template = chat.shown(mixed.chat_template, mixed.tokenizer)
-        for name, content in chat.files_of(template).items():
+        template = chat_template.shown(mixed.chat_template, mixed.tokenizer)
+        for name, content in chat_template.files_of(template).items():
             checkpoint.write_run_file(workdir, name, content, say)
     checkpoint.check_run_files(workdir, saved)
     if not saved or not (workdir / BESIDE).exists():
@@ -251,17 +256,17 @@ def with_microbatch(config: Config, saved: dict, chosen: int, sizes: dict[str, i
     return with_rows_of_microbatch(config, rows)
 
 
-def checkpoint_bytes(config: Config, counted: costs.Costs, sizes: dict[str, int]) -> float:
+def checkpoint_bytes(config: Config, counted: counts.Costs, sizes: dict[str, int]) -> float:
     """Of the parameters and the optimizer's state, wherever they lie."""
-    whole = costs.bytes_by_class(config, counted, 1, dict.fromkeys(sizes, 1), accumulates=False)
+    whole = counts.bytes_by_class(config, counted, 1, dict.fromkeys(sizes, 1), accumulates=False)
     return whole["parameters"] + whole["optimizer"]
 
 
-def check_memory(config: Config, counted: costs.Costs, ramp: Ramp, sizes: dict[str, int], device: jax.Device) -> None:
+def check_memory(config: Config, counted: counts.Costs, ramp: Ramp, sizes: dict[str, int], device: jax.Device) -> None:
     """Raises OSError where a run needs more memory than this machine has. An accelerator's own compiler says that better, a
     CPU would wait for its disk until something is killed."""
-    rows, memory = int(config.train.microbatch_rows), costs.device_memory(device)
-    needed = sum(costs.bytes_by_class(config, counted, rows, sizes, ramp.stages[-1][2] > rows).values())
+    rows, memory = int(config.train.microbatch_rows), counts.device_memory(device)
+    needed = sum(counts.bytes_by_class(config, counted, rows, sizes, ramp.stages[-1][2] > rows).values())
     if device.platform == "cpu" and needed > memory:
         raise OSError(
             errno.ENOMEM,
@@ -412,7 +417,7 @@ def train(this: Run, given: str) -> int:
     else:
         give_up(this, trouble)
     this.desk.send()
-    return command.EXIT_FAULT if trouble else 0 if finished else EXIT_PREEMPTED
+    return cli.EXIT_FAULT if trouble else 0 if finished else EXIT_PREEMPTED
 
 
 def stretch(this: Run, one_step: CompiledStep | None, evaluation, saver: checkpoint.Saver, watch=None):
@@ -506,7 +511,7 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
     config, stop = this.config, this.stop
     num = (this.ramp.cursor(this.num_steps) - this.ramp.cursor(this.data.step)) // this.microbatch
     rows_left = mixture.Kept(this.stream, this.data.skipped)
-    batches = pipeline.batches(rows_left, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
+    batches = loader.batches(rows_left, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
     batches = this.goodput.waiting(batches, "data wait")
     numbers = range(this.data.step, this.num_steps)
     for step in traced(numbers, config.log.profile, this.desk.folder / "profile", this.say):
@@ -633,7 +638,7 @@ class StepLog:
         left = self._left(step, tokens) / rate
         this.say.progress(
             f"step {step + 1:,} of {this.num_steps:,}: row {done} of {rows}, {rate:,.0f} tokens/s, "
-            f"step done in {costs.duration(left_step)}, all in {costs.duration(left)}"
+            f"step done in {counts.duration(left_step)}, all in {counts.duration(left)}"
         )
 
     def _left(self, step: int, tokens: float) -> float:
@@ -713,7 +718,7 @@ class StepLog:
             values["perf/mfu"] = rate * this.counted.flops_per_token / this.peak_flops
         self.mark, self.mark_tokens, self.mark_step = now, self.tokens, step
         self.writer.scalars(step, values)
-        left = costs.duration(self._left(step, self.tokens) / rate)
+        left = counts.duration(self._left(step, self.tokens) / rate)
         this.say(
             f"step {step:>6,} of {this.num_steps:,}  loss {values['train/loss']:.4f}  grad norm {values['train/grad_norm']:.2f}"
             f"  {rate:,.0f} tokens/s  {left} left"
@@ -806,8 +811,10 @@ def answer_now(this: Run) -> dict[str, float]:
     kind, num = this.config.evaluate.metrics, this.config.evaluate.num_rows
     watch = lambda done, of: this.progress(f"writing: record {done} of {of}")
     with this.goodput("evaluation"):
-        results = answers.written(this.program.graph, this.parameters, this.mixed, "validation", num, watch=watch)
-    values = answers.scores(kind, results)
+        results = generate_answers.written(
+            this.program.graph, this.parameters, this.mixed, "validation", num, watch=watch
+        )
+    values = generate_answers.scores(kind, results)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
     this.say(f"step {this.data.step:>6,} {len(results):,} validation texts: {shown}")
     this.say(f"the first: {results[0].prediction!r}\n      for: {results[0].truth!r}")
@@ -837,14 +844,11 @@ def next_commands(this: Run, given: str) -> str:
     longer = [f"--config.train.num_steps={4 * this.num_steps}", "--workdir", free_place(f"{this.workdir}-longer")]
     logs = str(checkpoint.steps_folder(this.workdir).parent.parent)
     lines = [
-        f"done in {costs.duration(time.monotonic() - this.goodput.start)}; next:",
+        f"done in {counts.duration(time.monotonic() - this.goodput.start)}; next:",
         f"  longer     {given} {shlex.join(longer)}",
-        *[f"  generate   {command.as_typed('-m', 'lm_jax.generate', *model, *asked)}"] * writes,
-        *[
-            f"  evaluate   {command.as_typed('-m', 'lm_jax.evaluate', *model, '--split', split)}"
-            for split in splits[:1]
-        ],
-        f"  look       {command.as_typed('-m', 'tensorboard.main', '--logdir', logs)}",
+        *[f"  generate   {cli.as_typed('-m', 'lm_jax.generate', *model, *asked)}"] * writes,
+        *[f"  evaluate   {cli.as_typed('-m', 'lm_jax.evaluate', *model, '--split', split)}" for split in splits[:1]],
+        f"  look       {cli.as_typed('-m', 'tensorboard.main', '--logdir', logs)}",
     ]
     return "\n".join(lines)
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import Config
-from lm_jax.model import graph as graphs
+from lm_jax.model import build as graphs
 from lm_jax.optimizer import Guarded, make_optimizer
-from lm_jax.ramp import UPDATES, Clocks
 from lm_jax.sharding import laid_out
-from lm_jax.trained import rates, split, trained_paths
+from lm_jax.trainable import rates, split, trained_paths
 
 
 class TrainState(NamedTuple):

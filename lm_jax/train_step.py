@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm_jax.data.pipeline import abstract_batch
+from lm_jax.data.loader import abstract_batch
 from lm_jax.distributed import settle
 from lm_jax.loss import objective
 from lm_jax.model.layers import Dropout
 from lm_jax.optimizer import schedule
 from lm_jax.sharding import laid_out
 from lm_jax.train_state import Program, TrainState, abstract
-from lm_jax.trained import joined
+from lm_jax.trainable import joined
 
 
 class Sums(NamedTuple):

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lm_jax import command, distributed
+from lm_jax import cli, distributed
+from lm_jax.batch_ramp import make_ramp, with_steps
 from lm_jax.config import Config, Mesh, UserError
-from lm_jax.data import pipeline, shards
+from lm_jax.data import loader, shards
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.objectives import specials
 from lm_jax.evaluate import open_data
 from lm_jax.model.language_model import padded
-from lm_jax.ramp import make_ramp, with_steps
 from lm_jax.sharding import by_slice, legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import fresh, make_program
@@ -36,7 +36,7 @@ class Trace(NamedTuple):
     parameters: dict
 
 
-def trace(config: Config, num_pieces: int, stream: pipeline.Rows, mesh: jax.sharding.Mesh, num_steps: int) -> Trace:
+def trace(config: Config, num_pieces: int, stream: loader.Rows, mesh: jax.sharding.Mesh, num_steps: int) -> Trace:
     """Trains `num_steps` from the start on `mesh`, with the full batch and the config's microbatches."""
     rows = config.data.global_batch_size
     size = rows if config.train.microbatch_rows == "auto" else int(config.train.microbatch_rows)
@@ -48,7 +48,7 @@ def trace(config: Config, num_pieces: int, stream: pipeline.Rows, mesh: jax.shar
             b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.parameters))
         ).hexdigest()
         one_step = compile_step(program, mesh, one_microbatch=size == rows)
-        batches = pipeline.batches(stream, mesh, 0, num_steps * rows // size, size)
+        batches = loader.batches(stream, mesh, 0, num_steps * rows // size, size)
         losses = []
         for _ in range(num_steps):
             state, metrics = one_step(state, rows // size, batches, lambda done: False)
@@ -66,8 +66,8 @@ def hashed_whole(mixed: Mixture) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    overrides, rest = command.split_overrides(arguments)
-    parser = command.Parser("lm_jax.verify", __doc__)
+    overrides, rest = cli.split_overrides(arguments)
+    parser = cli.Parser("lm_jax.verify", __doc__)
     parser.add_argument("--config", required=True, help="an experiment file, file.py:variant; it is executed")
     parser.add_argument("--show", action="store_true", help="only print the parameters on the config's mesh")
     parser.add_argument(
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(rest)
     if flags.num_steps < 1:
         parser.error(f"--num_steps {flags.num_steps}: at least 1")
-    config, _ = command.load_config(flags.config, overrides)
+    config, _ = cli.load_config(flags.config, overrides)
     say, here = Terminal(), distributed.devices()
     preflight_sizes = mesh_shape(config.mesh, len(here))
     mixed = open_data(config, say)
@@ -116,8 +116,8 @@ def main(arguments: list[str]) -> int:
             f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {'agrees' if same else 'DIFFERS'}"
         )
     say(f"all agree to {TOLERANCE:.0e}" if agree else "not all meshes agree")
-    return 0 if agree else command.EXIT_FAULT
+    return 0 if agree else cli.EXIT_FAULT
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

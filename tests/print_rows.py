@@ -11,7 +11,7 @@ import numpy as np
 
 from lm_jax import config as configs
 from lm_jax import distributed
-from lm_jax.data import mixture, pipeline
+from lm_jax.data import loader, mixture
 from lm_jax.sharding import make_mesh
 
 
@@ -21,7 +21,7 @@ def main(sources, packing: str, mesh, num_workers: int, first: int, num: int) ->
     data = configs.resolve(config).data
     here = make_mesh(configs.Mesh(*mesh), distributed.devices())
     stream, size, rows = mixture.open_mixture(data).stream(data), data.global_batch_size, {}
-    for j, batch in enumerate(pipeline.batches(stream, here, first, num, size, num_workers)):
+    for j, batch in enumerate(loader.batches(stream, here, first, num, size, num_workers)):
         held: dict[int, dict[str, bytes]] = {}
         for name, x in batch.items():
             for shard in x.addressable_shards:

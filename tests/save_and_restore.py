@@ -17,10 +17,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lm_jax import checkpoint, distributed, manifest
+from lm_jax.batch_ramp import DataState
 from lm_jax.config import Mesh
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Bytes
-from lm_jax.ramp import DataState
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import abstract, make_program
 

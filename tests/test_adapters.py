@@ -13,16 +13,18 @@ from test_golden import batch
 from test_resume import kill_once_saved
 from test_train import assert_same_run, lines_of
 
-from lm_jax import checkpoint, costs, evaluate, generate, main
+from lm_jax import checkpoint, evaluate, main
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import hugging_face, run
+from lm_jax.generate import command
 from lm_jax.loss import loss_sum
-from lm_jax.model.adapters import merged
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
+from lm_jax.model.lora import merged
+from lm_jax.plan import counts
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import accumulate, compile_step, zeros
-from lm_jax.trained import matching
+from lm_jax.trainable import matching
 
 PIECES = 500
 ENCODER = dict(model__kind="encoder", data__objective="masked", model__norm_place="post")
@@ -108,7 +110,7 @@ def test_what_is_not_trained_keeps_every_bit_and_has_no_state():
 
 
 def counted(config):
-    return costs.count(config, build(config.model, PIECES, 64).declarations)
+    return counts.count(config, build(config.model, PIECES, 64).declarations)
 
 
 def test_costs_count_what_is_trained():
@@ -130,7 +132,7 @@ def test_costs_count_what_is_trained():
         assert found.trained == sum(np.prod(program.graph.declarations[path].shape) for path in program.trained)
         assert found.backward == backward
         state = jax.eval_shape(lambda program=program: fresh(program)).optimizer_state
-        classes = costs.bytes_by_class(config, found, 4, sizes, accumulates=False)
+        classes = counts.bytes_by_class(config, found, 4, sizes, accumulates=False)
         assert classes["optimizer"] == sum(x.size * 4 for x in jax.tree.leaves(state) if x.shape)
         assert classes["gradients"] == 4 * found.trained
         less = found.flops_per_token / of_all.flops_per_token
@@ -364,7 +366,7 @@ def test_adapters_alone_over_their_base_are_the_model(adapted, alone, finished, 
         np.testing.assert_array_equal(x, expected[name])
     assert any(not np.array_equal(x, loaded(finished, one_device)[1][name]) for name, x in found.items())
     capsys.readouterr()
-    assert generate.main(["--model", str(alone), "--prompt", "class", "--max_new_tokens", "4"]) == 0
+    assert command.main(["--model", str(alone), "--prompt", "class", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("class")
     assert evaluate.main(["--model", str(alone)]) == 0
     result = json.loads(capsys.readouterr().out.strip().split("\n")[-1])

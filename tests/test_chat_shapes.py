@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
-from lm_jax import chat
 from lm_jax.config import UserError
 from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.generate import chat_template
 
 sys.path.insert(0, str(ROOT / "tools"))
 parity = pytest.importorskip("parity_chat")
@@ -39,9 +39,9 @@ def recorded() -> dict[str, dict]:
     return parity.read()
 
 
-def ours(shape: str, place: pathlib.Path) -> tuple[chat.Template, HuggingFace]:
+def ours(shape: str, place: pathlib.Path) -> tuple[chat_template.Template, HuggingFace]:
     folder = parity.folder_of(place, shape, parity.plain(parity.SHAPES[shape][2]))
-    return chat.find_template(epath.Path(folder)), HuggingFace((folder / "tokenizer.json").read_bytes())
+    return chat_template.find_template(epath.Path(folder)), HuggingFace((folder / "tokenizer.json").read_bytes())
 
 
 @pytest.mark.parametrize("shape", parity.SHAPES)
@@ -52,27 +52,29 @@ def test_a_template_is_filled_in_and_masked_as_transformers_does(shape, tmp_path
         theirs = recorded[f"{shape}/{name}"]
         if "refused" in theirs:
             with pytest.raises(UserError, match="the chat template (refuses|cannot be filled in)"):
-                chat.render(template, [chat.Job(messages, False)], chat.TAUGHT)
+                chat_template.render(template, [chat_template.Job(messages, False)], chat_template.TAUGHT)
             continue
-        assert chat.render(template, [chat.Job(messages, False)], chat.TAUGHT) == [theirs["text"]], name
+        assert chat_template.render(template, [chat_template.Job(messages, False)], chat_template.TAUGHT) == [
+            theirs["text"]
+        ], name
         if (name, shape) in TEXT_ONLY:
             with pytest.raises(UserError, match=r"leaves out or rewrites a part of message 1 \(user\): 'What is it\?'"):
-                chat.encode(template, messages, known, chat.TAUGHT)
+                chat_template.encode(template, messages, known, chat_template.TAUGHT)
             continue
-        assert chat.encode(template, messages, known, chat.TAUGHT).tolist() == theirs["prompt"], name
+        assert chat_template.encode(template, messages, known, chat_template.TAUGHT).tolist() == theirs["prompt"], name
         if (name, shape) in THOUGHTLESS:
             with pytest.raises(UserError, match=r"leaves out or rewrites a part of message 4 \(assistant\): 'Yes"):
-                chat.encode_turns(tagged, messages, known)
+                chat_template.encode_turns(tagged, messages, known)
             continue
-        found = chat.encode_turns(tagged, messages, known)
+        found = chat_template.encode_turns(tagged, messages, known)
         assert found.ids.tolist() == theirs["ids"] and found.is_answer.astype(int).tolist() == theirs["mask"], name
         counted["masks"] += 1
         if name != "tools":  # what an assistant calls is learnt where a template marks it
-            check_own_mask(shape, name, chat.encode_turns(template, messages, known), theirs)
+            check_own_mask(shape, name, chat_template.encode_turns(template, messages, known), theirs)
     assert counted["masks"] >= 7
 
 
-def check_own_mask(shape: str, name: str, found: chat.Turns, theirs: dict) -> None:
+def check_own_mask(shape: str, name: str, found: chat_template.Turns, theirs: dict) -> None:
     """Without {% generation %} the same is learnt, except in turns that are only read, and where a token was parted."""
     if (shape, name) in PARTED:
         assert not found.unlearnt and 0 < found.is_answer.sum() < len(found.ids)
@@ -95,7 +97,7 @@ ENDS |= {shape: "<|endoftext|>" for shape in ("olmo2", "deepseek", "granite", "f
 @pytest.mark.parametrize("shape", parity.SHAPES)
 def test_what_ends_a_turn_is_read_from_the_template(shape, tmp_path):
     template, known = ours(shape, tmp_path)
-    assert chat.ends_of_turn(template, known) == (known.special[ENDS[shape]],)
+    assert chat_template.ends_of_turn(template, known) == (known.special[ENDS[shape]],)
 
 
 @pytest.mark.proof
@@ -116,9 +118,9 @@ def test_names_that_somebody_spells_are_encoded_as_transformers_does(tmp_path):
         template, known = ours(shape, place)
         theirs = PreTrainedTokenizerFast.from_pretrained(place)
         for words in said:
-            messages = [chat.user(words)]
+            messages = [chat_template.user(words)]
             given = theirs.apply_chat_template(
                 messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
             )
-            assert chat.encode(template, messages, known).tolist() == given, (shape, words)
+            assert chat_template.encode(template, messages, known).tolist() == given, (shape, words)
             assert "{% generation" not in template.source and tagged

@@ -10,11 +10,11 @@ from conftest import ROOT, command, tiny
 
 from lm_jax import checkpoint, metrics
 from lm_jax.config import Mesh, UserError
-from lm_jax.data import pipeline
+from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 from lm_jax.tasks import scores
 
@@ -149,7 +149,7 @@ def test_evaluation_counts_every_record_whatever_the_batch_and_devices(place, mo
     with jax.set_mesh(mesh):
         here = jax.jit(lambda: graph.init(jax.random.key(1), sharded=True))()
         found = Evaluator(graph, mesh, Bytes(), size)(here, rows)
-        batch = next(pipeline.batches(rows, mesh, 0, 1, 8 * rows.num_rows))
+        batch = next(loader.batches(rows, mesh, 0, 1, 8 * rows.num_rows))
         logits = np.asarray(jax.jit(lambda p, b: graph.module(p).read(b).labels_BTC)(here, batch), np.float64)
     assert found.tokens == len(found.results) == 30
     asked = np.asarray(batch["loss_mask"]) > 0

@@ -9,9 +9,9 @@ import pytest
 from jax._src import cloud_tpu_init
 from metadata_server import of_worker, serve
 
-from lm_jax import cluster
-from lm_jax.cluster import Cluster
 from lm_jax.config import UserError
+from lm_jax.multihost import cluster
+from lm_jax.multihost.cluster import Cluster
 
 KNOWN = ("JAX_", "OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "CUDA_VISIBLE", "GCE_METADATA", "KUBERNETES_")
 STEP = {

@@ -18,12 +18,13 @@ from conftest import FAMILIES, LLAMA, ROOT, tiny
 from flax.nnx.traversals import flatten_mapping
 from test_processes import outputs, start
 
-from lm_jax import checkpoint, generate
+from lm_jax import checkpoint
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import families, gguf, hugging_face, safetensors
 from lm_jax.data.tokenizer import Bytes
+from lm_jax.generate import command
 from lm_jax.loss import token_losses
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import abstract, make_program
 
@@ -409,7 +410,7 @@ def test_a_hugging_face_folder_is_a_model(llama_of_bytes, capsys):
     assert graph.sequence_length == 64
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(found)} == {8}
     jax.tree.map(np.testing.assert_array_equal, found, ours)
-    assert generate.main(["--model", folder, "--prompt", "a", "--max_new_tokens", "4"]) == 0
+    assert command.main(["--model", folder, "--prompt", "a", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("a")
 
 
@@ -444,7 +445,7 @@ def test_smollm2_is_what_it_was(tmp_path, capsys):
     assert found.tokenizer.encode("The capital of France is").tolist() == [504, 3575, 282, 4649, 314]
     capsys.readouterr()
     prompt = ["--prompt", "The capital of France is", "--temperature", "0", "--max_new_tokens", "2"]
-    assert generate.main(["--model", folder, *prompt]) == 0
+    assert command.main(["--model", folder, *prompt]) == 0
     assert capsys.readouterr().out.startswith("The capital of France is Paris.")
     tokens = found.tokenizer.encode(pydoc_data.topics.topics["for"])[None]
     assert tokens.shape == (1, 452)

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, tiny
 
 from lm_jax import checkpoint, main, metrics
-from lm_jax.data import pipeline
+from lm_jax.batch_ramp import DataState, Ramp, clocks, every, make_ramp, with_steps
+from lm_jax.data import loader
 from lm_jax.optimizer import schedule
-from lm_jax.ramp import DataState, Ramp, clocks, every, make_ramp, with_steps
 
 LENGTH, ROWS_PER_EPOCH = 64, 1000.0
 
@@ -144,14 +144,14 @@ def folder(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def fed(monkeypatch) -> list[int]:
     """The rows that went into a step, as they went."""
-    rows, plain = [], pipeline.batches
+    rows, plain = [], loader.batches
 
     def listed(*given):
         for batch in plain(*given):
             rows.extend(np.asarray(batch["row"]).tolist())
             yield batch
 
-    monkeypatch.setattr(pipeline, "batches", listed)
+    monkeypatch.setattr(loader, "batches", listed)
     return rows
 
 
@@ -169,14 +169,14 @@ def flags(folder, workdir, **changes) -> list[str]:
 @pytest.fixture
 def not_finite(monkeypatch):
     """Rows 72 to 87 have no loss that is finite."""
-    block = pipeline.Stream.block
+    block = loader.Stream.block
 
     def poisoned(stream, first, num):
         found = block(stream, first, num)
         bad = (found["row"] >= 72) & (found["row"] < 88)
         return found | {"loss_mask": np.where(bad[:, None], np.float32(np.nan), found["loss_mask"])}
 
-    monkeypatch.setattr(pipeline.Stream, "block", poisoned)
+    monkeypatch.setattr(loader.Stream, "block", poisoned)
 
 
 def test_a_run_that_is_resumed_with_other_batches_counts_what_it_read(folder, tmp_path, fed, not_finite, capsys):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, compile_cache, config, evaluate, files, generate, main, metrics
+from lm_jax import checkpoint, compile_cache, config, evaluate, files, main, metrics
 from lm_jax.data import packing, shards
+from lm_jax.generate import command
 from lm_jax.sharding import make_mesh
 
 SMALL = dict(
@@ -49,7 +50,7 @@ def train(place: pathlib.Path, num_steps: int = 6) -> tuple[int, str]:
 
 def write(place: pathlib.Path, prompt: str = "the ") -> tuple[int, str]:
     arguments = ["--model", str(place / "run"), "--prompt", prompt, "--temperature", "0", "--max_new_tokens", "8"]
-    return said_and_code(generate.main, arguments)
+    return said_and_code(command.main, arguments)
 
 
 def arrays(place: pathlib.Path) -> list[np.ndarray]:

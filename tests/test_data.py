@@ -10,13 +10,13 @@ import pytest
 from conftest import tiny
 
 from lm_jax.config import Mesh, UserError
-from lm_jax.data import packing, pipeline, shards, sources, tokenizer
+from lm_jax.data import loader, packing, shards, sources, tokenizer
 from lm_jax.sharding import make_mesh
 
 
 @pytest.fixture
 def stream(corpus):
-    return pipeline.Stream(corpus.splits["train"], 64, seed=0)
+    return loader.Stream(corpus.splits["train"], 64, seed=0)
 
 
 def tiny_split(sizes) -> shards.Split:
@@ -83,7 +83,7 @@ def test_code_takes_few_tokens():
 @pytest.mark.parametrize("sizes", [[5], [1, 1, 1], [7, 3, 20, 1, 9], [64, 64], [200, 1]])
 def test_every_token_is_a_target_once_an_epoch(sizes):
     split = tiny_split(sizes)
-    stream, length = pipeline.Stream(split, 8, seed=3), 8
+    stream, length = loader.Stream(split, 8, seed=3), 8
     epochs = 8  # a whole number of rows
     num_rows = epochs * len(split.tokens) // length
     targets = np.concatenate([stream.row(i)["targets"] for i in range(num_rows)])
@@ -101,9 +101,9 @@ def test_every_token_is_a_target_once_an_epoch(sizes):
 
 def test_a_row_depends_on_nothing_but_its_index(stream, corpus):
     rows = {i: stream.row(i) for i in (70_000, 0, 7, 100_000, 6)}
-    again = pipeline.Stream(corpus.splits["train"], 64, seed=0)
+    again = loader.Stream(corpus.splits["train"], 64, seed=0)
     assert all(equal(again.row(i), row) for i, row in sorted(rows.items()))
-    assert not equal(pipeline.Stream(corpus.splits["train"], 64, seed=1).row(7), rows[7])
+    assert not equal(loader.Stream(corpus.splits["train"], 64, seed=1).row(7), rows[7])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_row_depends_on_nothing_but_its_index(stream, corpus):
 )
 def test_batches_are_the_rows_whatever_the_mesh_and_workers(stream, devices, mesh, num_workers):
     built = make_mesh(mesh, jax.devices()[:devices])
-    found = list(pipeline.batches(stream, built, first=24, num=3, size=8, num_workers=num_workers))
+    found = list(loader.batches(stream, built, first=24, num=3, size=8, num_workers=num_workers))
     assert len(found) == 3
     for j, batch in enumerate(found):
         assert batch["tokens"].sharding.mesh == built and batch["tokens"].shape == (8, 64)
@@ -122,7 +122,7 @@ def test_batches_are_the_rows_whatever_the_mesh_and_workers(stream, devices, mes
 
 @pytest.mark.parametrize("indices", [[0], [5, 6, 7, 8], [3, 4, 9, 10, 11, 2], list(range(40, 80))])
 def test_rows_taken_together_are_the_rows_made_one_by_one(indices):
-    stream = pipeline.Stream(tiny_split([7, 3, 20, 1, 9, 1, 1, 30]), 8, seed=3)
+    stream = loader.Stream(tiny_split([7, 3, 20, 1, 9, 1, 1, 30]), 8, seed=3)
     together = stream.rows(indices)
     for k, i in enumerate(indices):
         alone = packing.make_row(list(stream.pieces(8 * i, 8 * i + 9)), 8, i)
@@ -142,7 +142,7 @@ def test_segments_and_positions_restart_at_documents(stream, corpus):
 @pytest.mark.parametrize("sizes", [[5], [8], [9], [3, 4, 1, 30], [16, 1]])
 def test_held_rows_cover_every_token_once(sizes):
     split = tiny_split(sizes)
-    held = pipeline.Held(split, 8, document_id=9999)
+    held = loader.Held(split, 8, document_id=9999)
     rows = [held.row(i) for i in range(held.num_rows)]
     kept = lambda name: np.concatenate([row[name][row["loss_mask"] > 0] for row in rows])
     np.testing.assert_array_equal(kept("tokens"), split.tokens)

@@ -226,7 +226,7 @@ APART = {
     "a corpus": ([], {"SOURCE": "other"}, "source/.* there, .* on process 0"),
     "a corpus that is missing": ([], {"SOURCE": "missing"}, "source"),
     "a workdir": (["--workdir=other"], {}, "what process 0 writes into .*/run is not in the --workdir of process 1 .*other"),
-    "code": ([], {"PYTHONPATH": "code"}, "lm_jax/ramp.py .* there, .* on process 0"),
+    "code": ([], {"PYTHONPATH": "code"}, "lm_jax/batch_ramp.py .* there, .* on process 0"),
     "a flag of XLA": ([], {"XLA_FLAGS": f"{QUICK} --xla_cpu_enable_fast_math=true"}, "XLA_FLAGS .*fast_math"),
     "a dry run": ([RUN, "--dry_run"], {}, "--dry_run true there, false on process 0"),
     "a mistake before it joins": ([RUN, "--config.no.such=1"], {}, "no such|config.no"),
@@ -245,7 +245,7 @@ def check_apart(name: str, folder: pathlib.Path, num: int) -> None:
         shutil.rmtree(folder / "home-1" / "source")
     if given.get("PYTHONPATH"):
         shutil.copytree(ROOT / "lm_jax", folder / "code" / "lm_jax", ignore=shutil.ignore_patterns("__pycache__"))
-        with open(folder / "code" / "lm_jax" / "ramp.py", "a") as file:
+        with open(folder / "code" / "lm_jax" / "batch_ramp.py", "a") as file:
             file.write("# of another version\n")
     settings = {name: value.replace("code", f"{folder}/code") for name, value in given.items() if name != "SOURCE"}
     of_one = lambda value, nothing: lambda k: value if k == 1 else nothing

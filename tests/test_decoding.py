@@ -6,17 +6,17 @@ import pytest
 import tokenizer_shapes as shapes
 from conftest import tiny
 
-from lm_jax import beam
 from lm_jax.config import Mesh
 from lm_jax.data import objectives, shards, tokenizer
 from lm_jax.data.packing import Held
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import continuation
-from lm_jax.decoding import complete, stream, written_by
 from lm_jax.evaluate import Evaluator, by_source
-from lm_jax.generate import grown
-from lm_jax.model.graph import build
-from lm_jax.sampling import GREEDY
+from lm_jax.generate import beam_search
+from lm_jax.generate.command import grown
+from lm_jax.generate.decoding import complete, stream, written_by
+from lm_jax.generate.sampling import GREEDY
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 
 LOSSLESS = ["llama3", "gpt2", "llama's model", "gemma's model"]
@@ -122,7 +122,7 @@ def test_every_path_writes_what_the_whole_has_more_than_the_prompt(model):
     found = {
         "greedy": complete(graph, parameters, by, prompts, 12, GREEDY, marks=marks),
         "stream": list(stream(graph, parameters, by, prompts, 12, GREEDY, tokens_at_once=4, marks=marks))[-1],
-        "beams": beam.search(graph, parameters, by, prompts, 12, 2, 1.0, marks),
+        "beams": beam_search.search(graph, parameters, by, prompts, 12, 2, 1.0, marks),
     }
     brought = []
     for completions in found.values():

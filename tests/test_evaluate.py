@@ -8,16 +8,16 @@ import pytest
 from conftest import command, tiny
 
 from lm_jax.config import Mesh
-from lm_jax.data import pipeline, shards
+from lm_jax.data import loader, shards
 from lm_jax.evaluate import Evaluator
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
-def held(corpus) -> pipeline.Held:
+def held(corpus) -> loader.Held:
     """37 documents, cut to at most 200 tokens each, so that rows start and end inside documents."""
     split = corpus.splits["train"]
     documents = [
@@ -26,7 +26,7 @@ def held(corpus) -> pipeline.Held:
     ]
     offsets = np.cumsum([0, *map(len, documents)])
     num_bytes = sum(corpus.tokenizer.bytes_per_piece[document].sum() for document in documents)
-    return pipeline.Held(
+    return loader.Held(
         shards.Split(np.concatenate(documents), offsets, int(num_bytes)), 64, corpus.tokenizer.document_id
     )
 

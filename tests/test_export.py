@@ -19,14 +19,15 @@ import pytest
 from conftest import FAMILIES, ROOT, command, tiny
 from one_process import performed
 
-from lm_jax import chat, checkpoint
+from lm_jax import checkpoint
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import export, gguf, hugging_face, proof, safetensors, text_files, tokenizer_json
 from lm_jax.data import special_ids, tokenizer
 from lm_jax.data.special_ids import SpecialIds
-from lm_jax.decoding import Completion, complete
-from lm_jax.model.graph import build
-from lm_jax.sampling import Sampling
+from lm_jax.generate import chat_template
+from lm_jax.generate.decoding import Completion, complete
+from lm_jax.generate.sampling import Sampling
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -100,7 +101,7 @@ def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = ()
     first = by.document_id
     ids = SpecialIds((first,), (), first, (first, *ends))
     template, added = TEMPLATE if kind == "chat" else "", text_files.added_pieces(config.data.objective, by)
-    ids, no_chat = export.with_turns(ids, chat.Template(template) if template else None, by)
+    ids, no_chat = export.with_turns(ids, chat_template.Template(template) if template else None, by)
     num = by.num_pieces + len(added)
     graph = build(config.model, num, config.data.sequence_length)
     ours = jax.jit(lambda: graph.init(jax.random.key(1)))()
@@ -130,7 +131,7 @@ class Here:
         by = tokenizer.HuggingFace(files["tokenizer.json"])
         ends = json.loads(files["generation_config.json"])["eos_token_id"]
         source = files.get("chat_template.jinja", b"").decode()
-        template = chat.Template(source) if source else None
+        template = chat_template.Template(source) if source else None
         ids = SpecialIds(tuple(by.around()[0]), (), ends[0], tuple(ends))
         parameters = hugging_face.parameters(described, tensors, "a mutant")
         self.ours = proof.Exported(described, graph, parameters, by, ids, template)
@@ -144,7 +145,7 @@ class Here:
         return [*self.ours.ids.first, *self.ours.tokenizer.encode(text).tolist()]
 
     def encode_chat(self, messages):
-        return chat.encode(self.ours.template, messages, self.ours.tokenizer).tolist()
+        return chat_template.encode(self.ours.template, messages, self.ours.tokenizer).tolist()
 
     def write(self, ids, limit):
         ours, prompt = self.ours, np.array(ids, np.int32)
@@ -531,7 +532,7 @@ def test_an_exported_instruction_run_stops_in_transformers(instructed):
     model = transformers.AutoModelForCausalLM.from_pretrained(str(folder / "out")).eval()
     by = transformers.AutoTokenizer.from_pretrained(str(folder / "out"))
     asked = by.apply_chat_template(
-        [chat.user("Say yes.")], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        [chat_template.user("Say yes.")], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     with torch.no_grad():
         found = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]

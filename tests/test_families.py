@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax import checkpoint, command, costs, metrics, train, verify
+from lm_jax import checkpoint, cli, metrics, train, verify
 from lm_jax.config import Mesh, UserError
-from lm_jax.data import mixture, objectives, pipeline
+from lm_jax.data import loader, mixture, objectives
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
+from lm_jax.plan import counts
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
@@ -63,7 +64,7 @@ def test_eight_rows_are_learnt_by_heart(kind):
     config, num_pieces, stream = opened(**KINDS[kind] | changes, optimizer__weight_decay=0.0)
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        batch = next(pipeline.batches(stream, mesh, 0, 1, 8))
+        batch = next(loader.batches(stream, mesh, 0, 1, 8))
         program = make_program(config, num_pieces)
         state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=True)
         for _ in range(150):
@@ -223,17 +224,17 @@ def test_an_objective_needs_its_kind():
 
 @pytest.mark.parametrize(("name", "pieces", "millions"), [("bert_base", 30_522, 110), ("t5_small", 32_100, 77)])
 def test_a_published_size_has_its_parameters(name, pieces, millions):
-    config, _ = command.load_config(f"experiments/{name}.py", {})
+    config, _ = cli.load_config(f"experiments/{name}.py", {})
     extra = objectives.EXTRA[config.data.objective]
     assert config.data.tokenizer == f"sentencepiece:{pieces - extra}"
     graph = build(config.model, pieces, config.data.sequence_length)
-    assert abs(costs.count(config, graph.declarations).parameters / millions / 1e6 - 1) < 0.005
+    assert abs(counts.count(config, graph.declarations).parameters / millions / 1e6 - 1) < 0.005
 
 
 def test_what_an_encoder_and_an_encoder_decoder_compute_is_counted():
     """Six FLOPs a matrix parameter; all pairs of both sides, and for a target its half, all of its source besides."""
     for kind, share in (("encoder", 1.0), ("encoder_decoder", 2.5), ("lstm", 0.0)):
         config = tiny(**KINDS[kind])
-        found = costs.count(config, build(config.model, 512, 64).declarations)
+        found = counts.count(config, build(config.model, 512, 64).declarations)
         pairs = 12 * 64 * share * config.data.sequence_length * config.model.num_layers
         assert found.flops_per_token == 6 * found.matrix_parameters + pairs

@@ -9,7 +9,7 @@ from conftest import ROOT
 from etils import epath
 from test_train import damage
 
-from lm_jax import checkpoint, command, fault_points, main, places
+from lm_jax import checkpoint, cli, fault_points, main, remote
 from lm_jax.config import UserError
 
 LINE = [
@@ -42,7 +42,7 @@ def test_every_point_is_come_to(tmp_path, monkeypatch):
     for name in ("near", "far"):
         (tmp_path / name).mkdir()
     (tmp_path / "near" / "log.txt").write_text("said")
-    desk = places.Desk(epath.Path(tmp_path / "far"))
+    desk = remote.Desk(epath.Path(tmp_path / "far"))
     desk.folder = epath.Path(tmp_path / "near")
     desk.send()
     assert fault_points.POINTS.keys() == {*found}
@@ -116,11 +116,11 @@ def test_it_raises():
 
 def test_a_command_says_that_it_was_not_broken_or_refuses(monkeypatch, capsys):
     monkeypatch.setenv("LM_JAX_FAULT", "kill@step:3")
-    assert command.outcome(lambda arguments: 0, []) == 0
+    assert cli.outcome(lambda arguments: 0, []) == 0
     assert "not broken: step was reached 0 times" in capsys.readouterr().err
     monkeypatch.setenv("LM_JAX_FAULT", "kill@stap")
-    assert command.outcome(lambda arguments: 0, []) == 2
+    assert cli.outcome(lambda arguments: 0, []) == 2
     assert "did you mean step?" in capsys.readouterr().err
     monkeypatch.delenv("LM_JAX_FAULT")
-    assert command.outcome(lambda arguments: 0, []) == 0
+    assert cli.outcome(lambda arguments: 0, []) == 0
     assert capsys.readouterr().err == ""

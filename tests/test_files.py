@@ -10,8 +10,9 @@ import pytest
 from test_shards import made_up, write
 
 from lm_jax import compile_cache, files, metrics
-from lm_jax.data import packing, prepare, shards
-from lm_jax.data.report import Tally
+from lm_jax.data import packing, shards
+from lm_jax.prepare import run
+from lm_jax.prepare.report import Tally
 
 
 def known_hashes(folder, corpus) -> None:
@@ -29,7 +30,7 @@ WRITERS = {
     "a program": lambda folder, corpus: compile_cache.CompileCache(str(folder)).put("a", b"program"),
     "a packing plan": lambda folder, corpus: packing.planned(np.arange(1, 30), 32, keep=True),
     "known hashes": known_hashes,
-    "a plan of preparation": lambda folder, corpus: prepare.write_json(str(folder / "plan.json"), {"a": 1}),
+    "a plan of preparation": lambda folder, corpus: run.write_json(str(folder / "plan.json"), {"a": 1}),
     "a report": lambda folder, corpus: Tally().save(str(folder / "report.json")),
     "a corpus": lambda folder, corpus: write(folder / "made", corpus, {"train": made_up(9)}, 1000),
 }

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, command, tiny
 
-from lm_jax import beam
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import hugging_face
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Bytes
-from lm_jax.decoding import State, complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.generate import beam_search
+from lm_jax.generate.decoding import State, complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.generate.sampling import GREEDY, Sampling, keys, sample
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import build
-from lm_jax.sampling import GREEDY, Sampling, keys, sample
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -223,11 +223,11 @@ def test_beams_are_those_of_plain_python(model, penalty, several):
     if several:
         first = complete(graph, parameters, tokenizer, PROMPTS[:1], 1, GREEDY)[0].tokens
         marks = marks._replace(ends=(*marks.ends, *first))
-    found = beam.search(graph, parameters, tokenizer, PROMPTS, 6, 3, penalty, marks)
+    found = beam_search.search(graph, parameters, tokenizer, PROMPTS, 6, 3, penalty, marks)
     for prompt, one in zip(PROMPTS, found, strict=True):
         tokens, total = plain_beams(graph, parameters, tokenizer, prompt, 6, 3, penalty, marks.ends)
         assert one.tokens == tokens and one.log_probabilities == [pytest.approx(total, rel=1e-4)]
-    best = beam.search(graph, parameters, tokenizer, PROMPTS, 6, 1, penalty)
+    best = beam_search.search(graph, parameters, tokenizer, PROMPTS, 6, 1, penalty)
     if penalty == 0 and not several:
         greedy = complete(graph, parameters, tokenizer, PROMPTS, 6, GREEDY)
         assert [one.tokens for one in best] == [one.tokens for one in greedy], "one beam is greedy"
@@ -240,11 +240,13 @@ def test_several_ends_at_once_crowd_out_no_text_that_goes_on(monkeypatch):
     chances[5] = [1, 0, 0, 0, 0, 0, 0, 0]
     rows = np.log(np.maximum(chances, 1e-9)).astype(np.float32)[:, None]
     logits = lambda token_B: sum(jnp.where(token_B[:, None] == k, row, 0) for k, row in enumerate(rows))
-    monkeypatch.setattr(beam, "next_logits", lambda graph, parameters, state: (logits(state.token_B), state.caches))
+    monkeypatch.setattr(
+        beam_search, "next_logits", lambda graph, parameters, state: (logits(state.token_B), state.caches)
+    )
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         zeros = on_mesh(np.zeros(2, np.int32))
         state = State({}, zeros + 3, zeros, zeros > 0, jnp.int32(0))
-        found = beam.decode("a table", {}, state, 2, 4, (0, 1, 2), np.float32(1))
+        found = beam_search.decode("a table", {}, state, 2, 4, (0, 1, 2), np.float32(1))
     assert np.asarray(found.finished_BKN)[0, 0, :2].tolist() == [5, 0]
     assert float(found.finished_scores_BK[0, 0]) == pytest.approx(np.log(0.1) / 2, rel=1e-5)
 
@@ -361,7 +363,7 @@ def test_greedy_and_beam_texts_are_those_of_transformers(name, tmp_path):
             parameters = jax.tree.map(jnp.asarray, hugging_face.read_parameters(str(tmp_path), described))
             arguments, marks = (graph, parameters, Bytes(), prompts, 16), SpecialIds((), (), 0, ends)
             greedy = [x.tokens for x in complete(*arguments, GREEDY, marks=marks)]
-            best = [x.tokens for x in beam.search(*arguments, 3, 1.0, marks)]
+            best = [x.tokens for x in beam_search.search(*arguments, 3, 1.0, marks)]
         assert greedy == texts_there(model, prompts, 16, 1, ends)
         assert best == texts_there(model, prompts, 16, 3, ends)
         assert any(len(tokens) < 16 for tokens in greedy)

@@ -9,7 +9,7 @@ import pytest
 from conftest import command, tiny
 
 from lm_jax import metrics, train
-from lm_jax.data import pipeline
+from lm_jax.data import loader
 from lm_jax.goodput import Goodput, traced
 
 SMALL = dict(train__num_steps=4, evaluate__every=2, evaluate__prompt="", checkpoint__every=2, optimizer__warmup=1)
@@ -57,7 +57,7 @@ def test_one_compile_of_the_step_across_evaluation_checkpoint_and_resume(tmp_pat
 
 def test_a_transfer_that_nobody_asked_for_stops_the_loop(tmp_path, monkeypatch):
     """The mutant feeds the step from the host's memory."""
-    whole = pipeline.batches
+    whole = loader.batches
     to_host = lambda *arguments: ({name: np.asarray(x) for name, x in batch.items()} for batch in whole(*arguments))
     monkeypatch.setattr(train.pipeline, "batches", to_host)
     with pytest.raises(Exception, match="Disallowed (host-to-device|device-to-host) transfer"):

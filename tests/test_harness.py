@@ -15,9 +15,9 @@ from conftest import ROOT
 
 from lm_jax import checkpoint
 from lm_jax.config import UserError
-from lm_jax.decoding import complete
-from lm_jax.likelihood import likelihoods
-from lm_jax.sampling import GREEDY
+from lm_jax.generate.decoding import complete
+from lm_jax.generate.likelihood import likelihoods
+from lm_jax.generate.sampling import GREEDY
 
 pytestmark = pytest.mark.proof
 TASKS = ROOT / "tools" / "lm_eval_tasks"
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 @pytest.fixture(scope="module")
 def harness():
     pytest.importorskip("lm_eval", reason="pip install -e '.[lm-eval]'")
-    from lm_jax import harness
+    from lm_jax.generate import lm_eval as harness
 
     return harness
 

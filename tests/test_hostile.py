@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lm_jax import command, evaluate, generate, main
+from lm_jax import cli, evaluate, main
 from lm_jax.convert import safetensors
 from lm_jax.data import shards, tokenizer
 from lm_jax.data.sources import SPLITS
+from lm_jax.generate import command as generate
 
 QUICKSTART = f"--config={ROOT}/experiments/quickstart.py:smoke"
 TASK = ["--config.train.task=classification", "--config.model.labels=('a', 'b')", "--config.data.packing=best_fit"]
@@ -29,8 +30,8 @@ def tool(name: str):
     """`main` of a tool, found when it is called."""
 
     def run(arguments: list[str]) -> int:
-        spec = command.importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-        module = command.importlib.util.module_from_spec(spec)
+        spec = cli.importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+        module = cli.importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.main(arguments)
 
@@ -392,7 +393,7 @@ def ends(place: str, name: str, capfd) -> None:
     """Performs a command on what is named: it ends with exit code 2 and one to five plain lines."""
     function, arguments = PLACES[place]
     with deadline(SECONDS), pytest.raises(SystemExit) as stopped:
-        command.door(function, [argument.format(name) if "{}" in argument else argument for argument in arguments])
+        cli.door(function, [argument.format(name) if "{}" in argument else argument for argument in arguments])
     output, error = capfd.readouterr()
     assert stopped.value.code == 2, f"exit {stopped.value.code}\n{output[-2000:]}\n{error[-3000:]}"
     shown = error.strip().split("\n")

@@ -9,8 +9,9 @@ from conftest import ROOT, tiny
 from test_instruction import TEMPLATES, tokenizer_json
 from test_shards import made_up, write
 
-from lm_jax import chat, command
+from lm_jax import cli
 from lm_jax.data import mixture
+from lm_jax.generate import chat_template
 
 spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools" / "inspect_data.py")
 assert spec and spec.loader
@@ -65,13 +66,13 @@ def test_statistics_are_counted_against_the_weights(sources, capsys):
 
 
 def test_a_negative_step_is_refused():
-    with pytest.raises(command.UserError, match="at least 0"):
+    with pytest.raises(cli.UserError, match="at least 0"):
         inspect_data.main([*CONFIG, "--step=-1"])
 
 
 def test_what_is_learnt_of_a_conversation_or_a_pair_is_told_apart(tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(""))
-    (tmp_path / chat.FILE).write_text(TEMPLATES["chatml"][1])
+    (tmp_path / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "now?"), ("assistant", "soon")]
     messages = [{"role": role, "content": content} for role, content in turns]
     given = [f"--config.data.{name}={tmp_path}" for name in ("sources", "tokenizer")]

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lm_jax import command
+from lm_jax import cli
 
 SCRIPT = """
 import os, sys
@@ -21,8 +21,8 @@ print(os.getpid(), os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
 @pytest.mark.parametrize(
     ("before", "expected"),
     [
-        ("", command.KEPT_MEMORY),
-        ("glibc.malloc.check=0", f"glibc.malloc.check=0:{command.KEPT_MEMORY}"),
+        ("", cli.KEPT_MEMORY),
+        ("glibc.malloc.check=0", f"glibc.malloc.check=0:{cli.KEPT_MEMORY}"),
         ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
     ],
 )

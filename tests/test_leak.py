@@ -11,7 +11,7 @@ from conftest import tiny
 from lm_jax.data import packing, shards
 from lm_jax.loss import loss_sum
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 
 LENGTH = 520  # more than one chunk of the chunked backend
 SIZES = [180, 300, 40]

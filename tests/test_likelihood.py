@@ -7,9 +7,9 @@ import pytest
 from conftest import FAMILIES, tiny
 
 from lm_jax.config import Mesh, UserError
-from lm_jax.likelihood import PLACES, batches, likelihoods
+from lm_jax.generate.likelihood import PLACES, batches, likelihoods
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 
 SEES = 100

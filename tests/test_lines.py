@@ -5,7 +5,8 @@ import io
 import pytest
 
 from lm_jax.config import UserError
-from lm_jax.data import lines, readers
+from lm_jax.data import lines
+from lm_jax.prepare import readers
 from lm_jax.tasks import tables
 
 HALVES = (r'{"a": "\ud83d"}', r'{"a": {"b": ["c", {"d": "\udc00 e"}]}}', r'{"a": [{"role": "\ud83d", "content": "x"}]}')

@@ -13,9 +13,9 @@ from test_golden import batch
 from test_optimizer import KERNEL
 from test_train import final_arrays, lines_of
 
-from lm_jax import checkpoint, command, evaluate, main, optimizer, train
+from lm_jax import checkpoint, cli, evaluate, main, optimizer, train
 from lm_jax.config import Mesh
-from lm_jax.data import pipeline
+from lm_jax.data import loader
 from lm_jax.optimizer import all_finite, dynamic_loss_scale, make_optimizer
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
@@ -235,17 +235,17 @@ def test_the_average_is_the_model(halves, capsys):
 
 
 def test_nothing_but_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, capsys):
-    block = pipeline.Stream.block
+    block = loader.Stream.block
 
     def broken_from_row_40(stream, first, num):
         found = block(stream, first, num)
         broken = np.where(found["row"] >= 40, np.float32(np.nan), 1)
         return found | {"loss_mask": found["loss_mask"] * broken[:, None]}
 
-    monkeypatch.setattr(pipeline.Stream, "block", broken_from_row_40)
+    monkeypatch.setattr(loader.Stream, "block", broken_from_row_40)
     more = ["--config.train.num_steps=50", "--config.log.every=4"]
     workdir = tmp_path / "run"
-    assert main.main([*OFTEN, *more, "--workdir", str(workdir)]) == command.EXIT_FAULT
+    assert main.main([*OFTEN, *more, "--workdir", str(workdir)]) == cli.EXIT_FAULT
     said = capsys.readouterr().out
     assert "step 6 skipped: the gradient of rows 40 to 47 is not finite" in said and "steps 7 to 8 skipped" in said
     assert f"stopped: {train.MOST_IN_A_ROW} updates in a row were not finite" in said and "from step 16 " in said
@@ -262,7 +262,7 @@ def decays_too_much(monkeypatch):
 
 
 def test_nothing_but_updates_that_are_not_finite_ends_the_run(tmp_path, capsys, decays_too_much):
-    assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == command.EXIT_FAULT
+    assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == cli.EXIT_FAULT
     said = capsys.readouterr().out
     assert "skipped: the update of rows 0 to" in said and f"stopped: {train.MOST_IN_A_ROW} updates in a row" in said
     assert all(np.isfinite(x).all() for x in final_arrays(tmp_path / "run"))
@@ -271,6 +271,6 @@ def test_nothing_but_updates_that_are_not_finite_ends_the_run(tmp_path, capsys, 
 def test_a_run_whose_state_is_not_finite_ends_before_it_saves(tmp_path, capsys, monkeypatch, decays_too_much):
     """The guard switched off: nothing else stands between NaN and a checkpoint."""
     monkeypatch.setattr(optimizer, "all_finite", lambda tree: True)
-    assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == command.EXIT_FAULT
+    assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == cli.EXIT_FAULT
     assert "stopped: the state after step 2 is not finite (inf or NaN), and is not saved" in capsys.readouterr().out
     assert not checkpoint.complete_steps(tmp_path / "run" / "checkpoints")

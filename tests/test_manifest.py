@@ -17,7 +17,7 @@ from save_and_restore import digest, run_program
 from test_places import bucket, bucket_emulator  # noqa: F401  (a fixture)
 from test_processes import outputs, start
 
-from lm_jax import checkpoint, distributed, manifest, places
+from lm_jax import checkpoint, distributed, manifest, remote
 from lm_jax.config import Mesh, UserError
 from lm_jax.sharding import make_mesh
 
@@ -185,7 +185,7 @@ def test_who_wrote_a_file_on_a_disk(name):
     ],
 )
 def test_what_a_store_says_of_an_object(about, found):
-    assert places.store_hash(about) == (found and {"bytes": 3, "md5": found})
+    assert remote.store_hash(about) == (found and {"bytes": 3, "md5": found})
 
 
 # {who answers what: what all of them are told}; a number is an OSError's.

@@ -11,8 +11,9 @@ import jax
 import pytest
 from conftest import ROOT, command
 
-from lm_jax import command as commands
-from lm_jax import evaluate, generate, main, verify
+from lm_jax import cli as commands
+from lm_jax import evaluate, main, verify
+from lm_jax.generate import command as generate
 
 SMOKE = "--config=experiments/quickstart.py:smoke"
 CLASSES = ["--config.train.task=classification", "--config.model.labels=('a', 'b')", "--config.data.packing=best_fit"]

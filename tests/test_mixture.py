@@ -13,7 +13,7 @@ from test_shards import made_up, write
 
 from lm_jax import checkpoint
 from lm_jax.config import Mesh, UserError
-from lm_jax.data import mixture, packing, pipeline, shards
+from lm_jax.data import loader, mixture, packing, shards
 from lm_jax.evaluate import Totals, by_source
 from lm_jax.sharding import make_mesh
 
@@ -135,8 +135,8 @@ def test_row_a_billion_is_found_at_once(corpus):
 def test_twice_the_batch_goes_on_with_the_next_row(corpus):
     mixed = mixture.Mixed([packing.Stream(corpus.splits["train"], 64, 0)], mixture.Shares([1.0]))
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    first = [batch["row"] for batch in pipeline.batches(mixed, mesh, 0, 5, 4)]
-    then = [batch["row"] for batch in pipeline.batches(mixed, mesh, 20, 5, 8)]
+    first = [batch["row"] for batch in loader.batches(mixed, mesh, 0, 5, 4)]
+    then = [batch["row"] for batch in loader.batches(mixed, mesh, 20, 5, 8)]
     np.testing.assert_array_equal(np.concatenate([*first, *then]), np.arange(60))
 
 

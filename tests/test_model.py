@@ -10,10 +10,10 @@ import pytest
 from conftest import FAMILIES, tiny
 
 from lm_jax.data import packing
-from lm_jax.decoding import next_logits, prefill
+from lm_jax.generate.decoding import next_logits, prefill
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 from lm_jax.model.layers import is_apart, row_keys
 
 LENGTH = 64

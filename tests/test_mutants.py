@@ -11,12 +11,13 @@ import jax
 import pytest
 from conftest import ROOT
 
-from lm_jax import command, costs
+from lm_jax import cli
+from lm_jax.batch_ramp import make_ramp, with_steps
 from lm_jax.config import LARGEST_HEAD, Config, UserError, flatten, leaves, resolve, unflatten
 from lm_jax.data.objectives import EXTRA
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
-from lm_jax.ramp import make_ramp, with_steps
+from lm_jax.plan import counts
 from lm_jax.sharding import mesh_shape, preflight
 from lm_jax.train_state import fresh, make_program
 
@@ -54,8 +55,8 @@ def plan(config: Config) -> None:
     ramp = make_ramp(config)
     config = with_steps(config, ramp, rows_per_epoch=1000)
     program = make_program(config, pieces)
-    counted = costs.count(config, program.graph.declarations)
-    costs.choose_microbatch(config, counted, sizes, ramp, jax.devices()[0])
+    counted = counts.count(config, program.graph.declarations)
+    counts.choose_microbatch(config, counted, sizes, ramp, jax.devices()[0])
     jax.eval_shape(lambda: fresh(program))
 
 
@@ -85,7 +86,7 @@ def mutant(seed: int) -> tuple[str, dict]:
     """(what was changed, the config with it as a nested dict): one to three leaves, each by a value of any type."""
     rng = random.Random(seed)
     name, small = rng.choice(EXPERIMENTS), rng.random() < 0.7
-    flat = flatten(command.experiment_config(f"experiments/{name}.py{':smoke' * small}").to_dict())
+    flat = flatten(cli.experiment_config(f"experiments/{name}.py{':smoke' * small}").to_dict())
     chosen = rng.sample(list(leaves()), rng.choice((1, 1, 1, 2, 3)))
     for path in chosen:
         old, choices = flat[path], leaves()[path].metadata["choices"]
@@ -135,9 +136,7 @@ FLAGS = [f"--config.{path}={text}" for path in MIXED for text in TEXTS]
 
 def test_texts_of_flags_are_refused_or_harmless():
     for flag in FLAGS:
-        make = lambda flag=flag: command.load_config(
-            "experiments/quickstart.py:smoke", command.split_overrides([flag])[0]
-        )[0]
+        make = lambda flag=flag: cli.load_config("experiments/quickstart.py:smoke", cli.split_overrides([flag])[0])[0]
         check(answer(make), flag[:80])
 
 
@@ -157,7 +156,7 @@ RANGES = {
 @pytest.mark.parametrize("path", RANGES)
 def test_what_no_run_can_have_is_refused_by_name(path):
     for value in RANGES[path]:
-        flat = flatten(command.experiment_config("experiments/quickstart.py:smoke").to_dict()) | {path: value}
+        flat = flatten(cli.experiment_config("experiments/quickstart.py:smoke").to_dict()) | {path: value}
         with pytest.raises(UserError) as error:
             resolve(unflatten(flat))
         assert f"config.{path}" in str(error.value)
@@ -165,7 +164,7 @@ def test_what_no_run_can_have_is_refused_by_name(path):
 
 
 def test_heads_that_are_too_wide_are_refused_with_how_many_there_must_be():
-    config = command.experiment_config("experiments/quickstart.py")
+    config = cli.experiment_config("experiments/quickstart.py")
     config.model.model_dim, config.model.num_heads = 8192, 2
     with pytest.raises(UserError, match="at least 8 heads"):
         resolve(config)

@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 
 from lm_jax.config import Mesh, leaves
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 from lm_jax.model.layers import Declaration, constant
 from lm_jax.optimizer import averaged, is_matrix, make_optimizer, schedule
 from lm_jax.sharding import make_mesh

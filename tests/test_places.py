@@ -17,7 +17,7 @@ from conftest import ROOT
 from etils import epath
 from test_shards import made_up, write
 
-from lm_jax import metrics, places
+from lm_jax import metrics, remote
 from lm_jax.data import shards
 
 sys.path.append(str(ROOT / "tools"))
@@ -25,7 +25,7 @@ bucket_emulator = importlib.import_module("bucket_emulator")
 
 
 def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
-    desk = places.Desk(epath.Path(tmp_path))
+    desk = remote.Desk(epath.Path(tmp_path))
     desk.fetch()
     desk.send()
     assert desk.folder == epath.Path(tmp_path) and list(tmp_path.iterdir()) == []
@@ -34,8 +34,8 @@ def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
 @pytest.mark.parametrize("process", [0, 1, 3])
 def test_of_several_processes_the_leading_one_sends(tmp_path, monkeypatch, process):
     """A desk apart from its workdir, as that of a URL is."""
-    monkeypatch.setattr(places.jax, "process_index", lambda: process)
-    desk = places.Desk(epath.Path(tmp_path / "there"))
+    monkeypatch.setattr(remote.jax, "process_index", lambda: process)
+    desk = remote.Desk(epath.Path(tmp_path / "there"))
     desk.folder = epath.Path(tmp_path / "desk")
     for folder in (desk.workdir, desk.folder):
         folder.mkdir()
@@ -49,15 +49,15 @@ def test_of_several_processes_the_leading_one_sends(tmp_path, monkeypatch, proce
     [
         ({"host": "elsewhere", "pid": 1, "until": 1000}, False),
         ({"host": "elsewhere", "pid": 1, "until": -1}, True),
-        ({"host": places.socket.gethostname(), "pid": 2**22 + 1, "until": 1000}, True),
-        ({"host": places.socket.gethostname(), "pid": os.getpid(), "until": 1000}, False),
+        ({"host": remote.socket.gethostname(), "pid": 2**22 + 1, "until": 1000}, True),
+        ({"host": remote.socket.gethostname(), "pid": os.getpid(), "until": 1000}, False),
         ("no object", True),
     ],
 )
 def test_a_lock_is_over_with_its_lease_or_its_process(holder, over):
     if isinstance(holder, dict):
         holder = holder | {"until": time.time() + holder["until"]}  # from now, not from when tests were collected
-    assert places._expired(json.dumps(holder).encode()) == over
+    assert remote._expired(json.dumps(holder).encode()) == over
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +137,15 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_
 @pytest.mark.proof
 @pytest.mark.skipif(not bucket_emulator.is_here(), reason="gcp-storage-emulator is not installed")
 def test_one_run_a_bucket(bucket, monkeypatch):
-    monkeypatch.setattr(places, "LEASE", 2.0)
+    monkeypatch.setattr(remote, "LEASE", 2.0)
     workdir = epath.Path(f"{bucket}/runs/locked")
     said = []
-    with places.leased(workdir, said.append):
-        with pytest.raises(shards.UserError, match="another run is at work"), places.leased(workdir, said.append):
+    with remote.leased(workdir, said.append):
+        with pytest.raises(shards.UserError, match="another run is at work"), remote.leased(workdir, said.append):
             pass
-    with places.leased(workdir, said.append):
+    with remote.leased(workdir, said.append):
         assert "locked by a run that may be dead" in said[0]
     (workdir / "lock" / "7").write_text(json.dumps({"host": "elsewhere", "pid": 1, "until": time.time() - 1}))
-    with places.leased(workdir, said.append):
+    with remote.leased(workdir, said.append):
         assert [path.name for path in (workdir / "lock").iterdir()] == ["8"]
     assert not list((workdir / "lock").glob("*"))

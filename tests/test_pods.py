@@ -16,8 +16,9 @@ from metadata_server import of_worker
 from on_tpu_vm import pretend
 from test_processes import free_port
 
-from lm_jax import costs, distributed, train
+from lm_jax import distributed, train
 from lm_jax.config import flatten
+from lm_jax.plan import counts
 
 TRAIN = ["--config=experiments/quickstart.py:smoke", "--config.evaluate.prompt=", "--config.evaluate.every=0"]
 
@@ -130,7 +131,7 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
     monkeypatch.setattr(train, "leads", lambda: True)
     monkeypatch.setattr(train, "make_mesh", lambda mesh, here: pretended_mesh(here))
     asked = []
-    monkeypatch.setattr(costs, "choose_microbatch", watched(costs.choose_microbatch, asked))
+    monkeypatch.setattr(counts, "choose_microbatch", watched(counts.choose_microbatch, asked))
     config = tiny(train__microbatch_rows="auto", evaluate__prompt="", model__attention="chunked")
     assert train.run(config, "experiments/quickstart.py:smoke", str(tmp_path / "run"), {}, dry_run=True) == 0
     assert [device.process_index for device in asked] == [number]

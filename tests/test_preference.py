@@ -12,14 +12,16 @@ from test_resume import kill_once_saved
 from test_tasks import write_table
 from test_train import assert_same_run, lines_of
 
-from lm_jax import chat, evaluate, loss, main, reference
+from lm_jax import evaluate, loss, main
 from lm_jax.config import Mesh, UserError
-from lm_jax.data import pipeline
+from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.evaluate import Evaluator, open_data
-from lm_jax.heads import label_losses
-from lm_jax.model.graph import build
+from lm_jax.generate import chat_template
+from lm_jax.model.build import build
+from lm_jax.model.task_heads import label_losses
 from lm_jax.sharding import make_mesh
+from lm_jax.tasks import dpo_reference
 
 END = 256
 PAIRS = [
@@ -66,7 +68,7 @@ def test_a_pair_is_two_segments_of_one_row(place):
 
 def test_conversations_are_answered_in_the_chat_template(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(""))
-    (tmp_path / chat.FILE).write_text(TEMPLATES["chatml"][1])
+    (tmp_path / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
     prompt = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("user", "now?"))]
     place = write_table(tmp_path, ".jsonl", [{"prompt": prompt, "chosen": "soon", "rejected": "never"}])
     given = dict(data__global_batch_size=1, train__microbatch_rows=1, data__validation_fraction=0.0)
@@ -144,7 +146,7 @@ def test_the_loss_is_that_of_the_paper(model):
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         first, now = parameters_of(graph, 1), parameters_of(graph, 2)
         evaluator = Evaluator(graph, make_mesh(Mesh(), jax.devices()[:1]), Bytes(), 4)
-        margins = reference.margins(mixed, config, "validation", first, evaluator)
+        margins = dpo_reference.margins(mixed, config, "validation", first, evaluator)
         columns, split = mixed.records["validation"].columns, mixed.records["validation"].split
         columns["reference"][split.offsets[:-1]] = margins
         ((_, rows),) = mixed.held(config.data, "validation").items()
@@ -184,8 +186,10 @@ def test_it_starts_at_ln_2_and_a_step_goes_the_right_way_on_any_mesh(model):
         with jax.set_mesh(mesh):
             parameters = parameters_of(graph)
             evaluator = Evaluator(graph, mesh, Bytes(), 8)
-            columns["reference"][split.offsets[:-1]] = reference.margins(mixed, config, "train", parameters, evaluator)
-            batch = next(pipeline.batches(mixed.stream(config.data), mesh, 0, 1, 8))
+            columns["reference"][split.offsets[:-1]] = dpo_reference.margins(
+                mixed, config, "train", parameters, evaluator
+            )
+            batch = next(loader.batches(mixed.stream(config.data), mesh, 0, 1, 8))
             columns["reference"][:] = 0
             of = lambda parameters, batch=batch: loss.loss_sum(graph, parameters, batch) / batch["loss_mask"].sum()
             value, gradient = jax.jit(jax.value_and_grad(of))(parameters)
@@ -215,11 +219,11 @@ def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, caps
     assert last["final/accuracy"] == 1 and last["final/margin"] > 0.5
     line = arguments(place, tmp_path / "killed")
     kill_once_saved(line)
-    kept = (tmp_path / "killed" / reference.FILE).read_bytes()
-    (tmp_path / "killed" / reference.FILE).unlink()
+    kept = (tmp_path / "killed" / dpo_reference.FILE).read_bytes()
+    (tmp_path / "killed" / dpo_reference.FILE).unlink()
     with pytest.raises(UserError, match="reference.npz is missing; put it back"):
         main.main(line)
-    (tmp_path / "killed" / reference.FILE).write_bytes(kept)
+    (tmp_path / "killed" / dpo_reference.FILE).write_bytes(kept)
     assert main.main(line) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     capsys.readouterr()

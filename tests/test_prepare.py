@@ -17,7 +17,9 @@ from conftest import ROOT, tiny
 from test_processes import free_port
 
 from lm_jax.config import UserError
-from lm_jax.data import clean, executors, lines, overlap, prepare, readers, shards, sources
+from lm_jax.data import lines, shards, sources
+from lm_jax.prepare import clean, executors, overlap, readers
+from lm_jax.prepare import run as prepare
 
 WORDS = """the of to and with that have be a in for over under before after letter proof table engine garden bridge number
 method picture record wrote read mended measured compared answered counted sorted drew slowly early often never once green

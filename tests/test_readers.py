@@ -7,9 +7,10 @@ import jax
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, evaluate, generate, main
+from lm_jax import checkpoint, evaluate, main
 from lm_jax.config import PLACE, Mesh, UserError, leaves
 from lm_jax.convert import run
+from lm_jax.generate import command as generate
 from lm_jax.sharding import make_mesh
 
 # Each of them is another place: a TPU pod, scanned and recomputed layers, a mesh that is not here, workers.
@@ -90,7 +91,7 @@ def test_what_is_read_is_right_here(elsewhere):
 
 @pytest.mark.proof
 def test_lm_eval_reads_a_run_from_elsewhere(elsewhere):
-    from lm_jax.harness import HarnessModel
+    from lm_jax.generate.lm_eval import HarnessModel
 
     model = HarnessModel(checkpoint.locate(elsewhere, lambda line: None))
     assert model.loglikelihood_rolling([type("Request", (), {"args": ("class a:",)})()])[0] < 0

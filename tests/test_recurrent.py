@@ -7,11 +7,11 @@ import pytest
 from conftest import tiny
 from flax import nnx
 
-from lm_jax import costs
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 from lm_jax.model.layers import merge, split
 from lm_jax.model.recurrent import CELLS, Layer
+from lm_jax.plan import counts
 
 THEIRS = {"rnn": nnx.SimpleCell, "gru": nnx.GRUCell, "lstm": nnx.OptimizedLSTMCell}
 B, T, D = 3, 10, 16
@@ -44,8 +44,8 @@ def test_a_layer_is_the_cell_of_flax_over_time(kind):
 def test_a_recurrent_model_is_counted():
     """Six FLOPs a parameter inside a product, nothing for pairs of tokens: its cost does not grow with the length."""
     config = tiny(model__kind="lstm")
-    counted = costs.count(config, build(config.model, 512, 64).declarations)
+    counted = counts.count(config, build(config.model, 512, 64).declarations)
     assert counted.parameters == 512 * 64 + 2 * (64 * 256 * 2 + 256)
     assert counted.flops_per_token == 6 * (512 * 64 + 2 * 64 * 256 * 2)
     longer = tiny(model__kind="lstm", data__sequence_length=128)
-    assert costs.count(longer, build(config.model, 512, 128).declarations).flops_per_token == counted.flops_per_token
+    assert counts.count(longer, build(config.model, 512, 128).declarations).flops_per_token == counted.flops_per_token

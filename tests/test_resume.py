@@ -12,7 +12,8 @@ from test_tasks import write_table
 from test_texts import KINDS
 from test_train import assert_same_run
 
-from lm_jax import chat, main
+from lm_jax import main
+from lm_jax.generate import chat_template
 
 LETTERS = [("ab"[i % 2], "xy"[i % 2]) for i in range(400)]
 ENCODER = dict(model__kind="encoder", model__norm_place="post", data__objective="masked")
@@ -63,7 +64,7 @@ def line_of(folder, case: str) -> list[str]:
     ) | changes  # fmt: skip
     if task == "instruction":
         (folder / "tokenizer.json").write_bytes(tokenizer_json(""))
-        (folder / chat.FILE).write_text(TEMPLATES["chatml"][1])
+        (folder / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
         given["data__tokenizer"] = str(folder)
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in given.items()]
     return ["--config", "experiments/quickstart.py:smoke", *flags]

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from test_processes import free_port
 
-from lm_jax import roll_call
-from lm_jax.cluster import Cluster
 from lm_jax.config import PeerError, UserError
+from lm_jax.multihost import roll_call
+from lm_jax.multihost.cluster import Cluster
 
 
 @pytest.fixture

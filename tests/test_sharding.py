@@ -9,8 +9,8 @@ from conftest import FAMILIES, ROOT, tiny
 
 from lm_jax import verify
 from lm_jax.config import Mesh, UserError
-from lm_jax.data import pipeline
-from lm_jax.model.graph import build
+from lm_jax.data import loader
+from lm_jax.model.build import build
 from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight, stored
 
 MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2), "two slices": (4, 2, 1, 2)}
@@ -21,7 +21,7 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-class Uneven(pipeline.Stream):
+class Uneven(loader.Stream):
     """Rows with very different numbers of targets: a mean of means would not agree."""
 
     def row(self, i):

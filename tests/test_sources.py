@@ -9,8 +9,9 @@ import pytest
 from conftest import tiny
 
 from lm_jax.config import UserError
-from lm_jax.data import prepare, shards, sources
+from lm_jax.data import shards, sources
 from lm_jax.data.lines import KINDS
+from lm_jax.prepare import run
 
 TEXT = b"one line of text\nand another\n"
 RECORD = b'{"text": "a record"}\n'
@@ -79,7 +80,7 @@ def test_the_command_makes_the_corpus_as_it_is_pasted(tmp_path, monkeypatch):
     assert given == {"--output": "corpora/mixed", "--tokenizer": "bytes", "--on_bad_record": "skip"}
     settings = {name[2:]: value for name, value in given.items()}
     none = {"validation_fraction": 0.0, "test_fraction": 0.0}
-    told = prepare.run(prepare.Settings(sources=(words[-1],), workers=1, **none, **settings), lambda line: None)
+    told = run.run(run.Settings(sources=(words[-1],), workers=1, **none, **settings), lambda line: None)
     assert told["in"]["documents"] == 4 and told["out"]["documents"] == 3
     assert shards.open_corpus(tiny(data__sources="corpora/mixed").data).splits["train"].num_documents == 3
 
@@ -156,9 +157,9 @@ def test_what_is_no_file_is_named(tmp_path):
 def test_hidden_files_are_left_out_of_what_is_prepared_and_said(tmp_path):
     place = write(tmp_path / "raw", **{"a.txt": TEXT, ".DS_Store": PNG, ".cache/b.txt": TEXT})
     said: list[str] = []
-    settings = prepare.Settings(sources=(place,), output=str(tmp_path / "out"), tokenizer="bytes", workers=1)
-    settings = prepare.dataclasses.replace(settings, validation_fraction=0.0, test_fraction=0.0)
-    assert prepare.run(settings, said.append)["in"]["documents"] == 1
+    settings = run.Settings(sources=(place,), output=str(tmp_path / "out"), tokenizer="bytes", workers=1)
+    settings = run.dataclasses.replace(settings, validation_fraction=0.0, test_fraction=0.0)
+    assert run.run(settings, said.append)["in"]["documents"] == 1
     assert said[0].startswith("left out: 2 files and folders whose names begin with a dot, the first ")
 
 

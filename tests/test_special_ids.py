@@ -12,14 +12,15 @@ import tokenizer_shapes as shapes
 from conftest import ROOT, tiny
 from etils import epath
 
-from lm_jax import beam, chat, checkpoint, decoding
+from lm_jax import checkpoint
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import gguf, hugging_face, run
 from lm_jax.data import objectives, shards, special_ids, tokenizer
 from lm_jax.data.special_ids import SpecialIds
-from lm_jax.decoding import complete, on_mesh, stream
-from lm_jax.model.graph import build
-from lm_jax.sampling import GREEDY, Sampling
+from lm_jax.generate import beam_search, chat_template, decoding
+from lm_jax.generate.decoding import complete, on_mesh, stream
+from lm_jax.generate.sampling import GREEDY, Sampling
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 
 RECORDED = (
@@ -192,7 +193,7 @@ PATHS = {
     "greedy": lambda *given, marks: complete(*given, GREEDY, marks=marks)[0],
     "sampling": lambda *given, marks: complete(*given, Sampling(seed=3), marks=marks)[0],
     "streaming": lambda *given, marks: list(stream(*given, GREEDY, tokens_at_once=4, marks=marks))[-1][0],
-    "beams": lambda *given, marks: beam.search(*given, 1, 1.0, marks)[0],
+    "beams": lambda *given, marks: beam_search.search(*given, 1, 1.0, marks)[0],
 }
 
 
@@ -249,7 +250,7 @@ def imported(tmp_path_factory) -> dict[str, pathlib.Path]:
         hugging_face.write(str(place / "theirs"), described, parameters, {})
         given = json.loads((place / "theirs" / "config.json").read_text())
         shapes.write(place / "theirs", name, {"eos_token_id": [2, 5]}, **given)
-        (place / "theirs" / chat.FILE).write_text(REFUSES)
+        (place / "theirs" / chat_template.FILE).write_text(REFUSES)
         located = checkpoint.locate(str(place / "theirs"))
         with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
             _, loaded = checkpoint.load_parameters(located)
@@ -287,7 +288,7 @@ def test_a_piece_beyond_the_table_is_refused_in_a_text_alone(imported):
 def test_a_template_is_asked_only_where_there_is_a_chat(imported):
     """One that refuses every conversation stands beside both."""
     for part in ("theirs", "ours"):
-        assert (imported["llama2"] / part / chat.FILE).read_text() == REFUSES
+        assert (imported["llama2"] / part / chat_template.FILE).read_text() == REFUSES
         assert checkpoint.locate(str(imported["llama2"] / part)).special_ids.ends == (2, 5)
 
 

@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT
 from test_train import lines_of
 
-from lm_jax import checkpoint, command, main, spikes
+from lm_jax import checkpoint, cli, main, spikes
+from lm_jax.batch_ramp import DataState, Ramp
 from lm_jax.config import Mesh
-from lm_jax.data import mixture, pipeline
-from lm_jax.ramp import DataState, Ramp
+from lm_jax.data import loader, mixture
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import make_program
 
@@ -113,20 +113,20 @@ REWIND = [*LINE, "--config.train.on_spike=rewind"]
 
 def poison(first: int, last: int) -> None:
     """Gives rows [first, last) of every stream that is made from now on wrong targets."""
-    block = pipeline.Stream.block
+    block = loader.Stream.block
 
     def poisoned(stream, start, num):
         found = block(stream, start, num)
         bad = ((found["row"] >= first) & (found["row"] < last))[:, None]
         return found | {name: np.where(bad, 7, found[name]) for name in ("tokens", "targets")}
 
-    pipeline.Stream.block = poisoned
+    loader.Stream.block = poisoned
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
     """`poison`, and limits in miniature; as they were afterwards."""
-    monkeypatch.setattr(pipeline.Stream, "block", pipeline.Stream.block)
+    monkeypatch.setattr(loader.Stream, "block", loader.Stream.block)
     for name, value in SMALL.items():
         monkeypatch.setattr(spikes, name, value)
     return poison
@@ -154,7 +154,7 @@ def same_run(a, b) -> None:
 @pytest.fixture(scope="module")
 def recovered(tmp_path_factory):
     """A run that went back on its own, and the rows that it read, pass by pass."""
-    workdir, rows, plain = tmp_path_factory.mktemp("recovered") / "run", [], pipeline.batches
+    workdir, rows, plain = tmp_path_factory.mktemp("recovered") / "run", [], loader.batches
 
     def listed(stream, *given):
         read: list[int] = []
@@ -165,7 +165,7 @@ def recovered(tmp_path_factory):
             yield batch
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pipeline, "batches", listed)
+        patched.setattr(loader, "batches", listed)
         poisoned.__wrapped__(patched)(240, 264)
         assert main.main([*REWIND, "--workdir", str(workdir)]) == 0
     return workdir, rows
@@ -250,12 +250,12 @@ def test_sigkill_in_the_middle_of_going_back_changes_no_bit(recovered, poisoned,
 def test_what_comes_again_and_again_ends_with_70(poisoned, tmp_path, capsys):
     poisoned(240, 10**9)
     line = [*REWIND, "--workdir", str(tmp_path / "run")]
-    assert main.main(line) == command.EXIT_FAULT
+    assert main.main(line) == cli.EXIT_FAULT
     said = capsys.readouterr().out
     assert said.count("went back to step 24") == SMALL["MOST"]
     assert "stopped: the loss jumps again, after rows were left out 2 times from step 24 on" in said
     steps = checkpoint.complete_steps(tmp_path / "run" / "checkpoints")
-    assert main.main(line) == command.EXIT_FAULT and "went back" not in capsys.readouterr().out
+    assert main.main(line) == cli.EXIT_FAULT and "went back" not in capsys.readouterr().out
     assert checkpoint.complete_steps(tmp_path / "run" / "checkpoints") == steps
     assert main.main([*LINE, "--config.train.on_spike=log", "--workdir", str(tmp_path / "run")]) == 0
 

@@ -10,8 +10,8 @@ from conftest import command, tiny
 
 from lm_jax import metrics
 from lm_jax.config import UserError
-from lm_jax.data import readers
 from lm_jax.evaluate import open_data
+from lm_jax.prepare import readers
 from lm_jax.tasks.regression import Regression
 from lm_jax.tasks.tables import rows
 from lm_jax.tasks.task import Result

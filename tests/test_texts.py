@@ -8,12 +8,13 @@ import pytest
 from conftest import tiny
 from test_tasks import write_table
 
-from lm_jax import answers, checkpoint, evaluate, main, metrics
+from lm_jax import checkpoint, evaluate, main, metrics
 from lm_jax.config import Mesh, UserError
 from lm_jax.evaluate import open_data
 from lm_jax.loss import loss_sum
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
+from lm_jax.tasks import generate_answers
 
 END = 256  # of the byte tokenizer, before and after a text
 RECORDS = [
@@ -199,8 +200,8 @@ def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsy
     mixed = open_data(located.config)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         graph, parameters = checkpoint.load_parameters(located)
-        results = answers.written(graph, parameters, mixed, "validation", 3)
-        beams = answers.written(graph, parameters, mixed, "validation", 3, beams=3)
+        results = generate_answers.written(graph, parameters, mixed, "validation", 3)
+        beams = generate_answers.written(graph, parameters, mixed, "validation", 3, beams=3)
     assert [r.record for r in results] == mixed.records["validation"].where[:3]
     assert [r.truth for r in results] == [values[1] for values in mixed.records["validation"].values[:3]]
     assert [r.prediction for r in results] == [r.prediction for r in beams] == [r.truth for r in results]

@@ -16,8 +16,9 @@ import types
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, command, distributed, metrics, peers, stop, train
+from lm_jax import checkpoint, cli, distributed, metrics, stop, train
 from lm_jax.config import PeerError, UserError
+from lm_jax.multihost import peers
 
 # Every decision that leads to a collective, as the line calls it: what it is taken from, which is of one process alone.
 DECISIONS = {
@@ -380,8 +381,8 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
         spied(train, "steps", "steps", lambda *_: None if script.leads else signalled(*_))
         spied(train.CompiledStep, "__call__", "step", step=lambda _, state, *__: int(state.step))
         spied(checkpoint.Saver, "save", "save", step=lambda _, state, data, *__: data.step)
-        overrides, _ = command.split_overrides(words)
-        config, origins = command.load_config("experiments/quickstart.py:smoke", overrides)
+        overrides, _ = cli.split_overrides(words)
+        config, origins = cli.load_config("experiments/quickstart.py:smoke", overrides)
         train.run(config, "experiments/quickstart.py:smoke", str(workdir), origins)
     return done
 

@@ -17,10 +17,10 @@ from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lm_jax import checkpoint, files, metrics
-from lm_jax import command as commands
+from lm_jax import cli as commands
 from lm_jax import config as configs
 from lm_jax.config import OBJECTIVES, Mesh
-from lm_jax.data import pipeline
+from lm_jax.data import loader
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
@@ -258,9 +258,9 @@ def test_one_batch_is_learnt_by_heart(corpus, family):
     changes = FAMILIES[family] | dict(optimizer__learning_rate=1e-2, optimizer__weight_decay=0.0)
     config = tiny(**changes, train__num_steps=150, optimizer__decay_over=150, optimizer__warmup=10)
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    stream = pipeline.Stream(corpus.splits["train"], 64, 0)
+    stream = loader.Stream(corpus.splits["train"], 64, 0)
     with jax.set_mesh(mesh):
-        batch = next(pipeline.batches(stream, mesh, 0, 1, 8))
+        batch = next(loader.batches(stream, mesh, 0, 1, 8))
         program = make_program(config, corpus.tokenizer.num_pieces)
         state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=True)
         losses = []
@@ -276,15 +276,15 @@ def test_one_batch_is_learnt_by_heart(corpus, family):
 def test_a_given_up_step_leaves_the_state_as_it_was(corpus):
     config = dataclasses.replace(tiny(), train=dataclasses.replace(tiny().train, microbatch_rows=4))
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    stream = pipeline.Stream(corpus.splits["train"], 64, 0)
+    stream = loader.Stream(corpus.splits["train"], 64, 0)
     with jax.set_mesh(mesh):
         program = make_program(config, corpus.tokenizer.num_pieces)
         state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=False)
         before = jax.tree.map(np.asarray, state)
-        assert one_step(state, 2, pipeline.batches(stream, mesh, 0, 2, 4), lambda done: True) is None
+        assert one_step(state, 2, loader.batches(stream, mesh, 0, 2, 4), lambda done: True) is None
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
             np.testing.assert_array_equal(a, b)
-        assert one_step(state, 2, pipeline.batches(stream, mesh, 0, 2, 4), lambda done: False) is not None
+        assert one_step(state, 2, loader.batches(stream, mesh, 0, 2, 4), lambda done: False) is not None
 
 
 def command_config(name: str) -> configs.Config:

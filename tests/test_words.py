@@ -9,12 +9,12 @@ import optax
 import pytest
 from conftest import tiny
 
-from lm_jax import heads
 from lm_jax.config import Mesh, UserError
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
-from lm_jax.model.graph import build
+from lm_jax.model import task_heads
+from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 from lm_jax.tasks.questions import QuestionAnswering, best_span, windows
 from lm_jax.tasks.tags import TokenClassification
@@ -127,11 +127,11 @@ def test_an_answer_is_found_among_the_pieces(tmp_path):
         assert np.flatnonzero(segment["loss_mask"]).tolist() == [0]
         targets = segment["targets"]
         begin = first + start - (record["context"][start - 1] == " ") if stop else 0  # a word has the space before it
-        assert np.flatnonzero(targets & heads.STARTS).tolist() == [begin]
-        assert np.flatnonzero(targets & heads.ENDS).tolist() == [first + stop - 1 if stop else 0]
+        assert np.flatnonzero(targets & task_heads.STARTS).tolist() == [begin]
+        assert np.flatnonzero(targets & task_heads.ENDS).tolist() == [first + stop - 1 if stop else 0]
         ends = [first + unit.stop - 1 for unit in units(record["context"])]
-        assert np.flatnonzero(targets & heads.MAY_END).tolist() == [0, *ends]
-        assert np.flatnonzero(targets & heads.MAY_START).tolist() == [0, first, *(end + 1 for end in ends[:-1])]
+        assert np.flatnonzero(targets & task_heads.MAY_END).tolist() == [0, *ends]
+        assert np.flatnonzero(targets & task_heads.MAY_START).tolist() == [0, first, *(end + 1 for end in ends[:-1])]
 
 
 def test_what_is_predicted_is_a_part_of_the_context(tmp_path):
@@ -139,7 +139,9 @@ def test_what_is_predicted_is_a_part_of_the_context(tmp_path):
     _, data, segments = opened(tmp_path, ASKED, ENCODER, SPANS)
     found = []
     for value, segment in zip(data.records["train"].values, segments, strict=True):
-        logits = np.stack([segment["targets"] & heads.STARTS, segment["targets"] & heads.ENDS], axis=1).astype(float)
+        logits = np.stack(
+            [segment["targets"] & task_heads.STARTS, segment["targets"] & task_heads.ENDS], axis=1
+        ).astype(float)
         logits[1] = 100.0
         found.append(data.task.result("here", value, segment, logits))
     assert [result.prediction for result in found[:2]] == ["Ada Lovelace", "1843"]
@@ -182,7 +184,7 @@ def test_a_long_context_is_seen_through_windows_and_answered_once(tmp_path):
     _, data, segments = opened(tmp_path, records, ENCODER, SPANS, say=said.append)
     assert f"train: 2 records in {len(segments)} overlapping windows of up to 64 tokens" in said
     assert len(segments) == 6 and not any("cut" in line for line in said)
-    answered = [bool(segment["targets"][0] & heads.STARTS) for segment in segments[:-1]]
+    answered = [bool(segment["targets"][0] & task_heads.STARTS) for segment in segments[:-1]]
     assert answered.count(False) >= 1
     results = [Result("a", ["x"], "low", 0.2), Result("b", [], "no", 0.1), Result("a", ["x"], "x", 0.4)]
     joined = data.task.joined(tuple(results))
@@ -210,7 +212,9 @@ def test_the_loss_of_a_span_is_of_its_segment_alone(tmp_path):
         own = batch["segment_ids"][b] == batch["segment_ids"][b, t]
         of = lambda bit, b=b, own=own: own & (batch["targets"][b] & bit > 0)
         parts = []
-        for k, (may, does) in enumerate(((heads.MAY_START, heads.STARTS), (heads.MAY_END, heads.ENDS))):
+        for k, (may, does) in enumerate(
+            ((task_heads.MAY_START, task_heads.STARTS), (task_heads.MAY_END, task_heads.ENDS))
+        ):
             (answer,) = logits[b, of(does), k]
             parts.append(np.log(np.exp(logits[b, of(may), k].astype(float)).sum()) - answer)
         expected.append(np.mean(parts))
@@ -219,7 +223,9 @@ def test_the_loss_of_a_span_is_of_its_segment_alone(tmp_path):
         with jax.set_mesh(mesh):
             spread = jax.sharding.PartitionSpec(("data", "fsdp"))
             on_mesh = {name: jax.device_put(x, spread) for name, x in batch.items()}
-            found = jax.jit(lambda x, rows: heads.losses("spans", x, rows))(jax.device_put(logits, spread), on_mesh)
+            found = jax.jit(lambda x, rows: task_heads.losses("spans", x, rows))(
+                jax.device_put(logits, spread), on_mesh
+            )
         np.testing.assert_allclose(np.asarray(found)[batch["loss_mask"] > 0], expected, rtol=1e-5)
 
 

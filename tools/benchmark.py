@@ -4,7 +4,7 @@ import os
 import runpy
 import sys
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.config import UserError
 
 
@@ -19,4 +19,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main, sys.argv[1:])
+    cli.door(main, sys.argv[1:])

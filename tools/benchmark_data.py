@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from lm_jax import command, distributed
+from lm_jax import cli, distributed
 from lm_jax.config import Mesh
-from lm_jax.data import mixture, pipeline
+from lm_jax.data import loader, mixture
 from lm_jax.sharding import make_mesh
 
 ROWS, SECONDS, ROUNDS = 32, 1.5, 5
@@ -50,17 +50,17 @@ def rate(batches: Iterator, length: int) -> float:
 
 
 def data(arguments: list[str]) -> int:
-    overrides, rest = command.split_overrides(arguments)
-    parser = command.Parser("tools/benchmark_data.py", __doc__)
+    overrides, rest = cli.split_overrides(arguments)
+    parser = cli.Parser("tools/benchmark_data.py", __doc__)
     parser.add_argument("--config", default="experiments/quickstart.py")
     flags = parser.parse_args(rest)
-    config, _ = command.load_config(flags.config, overrides)
+    config, _ = cli.load_config(flags.config, overrides)
     length, mixed = config.data.sequence_length, mixture.open_mixture(config.data)
     corpus, stream = next(iter(mixed.corpora.values())), mixed.stream(config.data)
     mesh = make_mesh(Mesh(), [distributed.own(distributed.devices())])
     path = f"{corpus.folder}/train-00000.tokens.npy"
-    made = pipeline.Batches(stream, 0, 10**6, ROWS, tuple(range(ROWS)))
-    load = lambda num_workers: pipeline.batches(stream, mesh, 0, 10**6, ROWS, num_workers)
+    made = loader.Batches(stream, 0, 10**6, ROWS, tuple(range(ROWS)))
+    load = lambda num_workers: loader.batches(stream, mesh, 0, 10**6, ROWS, num_workers)
     contenders: dict[str, Callable[[], Iterator]] = {
         "window": lambda: windows(np.load(path, mmap_mode="r"), length),
         "per row": lambda: per_row(path, length),
@@ -83,4 +83,4 @@ def data(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(data, sys.argv[1:])
+    cli.door(data, sys.argv[1:])

@@ -14,7 +14,7 @@ import time
 
 from benchmark_train import BUSY, others
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.config import UserError
 
 SHAPE = dict(
@@ -45,9 +45,9 @@ def jax_writer(folder: str, batch: int):
     import numpy as np
 
     from lm_jax.convert import hugging_face
-    from lm_jax.decoding import decode, on_mesh, prefill
-    from lm_jax.model.graph import build
-    from lm_jax.sampling import GREEDY
+    from lm_jax.generate.decoding import decode, on_mesh, prefill
+    from lm_jax.generate.sampling import GREEDY
+    from lm_jax.model.build import build
     from lm_jax.sharding import make_mesh
 
     described = hugging_face.read_description(folder)
@@ -100,7 +100,7 @@ def worker(name: str, folder: str, batch: int) -> int:
 
 def compare(folder: str, batch: int, rounds: int) -> None:
     line = lambda name: [sys.executable, __file__, "worker", name, folder, str(batch)]
-    memory = os.environ | {"GLIBC_TUNABLES": command.KEPT_MEMORY}
+    memory = os.environ | {"GLIBC_TUNABLES": cli.KEPT_MEMORY}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=memory)
     running = {name: subprocess.Popen(line(name), **pipes) for name in ("jax", "torch")}
 
@@ -141,7 +141,7 @@ def compare(folder: str, batch: int, rounds: int) -> None:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["worker"]:
         return worker(arguments[1], arguments[2], int(arguments[3]))
-    parser = command.Parser("tools/benchmark_generate.py", __doc__)
+    parser = cli.Parser("tools/benchmark_generate.py", __doc__)
     parser.add_argument("--model", default="", help="a Hugging Face folder; default: random weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -157,4 +157,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main, sys.argv[1:])
+    cli.door(main, sys.argv[1:])

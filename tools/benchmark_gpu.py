@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm_jax import checkpoint, command, costs
+from lm_jax import checkpoint, cli
 from lm_jax import config as configs
 from lm_jax.data import packing
-from lm_jax.decoding import decode, prefill
-from lm_jax.sampling import GREEDY
+from lm_jax.generate.decoding import decode, prefill
+from lm_jax.generate.sampling import GREEDY
+from lm_jax.plan import counts
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
@@ -78,8 +79,8 @@ def train(shape, smoke: bool) -> dict:
         rates = [num * training.tokens / training.run(num) for _ in range(5)]
         rate = statistics.median(rates)
         found = {"tokens_per_second": rate, "spread": [min(rates), max(rates)]}
-        if peak := costs.peak_flops(mesh, "bfloat16"):
-            found["strict_mfu"] = rate * costs.count(program.config, program.graph.declarations).flops_per_token / peak
+        if peak := counts.peak_flops(mesh, "bfloat16"):
+            found["strict_mfu"] = rate * counts.count(program.config, program.graph.declarations).flops_per_token / peak
         found["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         return found
 
@@ -131,7 +132,7 @@ def decoding(batch: int, smoke: bool) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/benchmark_gpu.py", __doc__)
+    parser = cli.Parser("tools/benchmark_gpu.py", __doc__)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--json", default="")
     flags = parser.parse_args(arguments)
@@ -157,4 +158,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main, sys.argv[1:])
+    cli.door(main, sys.argv[1:])

@@ -14,10 +14,10 @@ import time
 import jax
 from etils import epath
 
-from lm_jax import checkpoint, command, manifest
+from lm_jax import checkpoint, cli, manifest
+from lm_jax.batch_ramp import DataState
 from lm_jax.config import default_config, resolve, shrink
 from lm_jax.distributed import devices
-from lm_jax.ramp import DataState
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 
@@ -101,5 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.with_kept_memory()  # as a run has it: threads that write and hash share one heap
+    cli.with_kept_memory()  # as a run has it: threads that write and hash share one heap
     main()

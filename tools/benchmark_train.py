@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.config import UserError
 
 #        layers, width, heads, length, rows, vocabulary
@@ -26,7 +26,7 @@ class Contender:
     def __init__(self, name: str, shape: str):
         self.name = name
         line = [sys.executable, __file__, "worker", name, shape]
-        memory = {"GLIBC_TUNABLES": command.KEPT_MEMORY}  # as `lm_jax.main` has it; the peer gets it, too
+        memory = {"GLIBC_TUNABLES": cli.KEPT_MEMORY}  # as `lm_jax.main` has it; the peer gets it, too
         self.process = subprocess.Popen(
             line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | memory
         )
@@ -171,7 +171,7 @@ def torch_step(shape, name: str):
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["worker"]:
         return worker(*arguments[1:])
-    parser = command.Parser("tools/benchmark_train.py", __doc__)
+    parser = cli.Parser("tools/benchmark_train.py", __doc__)
     parser.add_argument("--shape", default="base", choices=tuple(SHAPES))
     parser.add_argument("--rounds", type=int, default=7)
     flags = parser.parse_args(arguments)
@@ -179,4 +179,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main, sys.argv[1:])
+    cli.door(main, sys.argv[1:])

@@ -24,9 +24,9 @@ import numpy as np
 from bucket_emulator import bucket, free_port
 from etils import epath
 
-from lm_jax import checkpoint, command, fault_points, metrics
+from lm_jax import checkpoint, cli, fault_points, metrics
 from lm_jax.config import Mesh
-from lm_jax.costs import duration
+from lm_jax.plan.counts import duration
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import make_program
 
@@ -217,7 +217,7 @@ def outcome(workdir: str) -> dict[str, list]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/chaos.py", __doc__)
+    parser = cli.Parser("tools/chaos.py", __doc__)
     for name, default in (("kills", 25), ("processes", 1), ("steps", 200), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--place", choices=("local", "gs"), default="local")
@@ -247,4 +247,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main, sys.argv[1:])
+    cli.door(main, sys.argv[1:])

@@ -7,7 +7,7 @@ import sys
 import matplotlib
 from etils import epath
 
-from lm_jax import checkpoint, command, metrics
+from lm_jax import checkpoint, cli, metrics
 from lm_jax.config import UserError, difference
 from lm_jax.tasks import results
 
@@ -50,7 +50,7 @@ def table(runs: dict[str, list[dict]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/compare_runs.py", __doc__)
+    parser = cli.Parser("tools/compare_runs.py", __doc__)
     parser.add_argument("runs", nargs="+", help="work folders, such as runs/quickstart")
     parser.add_argument("--picture", default="compare_runs.png")
     flags = parser.parse_args(arguments)
@@ -80,4 +80,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main, sys.argv[1:])
+    cli.door(main, sys.argv[1:])

@@ -15,16 +15,17 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
-from lm_jax import command  # first: Ctrl-C is answered while the others are imported
+from lm_jax import cli  # first: Ctrl-C is answered while the others are imported
 
 # isort: split
 import jax
 import numpy as np
 from etils import epath
 
-from lm_jax import chat, checkpoint, distributed
+from lm_jax import checkpoint, distributed
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import export, hugging_face, proof, run, text_files
+from lm_jax.generate import chat_template
 from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
 
@@ -80,7 +81,7 @@ class Transformers:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[chat_template.Message]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def write(self, ids: list[int], limit: int) -> list[int]:
@@ -114,7 +115,7 @@ def prover(unproven: bool, again: str, say: Terminal) -> export.Prove:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/convert_checkpoint.py", __doc__)
+    parser = cli.Parser("tools/convert_checkpoint.py", __doc__)
     parser.add_argument(
         "model", help="a run (runs/x), a step of it (runs/x@12000), a Hugging Face folder, a .gguf file"
     )
@@ -149,4 +150,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

@@ -11,18 +11,18 @@ import sys
 
 import numpy as np
 
-from lm_jax import command
+from lm_jax import cli
+from lm_jax.batch_ramp import make_ramp, with_steps
 from lm_jax.data import mixture
 from lm_jax.data.tokenizer import DOCUMENT, Tokenizer, continuation
 from lm_jax.evaluate import open_data
-from lm_jax.ramp import make_ramp, with_steps
 
 TRAINED, REJECTED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\x1b[1;35m", "\x1b[0m"
 
 
 def main(arguments: list[str]) -> int:
-    overrides, rest = command.split_overrides(arguments)
-    parser = command.Parser("tools/inspect_data.py", __doc__)
+    overrides, rest = cli.split_overrides(arguments)
+    parser = cli.Parser("tools/inspect_data.py", __doc__)
     parser.add_argument("--config", required=True, help="an experiment file; it is executed")
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--rows", type=int, default=4, help="rows of the step to show; 0 = all")
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(rest)
     if min(flags.step, flags.rows, flags.statistics) < 0:
         parser.error("--step, --rows and --statistics are at least 0")
-    config, _ = command.load_config(flags.config, overrides)
+    config, _ = cli.load_config(flags.config, overrides)
     mixed = open_data(config)
     stream, ramp = mixed.stream(config.data), make_ramp(config)
     config = with_steps(config, ramp, stream.rows_per_epoch)
@@ -119,4 +119,4 @@ def statistics(mixed: mixture.Mixture, stream: mixture.Mixed, first: int, last: 
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

@@ -5,7 +5,7 @@ attention   who looks at whom in `--layer`: a line a query, a column a key, a sq
 next        the likeliest next pieces; with --compare, how likely each of the given endings is after the text
 """
 
-from lm_jax import command  # first: Ctrl-C is answered while the others are imported
+from lm_jax import cli  # first: Ctrl-C is answered while the others are imported
 
 # isort: split
 import jax
@@ -57,7 +57,7 @@ def attention_weights(model, tokens: np.ndarray, layer: int) -> np.ndarray:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/look_inside.py", __doc__)
+    parser = cli.Parser("tools/look_inside.py", __doc__)
     parser.add_argument("view", choices=("embedding", "attention", "next"))
     parser.add_argument("--model", required=True, help="a run, a step of it, or a Hugging Face folder")
     parser.add_argument("--text", required=True)
@@ -101,4 +101,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

@@ -8,13 +8,13 @@ import os
 
 from etils import epath
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.config import UserError
 from lm_jax.tasks import tables
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/make_records.py", __doc__)
+    parser = cli.Parser("tools/make_records.py", __doc__)
     parser.add_argument("--csv", required=True, help="the table: .csv, .tsv, .jsonl or .parquet")
     parser.add_argument("--text", default="text", help="its column with the text")
     parser.add_argument("--label", default="label", help="its column with the label")
@@ -47,4 +47,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

@@ -7,9 +7,10 @@ person knows (licence, use, what is known to be wrong) stands as a line to FILL 
 import json
 import re
 
-from lm_jax import checkpoint, command, costs, metrics
+from lm_jax import checkpoint, cli, metrics
 from lm_jax.config import UserError
 from lm_jax.files import write_whole
+from lm_jax.plan import counts
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import make_program
 
@@ -57,13 +58,13 @@ def evaluation(workdir, lines: list[dict]) -> str:
 def card(found: checkpoint.Located) -> str:
     config, workdir, saved = found.config, found.workdir, checkpoint.read_config(found.workdir)
     lines, log = [line for line in metrics.read(workdir, print) if line["step"] <= found.step], workdir / "log.txt"
-    counted = costs.count(config, make_program(config, found.num_pieces).graph.declarations)
+    counted = counts.count(config, make_program(config, found.num_pieces).graph.declarations)
     seen = checkpoint.read_data_state(workdir, found.step)
     tokens, dropped = seen.cursor * config.data.sequence_length, sum(last - first for first, last in seen.skipped)
     spent, device = hours(lines, log.read_text() if log.exists() else "")
     task, data = config.train.task, config.data
     what = TASKS.get(task) or KINDS.get(config.model.kind, "text-generation")
-    size, purpose = costs.short(counted.parameters), f" for {task}" if task else ""
+    size, purpose = counts.short(counted.parameters), f" for {task}" if task else ""
     sources = [(place, weight, len(saved.get("shards", {}).get(place, {}))) for place, weight in data.sources]
     hashes = [(name, digest) for files in saved.get("shards", {}).values() for name, digest in sorted(files.items())]
     changed = [(path, f"`{saved['config'][path]}`") for path in sorted(saved.get("origins", {}))]
@@ -121,7 +122,7 @@ FILL IN: what was tried and failed; groups and languages for which it works less
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/model_card.py", __doc__)
+    parser = cli.Parser("tools/model_card.py", __doc__)
     parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
     parser.add_argument("--output", default="", help="a file; without it the card is printed")
     flags, say = parser.parse_args(arguments), Terminal()
@@ -139,4 +140,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

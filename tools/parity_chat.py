@@ -14,7 +14,7 @@ import tempfile
 
 import tokenizers
 
-from lm_jax import chat
+from lm_jax.generate import chat_template
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "chat.json.gz"
 A, Z, LOOP, END = "{% generation %}", "{% endgeneration %}", "{% for m in messages %}", "{% endfor %}"
@@ -453,7 +453,7 @@ def folder_of(place: pathlib.Path, shape: str, template: str) -> pathlib.Path:
     (place / "tokenizer.json").write_text(tokenizer_json(kind))
     described = {"tokenizer_class": "PreTrainedTokenizerFast"} | special
     (place / "tokenizer_config.json").write_text(json.dumps(described))
-    (place / chat.FILE).write_text(template)
+    (place / chat_template.FILE).write_text(template)
     return place
 
 
@@ -480,7 +480,7 @@ def record() -> dict[str, dict]:
     class Clock(datetime.datetime):
         @classmethod
         def now(cls, tz=None):
-            return chat.TAUGHT
+            return chat_template.TAUGHT
 
     usual, found = chat_template_utils.datetime, {}
     chat_template_utils.datetime = Clock

@@ -21,7 +21,7 @@ from lm_jax.config import default_config, resolve
 from lm_jax.convert import hugging_face
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import Graph, build
+from lm_jax.model.build import Graph, build
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "encoders.npz"
 LIMIT = 1e-4  # of every logit, absolute

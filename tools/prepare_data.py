@@ -10,15 +10,15 @@ Killed, it goes on with the same command. See docs/data.md.
 
 import dataclasses
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.config import UserError
-from lm_jax.data import clean, prepare
+from lm_jax.prepare import clean, run
 from lm_jax.terminal import Terminal
 
 
 def main(arguments: list[str]) -> int:
-    defaults = {field.name: field.default for field in dataclasses.fields(prepare.Settings)}
-    parser = command.Parser("tools/prepare_data.py", __doc__)
+    defaults = {field.name: field.default for field in dataclasses.fields(run.Settings)}
+    parser = cli.Parser("tools/prepare_data.py", __doc__)
     parser.add_argument("sources", nargs="*", help="where the text is")
     parser.add_argument("--output", required=True, help="folder of the corpus")
     add = lambda name, **keywords: parser.add_argument(f"--{name}", default=defaults[name], **keywords)
@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
     flags = vars(parser.parse_args(arguments))
     if not flags["sources"]:
         raise UserError('no source: name files, folders or URLs, or "python" for the interpreter\'s own library')
-    settings = prepare.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+    settings = run.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
     say = Terminal()
-    told = prepare.run(settings, say)
+    told = run.run(settings, say)
     lost = sum(entry["documents"] for stage in told["stages"] for entry in stage["dropped"].values())
     say(f"{told['in']['documents']:,} documents in, {lost:,} left out, {told['out']['documents']:,} out")
     say(f"{told['out']['tokens']:,} tokens, {told['out']['bytes'] / max(1, told['out']['tokens']):.2f} bytes a token")
@@ -52,4 +52,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

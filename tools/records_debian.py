@@ -16,7 +16,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.config import UserError
 
 HELPER = "/usr/lib/apt/apt-helper"
@@ -24,7 +24,7 @@ SPLITS = {"train": 0.9, "validation": 0.95, "test": 1.0}  # up to which share of
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/records_debian.py", __doc__)
+    parser = cli.Parser("tools/records_debian.py", __doc__)
     parser.add_argument("--lists", required=True, help="the folder that apt-get update filled")
     parser.add_argument("--task", required=True, help="synopsis, or a language that was downloaded")
     parser.add_argument("--held", type=int, default=0, help="records of validation and of test, drawn by hash; 0 = all")
@@ -114,4 +114,4 @@ def translations(english: list[dict[str, str]], folder: str, language: str) -> I
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

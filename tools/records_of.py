@@ -16,7 +16,7 @@ import math
 import os
 import re
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.config import UserError
 from lm_jax.data.sources import split_of
 
@@ -132,7 +132,7 @@ def smallest(records: list[dict], num: int) -> list[dict]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/records_of.py", __doc__)
+    parser = cli.Parser("tools/records_of.py", __doc__)
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--packages", default="weights", help="where the packages are installed")
     parser.add_argument("--num", type=int, default=0, help="records to train on; 0 = all")
@@ -153,4 +153,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

@@ -15,7 +15,7 @@ import os
 import random
 from collections.abc import Iterator
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.data import sources
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "tkinter", "turtle", "unittest")
@@ -87,7 +87,7 @@ def of_numbers() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/records_python.py", __doc__)
+    parser = cli.Parser("tools/records_python.py", __doc__)
     parser.add_argument("--output", required=True, help="a folder; each task has one in it")
     flags = parser.parse_args(arguments)
     found: dict[str, dict[str, None]] = {}  # the same record once, in order
@@ -102,4 +102,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

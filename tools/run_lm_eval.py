@@ -4,13 +4,13 @@ tools/lm_eval_tasks`, a folder with tasks over your own JSONL."""
 import json
 import sys
 
-from lm_jax import checkpoint, command, distributed
+from lm_jax import checkpoint, cli, distributed
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.terminal import Terminal
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/run_lm_eval.py", __doc__)
+    parser = cli.Parser("tools/run_lm_eval.py", __doc__)
     parser.add_argument("--model", required=True, help="a run, a step of it (runs/x@12000), or a Hugging Face folder")
     parser.add_argument("--tasks", required=True, help="names with commas between them")
     parser.add_argument("--include_path", default="", help="a folder with task files (YAML) of your own")
@@ -27,15 +27,15 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     if flags.batch_size < 1:
         parser.error(f"--batch_size {flags.batch_size}: at least 1")
-    from lm_jax import harness  # takes seconds, and says so where lm-eval is missing
+    from lm_jax.generate import lm_eval  # takes seconds, and says so where lm-eval is missing
 
     say = Terminal()
     found = checkpoint.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
-    model = harness.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), say)
+    model = lm_eval.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), say)
     if flags.apply_chat_template:
         model.in_chat()
-    results = harness.run(
+    results = lm_eval.run(
         model,
         flags.tasks.split(","),
         flags.include_path,
@@ -46,9 +46,9 @@ def main(arguments: list[str]) -> int:
     if flags.output:
         with open(flags.output, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1, default=str)
-    print(harness.table(results))
+    print(lm_eval.table(results))
     return 0
 
 
 if __name__ == "__main__":
-    command.door(main, sys.argv[1:])
+    cli.door(main, sys.argv[1:])

@@ -9,15 +9,16 @@ back to the byte: what has no piece is spelled in bytes.
 
 import os
 
-from lm_jax import command
+from lm_jax import cli
 from lm_jax.config import UserError
-from lm_jax.data import prepare, tokenizer
+from lm_jax.data import tokenizer
 from lm_jax.files import write_whole
+from lm_jax.prepare import run
 from lm_jax.terminal import Terminal
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("tools/train_tokenizer.py", __doc__)
+    parser = cli.Parser("tools/train_tokenizer.py", __doc__)
     parser.add_argument("sources", nargs="+", help='files, folders, patterns, URLs, "python", or a prepared corpus')
     parser.add_argument("--output", required=True, help="the file to write, such as tokenizer.model")
     parser.add_argument("--kind", default="sentencepiece", choices=tuple(tokenizer.TRAINED), help="BPE, or unigram")
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
     if not flags.output.endswith(".model") or os.path.exists(flags.output):
         raise UserError(f"--output {flags.output}: name a file that is not there yet and ends in .model")
     say = Terminal()
-    texts = prepare.texts_of(tuple(flags.sources), flags.text_key, flags.on_bad_record)
+    texts = run.texts_of(tuple(flags.sources), flags.text_key, flags.on_bad_record)
     with tokenizer.named("--kind and --pieces"):
         made = tokenizer.make(f"{flags.kind}:{flags.pieces}", texts, flags.characters)
     write_whole(flags.output, made.model)
@@ -40,4 +41,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.door(main)
+    cli.door(main)

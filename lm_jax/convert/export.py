@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from lm_jax import chat, checkpoint
+from lm_jax import checkpoint
 from lm_jax.config import UserError
 from lm_jax.convert import gguf, hugging_face, text_files
 from lm_jax.convert.proof import Exported
@@ -14,6 +14,7 @@ from lm_jax.convert.text_files import Text
 from lm_jax.data.objectives import specials
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.generate import chat_template
 
 Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, the arrays, and the model as it is here
 
@@ -39,7 +40,7 @@ def of_gguf(path: str) -> Leaving:
     contents = gguf.read(path)
     tokenizer = HuggingFace(contents.files[HuggingFace.file_name])
     template = contents.files.get(text_files.TEMPLATE, b"").decode()
-    ids, no_chat = with_turns(contents.ids, chat.Template(template) if template else None, tokenizer)
+    ids, no_chat = with_turns(contents.ids, chat_template.Template(template) if template else None, tokenizer)
     described = hugging_face.describe(contents.config | text_files.id_fields(ids, False), path, "bytes")
     parameters = hugging_face.parameters(described, contents.tensors, path)
     return Leaving(described, parameters, Text(tokenizer, ids, template=template), no_chat)
@@ -48,7 +49,7 @@ def of_gguf(path: str) -> Leaving:
 def text_of(found: checkpoint.Located) -> tuple[Text, str]:
     """What a MODEL knows of text, and why its conversations cannot be compared ("" = they can)."""
     tokenizer, data, no_chat = found.tokenizer, found.config.data, ""
-    ids, template = found.special_ids, chat.find_template(found.workdir)
+    ids, template = found.special_ids, chat_template.find_template(found.workdir)
     if found.config.model.kind == "encoder":
         own = specials(tokenizer, data.objective)
         ids = ids._replace(first=(own.classifier,), last=(own.document,), ends=())
@@ -59,12 +60,14 @@ def text_of(found: checkpoint.Located) -> tuple[Text, str]:
     return Text(tokenizer, ids, added, template.source if template else "", kept), no_chat
 
 
-def with_turns(ids: SpecialIds, template: chat.Template | None, tokenizer: Tokenizer) -> tuple[SpecialIds, str]:
+def with_turns(
+    ids: SpecialIds, template: chat_template.Template | None, tokenizer: Tokenizer
+) -> tuple[SpecialIds, str]:
     """The ends with that of an assistant's turn; and why there is none though there is a template."""
     if not template:
         return ids, ""
     try:
-        ends = chat.ends_of_turn(template, tokenizer)
+        ends = chat_template.ends_of_turn(template, tokenizer)
     except UserError as error:
         return ids, str(error)
     return ids.also(*ends), "" if ends else "the chat template writes no control token behind an answer, or takes none"
@@ -86,7 +89,10 @@ def write_folder(folder: str, leaving: Leaving, prove: Prove, say: Callable[[str
         ids = again.special_ids
         if text.ids.ends and (ids.first, set(ids.ends)) != (text.ids.first, set(text.ids.ends)):
             raise UserError(f"not written: texts begin and end with {text.ids} here, and read again with {ids}")
-        graph, template = hugging_face.graph_of(described), None if no_chat else chat.find_template(epath.Path(small))
+        graph, template = (
+            hugging_face.graph_of(described),
+            None if no_chat else chat_template.find_template(epath.Path(small)),
+        )
         prove(small, tensors, Exported(described, graph, parameters, again.tokenizer, ids, template))
 
     hugging_face.write(folder, described, parameters, files, as_read)

@@ -25,7 +25,7 @@ from lm_jax.convert import encoders, families, safetensors
 from lm_jax.convert.families import EXPERT, LAYER, Family
 from lm_jax.convert.fields import theirs_of
 from lm_jax.files import MODEL_FILES
-from lm_jax.model.graph import Graph, build
+from lm_jax.model.build import Graph, build
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
 AT_ONCE = 2**24  # bytes of a parameter that the host holds on their way to a device

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from lm_jax import chat, decoding
 from lm_jax.config import UserError
 from lm_jax.convert import hugging_face
 from lm_jax.data.objectives import example
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.model.graph import Graph
+from lm_jax.generate import chat_template, decoding
+from lm_jax.model.build import Graph
 
 # Of the largest logit, less the mean of its place: float32 leaves about 1e-5 in SmolLM2, 30 layers deep, in either library.
 LIMIT = 5e-5
@@ -25,9 +25,13 @@ LONGEST = 24  # tokens of a greedy text
 ROW = 64  # tokens of the row whose logits are compared; more where a window is longer
 LONGEST_WINDOW = 1024  # that is compared; what lies beyond is the config's word alone
 PROMPTS = ("The capital of France is", "def main(", "import os\n\n\n", "1, 2, 3, ")
-CHATS: tuple[list[chat.Message], ...] = (
-    [chat.user("What is the capital of France?")],
-    [chat.user("Say yes."), {"role": "assistant", "content": "Yes."}, chat.user("Now <say> no, twice.")],
+CHATS: tuple[list[chat_template.Message], ...] = (
+    [chat_template.user("What is the capital of France?")],
+    [
+        chat_template.user("Say yes."),
+        {"role": "assistant", "content": "Yes."},
+        chat_template.user("Now <say> no, twice."),
+    ],
 )
 
 
@@ -46,7 +50,7 @@ class Peer(Protocol):
         """Ids of a prompt, with what stands around it."""
         ...
 
-    def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[chat_template.Message]) -> list[int]:
         """Ids of a conversation up to where the assistant speaks."""
         ...
 
@@ -67,7 +71,7 @@ class Exported(NamedTuple):
     parameters: dict
     tokenizer: Tokenizer
     ids: SpecialIds
-    template: chat.Template | None = None
+    template: chat_template.Template | None = None
 
 
 def prove(ours: Exported, peer: Peer) -> str:
@@ -145,7 +149,8 @@ def compared_texts(ours: Exported, peer: Peer) -> list[Compared]:
     asked: list[tuple[Any, list[int], list[int]]] = [(text, whole(text), peer.encode(text)) for text in PROMPTS]
     if ours.template:
         asked += [
-            (said, chat.encode(ours.template, said, ours.tokenizer).tolist(), peer.encode_chat(said)) for said in CHATS
+            (said, chat_template.encode(ours.template, said, ours.tokenizer).tolist(), peer.encode_chat(said))
+            for said in CHATS
         ]
     other = [Compared(f"{said!r} is read as {theirs}, here as {ids}") for said, ids, theirs in asked if ids != theirs]
     limit = min(LONGEST, length)

@@ -17,7 +17,7 @@ from lm_jax.convert import hugging_face
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import is_url
-from lm_jax.model.graph import build
+from lm_jax.model.build import build
 
 
 def write(

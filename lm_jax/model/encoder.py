@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.config import Model
-from lm_jax.heads import PER_TOKEN
 from lm_jax.model.attention import Context
 from lm_jax.model.language_model import Reading
 from lm_jax.model.layers import Dense, Dropout, Embedding, Norm, constant, declare
+from lm_jax.model.task_heads import PER_TOKEN
 from lm_jax.model.transformer import ACTIVATIONS, Transformer
 
 NUM_SEGMENTS = 2  # two texts stand in a row; the second follows the first (label 0) or does not (1)

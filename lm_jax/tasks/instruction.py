@@ -2,17 +2,17 @@
 
 {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]}
 
-The loss is on the assistant's words and on the token that ends each of its turns (lm_jax/chat.py). A long conversation keeps its
-start in training; where it is answered, its end.
+The loss is on the assistant's words and on the token that ends each of its turns (`generate/chat_template.py`). A long
+conversation keeps its start in training; where it is answered, its end.
 """
 
 import numpy as np
 from etils import epath
 
-from lm_jax import chat
 from lm_jax.config import Config, UserError
 from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.generate import chat_template as chat
 from lm_jax.tasks.tables import Row, like
 from lm_jax.tasks.task import Encoded, Task, no_text
 

@@ -18,7 +18,7 @@ import numpy as np
 from lm_jax.config import UserError
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.heads import ENDS, MAY_END, MAY_START, STARTS
+from lm_jax.model.task_heads import ENDS, MAY_END, MAY_START, STARTS
 from lm_jax.tasks import scores
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Encoded, Result, Task, checked_number, checked_text, no_text

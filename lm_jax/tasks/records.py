@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lm_jax.chat import Template
 from lm_jax.config import Config, Data, UserError
 from lm_jax.data import tokenizer
 from lm_jax.data.lines import listed
@@ -18,6 +17,7 @@ from lm_jax.data.shards import Corpus, Split, file_hash
 from lm_jax.data.sources import SPLITS, split_of
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.generate.chat_template import Template
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.tables import Row, files_of, left_over, rows
 from lm_jax.tasks.task import Result, Segment, Task

@@ -100,7 +100,7 @@ class Task:
         return (by.document_id,)
 
     def scores(self, results: tuple) -> dict[str, float]:
-        """The task's metrics, the first of which is what one looks at; none where texts are written (lm_jax/answers.py)."""
+        """The task's metrics, the first of which is what one looks at; none where texts are written (`generate_answers.py`)."""
         return {}
 
     def kept(self, results: tuple) -> tuple[str, tuple]:

@@ -31,10 +31,11 @@ import numpy as np
 from etils import epath
 
 from lm_jax.config import UserError, needs
-from lm_jax.data import clean, overlap, readers, report, shards, sources, steps, tokenizer
-from lm_jax.data.executors import Choice, Say, Stage, run_stage
-from lm_jax.data.report import Dropped, Tally
+from lm_jax.data import shards, sources, tokenizer
 from lm_jax.files import write_whole
+from lm_jax.prepare import clean, overlap, readers, report, steps
+from lm_jax.prepare.executors import Choice, Say, Stage, run_stage
+from lm_jax.prepare.report import Dropped, Tally
 
 VERSION = 1  # of what a plan means: another version does not go on with a work folder
 TASK_BYTES = 16_000_000  # of input that a task reads

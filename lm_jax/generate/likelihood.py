@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import UserError
-from lm_jax.decoding import on_mesh
+from lm_jax.generate.decoding import on_mesh
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
-from lm_jax.model.graph import Graph
+from lm_jax.model.build import Graph
 from lm_jax.sharding import batch_shards, constrain, iota, reshape
 
 SHORTEST = 64  # lengths are its doubles, so that few programs serve all

@@ -6,7 +6,7 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.layers import Declaration, Dense
 from lm_jax.sharding import automatic
-from lm_jax.trained import matching
+from lm_jax.trainable import matching
 
 
 def adapt(model: nnx.Module, config: Model) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from lm_jax.config import UserError
-from lm_jax.data import clean, readers, sources, tokenizer
-from lm_jax.data.readers import Bad, Document
-from lm_jax.data.report import Tally
+from lm_jax.data import sources, tokenizer
+from lm_jax.prepare import clean, readers
+from lm_jax.prepare.readers import Bad, Document
+from lm_jax.prepare.report import Tally
 
 
 class Busy:

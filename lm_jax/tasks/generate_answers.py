@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax.beam import search
-from lm_jax.decoding import complete
-from lm_jax.model.graph import Graph
+from lm_jax.generate.beam_search import search
+from lm_jax.generate.decoding import complete
+from lm_jax.model.build import Graph
 from lm_jax.sharding import batch_shards
 
 TOGETHER = 16  # records of a device that are answered at the same time

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from lm_jax.cluster import Cluster
 from lm_jax.config import PeerError, UserError
+from lm_jax.multihost.cluster import Cluster
 from lm_jax.stop import tell
 
 LIMIT = "LM_JAX_JOIN_SECONDS"  # in the environment: how long processes wait for one another

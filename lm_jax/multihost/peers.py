@@ -33,7 +33,7 @@ from etils import epath
 from lm_jax import stop
 from lm_jax.config import PeerError, UserError
 from lm_jax.faults import EXIT_MACHINE
-from lm_jax.roll_call import listen
+from lm_jax.multihost.roll_call import listen
 from lm_jax.stop import EXIT_FAULT
 
 BEAT = 0.5  # seconds between two signs of life
@@ -433,7 +433,7 @@ def compare(facts: dict[str, Any]) -> None:
 
 def own_code() -> dict[str, str]:
     """{file: hash} of lm_jax as it is installed here."""
-    folder, found = os.path.dirname(__file__), {}
+    folder, found = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), {}
     for place, _, names in sorted(os.walk(folder)):
         for name in sorted(name for name in names if name.endswith(".py")):
             path = os.path.join(place, name)

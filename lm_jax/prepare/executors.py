@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 from lm_jax import stop
 from lm_jax.config import UserError
-from lm_jax.data import clean
-from lm_jax.data.steps import task_file, working
+from lm_jax.prepare import clean
+from lm_jax.prepare.steps import task_file, working
 
 Say = Callable[[str], None]
 

@@ -7,11 +7,11 @@ import jax
 from flax import nnx
 
 from lm_jax.config import Model
-from lm_jax.model.adapters import adapt
 from lm_jax.model.encoder import Encoder
 from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Apart, Declaration, is_apart, make, merge
+from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
 from lm_jax.model.transformer import Transformer
 

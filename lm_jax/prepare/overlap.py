@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from lm_jax.config import UserError
-from lm_jax.data import clean, lines, readers, sources
-from lm_jax.data.readers import Bad, Document
-from lm_jax.data.report import Tally
+from lm_jax.data import lines, sources
+from lm_jax.prepare import clean, readers
+from lm_jax.prepare.readers import Bad, Document
+from lm_jax.prepare.report import Tally
 
 
 class Overlap:

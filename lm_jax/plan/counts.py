@@ -8,13 +8,13 @@ import time
 import jax
 import jax.numpy as jnp
 
+from lm_jax.batch_ramp import Ramp
 from lm_jax.config import Config
 from lm_jax.loss import CHUNK, is_chunked
 from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
-from lm_jax.ramp import Ramp
-from lm_jax.trained import depth, trained_paths
+from lm_jax.trainable import depth, trained_paths
 
 # Dense peak of one chip in the compute dtype, FLOP/s, and its memory in bytes: the makers' data sheets.
 PEAK = {

@@ -1,7 +1,7 @@
 """Conversations as a model's own chat template writes them; what people say never becomes a control token, and is never lost.
 
-A template is filled in twice, in a process with limits (lm_jax/jinja_process.py): with what was said, which gives the text, and
-with private characters of Unicode around every part of it, which tell whose words are whose.
+A template is filled in twice, in a process with limits (`jinja_process.py`): with what was said, which gives the text, and with
+private characters of Unicode around every part of it, which tell whose words are whose.
 """
 
 import atexit

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lm_jax import beam, chat, checkpoint, command, distributed, regular_files
+from lm_jax import checkpoint, cli, distributed, regular_files
 from lm_jax.config import Mesh, UserError
 from lm_jax.data.tokenizer import tell_losses
-from lm_jax.decoding import SLICE, Completion, stream, writes
-from lm_jax.model.graph import Graph
-from lm_jax.sampling import Sampling
+from lm_jax.generate import beam_search, chat_template
+from lm_jax.generate.decoding import SLICE, Completion, stream, writes
+from lm_jax.generate.sampling import Sampling
+from lm_jax.model.build import Graph
 from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
 
@@ -21,7 +22,7 @@ TOGETHER = 16  # prompts of a file that are one batch
 
 
 def main(arguments: list[str]) -> int:
-    parser = command.Parser("lm_jax.generate", __doc__)
+    parser = cli.Parser("lm_jax.generate", __doc__)
     parser.add_argument(
         "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
     )
@@ -88,12 +89,12 @@ def main(arguments: list[str]) -> int:
             print("\n\n".join(prompt + found.text for prompt, found in zip(flags.prompt, completions, strict=True)))
             return 0
         print("a prompt a line; an empty line ends", file=sys.stderr)
-        said: list[chat.Message] = []  # the conversation so far
-        for line in iter(lambda: command.ask("> "), ""):
+        said: list[chat_template.Message] = []  # the conversation so far
+        for line in iter(lambda: cli.ask("> "), ""):
             try:
                 print("" if flags.chat else line, end="", flush=True)
                 [answer] = write([line], show=lambda text: print(text, end="", flush=True), said=said)
-                said += [chat.user(line), {"role": "assistant", "content": answer.text}]
+                said += [chat_template.user(line), {"role": "assistant", "content": answer.text}]
                 print()
             except UserError as error:
                 print(error, file=sys.stderr)
@@ -116,20 +117,23 @@ def read_prompts(place: str) -> list[str]:
 def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
     parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
-    template = chat.read_template(located.workdir, flags.chat_variables) if flags.chat else None
-    marks = marks.also(*chat.ends_of_turn(template, tokenizer)) if template else marks
+    template = chat_template.read_template(located.workdir, flags.chat_variables) if flags.chat else None
+    marks = marks.also(*chat_template.ends_of_turn(template, tokenizer)) if template else marks
     before = [{"role": "system", "content": flags.system}] if flags.system else []
 
     def write(
         prompts: list[str],
         first: int = 0,
         show: Callable[[str], None] | None = None,
-        said: Sequence[chat.Message] = (),
+        said: Sequence[chat_template.Message] = (),
     ) -> list[Completion]:
-        turn = lambda text: chat.encode(template, [*before, *said, chat.user(text)], tokenizer) if template else text
+        told = [*before, *said]
+        turn = lambda text: (
+            chat_template.encode(template, [*told, chat_template.user(text)], tokenizer) if template else text
+        )
         given = [turn(prompt) for prompt in prompts]
         if flags.beams > 1:
-            found = beam.search(
+            found = beam_search.search(
                 graph, parameters, tokenizer, given, flags.max_new_tokens, flags.beams, flags.length_penalty, marks
             )
         else:
@@ -152,7 +156,3 @@ def grown(shown: str, text: str, show: Callable[[str], None] | None) -> str:
     if show and new:
         show(new)
     return new
-
-
-if __name__ == "__main__":
-    command.door(main)

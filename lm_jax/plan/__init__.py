@@ -1,0 +1,4 @@
+"""What is known before a run starts.
+
+counts.py  parameters, FLOPs, bytes by class, time on a device, rows of a microbatch: counted, not measured
+"""
