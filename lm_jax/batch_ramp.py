@@ -9,7 +9,9 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-from lm_jax.config import Config, Length, UserError, parse_length
+from lm_jax.config import Config
+from lm_jax.errors import UserError
+from lm_jax.knob import Length, parse_length
 
 
 class DataState(NamedTuple):

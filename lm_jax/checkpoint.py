@@ -29,12 +29,14 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax import fault_points, regular_files
 from lm_jax.batch_ramp import DataState
-from lm_jax.config import Config, UserError, difference, flatten, is_read, leaves, nearest, resolve_found, unflatten
+from lm_jax.config import Config, difference, flatten, leaves, unflatten
+from lm_jax.config_check import resolve_found
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import BESIDE, Tokenizer, load, named, read_json
 from lm_jax.distributed import agree, first_answer, leads, share
+from lm_jax.errors import UserError, nearest
 from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed, write_whole
 from lm_jax.manifest import (
     FORMAT,
@@ -50,6 +52,7 @@ from lm_jax.manifest import (
 from lm_jax.model.build import Graph, build
 from lm_jax.model.lora import merged
 from lm_jax.optimizer import all_finite
+from lm_jax.reach import is_read
 from lm_jax.remote import check_room, set_aside
 from lm_jax.stop import NEVER, Stop
 from lm_jax.train_state import Program, TrainState, abstract, make_program

@@ -1,41 +1,20 @@
-"""What every command shares: flags, the config they name, and how errors reach the terminal."""
+"""What every command shares: its flags, its exit code, and how an error reaches the terminal."""
 
 import argparse
 import contextlib
-import importlib.util
-import inspect
 import os
-import re
 import shlex
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
-
-import ml_collections
+from typing import NoReturn
 
 from lm_jax import fault_points, faults, stop
-from lm_jax.config import (
-    Config,
-    PeerError,
-    UserError,
-    check_key,
-    default_config,
-    flatten,
-    nearest,
-    parse_value,
-    plain_lines,
-    resolve,
-    shown,
-    shrink,
-    unflatten,
-    without_unread,
-)
+from lm_jax.errors import PeerError, UserError, nearest, plain_lines, shown
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
 from lm_jax.stop import EXIT_FAULT, Stop, end_process, listening, replace_process, work_is_done
 
-LARGEST_EXPERIMENT = 2**20  # bytes
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -110,12 +89,15 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> NoReturn:
-    """Runs a command and leaves with its code: 0 done, 2 user error, 74 a fault of the machine, 75 preempted and saved, 70 a
-    fault of ours; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved."""
+def run_command(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> NoReturn:
+    """Runs `main` of a command and ends the process with its exit code.
+
+    0 done, 2 user error, 70 an error of this program, 74 an error of the machine (disk, rights, memory), 75 preempted and
+    saved; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved.
+    """
     with Stop():
         speak = quiet_threads()
-        code = outcome(main, sys.argv[1:] if arguments is None else arguments)
+        code = exit_code(main, sys.argv[1:] if arguments is None else arguments)
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
     in_a_job = stop.others is not stop.ALONE  # ends so: JAX would wait for the others
@@ -127,8 +109,8 @@ def door(main: Callable[[list[str]], int | None], arguments: list[str] | None = 
     sys.exit(code)
 
 
-def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    """The exit code of a command; what went wrong is said."""
+def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """Runs `main` of a command; its exit code. What went wrong is written to stderr, and told to the job's other processes."""
     from lm_jax import distributed
 
     try:
@@ -161,8 +143,11 @@ def outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
 
 
 def quiet_threads() -> Callable[[], None]:
-    """What the system refuses a thread comes up again where that is waited for, and is said there; Orbax's and TensorStore's
-    threads would print it as well, and all that it led to. Returns what makes them speak again."""
+    """Keeps threads from printing an error of the machine, such as a full disk; returns the function that undoes it.
+
+    Whoever waits for the thread gets the error and reports it; threads of Orbax and TensorStore would print it a second time,
+    with all that followed from it.
+    """
     before = threading.excepthook, sys.unraisablehook
 
     def of_thread(args: threading.ExceptHookArgs) -> None:
@@ -181,10 +166,10 @@ def quiet_threads() -> Callable[[], None]:
 
 
 def with_kept_memory() -> None:
-    """Starts this process once more, with a glibc that keeps memory and has it in huge pages; elsewhere than on Linux, nothing.
+    """Starts this process again with a glibc that keeps freed memory and uses huge pages. Does nothing but on Linux.
 
-    XLA takes a step's memory anew for every step on a CPU, glibc would give it back to the kernel each time: clearing it anew
-    is a quarter of a step's wall time (docs/notebook.md). The tunables of glibc can only be set before a process starts.
+    On a CPU, XLA allocates the memory of a step anew in every step, and glibc would return it to the kernel each time: clearing
+    it again is a quarter of a step's wall time (docs/notebook.md). glibc reads these settings only when a process starts.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in given:
@@ -200,123 +185,9 @@ def ask(prompt: str) -> str:
         return ""
 
 
-def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """`--config.x.y=v` and `--config.x.y v` as {x.y: v}, and the other arguments. Raises UserError for a repeated one."""
-    check_text(arguments)
-    overrides: dict[str, str] = {}
-    rest, waiting = [], list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        if not argument.startswith("--config."):
-            rest.append(argument)
-            continue
-        path, equals, value = argument.removeprefix("--config.").partition("=")
-        check_key(path)
-        if not equals and not waiting:
-            raise UserError(f"--config.{path} needs a value, such as --config.{path}=1")
-        if path in overrides:
-            values = shown(overrides[path]), shown(value or waiting[0])
-            raise UserError(f"--config.{path} stands twice: {' and '.join(values)}")
-        overrides[path] = value if equals else waiting.pop(0)
-    return overrides, rest
-
-
-def find_experiment(place: str) -> tuple[str, str]:
-    """(file, variant) of `x.py:variant`; a relative path that is not here may stand in the clone. Raises UserError."""
-    path, _, variant = place.partition(":")
-    clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for candidate in (path, os.path.join(clone, path)):
-        if os.path.isfile(candidate):
-            return os.path.abspath(candidate), variant
-    folder = os.path.dirname(path) or "."
-    folder = folder if os.path.isdir(folder) else os.path.join(clone, "experiments")
-    near = (
-        [os.path.join(os.path.relpath(folder), name) for name in sorted(os.listdir(folder)) if name.endswith(".py")]
-        if os.path.isdir(folder)
-        else []
-    )
-    missing = (
-        "" if os.path.isdir(os.path.join(clone, "experiments")) else "; experiments come with a clone of the repository"
-    )
-    raise UserError(f"--config {place}: no such file{nearest(path, near)}{missing}")
-
-
-def experiment_config(place: str) -> ml_collections.ConfigDict:
-    """What an experiment file says, `:smoke` shrunk. The file is code and is executed. Raises UserError."""
-    path, variant = find_experiment(place)
-    folder = os.path.dirname(path)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config {place}: not a Python file")
-    if os.path.getsize(path) > LARGEST_EXPERIMENT:
-        raise UserError(f"--config {place}: a file of {os.path.getsize(path):,} bytes is no experiment")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"--config {place}: the file has no get_config()")
-        variants = (*getattr(module, "VARIANTS", ()), "smoke")
-        if variant and variant not in variants:
-            near = nearest(variant, variants)
-            raise UserError(f"--config {place}: no variant {variant!r}; there is {', '.join(variants)}{near}")
-        takes_variant = inspect.signature(module.get_config).parameters
-        config = module.get_config(variant) if takes_variant and variant != "smoke" else module.get_config()
-        if not isinstance(config, ml_collections.ConfigDict):
-            raise UserError(
-                f"--config {place}: get_config() returned {type(config).__name__}, not a ConfigDict; return config"
-            )
-        if variant == "smoke":
-            resolve(config)  # a wrong value is answered by its name before it is shrunk
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's file may raise: its place and its first line
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        number = frames[-1].lineno if frames else getattr(error, "lineno", line.lineno)
-        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError
-            error = error.args[0]
-        message = str(error.args[0] if error.args else error)
-        message = re.sub(r"\s+", " ", re.sub(r'Other fields present: "\{.*\}"', "", message, flags=re.DOTALL))
-        place = os.path.relpath(path) if not os.path.relpath(path).startswith("..") else path
-        raise UserError(f"{place} line {number}: {type(error).__name__}: {message[:200]}") from error
-    return shrink(config) if variant == "smoke" else config
-
-
-def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """The resolved config, and for every leaf that is not its default where it came from: {path: {from, default}}."""
-    defaults = flatten(default_config().to_dict())
-    from_file = experiment_config(place)
-    flat = flatten(from_file.to_dict())
-    given = {path: parse_value(path, text) for path, text in overrides.items()}
-    origins = {
-        path: {"from": "file", "default": defaults.get(path)}
-        for path in flat
-        if path in defaults and flat[path] != defaults[path]
-    }
-    for path in given:
-        origins[path] = {"from": "command line", "default": defaults[path], "file": flat[path]}
-    flat |= given
-    return resolve(unflatten(without_unread(flat, given) if place.endswith(":smoke") else flat)), origins
-
-
 def as_typed(*words: str) -> str:
     """A command of this interpreter as it was called, to paste into a shell."""
     return shlex.join([sys.orig_argv[0], *words])
-
-
-def as_given(place: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
-    """The command that trains this, to paste; without its workdir and number of steps."""
-    values = flatten(config)
-    given = [path for path, origin in origins.items() if origin["from"] == "command line" and path != "train.num_steps"]
-    return as_typed("-m", "lm_jax.main", "--config", place, *[f"--config.{path}={values[path]}" for path in given])
-
-
-def run_name(place: str) -> str:
-    """`gpt_125m` or `gpt_125m-smoke`: the experiment and its variant."""
-    path, _, variant = place.partition(":")
-    return os.path.basename(path).removesuffix(".py") + (f"-{variant}" if variant else "")
 
 
 def check_tokenizer(found, mixed) -> None:

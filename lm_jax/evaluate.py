@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax import checkpoint, cli, distributed
-from lm_jax.config import OBJECTIVES, Config, Mesh
+from lm_jax.config import Config, Mesh
 from lm_jax.data import loader, mixture, packing
 from lm_jax.data.tokenizer import Tokenizer, tell_losses
 from lm_jax.distributed import settle
 from lm_jax.loss import loss_sum, preferences
 from lm_jax.model.build import Graph
 from lm_jax.model.task_heads import losses
+from lm_jax.model_config import OBJECTIVES
 from lm_jax.multihost import peers
 from lm_jax.sharding import batch_shards, make_mesh
 from lm_jax.tasks import dpo_reference, generate_answers
@@ -196,4 +197,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from lm_jax.config import UserError, nearest
+from lm_jax.errors import UserError, nearest
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 ACTIONS = (*SIGNALS, "raise", "exit", "sleep")

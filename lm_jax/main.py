@@ -1,13 +1,13 @@
 """The door: flags -> config -> devices -> train. `python -m lm_jax.main --config experiments/gpt_125m.py`."""
 
-from lm_jax import cli
+from lm_jax import cli, experiment
 from lm_jax.config import Config, leaves
 
 DEFAULT = "experiments/quickstart.py"
 
 
 def main(arguments: list[str]) -> int:
-    overrides, rest = cli.split_overrides(arguments)
+    overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("lm_jax.main", __doc__)
     parser.add_argument("--config", default=DEFAULT, help="an experiment file, file.py:variant; it is executed")
     parser.add_argument("--workdir", default="", help="default: runs/<experiment>[-<variant>]")
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="stop after the checks and the header")
     parser.epilog = "--config.section.name=value overrides a value; --print_config lists them"
     flags = parser.parse_args(rest)
-    config, origins = cli.load_config(flags.config, overrides)
+    config, origins = experiment.load_config(flags.config, overrides)
     if flags.print_config:
         print(table(config, origins))
         return 0
@@ -38,4 +38,4 @@ def table(config: Config, origins: dict[str, dict]) -> str:
 
 if __name__ == "__main__":
     cli.with_kept_memory()
-    cli.door(main)
+    cli.run_command(main)

@@ -25,9 +25,9 @@ import jax
 from etils import epath
 
 from lm_jax import fault_points
-from lm_jax.config import UserError
 from lm_jax.data.shards import cache_folder, is_url
 from lm_jax.data.sources import files_below
+from lm_jax.errors import UserError
 from lm_jax.files import Hash
 
 LISTINGS = 16  # folders of a bucket that are listed at once

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lm_jax.config import RECURRENT, Config, UserError
+from lm_jax.config import Config
 from lm_jax.config import Mesh as MeshConfig
+from lm_jax.errors import UserError
+from lm_jax.model_config import RECURRENT
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from lm_jax import checkpoint, cli, fault_points, metrics, spikes, terminal
 from lm_jax.batch_ramp import Clocks, DataState, Every, Ramp, clocks, every, make_ramp, with_steps
-from lm_jax.config import Config, Length, UserError, flatten, parse_length
+from lm_jax.config import Config, flatten
 from lm_jax.convert import word_vectors
 from lm_jax.convert.word_vectors import WordVectors
 from lm_jax.data import loader, mixture, objectives, special_ids
@@ -26,11 +26,14 @@ from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.distributed import agree, devices, everyone, find_together, leads, own, workdir_lock
+from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, by_source, open_data
+from lm_jax.experiment import as_given, run_name
 from lm_jax.generate import chat_template
 from lm_jax.generate.decoding import SLICE, stream
 from lm_jax.generate.sampling import Sampling
 from lm_jax.goodput import Goodput, traced
+from lm_jax.knob import Length, parse_length
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.multihost import peers
@@ -105,7 +108,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
 
     `experiment` is what `--config` named, `place` the workdir ("": runs/<experiment>[-<variant>]).
     """
-    name, given = cli.run_name(experiment), cli.as_given(experiment, config, origins)
+    name, given = run_name(experiment), as_given(experiment, config, origins)
     check_url("--workdir", place)
     say, goodput, workdir = terminal.Terminal(), Goodput(), epath.Path(place or f"runs/{name}")
     desk = Desk(workdir)

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import numpy as np
 from flax.nnx import traversals
 
-from lm_jax.config import Config, Model, UserError
+from lm_jax.config import Config, Model
+from lm_jax.errors import UserError
 from lm_jax.model.layers import Declaration
 
 Path = tuple[str, ...]

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lm_jax import cli, distributed
+from lm_jax import cli, distributed, experiment
 from lm_jax.batch_ramp import make_ramp, with_steps
-from lm_jax.config import Config, Mesh, UserError
+from lm_jax.config import Config, Mesh
 from lm_jax.data import loader, shards
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.objectives import specials
+from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.model.language_model import padded
 from lm_jax.sharding import by_slice, legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
@@ -66,7 +67,7 @@ def hashed_whole(mixed: Mixture) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    overrides, rest = cli.split_overrides(arguments)
+    overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("lm_jax.verify", __doc__)
     parser.add_argument("--config", required=True, help="an experiment file, file.py:variant; it is executed")
     parser.add_argument("--show", action="store_true", help="only print the parameters on the config's mesh")
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(rest)
     if flags.num_steps < 1:
         parser.error(f"--num_steps {flags.num_steps}: at least 1")
-    config, _ = cli.load_config(flags.config, overrides)
+    config, _ = experiment.load_config(flags.config, overrides)
     say, here = Terminal(), distributed.devices()
     preflight_sizes = mesh_shape(config.mesh, len(here))
     mixed = open_data(config, say)
@@ -120,4 +121,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -13,21 +13,23 @@ os.environ.setdefault("LM_JAX_CACHE", str(ROOT / ".pytest_cache" / "lm_jax"))
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from lm_jax import config as configs  # noqa: E402
 from lm_jax import distributed  # noqa: E402
+from lm_jax.config import Config, default_config, flatten, unflatten  # noqa: E402
+from lm_jax.config_check import resolve  # noqa: E402
 from lm_jax.data import shards  # noqa: E402
+from lm_jax.experiment import shrink, without_unread  # noqa: E402
 
 distributed.configure()
 
 
-def tiny(**changes) -> configs.Config:
+def tiny(**changes) -> Config:
     """Two layers, 64 wide, rows of 64 tokens of the embedded corpus; changes as section__name=value."""
-    config = configs.shrink(configs.default_config())
+    config = shrink(default_config())
     for path, value in changes.items():
         section, name = path.split("__")
         config[section][name] = value
     given = [path.replace("__", ".") for path in changes]
-    return configs.resolve(configs.unflatten(configs.without_unread(configs.flatten(config.to_dict()), given)))
+    return resolve(unflatten(without_unread(flatten(config.to_dict()), given)))
 
 
 # Changes of `tiny` that make the families: what every specification is held against.

@@ -9,17 +9,19 @@ import sys
 
 import numpy as np
 
-from lm_jax import config as configs
 from lm_jax import distributed
+from lm_jax.config import Mesh, default_config
+from lm_jax.config_check import resolve
 from lm_jax.data import loader, mixture
+from lm_jax.experiment import shrink
 from lm_jax.sharding import make_mesh
 
 
 def main(sources, packing: str, mesh, num_workers: int, first: int, num: int) -> None:
-    config = configs.shrink(configs.default_config())
+    config = shrink(default_config())
     config.data.sources, config.data.packing = sources, packing
-    data = configs.resolve(config).data
-    here = make_mesh(configs.Mesh(*mesh), distributed.devices())
+    data = resolve(config).data
+    here = make_mesh(Mesh(*mesh), distributed.devices())
     stream, size, rows = mixture.open_mixture(data).stream(data), data.global_batch_size, {}
     for j, batch in enumerate(loader.batches(stream, here, first, num, size, num_workers)):
         held: dict[int, dict[str, bytes]] = {}

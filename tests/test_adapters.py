@@ -14,8 +14,9 @@ from test_resume import kill_once_saved
 from test_train import assert_same_run, lines_of
 
 from lm_jax import checkpoint, evaluate, main
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.convert import hugging_face, run
+from lm_jax.errors import UserError
 from lm_jax.generate import command
 from lm_jax.loss import loss_sum
 from lm_jax.model.build import build

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-stop config fault_points regular_files files batch_ramp spikes sharding model.task_heads data.lines data.sources
+stop errors knob model_config config reach config_check fault_points regular_files files batch_ramp spikes
+sharding model.task_heads data.lines data.sources
 data.tokenizer data.special_ids convert.word_vectors data.shards data.packing data.objectives data.mixture
 generate.jinja_process generate.chat_template tasks.scores tasks.tables tasks.task tasks.words tasks.classification
 tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction tasks.preference tasks.records data.loader
@@ -19,7 +20,7 @@ tasks.results compile_cache multihost.cluster multihost.roll_call multihost.peer
 trainable model.lora model.attention model.language_model model.moe model.transformer model.encoder
 model.encoder_decoder model.recurrent model.build convert.safetensors convert.fields convert.rotary convert.families
 convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf loss plan.counts
-optimizer train_state train_step metrics goodput terminal checkpoint convert.run cli generate.sampling
+optimizer train_state train_step metrics goodput terminal checkpoint convert.run cli experiment generate.sampling
 generate.decoding convert.proof convert.export generate.beam_search tasks.generate_answers tasks.dpo_reference
 generate.likelihood generate.command evaluate train main verify generate.lm_eval generate.__main__
 """.split()
@@ -50,7 +51,7 @@ def test_every_module_has_a_place_and_the_arrows_hold():
         if not name.endswith("__init__"):
             modules[name] = imports(path)
     assert sorted(modules) == sorted(ORDER)
-    # `command.door` sets JAX up for the command that it runs, and `main` wakes it up after the flags: both import late.
+    # `cli.run_command` sets JAX up for the command that it runs, and `main` wakes it up after the flags: both import late.
     backwards = {(a, b) for a, found in modules.items() for b in found if ORDER.index(b) > ORDER.index(a)}
     assert backwards == set()
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
+from lm_jax.errors import UserError
 from lm_jax.model import attention
 from lm_jax.model.attention import Call, Context
 from lm_jax.sharding import computed, make_mesh

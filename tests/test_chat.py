@@ -6,8 +6,8 @@ import pytest
 from etils import epath
 from test_tokenizer import byte_level
 
-from lm_jax.config import UserError
 from lm_jax.data.tokenizer import Bytes, HuggingFace
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 
 TURNS = (

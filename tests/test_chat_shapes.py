@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
-from lm_jax.config import UserError
 from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 
 sys.path.insert(0, str(ROOT / "tools"))

@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT, command, tiny
 
 from lm_jax import checkpoint, metrics
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
+from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
 from lm_jax.model.build import build

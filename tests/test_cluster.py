@@ -9,7 +9,7 @@ import pytest
 from jax._src import cloud_tpu_init
 from metadata_server import of_worker, serve
 
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.multihost import cluster
 from lm_jax.multihost.cluster import Cluster
 

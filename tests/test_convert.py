@@ -19,9 +19,10 @@ from flax.nnx.traversals import flatten_mapping
 from test_processes import outputs, start
 
 from lm_jax import checkpoint
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.convert import families, gguf, hugging_face, safetensors
 from lm_jax.data.tokenizer import Bytes
+from lm_jax.errors import UserError
 from lm_jax.generate import command
 from lm_jax.loss import token_losses
 from lm_jax.model.build import build

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.data import loader, packing, shards, sources, tokenizer
+from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
 
 

@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from lm_jax import cli
+from lm_jax import experiment
 from lm_jax.batch_ramp import make_ramp, with_steps
-from lm_jax.config import resolve, shrink
+from lm_jax.config_check import resolve
 from lm_jax.data.packing import make_row
+from lm_jax.experiment import shrink
 from lm_jax.plan import counts
 from lm_jax.sharding import AXES, constrain
 from lm_jax.train_state import fresh, make_program
@@ -46,7 +47,7 @@ def traced(config) -> tuple:
 @pytest.mark.parametrize("row", NAMED)
 def test_a_size_has_its_parameters_and_its_step_can_be_traced(row):
     """Within 2% of the name at 50,257 pieces and 2,048 tokens; the state that comes out is laid out as it went in."""
-    config, _ = cli.load_config(f"experiments/gpt3.py:{row}", {})
+    config, _ = experiment.load_config(f"experiments/gpt3.py:{row}", {})
     assert (config.data.sequence_length, config.data.tokenizer) == (2048, "sentencepiece:50257")
     program = make_program(with_steps(config, make_ramp(config), 1), 50257)
     counted = counts.count(config, program.graph.declarations).parameters
@@ -60,15 +61,15 @@ def test_a_size_has_its_parameters_and_its_step_can_be_traced(row):
 
 @pytest.mark.parametrize("row", NAMED)
 def test_a_door_opens_on_its_row_and_shrinks(row):
-    assert cli.load_config(DOORS[row], {})[0] == cli.load_config(f"experiments/gpt3.py:{row}", {})[0]
-    small, _ = cli.load_config(f"{DOORS[row]}:smoke", {})
+    assert experiment.load_config(DOORS[row], {})[0] == experiment.load_config(f"experiments/gpt3.py:{row}", {})[0]
+    small, _ = experiment.load_config(f"{DOORS[row]}:smoke", {})
     assert (small.model.num_layers, small.model.window, small.train.num_steps) == (4, (0, 16), 2)
 
 
 def test_the_recipe_of_the_paper():
     """What every row shares (appendix B), from the resolved config."""
     for row in NAMED:
-        config, _ = cli.load_config(DOORS[row], {})
+        config, _ = experiment.load_config(DOORS[row], {})
         optimizer = config.optimizer
         assert (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == ("adamw", 0.9, 0.95, 1e-8)
         assert (optimizer.clip_norm, optimizer.weight_decay, optimizer.decay_to) == (1.0, 0.1, 0.1)
@@ -78,7 +79,7 @@ def test_the_recipe_of_the_paper():
 
 
 def test_the_smallest_smoke_of_a_row_is_traced():
-    traced(cli.load_config("experiments/gpt_13b.py:smoke", {})[0])
+    traced(experiment.load_config("experiments/gpt_13b.py:smoke", {})[0])
 
 
 # Parameters as the makers count them, at the vocabulary of the experiment.
@@ -90,7 +91,7 @@ DECODERS = {
 
 @pytest.mark.parametrize("row", DECODERS)
 def test_a_decoder_has_its_parameters(row):
-    config, _ = cli.load_config(f"experiments/decoders.py:{row}", {})
+    config, _ = experiment.load_config(f"experiments/decoders.py:{row}", {})
     pieces = int(config.data.tokenizer.split(":")[1])
     program = make_program(with_steps(config, make_ramp(config), 1), pieces)
     counted = counts.count(config, program.graph.declarations).parameters
@@ -99,7 +100,7 @@ def test_a_decoder_has_its_parameters(row):
 
 def test_the_products_of_idle_experts_are_not_counted():
     """Mixtral: 46.7B parameters, 12.9B of them in the products of a token (arXiv:2401.04088)."""
-    config, _ = cli.load_config("experiments/decoders.py:mixtral_8x7b", {})
+    config, _ = experiment.load_config("experiments/decoders.py:mixtral_8x7b", {})
     program = make_program(with_steps(config, make_ramp(config), 1), 32000)
     assert abs(counts.count(config, program.graph.declarations).matrix_parameters / 12.75e9 - 1) < 0.01
 
@@ -108,7 +109,7 @@ def test_the_products_of_idle_experts_are_not_counted():
 def test_every_start_of_finetuning_is_a_config_that_can_be_run(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     variants = getattr(importlib.import_module(name), "VARIANTS", ("",))
-    found = [cli.load_config(f"experiments/{name}.py:{variant}", {})[0] for variant in variants]
+    found = [experiment.load_config(f"experiments/{name}.py:{variant}", {})[0] for variant in variants]
     assert len({config.train.init_from for config in found}) == len(variants), "each from another model"
     assert all(config.train.task for config in found)
 

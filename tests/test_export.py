@@ -20,10 +20,11 @@ from conftest import FAMILIES, ROOT, command, tiny
 from one_process import performed
 
 from lm_jax import checkpoint
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.convert import export, gguf, hugging_face, proof, safetensors, text_files, tokenizer_json
 from lm_jax.data import special_ids, tokenizer
 from lm_jax.data.special_ids import SpecialIds
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 from lm_jax.generate.decoding import Completion, complete
 from lm_jax.generate.sampling import Sampling
@@ -453,7 +454,8 @@ def test_a_gguf_file_is_refused_that_could_not_say_every_end():
 
 
 EXPERIMENT = """
-from lm_jax.config import default_config, shrink
+from lm_jax.config import default_config
+from lm_jax.experiment import shrink
 
 
 def get_config(variant=""):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax import checkpoint, cli, metrics, train, verify
-from lm_jax.config import Mesh, UserError
+from lm_jax import checkpoint, experiment, metrics, train, verify
+from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture, objectives
+from lm_jax.errors import UserError
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
 from lm_jax.plan import counts
@@ -224,7 +225,7 @@ def test_an_objective_needs_its_kind():
 
 @pytest.mark.parametrize(("name", "pieces", "millions"), [("bert_base", 30_522, 110), ("t5_small", 32_100, 77)])
 def test_a_published_size_has_its_parameters(name, pieces, millions):
-    config, _ = cli.load_config(f"experiments/{name}.py", {})
+    config, _ = experiment.load_config(f"experiments/{name}.py", {})
     extra = objectives.EXTRA[config.data.objective]
     assert config.data.tokenizer == f"sentencepiece:{pieces - extra}"
     graph = build(config.model, pieces, config.data.sequence_length)

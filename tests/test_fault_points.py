@@ -10,7 +10,7 @@ from etils import epath
 from test_train import damage
 
 from lm_jax import checkpoint, cli, fault_points, main, remote
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 
 LINE = [
     "--config", "experiments/quickstart.py:smoke", "--config.train.num_steps=4", "--config.train.microbatch_rows=4",
@@ -116,11 +116,11 @@ def test_it_raises():
 
 def test_a_command_says_that_it_was_not_broken_or_refuses(monkeypatch, capsys):
     monkeypatch.setenv("LM_JAX_FAULT", "kill@step:3")
-    assert cli.outcome(lambda arguments: 0, []) == 0
+    assert cli.exit_code(lambda arguments: 0, []) == 0
     assert "not broken: step was reached 0 times" in capsys.readouterr().err
     monkeypatch.setenv("LM_JAX_FAULT", "kill@stap")
-    assert cli.outcome(lambda arguments: 0, []) == 2
+    assert cli.exit_code(lambda arguments: 0, []) == 2
     assert "did you mean step?" in capsys.readouterr().err
     monkeypatch.delenv("LM_JAX_FAULT")
-    assert cli.outcome(lambda arguments: 0, []) == 0
+    assert cli.exit_code(lambda arguments: 0, []) == 0
     assert capsys.readouterr().err == ""

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lm_jax.config import UserError
 from lm_jax.convert import fields, hugging_face
+from lm_jax.errors import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
 import parity_families as parity  # noqa: E402

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, command, tiny
 
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.convert import hugging_face
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Bytes
+from lm_jax.errors import UserError
 from lm_jax.generate import beam_search
 from lm_jax.generate.decoding import State, complete, decode, generate, on_mesh, prefill, stream
 from lm_jax.generate.sampling import GREEDY, Sampling, keys, sample

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from lm_jax import checkpoint
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.generate.decoding import complete
 from lm_jax.generate.likelihood import likelihoods
 from lm_jax.generate.sampling import GREEDY

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import importlib.util
 import json
 import os
 import pathlib
@@ -30,8 +31,8 @@ def tool(name: str):
     """`main` of a tool, found when it is called."""
 
     def run(arguments: list[str]) -> int:
-        spec = cli.importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-        module = cli.importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.main(arguments)
 
@@ -393,7 +394,7 @@ def ends(place: str, name: str, capfd) -> None:
     """Performs a command on what is named: it ends with exit code 2 and one to five plain lines."""
     function, arguments = PLACES[place]
     with deadline(SECONDS), pytest.raises(SystemExit) as stopped:
-        cli.door(function, [argument.format(name) if "{}" in argument else argument for argument in arguments])
+        cli.run_command(function, [argument.format(name) if "{}" in argument else argument for argument in arguments])
     output, error = capfd.readouterr()
     assert stopped.value.code == 2, f"exit {stopped.value.code}\n{output[-2000:]}\n{error[-3000:]}"
     shown = error.strip().split("\n")

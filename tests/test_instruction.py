@@ -11,8 +11,8 @@ import pytest
 from conftest import tiny
 from test_tokenizer import byte_level
 
-from lm_jax.config import UserError
 from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.generate import chat_template
 

@@ -11,8 +11,8 @@ from lm_jax import cli
 
 SCRIPT = """
 import os, sys
-from lm_jax import command
-command.with_kept_memory()
+from lm_jax import cli
+cli.with_kept_memory()
 print(os.getpid(), os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
 """
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, tiny
 
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
+from lm_jax.errors import UserError
 from lm_jax.generate.likelihood import PLACES, batches, likelihoods
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from lm_jax.config import UserError
 from lm_jax.data import lines
+from lm_jax.errors import UserError
 from lm_jax.prepare import readers
 from lm_jax.tasks import tables
 

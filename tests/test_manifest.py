@@ -18,7 +18,8 @@ from test_places import bucket, bucket_emulator  # noqa: F401  (a fixture)
 from test_processes import outputs, start
 
 from lm_jax import checkpoint, distributed, manifest, remote
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
+from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
 
 MESHES = {"8x1": (8, 1, 1), "2x4": (2, 4, 1), "1x8": (1, 8, 1), "2x2x2": (2, 2, 2)}

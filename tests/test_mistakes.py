@@ -179,7 +179,7 @@ def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeyp
     )
     before, started = listing(tmp_path, places["tmp"], places["run"]), time.monotonic()
     with pytest.raises(SystemExit) as stopped:
-        commands.door(COMMANDS[name], [argument.format(**places) for argument in arguments])
+        commands.run_command(COMMANDS[name], [argument.format(**places) for argument in arguments])
     seconds = time.monotonic() - started
     check(stopped.value.code, capsys.readouterr().err, words.replace("{run}", re.escape(places["run"])))
     after = listing(tmp_path, places["tmp"], places["run"])
@@ -209,9 +209,7 @@ def test_all_checkpoints_broken_is_said(finished, tmp_path):
 
 
 def test_no_such_platform():
-    script = (
-        "import os; os.environ['JAX_PLATFORMS'] = 'tpuu'; from lm_jax import command, main; command.door(main.main)"
-    )
+    script = "import os; os.environ['JAX_PLATFORMS'] = 'tpuu'; from lm_jax import cli, main; cli.run_command(main.main)"
     line = [sys.executable, "-c", script, "--config", "experiments/quickstart.py:smoke"]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     check(result.returncode, result.stderr, "no devices of JAX_PLATFORMS='tpuu'")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from test_shards import made_up, write
 
 from lm_jax import checkpoint
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture, packing, shards
+from lm_jax.errors import UserError
 from lm_jax.evaluate import Totals, by_source
 from lm_jax.sharding import make_mesh
 

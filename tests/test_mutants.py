@@ -11,12 +11,15 @@ import jax
 import pytest
 from conftest import ROOT
 
-from lm_jax import cli
+from lm_jax import experiment
 from lm_jax.batch_ramp import make_ramp, with_steps
-from lm_jax.config import LARGEST_HEAD, Config, UserError, flatten, leaves, resolve, unflatten
+from lm_jax.config import Config, flatten, leaves, unflatten
+from lm_jax.config_check import resolve
 from lm_jax.data.objectives import EXTRA
+from lm_jax.errors import UserError
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
+from lm_jax.model_config import LARGEST_HEAD
 from lm_jax.plan import counts
 from lm_jax.sharding import mesh_shape, preflight
 from lm_jax.train_state import fresh, make_program
@@ -86,7 +89,7 @@ def mutant(seed: int) -> tuple[str, dict]:
     """(what was changed, the config with it as a nested dict): one to three leaves, each by a value of any type."""
     rng = random.Random(seed)
     name, small = rng.choice(EXPERIMENTS), rng.random() < 0.7
-    flat = flatten(cli.experiment_config(f"experiments/{name}.py{':smoke' * small}").to_dict())
+    flat = flatten(experiment.experiment_config(f"experiments/{name}.py{':smoke' * small}").to_dict())
     chosen = rng.sample(list(leaves()), rng.choice((1, 1, 1, 2, 3)))
     for path in chosen:
         old, choices = flat[path], leaves()[path].metadata["choices"]
@@ -136,7 +139,9 @@ FLAGS = [f"--config.{path}={text}" for path in MIXED for text in TEXTS]
 
 def test_texts_of_flags_are_refused_or_harmless():
     for flag in FLAGS:
-        make = lambda flag=flag: cli.load_config("experiments/quickstart.py:smoke", cli.split_overrides([flag])[0])[0]
+        make = lambda flag=flag: experiment.load_config(
+            "experiments/quickstart.py:smoke", experiment.split_overrides([flag])[0]
+        )[0]
         check(answer(make), flag[:80])
 
 
@@ -156,7 +161,7 @@ RANGES = {
 @pytest.mark.parametrize("path", RANGES)
 def test_what_no_run_can_have_is_refused_by_name(path):
     for value in RANGES[path]:
-        flat = flatten(cli.experiment_config("experiments/quickstart.py:smoke").to_dict()) | {path: value}
+        flat = flatten(experiment.experiment_config("experiments/quickstart.py:smoke").to_dict()) | {path: value}
         with pytest.raises(UserError) as error:
             resolve(unflatten(flat))
         assert f"config.{path}" in str(error.value)
@@ -164,7 +169,7 @@ def test_what_no_run_can_have_is_refused_by_name(path):
 
 
 def test_heads_that_are_too_wide_are_refused_with_how_many_there_must_be():
-    config = cli.experiment_config("experiments/quickstart.py")
+    config = experiment.experiment_config("experiments/quickstart.py")
     config.model.model_dim, config.model.num_heads = 8192, 2
     with pytest.raises(UserError, match="at least 8 heads"):
         resolve(config)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_jax.config import UserError
 from lm_jax.data import packing, shards
+from lm_jax.errors import UserError
 
 DOCUMENT = 60_000
 

@@ -13,9 +13,10 @@ from test_tasks import write_table
 from test_train import assert_same_run, lines_of
 
 from lm_jax import evaluate, loss, main
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
+from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.generate import chat_template
 from lm_jax.model.build import build

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, tiny
 from test_processes import free_port
 
-from lm_jax.config import UserError
 from lm_jax.data import lines, shards, sources
+from lm_jax.errors import UserError
 from lm_jax.prepare import clean, executors, overlap, readers
 from lm_jax.prepare import run as prepare
 

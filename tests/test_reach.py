@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax import config as configs
-from lm_jax.config import Config, UserError, flatten, is_read, leaves, resolve, resolve_found, unflatten
+from lm_jax.config import Config, flatten, leaves, unflatten
+from lm_jax.config_check import check_together, resolve, resolve_found
 from lm_jax.data.objectives import example
+from lm_jax.errors import UserError
+from lm_jax.experiment import SHRUNK
 from lm_jax.loss import objective
 from lm_jax.model.layers import Dropout
+from lm_jax.model_config import RECURRENT
+from lm_jax.reach import is_read
 from lm_jax.train_state import make_program
 
 LABELS = dict(train__task="classification", model__labels=("a", "b"), data__packing="best_fit")
@@ -135,10 +139,8 @@ def neighbours(config: Config, path: str):
     for value in other_values(path, flatten(config)[path]):
         other = changed(config, path, value)
         try:
-            if (
-                config.model.kind not in configs.RECURRENT or path not in configs.SHRUNK
-            ):  # it has no sizes of heads to fit
-                configs._check_together(other)
+            if config.model.kind not in RECURRENT or path not in SHRUNK:  # it has no sizes of heads to fit
+                check_together(other)
             make_program(other, 200)
         except UserError:
             continue

@@ -8,8 +8,10 @@ import pytest
 from conftest import ROOT
 
 from lm_jax import checkpoint, evaluate, main
-from lm_jax.config import PLACE, Mesh, UserError, leaves
+from lm_jax.config import Mesh, leaves
+from lm_jax.config_check import PLACE
 from lm_jax.convert import run
+from lm_jax.errors import UserError
 from lm_jax.generate import command as generate
 from lm_jax.sharding import make_mesh
 

@@ -11,7 +11,8 @@ import finetune_entities  # noqa: E402
 import records_debian  # noqa: E402
 import records_of  # noqa: E402
 
-from lm_jax.config import resolve, shrink  # noqa: E402
+from lm_jax.config_check import resolve  # noqa: E402
+from lm_jax.experiment import shrink  # noqa: E402
 from lm_jax.tasks.tags import TokenClassification  # noqa: E402
 
 

@@ -3,7 +3,7 @@
 import pytest
 from conftest import tiny
 
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.instruction import checked_messages
 from lm_jax.tasks.tables import Row

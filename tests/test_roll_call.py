@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from test_processes import free_port
 
-from lm_jax.config import PeerError, UserError
+from lm_jax.errors import PeerError, UserError
 from lm_jax.multihost import roll_call
 from lm_jax.multihost.cluster import Cluster
 

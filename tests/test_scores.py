@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.tasks import results, scores
 
 LABELS = ("a b a c b a a c b b".split(), "a b b c a a c d b a".split())

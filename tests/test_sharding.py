@@ -8,8 +8,9 @@ import pytest
 from conftest import FAMILIES, ROOT, tiny
 
 from lm_jax import verify
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.data import loader
+from lm_jax.errors import UserError
 from lm_jax.model.build import build
 from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight, stored
 

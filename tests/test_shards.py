@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lm_jax import files
-from lm_jax.config import UserError
 from lm_jax.data import shards
+from lm_jax.errors import UserError
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import socket
 import pytest
 from conftest import tiny
 
-from lm_jax.config import UserError
 from lm_jax.data import shards, sources
 from lm_jax.data.lines import KINDS
+from lm_jax.errors import UserError
 from lm_jax.prepare import run
 
 TEXT = b"one line of text\nand another\n"

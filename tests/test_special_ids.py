@@ -13,10 +13,11 @@ from conftest import ROOT, tiny
 from etils import epath
 
 from lm_jax import checkpoint
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.convert import gguf, hugging_face, run
 from lm_jax.data import objectives, shards, special_ids, tokenizer
 from lm_jax.data.special_ids import SpecialIds
+from lm_jax.errors import UserError
 from lm_jax.generate import beam_search, chat_template, decoding
 from lm_jax.generate.decoding import complete, on_mesh, stream
 from lm_jax.generate.sampling import GREEDY, Sampling

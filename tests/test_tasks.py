@@ -9,7 +9,7 @@ import pytest
 from conftest import command, tiny
 
 from lm_jax import metrics
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.prepare import readers
 from lm_jax.tasks.regression import Regression

@@ -9,7 +9,8 @@ from conftest import tiny
 from test_tasks import write_table
 
 from lm_jax import checkpoint, evaluate, main, metrics
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
+from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.loss import loss_sum
 from lm_jax.model.build import build

@@ -16,8 +16,8 @@ import types
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, cli, distributed, metrics, stop, train
-from lm_jax.config import PeerError, UserError
+from lm_jax import checkpoint, distributed, experiment, metrics, stop, train
+from lm_jax.errors import PeerError, UserError
 from lm_jax.multihost import peers
 
 # Every decision that leads to a collective, as the line calls it: what it is taken from, which is of one process alone.
@@ -381,8 +381,8 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
         spied(train, "steps", "steps", lambda *_: None if script.leads else signalled(*_))
         spied(train.CompiledStep, "__call__", "step", step=lambda _, state, *__: int(state.step))
         spied(checkpoint.Saver, "save", "save", step=lambda _, state, data, *__: data.step)
-        overrides, _ = cli.split_overrides(words)
-        config, origins = cli.load_config("experiments/quickstart.py:smoke", overrides)
+        overrides, _ = experiment.split_overrides(words)
+        config, origins = experiment.load_config("experiments/quickstart.py:smoke", overrides)
         train.run(config, "experiments/quickstart.py:smoke", str(workdir), origins)
     return done
 

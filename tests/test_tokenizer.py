@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lm_jax import checkpoint
-from lm_jax.config import UserError
 from lm_jax.data import special_ids, tokenizer
+from lm_jax.errors import UserError
 
 CHINESE = """\
 人工智能模型从文本中学习：它读到一个词，然后猜下一个词。“你好，世界！”他说（声音很轻）。

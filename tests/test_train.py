@@ -16,11 +16,13 @@ from conftest import FAMILIES, ROOT, command, tiny
 from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lm_jax import checkpoint, files, metrics
-from lm_jax import cli as commands
-from lm_jax import config as configs
-from lm_jax.config import OBJECTIVES, Mesh
+from lm_jax import checkpoint, experiment, files, metrics
+from lm_jax.config import Config, Mesh, default_config
+from lm_jax.config_check import resolve
 from lm_jax.data import loader
+from lm_jax.errors import UserError
+from lm_jax.experiment import shrink
+from lm_jax.model_config import OBJECTIVES
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
@@ -216,7 +218,7 @@ def test_a_step_that_lost_its_manifest_is_set_aside_and_a_run_without_another_do
     assert checkpoint.has_steps(checkpoint.epath.Path(copy))
     checkpoint.clean(checkpoint.epath.Path(copy), said.append)
     assert sorted(path.name for path in folder.iterdir()) == ["12.broken", "9.broken"] and len(said) == 2
-    with pytest.raises(configs.UserError, match="is whole; remove the folder to start over"):
+    with pytest.raises(UserError, match="is whole; remove the folder to start over"):
         checkpoint.newest_valid(checkpoint.epath.Path(copy), said.append, quarantine=True)
 
 
@@ -287,8 +289,8 @@ def test_a_given_up_step_leaves_the_state_as_it_was(corpus):
         assert one_step(state, 2, loader.batches(stream, mesh, 0, 2, 4), lambda done: False) is not None
 
 
-def command_config(name: str) -> configs.Config:
-    return commands.load_config(f"experiments/{name}", {})[0]
+def command_config(name: str) -> Config:
+    return experiment.load_config(f"experiments/{name}", {})[0]
 
 
 # The rows of GPT-3's table are one program in miniature: one of them is run, test_experiments.py traces the others.
@@ -369,7 +371,7 @@ def test_a_run_goes_on_on_another_mesh(reference, tmp_path):
 
 
 def test_shrink_keeps_what_an_experiment_is_about():
-    config = configs.default_config()
+    config = default_config()
     config.model.num_heads, config.model.num_kv_heads, config.model.window = 32, 8, (0, 128)
-    small = configs.resolve(configs.shrink(config)).model
+    small = resolve(shrink(config)).model
     assert (small.num_heads, small.num_kv_heads, small.window, small.num_layers) == (4, 1, (0, 16), 4)

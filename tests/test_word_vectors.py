@@ -6,8 +6,9 @@ import pytest
 from conftest import tiny
 
 from lm_jax import train
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.convert import word_vectors
+from lm_jax.errors import UserError
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 

@@ -9,8 +9,9 @@ import optax
 import pytest
 from conftest import tiny
 
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import Bytes
+from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
 from lm_jax.model import task_heads

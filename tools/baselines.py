@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax import cli
-from lm_jax.config import UserError
+from lm_jax import cli, experiment
+from lm_jax.errors import UserError
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.records import read_splits
 from lm_jax.tasks.task import Result, Task
@@ -75,12 +75,12 @@ def fitted(kind: str, settings: dict[str, Any], task: Task, train: list[tuple], 
 
 
 def main(arguments: list[str]) -> int:
-    overrides, rest = cli.split_overrides(arguments)
+    overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("tools/baselines.py", __doc__)
     parser.add_argument("--config", required=True, help="an experiment file; it is executed")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     flags = parser.parse_args(rest)
-    config, _ = cli.load_config(flags.config, overrides)
+    config, _ = experiment.load_config(flags.config, overrides)
     if config.model.head not in BASELINES:
         raise UserError(f"--config {flags.config}: there are baselines for {', '.join(BASELINES)}, not for its task")
     task = TASKS[config.train.task](config)
@@ -96,4 +96,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -5,7 +5,7 @@ import runpy
 import sys
 
 from lm_jax import cli
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
@@ -19,4 +19,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main, sys.argv[1:])
+    cli.run_command(main, sys.argv[1:])

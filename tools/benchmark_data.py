@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from lm_jax import cli, distributed
+from lm_jax import cli, distributed, experiment
 from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture
 from lm_jax.sharding import make_mesh
@@ -50,11 +50,11 @@ def rate(batches: Iterator, length: int) -> float:
 
 
 def data(arguments: list[str]) -> int:
-    overrides, rest = cli.split_overrides(arguments)
+    overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("tools/benchmark_data.py", __doc__)
     parser.add_argument("--config", default="experiments/quickstart.py")
     flags = parser.parse_args(rest)
-    config, _ = cli.load_config(flags.config, overrides)
+    config, _ = experiment.load_config(flags.config, overrides)
     length, mixed = config.data.sequence_length, mixture.open_mixture(config.data)
     corpus, stream = next(iter(mixed.corpora.values())), mixed.stream(config.data)
     mesh = make_mesh(Mesh(), [distributed.own(distributed.devices())])
@@ -83,4 +83,4 @@ def data(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(data, sys.argv[1:])
+    cli.run_command(data, sys.argv[1:])

@@ -15,7 +15,7 @@ import time
 from benchmark_train import BUSY, others
 
 from lm_jax import cli
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 
 SHAPE = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -157,4 +157,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main, sys.argv[1:])
+    cli.run_command(main, sys.argv[1:])

@@ -15,8 +15,10 @@ import numpy as np
 from etils import epath
 
 from lm_jax import checkpoint, cli
-from lm_jax import config as configs
+from lm_jax.config import default_config
+from lm_jax.config_check import resolve
 from lm_jax.data import packing
+from lm_jax.errors import UserError
 from lm_jax.generate.decoding import decode, prefill
 from lm_jax.generate.sampling import GREEDY
 from lm_jax.plan import counts
@@ -38,14 +40,14 @@ LIMIT = 560  # seconds after which no further case is started
 
 def program_of(shape, smoke: bool):
     layers, width, heads, length, rows, backend, remat = shape
-    config = configs.default_config()
+    config = default_config()
     model, data = config.model, config.data
     model.num_layers, model.model_dim, model.num_heads = (2, 64, 4) if smoke else (layers, width, heads)
     model.attention, model.remat, model.compute_dtype = "auto" if smoke else backend, remat, "bfloat16"
     data.sequence_length, data.global_batch_size = (64, 4) if smoke else (length, rows)
     config.train.microbatch_rows, config.train.num_steps = data.global_batch_size, 1_000_000
     config.optimizer.decay_over = 1_000_000
-    return make_program(configs.resolve(config), 500 if smoke else VOCABULARY)
+    return make_program(resolve(config), 500 if smoke else VOCABULARY)
 
 
 class Training:
@@ -148,7 +150,7 @@ def main(arguments: list[str]) -> int:
             continue
         try:
             results[name] = case()
-        except (jax.errors.JaxRuntimeError, configs.UserError) as error:  # out of memory, or a backend that is not here
+        except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory, or a backend that is not here
             results[name] = {"failed": str(error).split("\n")[0][:200]}
         print(f"{name}: {json.dumps(results[name])}", flush=True)
     if flags.json:
@@ -158,4 +160,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main, sys.argv[1:])
+    cli.run_command(main, sys.argv[1:])

@@ -16,8 +16,10 @@ from etils import epath
 
 from lm_jax import checkpoint, cli, manifest
 from lm_jax.batch_ramp import DataState
-from lm_jax.config import default_config, resolve, shrink
+from lm_jax.config import default_config
+from lm_jax.config_check import resolve
 from lm_jax.distributed import devices
+from lm_jax.experiment import shrink
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 

@@ -12,7 +12,7 @@ import sys
 import time
 
 from lm_jax import cli
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 
 #        layers, width, heads, length, rows, vocabulary
 SHAPES = {"base": (6, 384, 6, 256, 8, 8192), "tiny": (4, 128, 4, 64, 12, 2048), "quickstart": (4, 128, 2, 512, 2, 2048)}
@@ -115,19 +115,20 @@ def jax_step(shape, name: str):
     import jax
     import numpy as np
 
-    from lm_jax import config as configs
+    from lm_jax.config import default_config
+    from lm_jax.config_check import resolve
     from lm_jax.data import packing
     from lm_jax.sharding import make_mesh
     from lm_jax.train_state import fresh, make_program
     from lm_jax.train_step import compile_step
 
     layers, width, heads, length, rows, vocabulary = shape
-    config = configs.default_config()
+    config = default_config()
     config.model.num_layers, config.model.model_dim, config.model.num_heads = layers, width, heads
     config.data.sequence_length, config.data.global_batch_size = length, rows
     config.train.microbatch_rows, config.train.num_steps = rows, 1_000_000
     config.optimizer.decay_over = 1_000_000
-    resolved = configs.resolve(config)
+    resolved = resolve(config)
     program, mesh = make_program(resolved, vocabulary), make_mesh(resolved.mesh)
     tokens = np.random.default_rng(0).integers(0, vocabulary, length + 1).astype(np.int32)
     row = packing.make_row([(0, tokens)], length, 0)
@@ -179,4 +180,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main, sys.argv[1:])
+    cli.run_command(main, sys.argv[1:])

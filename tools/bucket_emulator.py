@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 
 # It serves one request at a time and lets five wait: what a save asks beyond that is lost, and asked again minutes later.
 PATIENT = (

@@ -247,4 +247,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main, sys.argv[1:])
+    cli.run_command(main, sys.argv[1:])

@@ -8,7 +8,8 @@ import matplotlib
 from etils import epath
 
 from lm_jax import checkpoint, cli, metrics
-from lm_jax.config import UserError, difference
+from lm_jax.config import difference
+from lm_jax.errors import UserError
 from lm_jax.tasks import results
 
 matplotlib.use("Agg")
@@ -80,4 +81,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main, sys.argv[1:])
+    cli.run_command(main, sys.argv[1:])

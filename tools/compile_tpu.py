@@ -23,10 +23,10 @@ os.environ |= {
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from lm_jax import cli  # noqa: E402
+from lm_jax import cli, experiment  # noqa: E402
 from lm_jax.batch_ramp import make_ramp, with_steps  # noqa: E402
-from lm_jax.config import UserError  # noqa: E402
 from lm_jax.data.tokenizer import num_pieces  # noqa: E402
+from lm_jax.errors import UserError  # noqa: E402
 from lm_jax.model import attention  # noqa: E402
 from lm_jax.model.language_model import padded  # noqa: E402
 from lm_jax.sharding import make_mesh, mesh_shape, preflight  # noqa: E402
@@ -35,12 +35,12 @@ from lm_jax.train_step import compile_step  # noqa: E402
 
 
 def main(arguments: list[str]) -> None:
-    overrides, rest = cli.split_overrides(arguments)
+    overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("tools/compile_tpu.py", __doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:8x8x16; two slices: 2*v5e:2x4")
     flags = parser.parse_args(rest)
-    config, _ = cli.load_config(flags.config, overrides)
+    config, _ = experiment.load_config(flags.config, overrides)
     config = with_steps(config, make_ramp(config), rows_per_epoch=1)
     if config.train.microbatch_rows == "auto":
         train = dataclasses.replace(config.train, microbatch_rows=config.data.global_batch_size)
@@ -75,4 +75,4 @@ def chips(topology: str) -> list[jax.Device]:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -23,8 +23,9 @@ import numpy as np
 from etils import epath
 
 from lm_jax import checkpoint, distributed
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.convert import export, hugging_face, proof, run, text_files
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
@@ -150,4 +151,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from lm_jax import cli
+from lm_jax import cli, experiment
 from lm_jax.batch_ramp import make_ramp, with_steps
 from lm_jax.data import mixture
 from lm_jax.data.tokenizer import DOCUMENT, Tokenizer, continuation
@@ -21,7 +21,7 @@ TRAINED, REJECTED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\
 
 
 def main(arguments: list[str]) -> int:
-    overrides, rest = cli.split_overrides(arguments)
+    overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("tools/inspect_data.py", __doc__)
     parser.add_argument("--config", required=True, help="an experiment file; it is executed")
     parser.add_argument("--step", type=int, default=0)
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(rest)
     if min(flags.step, flags.rows, flags.statistics) < 0:
         parser.error("--step, --rows and --statistics are at least 0")
-    config, _ = cli.load_config(flags.config, overrides)
+    config, _ = experiment.load_config(flags.config, overrides)
     mixed = open_data(config)
     stream, ramp = mixed.stream(config.data), make_ramp(config)
     config = with_steps(config, ramp, stream.rows_per_epoch)
@@ -119,4 +119,4 @@ def statistics(mixed: mixture.Mixture, stream: mixture.Mixed, first: int, last: 
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax import checkpoint, distributed
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import continuation
+from lm_jax.errors import UserError
 from lm_jax.model.attention import Context, attend
 from lm_jax.model.layers import merge, split
 from lm_jax.sharding import make_mesh
@@ -101,4 +102,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

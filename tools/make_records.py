@@ -9,7 +9,7 @@ import os
 from etils import epath
 
 from lm_jax import cli
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.tasks import tables
 
 
@@ -47,4 +47,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -8,7 +8,7 @@ import json
 import re
 
 from lm_jax import checkpoint, cli, metrics
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.files import write_whole
 from lm_jax.plan import counts
 from lm_jax.terminal import Terminal
@@ -140,4 +140,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

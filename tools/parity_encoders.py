@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.config import default_config, resolve
+from lm_jax.config import default_config
+from lm_jax.config_check import resolve
 from lm_jax.convert import hugging_face
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context

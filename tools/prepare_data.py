@@ -11,7 +11,7 @@ Killed, it goes on with the same command. See docs/data.md.
 import dataclasses
 
 from lm_jax import cli
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.prepare import clean, run
 from lm_jax.terminal import Terminal
 
@@ -52,4 +52,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

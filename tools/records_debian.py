@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Iterator
 
 from lm_jax import cli
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 
 HELPER = "/usr/lib/apt/apt-helper"
 SPLITS = {"train": 0.9, "validation": 0.95, "test": 1.0}  # up to which share of the source packages
@@ -114,4 +114,4 @@ def translations(english: list[dict[str, str]], folder: str, language: str) -> I
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

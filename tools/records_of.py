@@ -17,8 +17,8 @@ import os
 import re
 
 from lm_jax import cli
-from lm_jax.config import UserError
 from lm_jax.data.sources import split_of
+from lm_jax.errors import UserError
 
 Splits = dict[str, list[dict]]
 
@@ -153,4 +153,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -11,8 +11,8 @@ import collections
 import json
 import re
 
-from lm_jax import cli
-from lm_jax.config import UserError
+from lm_jax import cli, experiment
+from lm_jax.errors import UserError
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.generate_answers import scores
 from lm_jax.tasks.records import read_splits
@@ -23,13 +23,13 @@ ROUNDS = 5  # of expectation and maximisation
 
 
 def main(arguments: list[str]) -> int:
-    overrides, rest = cli.split_overrides(arguments)
+    overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("tools/text_baselines.py", __doc__)
     parser.add_argument("--config", required=True, help="an experiment file; it is executed")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--records", type=int, default=0, help="the first of the split; 0 = all")
     flags = parser.parse_args(rest)
-    config, _ = cli.load_config(flags.config, overrides)
+    config, _ = experiment.load_config(flags.config, overrides)
     if config.train.task != "text_to_text" or not config.evaluate.metrics:
         raise UserError(f"--config {flags.config}: expected the task text_to_text, and config.evaluate.metrics")
     task = TASKS[config.train.task](config)
@@ -85,4 +85,4 @@ def by_words(words: dict[str, str], source: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

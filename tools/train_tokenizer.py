@@ -10,8 +10,8 @@ back to the byte: what has no piece is spelled in bytes.
 import os
 
 from lm_jax import cli
-from lm_jax.config import UserError
 from lm_jax.data import tokenizer
+from lm_jax.errors import UserError
 from lm_jax.files import write_whole
 from lm_jax.prepare import run
 from lm_jax.terminal import Terminal
@@ -41,4 +41,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.door(main)
+    cli.run_command(main)

@@ -6,9 +6,10 @@ products with keys are not divided by the root of a head's width.
 
 from typing import Any
 
-from lm_jax.config import Model, UserError
+from lm_jax.config import Model
 from lm_jax.convert.families import ACTIVATIONS, Family, Row, dense, norm, their_activation
 from lm_jax.convert.fields import LARGEST, Theirs
+from lm_jax.errors import UserError
 
 GATES = {"gated-gelu": "gelu", "gated-gelu_new": "gelu", "gated-silu": "silu", "gated-relu": "relu"}
 

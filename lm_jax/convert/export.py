@@ -7,13 +7,13 @@ from typing import NamedTuple
 from etils import epath
 
 from lm_jax import checkpoint
-from lm_jax.config import UserError
 from lm_jax.convert import gguf, hugging_face, text_files
 from lm_jax.convert.proof import Exported
 from lm_jax.convert.text_files import Text
 from lm_jax.data.objectives import specials
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 
 Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, the arrays, and the model as it is here

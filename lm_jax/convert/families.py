@@ -12,9 +12,10 @@ Rows that share a name are parts of one tensor, side by side: Phi-3's queries, k
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lm_jax.config import Model, UserError
+from lm_jax.config import Model
 from lm_jax.convert.fields import LARGEST, Theirs
 from lm_jax.convert.rotary import read_rotary, write_rotary
+from lm_jax.errors import UserError
 
 Row = tuple[str, str, str]
 LAYER, EXPERT = "{layer}", "{expert}"

@@ -8,7 +8,7 @@ how its first weights were drawn. Whatever else a file says is refused by name.
 import math
 from typing import Any
 
-from lm_jax.config import UserError, nearest
+from lm_jax.errors import UserError, nearest
 
 LARGEST = 100_000  # layers, or experts, that a config may ask for
 

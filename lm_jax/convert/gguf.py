@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.config import UserError, needs
 from lm_jax.convert.text_files import TEMPLATE, Text
 from lm_jax.convert.tokenizer_json import special_token, vocab_of
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.errors import UserError, needs
 from lm_jax.regular_files import opened
 
 # Their names, which hold for weights alone; a number of a layer stands for `{layer}`.

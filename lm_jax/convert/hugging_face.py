@@ -20,12 +20,15 @@ import numpy as np
 from flax import nnx
 
 from lm_jax import regular_files
-from lm_jax.config import OBJECTIVES, Config, Model, UserError, default_config, resolve_found
+from lm_jax.config import Config, Model, default_config
+from lm_jax.config_check import resolve_found
 from lm_jax.convert import encoders, families, safetensors
 from lm_jax.convert.families import EXPERT, LAYER, Family
 from lm_jax.convert.fields import theirs_of
+from lm_jax.errors import UserError
 from lm_jax.files import MODEL_FILES
 from lm_jax.model.build import Graph, build
+from lm_jax.model_config import OBJECTIVES
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
 AT_ONCE = 2**24  # bytes of a parameter that the host holds on their way to a device

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from lm_jax.config import UserError
 from lm_jax.convert import hugging_face
 from lm_jax.data.objectives import example
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, decoding
 from lm_jax.model.build import Graph
 

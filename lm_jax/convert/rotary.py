@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
-from lm_jax.config import Model, UserError
+from lm_jax.config import Model
 from lm_jax.convert.fields import Theirs
+from lm_jax.errors import UserError
 
 OFF = (1.0, 1.0, 4.0, 8192.0)  # model.rotary_scaling
 # Of each way to scale the fields that are read, with their defaults (`...`: none; of the length: the longest text's).

@@ -12,11 +12,11 @@ from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from lm_jax import checkpoint
-from lm_jax.config import UserError
 from lm_jax.convert import hugging_face
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import is_url
+from lm_jax.errors import UserError
 from lm_jax.model.build import build
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.regular_files import opened, read_bytes
 
 DTYPES: dict[str, Any] = {

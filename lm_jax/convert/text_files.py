@@ -11,10 +11,11 @@ What a model came with goes along; in it is corrected only what this model does 
 import json
 from typing import Any, NamedTuple
 
-from lm_jax.config import NUM_SENTINELS, UserError
 from lm_jax.convert import tokenizer_json
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import Bytes, HuggingFace, Tokenizer
+from lm_jax.errors import UserError
+from lm_jax.model_config import NUM_SENTINELS
 
 CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, in every version of transformers
 CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"

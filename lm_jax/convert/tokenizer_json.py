@@ -9,8 +9,8 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from lm_jax.config import UserError
 from lm_jax.data.tokenizer import DOCUMENT, SPACE, Bytes, HuggingFace, Tokenizer
+from lm_jax.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the type of a piece
 UNIGRAM, PAIRS = 1, 2  # the type of a model

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lm_jax import regular_files
-from lm_jax.config import UserError
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 
 LONGEST = 2**20  # bytes of a line
 

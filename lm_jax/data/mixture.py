@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.config import Data, UserError, Weight
+from lm_jax.config import Data
 from lm_jax.data import shards, special_ids, tokenizer
 from lm_jax.data.objectives import make_hide
 from lm_jax.data.packing import Batch, BestFit, Held, Hide, Stream, as_it_is, stacked
+from lm_jax.errors import UserError
+from lm_jax.knob import Weight
 
 
 class Shares:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax.config import NUM_SENTINELS, Data
+from lm_jax.config import Data
 from lm_jax.data.packing import Batch, Hide, as_it_is, make_row
 from lm_jax.data.tokenizer import Tokenizer, continuation
+from lm_jax.model_config import NUM_SENTINELS
 
 Key = np.random.Philox
 EXTRA = {

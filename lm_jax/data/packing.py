@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.config import UserError
 from lm_jax.data.shards import PIPELINE, Split, cache_folder
+from lm_jax.errors import UserError
 from lm_jax.files import write_whole
 
 Batch = dict[str, Any]  # of numpy arrays

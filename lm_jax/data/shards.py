@@ -24,8 +24,9 @@ import numpy as np
 from etils import epath
 
 from lm_jax import regular_files
-from lm_jax.config import Data, UserError, needs
+from lm_jax.config import Data
 from lm_jax.data import sources, tokenizer
+from lm_jax.errors import UserError, needs
 from lm_jax.files import file_hash, flush, seal, sealed, unsealed, write_whole
 from lm_jax.regular_files import is_url
 

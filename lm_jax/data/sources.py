@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 
 from lm_jax import regular_files
-from lm_jax.config import UserError
 from lm_jax.data import lines
+from lm_jax.errors import UserError
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 KINDS = {

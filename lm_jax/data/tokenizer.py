@@ -21,7 +21,7 @@ import sentencepiece
 from etils import epath
 
 from lm_jax import regular_files
-from lm_jax.config import UserError, needs
+from lm_jax.errors import UserError, needs
 
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
 BESIDE = (

@@ -4,4 +4,4 @@ from lm_jax import cli
 from lm_jax.generate import command
 
 if __name__ == "__main__":
-    cli.door(command.main)
+    cli.run_command(command.main)

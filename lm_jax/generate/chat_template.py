@@ -23,8 +23,8 @@ import numpy as np
 from etils import epath
 
 from lm_jax import regular_files
-from lm_jax.config import UserError, needs
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.errors import UserError, needs
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
 FILE, MORE, NAMES_FILE = "chat_template.jinja", "additional_chat_templates", "tokenizer_config.json"

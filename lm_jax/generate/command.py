@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from lm_jax import checkpoint, cli, distributed, regular_files
-from lm_jax.config import Mesh, UserError
+from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import tell_losses
+from lm_jax.errors import UserError
 from lm_jax.generate import beam_search, chat_template
 from lm_jax.generate.decoding import SLICE, Completion, stream, writes
 from lm_jax.generate.sampling import Sampling

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.generate.decoding import on_mesh
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context

@@ -15,12 +15,14 @@ import jax
 import numpy as np
 
 from lm_jax import checkpoint
-from lm_jax.config import OBJECTIVES, Mesh, UserError, nearest, needs
+from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.errors import UserError, nearest, needs
 from lm_jax.generate import chat_template as chat
 from lm_jax.generate.decoding import complete
 from lm_jax.generate.likelihood import likelihoods
 from lm_jax.generate.sampling import Sampling
+from lm_jax.model_config import OBJECTIVES
 from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lm_jax.config import Model, UserError
+from lm_jax.config import Model
+from lm_jax.errors import UserError
 from lm_jax.model.layers import Dense, Norm, capped
 from lm_jax.sharding import computed, constrain, einsum, iota, on_each_device, platform, precision, reshape
 

@@ -12,7 +12,7 @@ from jax._src import cloud_tpu_init
 from jax._src.clusters import GceTpuCluster, GkeTpuCluster, OmpiCluster, SlurmCluster
 from jax._src.clusters.cloud_tpu_cluster import BaseTpuCluster, get_tpu_env_value
 
-from lm_jax.config import UserError, needs
+from lm_jax.errors import UserError, needs
 
 PORT = "8476"  # the firewall rule that comes with a TPU network lets it through, unlike JAX's 8482
 PROBE_SECONDS = 2  # for the metadata server of a Google machine, which answers in milliseconds

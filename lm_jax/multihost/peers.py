@@ -31,7 +31,7 @@ import jax
 from etils import epath
 
 from lm_jax import stop
-from lm_jax.config import PeerError, UserError
+from lm_jax.errors import PeerError, UserError
 from lm_jax.faults import EXIT_MACHINE
 from lm_jax.multihost.roll_call import listen
 from lm_jax.stop import EXIT_FAULT

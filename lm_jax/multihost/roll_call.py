@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from lm_jax.config import PeerError, UserError
+from lm_jax.errors import PeerError, UserError
 from lm_jax.multihost.cluster import Cluster
 from lm_jax.stop import tell
 

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from typing import Any
 
-from lm_jax.config import needs
+from lm_jax.errors import needs
 
 FILTERS = ("gopher", "c4", "fineweb")
 EMAIL, ADDRESS, ADDRESS6, PHONE = "email@example.com", "192.0.2.1", "2001:db8::1", "555-0100"  # stand for nobody

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from lm_jax import stop
-from lm_jax.config import UserError
+from lm_jax.errors import UserError
 from lm_jax.prepare import clean
 from lm_jax.prepare.steps import task_file, working
 

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from lm_jax.config import UserError
 from lm_jax.data import lines, sources
+from lm_jax.errors import UserError
 from lm_jax.prepare import clean, readers
 from lm_jax.prepare.readers import Bad, Document
 from lm_jax.prepare.report import Tally

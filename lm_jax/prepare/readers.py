@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import fsspec
 
 from lm_jax import regular_files
-from lm_jax.config import UserError, needs
 from lm_jax.data import lines, sources
+from lm_jax.errors import UserError, needs
 
 PIECE = (
     1_000_000  # characters of the longest document: a longer one is taken apart, so that no stage holds more at once

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lm_jax.config import UserError, needs
 from lm_jax.data import shards, sources, tokenizer
+from lm_jax.errors import UserError, needs
 from lm_jax.files import write_whole
 from lm_jax.prepare import clean, overlap, readers, report, steps
 from lm_jax.prepare.executors import Choice, Say, Stage, run_stage

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.config import UserError
 from lm_jax.data import sources, tokenizer
+from lm_jax.errors import UserError
 from lm_jax.prepare import clean, readers
 from lm_jax.prepare.readers import Bad, Document
 from lm_jax.prepare.report import Tally

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm_jax.config import Config, UserError
+from lm_jax.config import Config
 from lm_jax.data.sources import SPLITS
 from lm_jax.distributed import agree, leads
+from lm_jax.errors import UserError
 from lm_jax.files import write_whole
 
 FILE = "reference.npz"

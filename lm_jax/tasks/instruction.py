@@ -9,9 +9,10 @@ conversation keeps its start in training; where it is answered, its end.
 import numpy as np
 from etils import epath
 
-from lm_jax.config import Config, UserError
+from lm_jax.config import Config
 from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template as chat
 from lm_jax.tasks.tables import Row, like
 from lm_jax.tasks.task import Encoded, Task, no_text

@@ -9,8 +9,9 @@ answer a part.
 
 import numpy as np
 
-from lm_jax.config import Config, UserError
+from lm_jax.config import Config
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 from lm_jax.tasks.instruction import checked_messages, find_template, template_of, turns
 from lm_jax.tasks.tables import Row

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax.config import UserError
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.model.task_heads import ENDS, MAY_END, MAY_START, STARTS
 from lm_jax.tasks import scores
 from lm_jax.tasks.tables import Row

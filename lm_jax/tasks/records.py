@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lm_jax.config import Config, Data, UserError
+from lm_jax.config import Config, Data
 from lm_jax.data import tokenizer
 from lm_jax.data.lines import listed
 from lm_jax.data.mixture import Mixed, Mixture, Shares, short_names
@@ -17,6 +17,7 @@ from lm_jax.data.shards import Corpus, Split, file_hash
 from lm_jax.data.sources import SPLITS, split_of
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.generate.chat_template import Template
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.tables import Row, files_of, left_over, rows

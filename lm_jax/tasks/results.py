@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm_jax.config import UserError, nearest
+from lm_jax.errors import UserError, nearest
 from lm_jax.files import sealed, unsealed, write_whole
 from lm_jax.regular_files import read_bytes
 from lm_jax.tasks.scores import KINDS, RESAMPLES, Difference, Measure, calibration, intervals, paired

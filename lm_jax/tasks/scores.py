@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.config import UserError, needs
+from lm_jax.errors import UserError, needs
 
 RESAMPLES = 1000
 BLOCK = 2**22  # weights that exist at the same time

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from etils import epath
 
 from lm_jax import regular_files
-from lm_jax.config import UserError, needs
 from lm_jax.data import lines
 from lm_jax.data.sources import SPLITS
+from lm_jax.errors import UserError, needs
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 MOST_ROWS = 100_000_000  # of a Parquet file, whose few bytes may say any number

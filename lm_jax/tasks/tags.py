@@ -11,10 +11,10 @@ import re
 
 import numpy as np
 
-from lm_jax.config import UserError
 from lm_jax.data.lines import described
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.tasks import scores
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Encoded, Result, Task, counted, label_id, no_text

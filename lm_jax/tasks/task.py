@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.config import Config, UserError
+from lm_jax.config import Config
 from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.tasks.tables import Row, like
 
 Segment = dict[str, np.ndarray]  # [n] each: tokens, targets, loss_mask, and what else a row of the task has

@@ -11,8 +11,9 @@ import re
 
 import numpy as np
 
-from lm_jax.config import Config, UserError
+from lm_jax.config import Config
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Encoded, Task, checked_text
 

@@ -1,0 +1,184 @@
+"""An experiment: the file that `--config` names, executed; overrides of the command line; where each value came from."""
+
+import ast
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from typing import Any
+
+import ml_collections
+
+from lm_jax.cli import as_typed, check_text
+from lm_jax.config import Config, flatten, leaves, unflatten
+from lm_jax.config_check import check_key, resolve
+from lm_jax.errors import UserError, nearest, shown
+from lm_jax.reach import unread
+
+LARGEST_EXPERIMENT = 2**20  # bytes
+SHRUNK = ("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim")  # of those that `shrink` sets
+
+
+def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """`--config.x.y=v` and `--config.x.y v` as {x.y: v}, and the other arguments. Raises UserError for a repeated one."""
+    check_text(arguments)
+    overrides: dict[str, str] = {}
+    rest, waiting = [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        path, equals, value = argument.removeprefix("--config.").partition("=")
+        check_key(path)
+        if not equals and not waiting:
+            raise UserError(f"--config.{path} needs a value, such as --config.{path}=1")
+        if path in overrides:
+            values = shown(overrides[path]), shown(value or waiting[0])
+            raise UserError(f"--config.{path} stands twice: {' and '.join(values)}")
+        overrides[path] = value if equals else waiting.pop(0)
+    return overrides, rest
+
+
+def parse_value(path: str, text: str) -> Any:
+    """The value that `--config.path=text` means, by the type of the leaf. Raises UserError."""
+    kind = leaves()[path].type
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text  # `resolve` says what was expected
+
+
+def find_experiment(place: str) -> tuple[str, str]:
+    """(file, variant) of `x.py:variant`; a relative path that is not here may stand in the clone. Raises UserError."""
+    path, _, variant = place.partition(":")
+    clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for candidate in (path, os.path.join(clone, path)):
+        if os.path.isfile(candidate):
+            return os.path.abspath(candidate), variant
+    shipped, folder = os.path.join(clone, "experiments"), os.path.dirname(path) or "."
+    folder = folder if os.path.isdir(folder) else shipped
+    names = [name for name in sorted(os.listdir(folder)) if name.endswith(".py")] if os.path.isdir(folder) else []
+    near = nearest(path, [os.path.join(os.path.relpath(folder), name) for name in names])
+    missing = "" if os.path.isdir(shipped) else "; experiments come with a clone of the repository"
+    raise UserError(f"--config {place}: no such file{near}{missing}")
+
+
+def experiment_config(place: str) -> ml_collections.ConfigDict:
+    """What an experiment file says, `:smoke` shrunk. The file is code and is executed. Raises UserError."""
+    path, variant = find_experiment(place)
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # an experiment may import another
+    spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config {place}: not a Python file")
+    if os.path.getsize(path) > LARGEST_EXPERIMENT:
+        raise UserError(f"--config {place}: a file of {os.path.getsize(path):,} bytes is no experiment")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = _config_of(module, place, variant)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's file may raise
+        raise UserError(_where_it_failed(error, path)) from error
+    return shrink(config) if variant == "smoke" else config
+
+
+def _config_of(module, place: str, variant: str) -> ml_collections.ConfigDict:
+    """What `get_config` of an experiment returns for a variant; for `smoke`, the full config, checked. Raises UserError."""
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config {place}: the file has no get_config()")
+    variants = (*getattr(module, "VARIANTS", ()), "smoke")
+    if variant and variant not in variants:
+        near = nearest(variant, variants)
+        raise UserError(f"--config {place}: no variant {variant!r}; there is {', '.join(variants)}{near}")
+    takes_variant = inspect.signature(module.get_config).parameters
+    config = module.get_config(variant) if takes_variant and variant != "smoke" else module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"--config {place}: get_config() returned {type(config).__name__}, not a ConfigDict; return config"
+        )
+    if variant == "smoke":
+        resolve(config)  # a wrong value is answered by its name before it is shrunk
+    return config
+
+
+def _where_it_failed(error: BaseException, path: str) -> str:
+    """The line of the experiment file, the type and the first words of what it raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if frame.filename == path]
+    number = inside[-1].lineno if inside else getattr(error, "lineno", frames[-1].lineno)
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError
+        error = error.args[0]
+    message = re.sub(
+        r'Other fields present: "\{.*\}"', "", str(error.args[0] if error.args else error), flags=re.DOTALL
+    )
+    message = re.sub(r"\s+", " ", message)[:200]
+    near = os.path.relpath(path)
+    return f"{path if near.startswith('..') else near} line {number}: {type(error).__name__}: {message}"
+
+
+def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`:smoke` of every experiment: the same program in miniature, two steps on anything that computes."""
+    model, data = config.model, config.data
+    group = max(1, model.num_heads // (model.num_kv_heads or model.num_heads))
+    shares = tuple(model.rotary_share) * (len(model.window) // len(model.rotary_share))
+    kinds = tuple(dict.fromkeys(zip(model.window, shares, strict=True)))  # each kind of layer once
+    model.window, shares = zip(*kinds, strict=True)
+    model.rotary_share = shares if len(set(shares)) > 1 else shares[:1]
+    model.num_layers = 2 * len(model.window) if len(model.window) > 1 else 2
+    model.model_dim, model.mlp_dim, model.head_dim = 64, 128, 16
+    model.num_heads, model.num_kv_heads = 4, 4 // min(group, 4)
+    model.num_experts, model.experts_per_token = min(model.num_experts, 4), min(model.experts_per_token, 2)
+    model.window = tuple(min(window, 16) for window in model.window)
+    data.tokenizer = "sentencepiece:512" if data.tokenizer.startswith("sentencepiece:") else data.tokenizer
+    data.sequence_length, data.global_batch_size, data.batch_ramp = 64, 8, (0, 0)
+    config.optimizer.warmup, config.optimizer.decay_over = 1, 0
+    config.train.num_steps, config.train.microbatch_rows, config.train.init_from = 2, 8, ""
+    config.checkpoint.every, config.evaluate.every, config.evaluate.num_rows, config.log.every = 2, 2, 8, 1
+    for path, value in without_unread(flatten(config.to_dict())).items():
+        if path in SHRUNK:
+            section, name = path.split(".")
+            config[section][name] = value
+    return config
+
+
+def without_unread(flat: dict[str, Any], given=()) -> dict[str, Any]:
+    """A shrunk config in which sizes that a model of this kind has not are as by default, but those `given` by name."""
+    return flat | {path: leaves()[path].default for path in unread(flat) if path in SHRUNK and path not in given}
+
+
+def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str, dict[str, Any]]]:
+    """The resolved config, and for every leaf that is not its default where it came from: {path: {from, default}}."""
+    defaults, from_file = flatten(Config()), flatten(experiment_config(place).to_dict())
+    given = {path: parse_value(path, text) for path, text in overrides.items()}
+    origins = {
+        path: {"from": "file", "default": defaults[path]}
+        for path, value in from_file.items()
+        if path in defaults and value != defaults[path]
+    }
+    for path in given:
+        origins[path] = {"from": "command line", "default": defaults[path], "file": from_file[path]}
+    flat = from_file | given
+    return resolve(unflatten(without_unread(flat, given) if place.endswith(":smoke") else flat)), origins
+
+
+def as_given(place: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
+    """The command that trains this, to paste; without its workdir and number of steps."""
+    values = flatten(config)
+    given = [path for path, origin in origins.items() if origin["from"] == "command line" and path != "train.num_steps"]
+    return as_typed("-m", "lm_jax.main", "--config", place, *[f"--config.{path}={values[path]}" for path in given])
+
+
+def run_name(place: str) -> str:
+    """`gpt_125m` or `gpt_125m-smoke`: the experiment and its variant."""
+    path, _, variant = place.partition(":")
+    return os.path.basename(path).removesuffix(".py") + (f"-{variant}" if variant else "")
