@@ -17,11 +17,11 @@ from lm_jax.data import loader, mixture, packing
 from lm_jax.data.tokenizer import Tokenizer, tell_losses
 from lm_jax.distributed import settle
 from lm_jax.loss import loss_sum, preferences
+from lm_jax.mesh import batch_shards, make_mesh
 from lm_jax.model.build import Graph
 from lm_jax.model.task_heads import losses
 from lm_jax.model_config import OBJECTIVES
 from lm_jax.multihost import peers
-from lm_jax.sharding import batch_shards, make_mesh
 from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.terminal import Terminal
 

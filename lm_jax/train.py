@@ -34,13 +34,13 @@ from lm_jax.generate.decoding import SLICE, stream
 from lm_jax.generate.sampling import Sampling
 from lm_jax.goodput import Goodput, traced
 from lm_jax.knob import Length, parse_length
+from lm_jax.mesh import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.multihost import peers
 from lm_jax.optimizer import averaged
 from lm_jax.plan import counts
 from lm_jax.remote import Desk, check_room
-from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.stop import EXIT_PREEMPTED, NEVER, Stop, Stopped
 from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.train_state import Program, TrainState, fresh, make_program

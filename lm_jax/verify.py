@@ -20,8 +20,8 @@ from lm_jax.data.mixture import Mixture
 from lm_jax.data.objectives import specials
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
+from lm_jax.mesh import by_slice, legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
 from lm_jax.model.language_model import padded
-from lm_jax.sharding import by_slice, legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step

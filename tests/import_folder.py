@@ -12,7 +12,7 @@ import jax
 from lm_jax import distributed
 from lm_jax.config import Mesh
 from lm_jax.convert import hugging_face
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.train_state import abstract, make_program
 
 

@@ -14,7 +14,7 @@ from lm_jax.config import Mesh, default_config
 from lm_jax.config_check import resolve
 from lm_jax.data import loader, mixture
 from lm_jax.experiment import shrink
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 
 
 def main(sources, packing: str, mesh, num_workers: int, first: int, num: int) -> None:

@@ -21,7 +21,7 @@ from lm_jax.batch_ramp import DataState
 from lm_jax.config import Mesh
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Bytes
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.train_state import abstract, make_program
 
 FACTS = {"run": "a run", "pipeline": 0, "tokenizer": "none", "data": "none"}

@@ -19,10 +19,10 @@ from lm_jax.convert import hugging_face, run
 from lm_jax.errors import UserError
 from lm_jax.generate import command
 from lm_jax.loss import loss_sum
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.lora import merged
 from lm_jax.plan import counts
-from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import accumulate, compile_step, zeros
 from lm_jax.trainable import matching

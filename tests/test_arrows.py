@@ -11,7 +11,7 @@ from conftest import ROOT
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
 stop errors knob model_config config reach config_check fault_points regular_files files batch_ramp spikes
-sharding model.task_heads data.lines data.sources
+sharding mesh model.task_heads data.lines data.sources
 data.tokenizer data.special_ids convert.word_vectors data.shards data.packing data.objectives data.mixture
 generate.jinja_process generate.chat_template tasks.scores tasks.tables tasks.task tasks.words tasks.classification
 tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction tasks.preference tasks.records data.loader

@@ -10,9 +10,10 @@ from conftest import tiny
 
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
+from lm_jax.mesh import make_mesh
 from lm_jax.model import attention
 from lm_jax.model.attention import Call, Context
-from lm_jax.sharding import computed, make_mesh
+from lm_jax.sharding import computed
 
 # As they are called, but for what only the accelerator has: cuDNN's arguments go to XLA, the TPU kernel is interpreted.
 HERE = {

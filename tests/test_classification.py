@@ -15,8 +15,8 @@ from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 from lm_jax.tasks import scores
 
 LABELS = ("bad", "good", "odd")

@@ -25,8 +25,8 @@ from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.generate import command
 from lm_jax.loss import token_losses
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 from lm_jax.train_state import abstract, make_program
 
 sys.path.insert(0, str(ROOT / "tools"))

@@ -17,7 +17,7 @@ from conftest import ROOT
 from lm_jax import checkpoint, compile_cache, config, evaluate, files, main, metrics
 from lm_jax.data import packing, shards
 from lm_jax.generate import command
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 
 SMALL = dict(
     model__model_dim=16, model__num_layers=1, model__num_heads=2, model__num_kv_heads=2, model__head_dim=8, model__mlp_dim=32,

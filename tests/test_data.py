@@ -12,7 +12,7 @@ from conftest import tiny
 from lm_jax.config import Mesh
 from lm_jax.data import loader, packing, shards, sources, tokenizer
 from lm_jax.errors import UserError
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from lm_jax.generate import beam_search
 from lm_jax.generate.command import grown
 from lm_jax.generate.decoding import complete, stream, written_by
 from lm_jax.generate.sampling import GREEDY
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 
 LOSSLESS = ["llama3", "gpt2", "llama's model", "gemma's model"]
 LOSES = {  # what each says that it loses; "..." = among others

@@ -11,9 +11,9 @@ from lm_jax.config import Mesh
 from lm_jax.data import loader, shards
 from lm_jax.evaluate import Evaluator
 from lm_jax.loss import token_losses
+from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 from lm_jax.generate.decoding import Completion, complete
 from lm_jax.generate.sampling import Sampling
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_checkpoint  # noqa: E402

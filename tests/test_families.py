@@ -12,10 +12,10 @@ from lm_jax import checkpoint, experiment, metrics, train, verify
 from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture, objectives
 from lm_jax.errors import UserError
+from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
 from lm_jax.plan import counts
-from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
 

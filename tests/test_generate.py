@@ -17,9 +17,9 @@ from lm_jax.errors import UserError
 from lm_jax.generate import beam_search
 from lm_jax.generate.decoding import State, complete, decode, generate, on_mesh, prefill, stream
 from lm_jax.generate.sampling import GREEDY, Sampling, keys, sample
+from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 
 sys.path.insert(0, str(ROOT / "tools"))
 import parity_families  # noqa: E402

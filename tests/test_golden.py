@@ -5,7 +5,7 @@ import numpy as np
 from conftest import tiny
 
 from lm_jax.config import Mesh
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
 

@@ -9,9 +9,9 @@ from conftest import FAMILIES, tiny
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
 from lm_jax.generate.likelihood import PLACES, batches, likelihoods
+from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 
 SEES = 100
 RNG = np.random.default_rng(0)

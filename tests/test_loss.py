@@ -8,7 +8,8 @@ from conftest import tiny
 
 from lm_jax import loss
 from lm_jax.config import Mesh
-from lm_jax.sharding import computed, make_mesh, stored
+from lm_jax.mesh import make_mesh
+from lm_jax.sharding import computed, stored
 from lm_jax.train_state import abstract, fresh, make_program
 from lm_jax.train_step import accumulate
 

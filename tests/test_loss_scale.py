@@ -16,8 +16,8 @@ from test_train import final_arrays, lines_of
 from lm_jax import checkpoint, cli, evaluate, main, optimizer, train
 from lm_jax.config import Mesh
 from lm_jax.data import loader
+from lm_jax.mesh import make_mesh
 from lm_jax.optimizer import all_finite, dynamic_loss_scale, make_optimizer
-from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import accumulate, compile_step
 

@@ -20,7 +20,7 @@ from test_processes import outputs, start
 from lm_jax import checkpoint, distributed, manifest, remote
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 
 MESHES = {"8x1": (8, 1, 1), "2x4": (2, 4, 1), "1x8": (1, 8, 1), "2x2x2": (2, 2, 2)}
 

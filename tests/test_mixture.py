@@ -16,7 +16,7 @@ from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture, packing, shards
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Totals, by_source
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 
 positive = st.floats(0.01, 10)
 

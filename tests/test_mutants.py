@@ -17,11 +17,11 @@ from lm_jax.config import Config, flatten, leaves, unflatten
 from lm_jax.config_check import resolve
 from lm_jax.data.objectives import EXTRA
 from lm_jax.errors import UserError
+from lm_jax.mesh import mesh_shape, preflight
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.model_config import LARGEST_HEAD
 from lm_jax.plan import counts
-from lm_jax.sharding import mesh_shape, preflight
 from lm_jax.train_state import fresh, make_program
 
 sys.path.insert(0, str(ROOT / "experiments"))

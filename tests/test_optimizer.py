@@ -10,10 +10,10 @@ import pytest
 from conftest import tiny
 
 from lm_jax.config import Mesh, leaves
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.layers import Declaration, constant
 from lm_jax.optimizer import averaged, is_matrix, make_optimizer, schedule
-from lm_jax.sharding import make_mesh
 
 RULES = leaves()["optimizer.name"].metadata["choices"]
 KERNEL = Declaration((1, 1), ("model", "mlp"), constant(0.0), inputs=(0,), outputs=(1,))

@@ -13,7 +13,7 @@ from lm_jax.config_check import PLACE
 from lm_jax.convert import run
 from lm_jax.errors import UserError
 from lm_jax.generate import command as generate
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 
 # Each of them is another place: a TPU pod, scanned and recomputed layers, a mesh that is not here, workers.
 PLACES = {

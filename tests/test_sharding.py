@@ -11,8 +11,9 @@ from lm_jax import verify
 from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.errors import UserError
+from lm_jax.mesh import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
 from lm_jax.model.build import build
-from lm_jax.sharding import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight, stored
+from lm_jax.sharding import stored
 
 MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2), "two slices": (4, 2, 1, 2)}
 SMOKE = ["--config", "experiments/quickstart.py:smoke"]

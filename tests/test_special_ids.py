@@ -21,8 +21,8 @@ from lm_jax.errors import UserError
 from lm_jax.generate import beam_search, chat_template, decoding
 from lm_jax.generate.decoding import complete, on_mesh, stream
 from lm_jax.generate.sampling import GREEDY, Sampling
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 
 RECORDED = (
     ROOT / "tests" / "fixtures" / "special_ids.json"

@@ -16,7 +16,7 @@ from lm_jax import checkpoint, cli, main, spikes
 from lm_jax.batch_ramp import DataState, Ramp
 from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.train_state import make_program
 
 FIXTURE = ROOT / "tests" / "fixtures" / "loss_curves.json"

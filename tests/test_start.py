@@ -11,7 +11,7 @@ from etils import epath
 from lm_jax import checkpoint, metrics, train
 from lm_jax.config import Mesh
 from lm_jax.convert import run
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.train_state import fresh, make_program
 
 

@@ -13,8 +13,8 @@ from lm_jax.config import Mesh
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.loss import loss_sum
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 from lm_jax.tasks import generate_answers
 
 END = 256  # of the byte tokenizer, before and after a text

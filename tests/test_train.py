@@ -22,8 +22,8 @@ from lm_jax.config_check import resolve
 from lm_jax.data import loader
 from lm_jax.errors import UserError
 from lm_jax.experiment import shrink
+from lm_jax.mesh import make_mesh
 from lm_jax.model_config import OBJECTIVES
-from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
 

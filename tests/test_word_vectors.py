@@ -9,7 +9,7 @@ from lm_jax import train
 from lm_jax.config import Mesh
 from lm_jax.convert import word_vectors
 from lm_jax.errors import UserError
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.train_state import fresh, make_program
 
 WORDS = {"self": 1.5, "return": -2.0, "the": 0.25, "notawordofours": 9.0}

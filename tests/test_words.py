@@ -14,9 +14,9 @@ from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, open_data
 from lm_jax.loss import loss_sum
+from lm_jax.mesh import make_mesh
 from lm_jax.model import task_heads
 from lm_jax.model.build import build
-from lm_jax.sharding import make_mesh
 from lm_jax.tasks.questions import QuestionAnswering, best_span, windows
 from lm_jax.tasks.tags import TokenClassification
 from lm_jax.tasks.task import Result

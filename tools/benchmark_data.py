@@ -17,7 +17,7 @@ import numpy as np
 from lm_jax import cli, distributed, experiment
 from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 
 ROWS, SECONDS, ROUNDS = 32, 1.5, 5
 

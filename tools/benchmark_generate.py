@@ -47,8 +47,8 @@ def jax_writer(folder: str, batch: int):
     from lm_jax.convert import hugging_face
     from lm_jax.generate.decoding import decode, on_mesh, prefill
     from lm_jax.generate.sampling import GREEDY
+    from lm_jax.mesh import make_mesh
     from lm_jax.model.build import build
-    from lm_jax.sharding import make_mesh
 
     described = hugging_face.read_description(folder)
     mesh = make_mesh(described.config.mesh, jax.devices()[:1])

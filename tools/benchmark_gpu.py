@@ -21,8 +21,8 @@ from lm_jax.data import packing
 from lm_jax.errors import UserError
 from lm_jax.generate.decoding import decode, prefill
 from lm_jax.generate.sampling import GREEDY
+from lm_jax.mesh import make_mesh
 from lm_jax.plan import counts
-from lm_jax.sharding import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
 

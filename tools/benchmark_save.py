@@ -20,7 +20,7 @@ from lm_jax.config import default_config
 from lm_jax.config_check import resolve
 from lm_jax.distributed import devices
 from lm_jax.experiment import shrink
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.train_state import fresh, make_program
 
 FACTS = {"run": "a run", "pipeline": 0, "tokenizer": "none", "data": "none"}

@@ -118,7 +118,7 @@ def jax_step(shape, name: str):
     from lm_jax.config import default_config
     from lm_jax.config_check import resolve
     from lm_jax.data import packing
-    from lm_jax.sharding import make_mesh
+    from lm_jax.mesh import make_mesh
     from lm_jax.train_state import fresh, make_program
     from lm_jax.train_step import compile_step
 

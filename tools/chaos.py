@@ -26,8 +26,8 @@ from etils import epath
 
 from lm_jax import checkpoint, cli, fault_points, metrics
 from lm_jax.config import Mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.plan.counts import duration
-from lm_jax.sharding import make_mesh
 from lm_jax.train_state import make_program
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -27,9 +27,9 @@ from lm_jax import cli, experiment  # noqa: E402
 from lm_jax.batch_ramp import make_ramp, with_steps  # noqa: E402
 from lm_jax.data.tokenizer import num_pieces  # noqa: E402
 from lm_jax.errors import UserError  # noqa: E402
+from lm_jax.mesh import make_mesh, mesh_shape, preflight  # noqa: E402
 from lm_jax.model import attention  # noqa: E402
 from lm_jax.model.language_model import padded  # noqa: E402
-from lm_jax.sharding import make_mesh, mesh_shape, preflight  # noqa: E402
 from lm_jax.train_state import make_program  # noqa: E402
 from lm_jax.train_step import compile_step  # noqa: E402
 

@@ -27,7 +27,7 @@ from lm_jax.config import Mesh
 from lm_jax.convert import export, hugging_face, proof, run, text_files
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.terminal import Terminal
 
 THEIR_NAMES = {

@@ -16,9 +16,9 @@ from lm_jax import checkpoint, distributed
 from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import continuation
 from lm_jax.errors import UserError
+from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context, attend
 from lm_jax.model.layers import merge, split
-from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
 
 SHADES, SHOWN = " .:-=+*#%@", 8

@@ -24,7 +24,7 @@ from lm_jax import distributed
 from lm_jax.config import Config, Mesh, default_config
 from lm_jax.config_check import resolve
 from lm_jax.data import shards
-from lm_jax.sharding import make_mesh
+from lm_jax.mesh import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
 

@@ -15,8 +15,8 @@ from lm_jax.errors import UserError
 from lm_jax.generate import beam_search, chat_template
 from lm_jax.generate.decoding import SLICE, Completion, stream, writes
 from lm_jax.generate.sampling import Sampling
+from lm_jax.mesh import make_mesh
 from lm_jax.model.build import Graph
-from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
 
 TOGETHER = 16  # prompts of a file that are one batch

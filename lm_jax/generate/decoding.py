@@ -17,12 +17,13 @@ from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer, continuation
 from lm_jax.errors import UserError
 from lm_jax.generate.sampling import GREEDY, Sampling, draw
+from lm_jax.mesh import batch_shards
 from lm_jax.model.attention import Context
 from lm_jax.model.build import Graph
 from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.layers import Apart, is_apart
 from lm_jax.model_config import OBJECTIVES
-from lm_jax.sharding import batch_shards, computed, constrain, iota, on_each_device
+from lm_jax.sharding import computed, constrain, iota, on_each_device
 
 BUCKET = 64  # prompts and outputs are padded to its multiples, so that few programs serve all lengths
 SLICE = 16  # tokens that are decoded at once where somebody looks at them

@@ -15,9 +15,10 @@ import numpy as np
 from lm_jax.errors import UserError
 from lm_jax.generate.decoding import on_mesh
 from lm_jax.loss import token_losses
+from lm_jax.mesh import batch_shards
 from lm_jax.model.attention import Context
 from lm_jax.model.build import Graph
-from lm_jax.sharding import batch_shards, constrain, iota, reshape
+from lm_jax.sharding import constrain, iota, reshape
 
 SHORTEST = 64  # lengths are its doubles, so that few programs serve all
 PLACES = 32  # of a row, whose logits exist at the same time

@@ -22,8 +22,8 @@ from lm_jax.generate import chat_template as chat
 from lm_jax.generate.decoding import complete
 from lm_jax.generate.likelihood import likelihoods
 from lm_jax.generate.sampling import Sampling
+from lm_jax.mesh import make_mesh
 from lm_jax.model_config import OBJECTIVES
-from lm_jax.sharding import make_mesh
 from lm_jax.terminal import Terminal
 
 try:

@@ -8,8 +8,8 @@ from etils import epath
 
 from lm_jax.generate.beam_search import search
 from lm_jax.generate.decoding import complete
+from lm_jax.mesh import batch_shards
 from lm_jax.model.build import Graph
-from lm_jax.sharding import batch_shards
 
 TOGETHER = 16  # records of a device that are answered at the same time
 
