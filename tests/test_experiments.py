@@ -1,4 +1,4 @@
-"""The sizes of GPT-3: counted, traced as whole steps on a mesh of no devices, and reached through their doors."""
+"""The sizes of GPT-3: counted, and traced as whole steps on a mesh of no devices."""
 
 import dataclasses
 import importlib
@@ -23,7 +23,6 @@ from lm_jax.train_step import train_step
 NAMED = {
     "125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9, "13b": 13e9, "175b": 175e9,
 }  # fmt: skip
-DOORS = {row: f"experiments/gpt_{row.replace('.', '_')}.py" for row in NAMED}
 
 
 def traced(config) -> tuple:
@@ -59,27 +58,37 @@ def test_a_size_has_its_parameters_and_its_step_can_be_traced(row):
     assert metrics["train/loss"].shape == ()
 
 
+def row_of(row: str):
+    """What `experiments/gpt3.py:<row>` says."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    return importlib.import_module("gpt3").get_config(row)
+
+
+def test_the_smallest_size_is_a_file_of_its_own():
+    small, _ = experiment.load_config("experiments/gpt_125m.py", {})
+    assert small == experiment.load_config("experiments/gpt3.py:125m", {})[0]
+
+
 @pytest.mark.parametrize("row", NAMED)
-def test_a_door_opens_on_its_row_and_shrinks(row):
-    assert experiment.load_config(DOORS[row], {})[0] == experiment.load_config(f"experiments/gpt3.py:{row}", {})[0]
-    small, _ = experiment.load_config(f"{DOORS[row]}:smoke", {})
+def test_a_row_shrinks(row):
+    small = resolve(shrink(row_of(row)))
     assert (small.model.num_layers, small.model.window, small.train.num_steps) == (4, (0, 16), 2)
 
 
 def test_the_recipe_of_the_paper():
     """What every row shares (appendix B), from the resolved config."""
     for row in NAMED:
-        config, _ = experiment.load_config(DOORS[row], {})
+        config, _ = experiment.load_config(f"experiments/gpt3.py:{row}", {})
         optimizer = config.optimizer
         assert (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == ("adamw", 0.9, 0.95, 1e-8)
         assert (optimizer.clip_norm, optimizer.weight_decay, optimizer.decay_to) == (1.0, 0.1, 0.1)
         assert (optimizer.warmup, optimizer.decay_over, optimizer.schedule) == ("375M tokens", "260B tokens", "cosine")
         assert config.data.batch_ramp[0] * 2048 == 32768 and config.train.num_steps == "300B tokens"
-        assert config.model.window == (0, 256) and (ROOT / DOORS[row]).exists()
+        assert config.model.window == (0, 256)
 
 
 def test_the_smallest_smoke_of_a_row_is_traced():
-    traced(experiment.load_config("experiments/gpt_13b.py:smoke", {})[0])
+    traced(resolve(shrink(row_of("13b"))))
 
 
 # Parameters as the makers count them, at the vocabulary of the experiment.
