@@ -307,6 +307,8 @@ def leaves() -> dict[str, dataclasses.Field]:
 
 def flatten(config: Any) -> dict[str, Any]:
     """{"section.name": value} of a ConfigDict, a nested dict or a Config."""
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
     nested = dataclasses.asdict(config) if isinstance(config, Config) else config
     return {f"{section}.{name}": value for section in nested for name, value in nested[section].items()}
 

@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ml_collections
-
 from lm_jax.config import LARGEST_LOSS_SCALE, SECTIONS, Config, flatten, leaves, unflatten
 from lm_jax.errors import UserError, nearest
 from lm_jax.knob import checked
@@ -21,23 +19,20 @@ PLACE = {path: field.default for path, field in leaves().items() if field.metada
 
 
 def resolve(config) -> Config:
-    """A ConfigDict or nested dict -> frozen dataclasses: leaf by leaf, then whether each is read, then together.
-
-    Raises UserError.
-    """
-    flat = _each_checked(flatten(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config))
+    """A ConfigDict or nested dict -> a checked Config. Raises UserError for the first setting that is wrong, that nothing reads,
+    or that does not go with others."""
+    flat = _each_checked(flatten(config))
     check_reach(flat)
     return _derived(flat)
 
 
 def resolve_found(config) -> Config:
-    """The same of what a saved run or another's folder says of a model, for whoever reads it here.
+    """`resolve` for the config of a saved run or a foreign folder, which nobody typed here.
 
-    What only the place of its training needed (attention's backend, mesh, recomputation, workers) is as it is by default, so is
-    what nothing reads: nobody typed it here. Raises UserError.
+    Settings that only concern the machine it was trained on (attention's backend, mesh, recomputation, workers) and settings
+    that nothing reads get their defaults. Raises UserError.
     """
-    flat = flatten(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config)
-    flat = _each_checked(flat | PLACE)
+    flat = _each_checked(flatten(config) | PLACE)
     return _derived(flat | {path: leaves()[path].default for path in unread(flat)})
 
 
@@ -48,10 +43,8 @@ def check_key(path: str) -> None:
     section, _, name = path.partition(".")
     if section not in SECTIONS:
         raise UserError(f"config.{path}: no section {section!r}{nearest(path, leaves())}")
-    near = (
-        nearest(path, leaves())
-        or f"; {section} has: {', '.join(f.name for f in dataclasses.fields(SECTIONS[section]))}"
-    )
+    names = ", ".join(field.name for field in dataclasses.fields(SECTIONS[section]))
+    near = nearest(path, leaves()) or f"; {section} has: {names}"
     raise UserError(f"config.{path}: {section} has no {name!r}{near}" if name else f"config.{path} is a section{near}")
 
 
@@ -66,7 +59,7 @@ def _each_checked(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _derived(flat: dict[str, Any]) -> Config:
-    """With what is derived filled in where it is read. Raises UserError for what does not go together."""
+    """A Config of checked values, those that are derived filled in. Raises UserError for what does not go together."""
     nested = unflatten(flat)
     model = nested["model"]
     if is_read(flat, "model.num_heads"):
@@ -80,7 +73,7 @@ def _derived(flat: dict[str, Any]) -> Config:
 
 
 def _sizes(model: dict[str, Any]) -> dict[str, int]:
-    """Heads and MLP, as given or derived. Raises UserError where the width does not divide into heads that can be."""
+    """num_kv_heads, head_dim and mlp_dim, as given or derived. Raises UserError where no size of a head fits."""
     dim, heads, head_dim = model["model_dim"], model["num_heads"], model["head_dim"]
     if not head_dim and dim % heads:
         wider = math.ceil(dim / heads) * heads

@@ -144,7 +144,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.optimizer.warmup, config.optimizer.decay_over = 1, 0
     config.train.num_steps, config.train.microbatch_rows, config.train.init_from = 2, 8, ""
     config.checkpoint.every, config.evaluate.every, config.evaluate.num_rows, config.log.every = 2, 2, 8, 1
-    for path, value in without_unread(flatten(config.to_dict())).items():
+    for path, value in without_unread(flatten(config)).items():
         if path in SHRUNK:
             section, name = path.split(".")
             config[section][name] = value
@@ -158,7 +158,7 @@ def without_unread(flat: dict[str, Any], given=()) -> dict[str, Any]:
 
 def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str, dict[str, Any]]]:
     """The resolved config, and for every leaf that is not its default where it came from: {path: {from, default}}."""
-    defaults, from_file = flatten(Config()), flatten(experiment_config(place).to_dict())
+    defaults, from_file = flatten(Config()), flatten(experiment_config(place))
     given = {path: parse_value(path, text) for path, text in overrides.items()}
     origins = {
         path: {"from": "file", "default": defaults[path]}

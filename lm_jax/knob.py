@@ -11,7 +11,6 @@ from lm_jax.errors import UserError, nearest, shown
 Length = int | str  # a number of steps, or a string with its unit: "375M tokens", "2 epochs", "30 min" (checkpoints)
 Weight = float | tuple[tuple[int, float], ...]  # of a source in the mixture; or ((first row, weight), ...), rising rows
 Sources = tuple[tuple[str, Weight], ...]
-Reach = dict[str, tuple]  # {path of another setting: the values with which it is read; () = any but its default = off}
 
 SMALLEST, LARGEST = 1e-30, 1e30  # of a number that is not 0, which float32 is to hold, and its square root or square
 LONGEST_TEXT, LONGEST_TUPLE = 10_000, 1_000
@@ -19,22 +18,13 @@ LONGEST = 1e18  # tokens, epochs or minutes
 LENGTH = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)(?P<prefix>[kKMBT]?) ?(?P<unit>tokens|epochs|steps|min)")
 
 
-def knob(
-    default,
-    meaning: str,
-    *,
-    choices=(),
-    low=None,
-    high=None,
-    fixed=True,
-    reach: Reach | None = None,
-    idle=(),
-    place=False,
-):
-    """A field: its default, meaning and range; whether a run that resumes must keep it (`fixed`).
+def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True, reach=None, idle=(), place=False):
+    """A dataclass field with its default, meaning and range; `fixed`: a run that resumes must keep the value.
 
-    `reach` is where it is read at all: all of its conditions hold. Elsewhere it must have its default, or a value in `idle`,
-    which says what holds there anyway. `place`: what only the place of training needs; it binds no reader of the model.
+    `reach`, {path of another setting: the values with which this one is read; () = any that is not its default and not off},
+    says where the setting is read: where all of it holds. Elsewhere it must have its default, or a value in `idle`, which
+    states what is true there anyway. `place`: it concerns the machine of the training alone, and a
+    reader of the trained model ignores it.
     """
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "fixed": fixed}
     metadata |= {"reach": reach or {}, "idle": idle, "place": place}
@@ -110,7 +100,7 @@ def _fault_of_length(path: str, value: str, high: int) -> str:
 
 
 def _fault_of_text(value: str) -> str:
-    """What no name, path or prompt can have, "" where it has nothing of it."""
+    """What is wrong with a text, whatever it is for; "" where nothing is."""
     if len(value) > LONGEST_TEXT:
         return f"expected at most {LONGEST_TEXT:,} characters, got {len(value):,}"
     if "\0" in value:

@@ -29,7 +29,7 @@ def tiny(**changes) -> Config:
         section, name = path.split("__")
         config[section][name] = value
     given = [path.replace("__", ".") for path in changes]
-    return resolve(unflatten(without_unread(flatten(config.to_dict()), given)))
+    return resolve(unflatten(without_unread(flatten(config), given)))
 
 
 # Changes of `tiny` that make the families: what every specification is held against.
