@@ -92,8 +92,8 @@ class Once(argparse.Action):
 def run_command(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> NoReturn:
     """Runs `main` of a command and ends the process with its exit code.
 
-    0 done, 2 user error, 70 an error of this program, 74 an error of the machine (disk, rights, memory), 75 preempted and
-    saved; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved.
+    0 done, 2 user error, 70 an error of this program, 74 an error of the machine (disk, rights, memory), 75 preempted
+    and saved; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved.
     """
     with Stop():
         speak = quiet_threads()
@@ -110,7 +110,7 @@ def run_command(main: Callable[[list[str]], int | None], arguments: list[str] | 
 
 
 def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    """Runs `main` of a command; its exit code. What went wrong is written to stderr, and told to the job's other processes."""
+    """Runs `main` of a command; its exit code. An error is written to stderr and told to the job's other processes."""
     from lm_jax import distributed
 
     try:
@@ -145,8 +145,8 @@ def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> 
 def quiet_threads() -> Callable[[], None]:
     """Keeps threads from printing an error of the machine, such as a full disk; returns the function that undoes it.
 
-    Whoever waits for the thread gets the error and reports it; threads of Orbax and TensorStore would print it a second time,
-    with all that followed from it.
+    Whoever waits for the thread gets the error and reports it; threads of Orbax and TensorStore would print it a second
+    time, with all that followed from it.
     """
     before = threading.excepthook, sys.unraisablehook
 
@@ -168,8 +168,9 @@ def quiet_threads() -> Callable[[], None]:
 def with_kept_memory() -> None:
     """Starts this process again with a glibc that keeps freed memory and uses huge pages. Does nothing but on Linux.
 
-    On a CPU, XLA allocates the memory of a step anew in every step, and glibc would return it to the kernel each time: clearing
-    it again is a quarter of a step's wall time (docs/notebook.md). glibc reads these settings only when a process starts.
+    On a CPU, XLA allocates the memory of a step anew in every step, and glibc would return it to the kernel each time:
+    clearing it again is a quarter of a step's wall time (docs/notebook.md). glibc reads these settings only when a
+    process starts.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in given:

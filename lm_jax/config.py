@@ -1,7 +1,7 @@
 """Every setting of a run once: name, type, default, meaning, unit and range. Experiments state differences from here.
 
-`default_config()` gives experiments an `ml_collections.ConfigDict`; `lm_jax.config_check.resolve` turns it into the frozen,
-hashable dataclasses that everything below `main` takes. "Off" is 0, "" or a named choice, never None.
+`default_config()` gives experiments an `ml_collections.ConfigDict`; `lm_jax.config_check.resolve` turns it into the
+frozen, hashable dataclasses that everything below `main` takes. "Off" is 0, "" or a named choice, never None.
 """
 
 import dataclasses

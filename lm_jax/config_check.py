@@ -1,6 +1,7 @@
-"""From an experiment's ConfigDict to a checked `Config`: each setting by itself, what is derived, and what does not go together.
+"""From an experiment's ConfigDict to a checked `Config`.
 
-What does not go together is a table, `CLASHES`. Its first row that holds of a Config is the error that the user reads.
+Each setting is checked by itself, derived ones are filled in, and then the table `CLASHES` is held against the whole:
+the first of its rows that is true of the Config is the error that the user reads.
 """
 
 import dataclasses
@@ -19,8 +20,10 @@ PLACE = {path: field.default for path, field in leaves().items() if field.metada
 
 
 def resolve(config) -> Config:
-    """A ConfigDict or nested dict -> a checked Config. Raises UserError for the first setting that is wrong, that nothing reads,
-    or that does not go with others."""
+    """A ConfigDict or nested dict -> a checked Config.
+
+    Raises UserError for what is wrong by itself, then for what nothing reads, then for what does not go together.
+    """
     flat = _each_checked(flatten(config))
     check_reach(flat)
     return _derived(flat)
@@ -29,8 +32,8 @@ def resolve(config) -> Config:
 def resolve_found(config) -> Config:
     """`resolve` for the config of a saved run or a foreign folder, which nobody typed here.
 
-    Settings that only concern the machine it was trained on (attention's backend, mesh, recomputation, workers) and settings
-    that nothing reads get their defaults. Raises UserError.
+    Settings that only concern the machine it was trained on (attention's backend, mesh, recomputation, workers) and
+    settings that nothing reads get their defaults. Raises UserError.
     """
     flat = _each_checked(flatten(config) | PLACE)
     return _derived(flat | {path: leaves()[path].default for path in unread(flat)})
@@ -97,7 +100,8 @@ Words = dict[str, Any]  # that a message names beside the settings; empty where 
 class Clash(NamedTuple):
     """Settings that do not go together: where `found` is true of a Config, `message` and then `mend` are the error.
 
-    Both are format strings over the sections, such as {model.window}, and over the words that `found` gives, if it gives some.
+    Both are format strings over the sections, such as {model.window}, and over the words that `found` gives, if it
+    gives some.
     """
 
     found: Callable[[Config], bool | int | str | Words]

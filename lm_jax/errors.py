@@ -8,8 +8,8 @@ from typing import Any
 class UserError(ValueError):
     """What a user can mend: reaches the terminal as one to five plain lines, exit code 2.
 
-    Names of files stand in these lines and may hold anything: control characters are shown as escapes, and what is very long
-    loses its middle.
+    Names of files stand in these lines and may hold anything: control characters are shown as escapes, and what is very
+    long loses its middle.
     """
 
     def __str__(self) -> str:
@@ -24,11 +24,11 @@ def plain_lines(text: str) -> str:
 
 
 class PeerError(Exception):
-    """Another process of the job is not there, or no more: one to five plain lines, exit code 70. Starting again may help."""
+    """Another process of the job is missing or gone: one to five plain lines, exit code 70. Starting again may help."""
 
 
 def needs(what: str, package: str, extra: str) -> UserError:
-    """The mistake of a missing package, with the command that installs it: always from the clone, under no name of an index."""
+    """The error of a missing package, with the command that installs it: from the clone, never by a name of an index."""
     return UserError(f"{what} needs the package {package}: in the clone, pip install -e '.[{extra}]'")
 
 

@@ -1,4 +1,4 @@
-"""An experiment: the file that `--config` names, executed; overrides of the command line; where each value came from."""
+"""An experiment: the file that `--config` names, executed; overrides; where each value came from; `:smoke`."""
 
 import ast
 import importlib.util
@@ -22,7 +22,7 @@ SHRUNK = ("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_
 
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """`--config.x.y=v` and `--config.x.y v` as {x.y: v}, and the other arguments. Raises UserError for a repeated one."""
+    """({x.y: v} of `--config.x.y=v` or `--config.x.y v`, the other arguments). Raises UserError for a repeated one."""
     check_text(arguments)
     overrides: dict[str, str] = {}
     rest, waiting = [], list(arguments)
@@ -93,7 +93,7 @@ def experiment_config(place: str) -> ml_collections.ConfigDict:
 
 
 def _config_of(module, place: str, variant: str) -> ml_collections.ConfigDict:
-    """What `get_config` of an experiment returns for a variant; for `smoke`, the full config, checked. Raises UserError."""
+    """What `get_config` of an experiment returns; for `smoke`, the full config, checked. Raises UserError."""
     if not hasattr(module, "get_config"):
         raise UserError(f"--config {place}: the file has no get_config()")
     variants = (*getattr(module, "VARIANTS", ()), "smoke")

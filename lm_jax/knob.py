@@ -21,10 +21,10 @@ LENGTH = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)(?P<prefix>[kKMBT]?) ?(?P<uni
 def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True, reach=None, idle=(), place=False):
     """A dataclass field with its default, meaning and range; `fixed`: a run that resumes must keep the value.
 
-    `reach`, {path of another setting: the values with which this one is read; () = any that is not its default and not off},
-    says where the setting is read: where all of it holds. Elsewhere it must have its default, or a value in `idle`, which
-    states what is true there anyway. `place`: it concerns the machine of the training alone, and a
-    reader of the trained model ignores it.
+    `reach`, {path of another setting: the values with which this one is read; () = any that is not its default and not
+    off}, says where the setting is read: where all of it holds. Elsewhere it must have its default, or a value in
+    `idle`, which states what is true there anyway. `place`: it concerns the machine of the training alone, and a reader
+    of the trained model ignores it.
     """
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "fixed": fixed}
     metadata |= {"reach": reach or {}, "idle": idle, "place": place}
@@ -42,7 +42,7 @@ def parse_length(length: Length) -> tuple[float, str]:
 
 
 def checked(path: str, value: Any, field: dataclasses.Field) -> Any:
-    """`value` as the type of the setting at `path`. Raises UserError that names the path, the value and what is expected."""
+    """`value` as the type of the setting at `path`. Raises UserError that names path, value and what is expected."""
     if field.type == Sources:
         return checked_sources(path, value)
     kinds = get_args(field.type)

@@ -1,4 +1,4 @@
-"""Devices -> mesh, also over slices; what does not divide over it, in words, before anything compiles; the parameter table.
+"""Devices -> mesh, also over slices; what does not divide over it is refused before anything compiles; parameter table.
 
 A mesh has the axes `data`, `fsdp` and `tensor` of `lm_jax/sharding.py`, which maps the names that models use to them.
 """
@@ -42,7 +42,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def _nearest_fitting(size: int, shards: int) -> tuple[int, int]:
-    """The next size that divides into `shards`, and the largest number of shards, at most `shards`, that divides `size`."""
+    """(the next size that `shards` divides, the largest number up to `shards` that divides `size`)."""
     return math.ceil(size / shards) * shards, max(n for n in range(1, shards + 1) if size % n == 0)
 
 
@@ -58,8 +58,8 @@ def _device_error(sizes: dict[str, int], known: int, num_devices: int, problem: 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     """The mesh of these devices (None: of all that there are).
 
-    Slices are the outermost part of `data`, so that only its collectives cross from one slice to another. Raises UserError
-    where the devices are not so many slices, or a slice has too few of them.
+    Slices are the outermost part of `data`, so that only its collectives cross from one slice to another. Raises
+    UserError where the devices are not so many slices, or a slice has too few of them.
     """
     devices = devices or jax.devices()
     slices = by_slice(devices, config.slices)

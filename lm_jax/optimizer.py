@@ -1,5 +1,9 @@
-"""Schedules and update rules from Optax, by name. What a parameter maps from and to is read from its declaration, so that
-matrices decay, and Muon and Adafactor see the matrix of one layer, however its dims are stacked, split or sharded."""
+"""The optimizer: learning-rate schedules and update rules of Optax, weight decay, loss scale, parameter average.
+
+Which dims of a parameter are inputs and outputs is read from its declaration, never guessed from its shape: so matrices
+decay and vectors do not, and Muon and Adafactor see the matrix of one layer, however its dims are stacked, split or
+sharded.
+"""
 
 import math
 from collections.abc import Callable
@@ -25,8 +29,9 @@ def schedule(config: Optimizer, clocks: Clocks = UPDATES) -> optax.Schedule:
     """Learning rate of update number n = 0, 1, ...: linear from 0 (not reached: n + 1) to the peak, then as named.
 
     `warmup` and `decay_over` are steps by now, each on its own clock: n, and what that is ahead. Cosine as in
-    arXiv:1608.03983 without restarts, down to `decay_to`; linear to the same end; inverse square root: peak * sqrt(warmup / n)
-    (arXiv:1706.03762); warm-up, stable, decay: the peak, then linear in the last fifth (arXiv:2404.06395).
+    arXiv:1608.03983 without restarts, down to `decay_to`; linear to the same end; inverse square root: peak *
+    sqrt(warmup / n) (arXiv:1706.03762); warm-up, stable, decay: the peak, then linear in the last fifth
+    (arXiv:2404.06395).
     """
     peak, warmup, end = config.learning_rate, int(config.warmup), int(config.decay_over)
     after_warmup = max(1, end - warmup)
@@ -54,12 +59,12 @@ def schedule(config: Optimizer, clocks: Clocks = UPDATES) -> optax.Schedule:
 
 
 def is_matrix(declared: Declaration) -> bool:
-    """What stands inside a product: matrices and tables, not norms and biases. These decay."""
+    """Whether a parameter is a matrix or a table, no scale of a norm and no bias: what weight decay acts on."""
     return bool(declared.inputs and declared.outputs)
 
 
 def is_table(declared: Declaration) -> bool:
-    """A matrix that is read by id, or gives the logits: one side is the vocabulary, or a place."""
+    """Whether a matrix is read by index, or gives the logits: one of its dims is the vocabulary, or positions."""
     return is_matrix(declared) and not {"vocab", "positions", "segments", "buckets"}.isdisjoint(declared.axes)
 
 
@@ -73,7 +78,8 @@ class Average(NamedTuple):
 def average_of_parameters(decay: float) -> optax.GradientTransformation:
     """Keeps an exponential average of the parameters after the update; the last of a chain. Changes no update.
 
-    The decay starts low, min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that the initial values are forgotten.
+    The decay starts low, min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that the initial values are
+    forgotten.
     """
 
     def update(changes, state, parameters):
@@ -88,10 +94,11 @@ def average_of_parameters(decay: float) -> optax.GradientTransformation:
 
 
 def per_layer(rule_of: Callable[[Declaration], optax.GradientTransformation], declared) -> optax.GradientTransformation:
-    """Every layer of every parameter by itself under `rule_of` its declaration: a matrix [inputs, outputs], or a vector.
+    """Applies `rule_of(declaration)` to each layer of each parameter: to a matrix [inputs, outputs], or to a vector.
 
-    `declared` is a tree of declarations like the parameters. The state has a rule's state at each of them, stacked over
-    layers. On a mesh the compiler lays out what happens inside a rule; what comes out lies as what went in.
+    `declared` is a tree of declarations like the parameters. The state is a tree like the parameters, too, of states of
+    rules, stacked over layers. On a mesh the compiler chooses the layouts inside a rule; results have the layouts of
+    the arguments.
     """
 
     def over_layers(one: Declaration, function):
@@ -117,7 +124,7 @@ def per_layer(rule_of: Callable[[Declaration], optax.GradientTransformation], de
 
 
 def as_matrix(declared: Declaration, x: jax.Array) -> jax.Array:
-    """What stands in a product as [layers, inputs, outputs], what does not as [layers, size]; `layers` only where stacked."""
+    """A matrix as [layers, inputs, outputs], all else as [layers, size]; without `layers` where they are not stacked."""
     num_layers = len(declared.layers)
     groups = [declared.inputs, declared.outputs] if is_matrix(declared) else [tuple(range(num_layers, x.ndim))]
     assert sum(groups, declared.layers) == tuple(range(x.ndim)), declared
@@ -126,7 +133,7 @@ def as_matrix(declared: Declaration, x: jax.Array) -> jax.Array:
 
 
 def adafactor() -> optax.GradientTransformation:
-    """arXiv:1804.04235 without momentum: second moments of rows and columns, updates clipped, as large as the parameter."""
+    """arXiv:1804.04235 without momentum: factored second moments, clipped updates, scaled by the parameter's size."""
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
 
 
@@ -146,7 +153,7 @@ def muon(beta: float) -> optax.GradientTransformation:
 
 
 def update_rule(config: Optimizer, declared) -> optax.GradientTransformation:
-    """The rule that `optimizer.name` names. Those that act on single numbers take stacked and sharded parameters as they are."""
+    """The rule of `optimizer.name`. Elementwise rules take stacked and sharded parameters as they are."""
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.name in ("adam", "adamw"):
         return adam
@@ -182,9 +189,10 @@ def dynamic_loss_scale(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` on gradients of a loss that was multiplied by `state.scale` (arXiv:1710.03740, section 3.2).
 
-    Where the gradient is not finite, or the parameters or `inner` would not be after the update, nothing of it reaches them: the
-    update is skipped and counted, the scale halves, down to 1. After `grow_after` updates in a row it doubles, up to `largest`.
-    Powers of two change no bit of a gradient. With the defaults the scale stays 1, and this is a guard alone.
+    Where the gradient is not finite, or the parameters or `inner` would not be after the update, nothing of it reaches
+    them: the update is skipped and counted, the scale halves, down to 1. After `grow_after` updates in a row it
+    doubles, up to `largest`. Powers of two change no bit of a gradient. With the defaults the scale stays 1, and this
+    is a guard alone.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -220,7 +228,7 @@ def dynamic_loss_scale(
 
 
 def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.GradientTransformation:
-    """`rule` whose changes are multiplied by {path: factor}, and whose state is the same."""
+    """`rule` with its changes multiplied by `factors`, {path: factor}; the state is that of `rule`."""
 
     def update(gradients, state, parameters=None):
         changes, state = rule.update(gradients, state, parameters)
@@ -233,10 +241,10 @@ def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.Gradien
 def make_optimizer(
     config: Optimizer, declared, factors: dict | None = None, clocks: Clocks = UPDATES
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; on mean gradients.
+    """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; takes mean gradients.
 
-    `declared` is a tree of declarations like what is trained, `factors` {path: share of the rate} for `layer_decay`, `clocks`
-    those of the schedule. All of it inside `dynamic_loss_scale`.
+    `declared` is a tree of declarations like the trained parameters, `factors` is {path: share of the learning rate}
+    for `layer_decay`, `clocks` counts the steps of the schedule. The whole chain is inside `dynamic_loss_scale`.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(is_matrix, declared))
@@ -245,14 +253,10 @@ def make_optimizer(
     rate = optax.scale_by_learning_rate(schedule(config, clocks))
     rate = at_rates(rate, factors) if factors and config.layer_decay < 1 else rate
     whole = optax.chain(*parts, rate, *average)
-    return (
-        dynamic_loss_scale(whole, config.loss_scale, LARGEST_LOSS_SCALE)
-        if config.loss_scale
-        else dynamic_loss_scale(whole)
-    )
+    return dynamic_loss_scale(whole, config.loss_scale or 1, LARGEST_LOSS_SCALE if config.loss_scale else 1)
 
 
 def averaged(parameters: dict, optimizer_state: optax.OptState) -> dict:
-    """The parameters that are the model: the average of what is trained where the optimizer keeps one."""
+    """The parameters of the model: where the optimizer keeps an average of the trained ones, with that average."""
     average = optax.tree.get(optimizer_state, "average")
     return parameters if average is None else joined(parameters, average)

@@ -1,7 +1,8 @@
 """Parallelism is this table: which mesh axis splits each logical axis of a stored parameter and of a computed value.
 
-Model code names logical axes only, through `constrain`, `einsum` and `reshape`. The mesh has Explicit axes: the sharding of
-every array is part of its type, so that a layout nobody asked for is an error while tracing, not a slow program.
+Model code names logical axes only, through `constrain`, `einsum` and `reshape`. The mesh has Explicit axes: the
+sharding of every array is part of its type, so that a layout nobody asked for is an error while tracing, not a slow
+program.
 """
 
 import math
@@ -58,8 +59,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def precision(dtype) -> jax.lax.Precision | None:
     """The precision of a product of arrays of this dtype.
 
-    HIGHEST for float32, which a TPU would otherwise round to bfloat16 and a GPU to TF32; None for narrower dtypes, which have
-    one way to be multiplied.
+    HIGHEST for float32, which a TPU would otherwise round to bfloat16 and a GPU to TF32; None for narrower dtypes,
+    which have one way to be multiplied.
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
@@ -122,10 +123,10 @@ def platform() -> str:
 
 
 def on_each_device(function: Callable, inputs: tuple, outputs) -> Callable:
-    """`function` of whole arrays, run by every device on its own part of them: `jax.shard_map` (off a mesh: `function` itself).
+    """`function` of whole arrays, run by every device on its part of them (`jax.shard_map`); off a mesh, `function`.
 
-    `inputs` and `outputs` are the layouts of arguments and results. Inside, arrays are local; the functions below reach the
-    other devices.
+    `inputs` and `outputs` are the layouts of arguments and results. Inside, arrays are local; the functions below reach
+    the other devices.
     """
     if not _on_mesh():
         return function
@@ -163,7 +164,7 @@ def gathered(parameter: jax.Array, *axes: str) -> jax.Array:
 
 
 def scattered(gradient: jax.Array, *axes: str) -> jax.Array:
-    """The transpose of `gathered`: a device's gradient -> its stored part of the sum of gradients over the whole batch."""
+    """The transpose of `gathered`: a device's gradient -> its stored part of the sum over the whole batch."""
     rest = set(mesh_axes("batch"))
     for dim, name in _scattered_dims(axes):
         gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=dim, tiled=True)

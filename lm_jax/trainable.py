@@ -1,6 +1,6 @@
-"""What of a model is trained: a pattern over the paths of its parameters, and the rate of each layer.
+"""Which parameters of a model are trained, by a pattern over their paths, and the learning rate of each layer.
 
-What is not trained has no gradient, no optimizer state, and keeps every bit.
+A parameter that is not trained has no gradient and no optimizer state, and no bit of it changes.
 """
 
 import difflib
@@ -45,22 +45,22 @@ def trained_paths(config: Config, declarations: dict[Path, Declaration]) -> froz
 
 
 def split(parameters: dict, paths: frozenset[Path]) -> tuple[dict, dict]:
-    """(those at `paths`, the others) of a nested dict."""
+    """A nested dict -> (the parameters at `paths`, the others), two nested dicts."""
     flat = traversals.flatten_mapping(parameters)
     inside, outside = ({path: x for path, x in flat.items() if (path in paths) is want} for want in (True, False))
     return traversals.unflatten_mapping(inside), traversals.unflatten_mapping(outside)
 
 
 def joined(parameters: dict, part: dict) -> dict:
-    """The parameters, with those of `part` added or in the place of what was there."""
+    """The union of two nested dicts; a parameter of `part` replaces one of the same path."""
     flat = traversals.flatten_mapping(parameters) | traversals.flatten_mapping(part)
     return traversals.unflatten_mapping(flat)
 
 
 def rates(config: Config, declarations: dict[Path, Declaration]) -> dict[Path, np.ndarray]:
-    """What the learning rate of each parameter is multiplied by: decay^depth, [layers, 1, ...] where layers are stacked.
+    """{path: factor of the learning rate}, layer_decay^depth: float32 [], or [layers, 1, ...] where layers are stacked.
 
-    Lower layers learn slower (arXiv:2003.10555, appendix A; the depths are those of arXiv:2106.08254): `depth` from the top.
+    Lower layers learn slower (arXiv:2003.10555, appendix A; the depths are those of arXiv:2106.08254).
     """
     decay = config.optimizer.layer_decay
     return {
@@ -70,7 +70,7 @@ def rates(config: Config, declarations: dict[Path, Declaration]) -> dict[Path, n
 
 
 def depth(path: Path, declared: Declaration, config: Model) -> np.ndarray:
-    """0 of heads and of a norm at the end, 1 of the highest layer of a stack, its number of layers + 1 of embeddings."""
+    """Counted from the output: 0 for heads and a final norm, 1 for the last layer, num_layers + 1 for embeddings."""
     if declared.axes[0] == "layers":
         num_periods, dims = declared.shape[0], (1,) * (len(declared.shape) - 1)
         period = config.num_layers // num_periods
