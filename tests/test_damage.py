@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, compile_cache, config, evaluate, files, main, metrics
+from lm_jax import checkpoint, compile_cache, evaluate, files, main, metrics
+from lm_jax.config import Mesh
 from lm_jax.data import packing, shards
+from lm_jax.errors import UserError
 from lm_jax.generate import command
 from lm_jax.mesh import make_mesh
 
@@ -35,7 +37,7 @@ def said_and_code(door, arguments: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             code = door(arguments)
-        except config.UserError as error:
+        except UserError as error:
             print(error)
             code = 2
     return code, out.getvalue()
@@ -55,7 +57,7 @@ def write(place: pathlib.Path, prompt: str = "the ") -> tuple[int, str]:
 
 def arrays(place: pathlib.Path) -> list[np.ndarray]:
     found = checkpoint.locate(str(place / "run"))
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         return [np.asarray(x) for x in jax.tree.leaves(checkpoint.load_parameters(found)[1])]
 
 
@@ -314,14 +316,14 @@ def test_large_shards_are_hashed_in_turn(begun, tmp_path, monkeypatch):
         shards.read(str(folder), "mend")
         path = folder / "train-00000.tokens.npy"
         damaged(path, "flipped", random.Random(0))
-        with pytest.raises(config.UserError, match="is changed since it was built"):
+        with pytest.raises(UserError, match="is changed since it was built"):
             shards.read(str(folder), "mend")
         monkeypatch.setattr(shards, "ALWAYS_HASHED", 0)
         monkeypatch.setattr(shards, "HASHED_IN_TURN", 1)
-        with pytest.raises(config.UserError, match="is changed since it was built"):
+        with pytest.raises(UserError, match="is changed since it was built"):
             for _ in json.loads((folder / "manifest.json").read_bytes())["files"]:
                 shards.read(str(folder), "mend")
-        with pytest.raises(config.UserError, match="is changed since it was built"):
+        with pytest.raises(UserError, match="is changed since it was built"):
             shards.verify(str(folder), shards.read_manifest(str(folder), "mend"), "mend", whole=True)
 
 

@@ -9,8 +9,8 @@ from conftest import ROOT, tiny
 from test_instruction import TEMPLATES, tokenizer_json
 from test_shards import made_up, write
 
-from lm_jax import cli
 from lm_jax.data import mixture
+from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 
 spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools" / "inspect_data.py")
@@ -66,7 +66,7 @@ def test_statistics_are_counted_against_the_weights(sources, capsys):
 
 
 def test_a_negative_step_is_refused():
-    with pytest.raises(cli.UserError, match="at least 0"):
+    with pytest.raises(UserError, match="at least 0"):
         inspect_data.main([*CONFIG, "--step=-1"])
 
 
