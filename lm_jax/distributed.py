@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import secrets
@@ -17,11 +16,13 @@ from jax._src import distributed
 
 from lm_jax import compile_cache
 from lm_jax.config import PeerError, UserError
-from lm_jax.data.shards import cache_folder, is_url
+from lm_jax.data.shards import cache_folder
+from lm_jax.files import locked
 from lm_jax.multihost import cluster, peers, roll_call
 from lm_jax.multihost.cluster import Cluster
 from lm_jax.multihost.peers import agree as agree
 from lm_jax.multihost.peers import everyone as everyone
+from lm_jax.regular_files import is_url
 from lm_jax.remote import leased
 from lm_jax.stop import SIGNALS
 
@@ -157,14 +158,12 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
         with leased(workdir, say):
             yield
         return
+
+    def busy() -> None:
+        raise UserError(f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir")
+
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir"
-            ) from None
+    with locked(workdir / "lock", busy):
         yield
 
 

@@ -61,12 +61,26 @@ def read_bytes(path, largest: int = LARGEST) -> bytes:
     return content
 
 
-def read_json(path) -> Any:
-    """The JSON in a file. Raises OSError, and ValueError for what is none, also where it is nested too deep."""
+def parse_json(raw: bytes) -> Any:
+    """The value of JSON text. Raises ValueError for what is none, also where it is nested too deep."""
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(raw)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def read_json(path) -> Any:
+    """The JSON value in a file. Raises OSError, and ValueError for what is none."""
+    return parse_json(read_bytes(path))
+
+
+def read_object(path) -> dict[str, Any]:
+    """The JSON object in a file, {} where the file is missing or holds no object. Raises OSError for a refusal of the system."""
+    try:
+        content = read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:

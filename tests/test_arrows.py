@@ -19,7 +19,8 @@ tasks.results compile_cache multihost.cluster multihost.roll_call multihost.peer
 trainable model.lora model.attention model.language_model model.moe model.transformer model.encoder
 model.encoder_decoder model.recurrent model.build convert.safetensors convert.fields convert.rotary convert.families
 convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf loss plan.counts
-optimizer train_state train_step metrics goodput terminal checkpoint convert.run cli generate.sampling
+optimizer train_state train_step metrics goodput terminal checkpoint run_folder
+load_model convert.run cli generate.sampling
 generate.decoding convert.proof convert.export generate.beam_search tasks.generate_answers tasks.dpo_reference
 generate.likelihood generate.command evaluate train main verify generate.lm_eval generate.__main__
 """.split()

@@ -16,7 +16,7 @@ import types
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, cli, distributed, metrics, stop, train
+from lm_jax import checkpoint, cli, distributed, metrics, run_folder, stop, train
 from lm_jax.config import PeerError, UserError
 from lm_jax.multihost import peers
 
@@ -360,8 +360,8 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
             patch.setattr(metrics, "read", lambda folder, say=None: [])
             for module in (train, checkpoint, distributed):
                 patch.setattr(module, "leads", lambda: False)
-            for name in ("read_config", "expected_data_state"):
-                patch.setattr(checkpoint, name, never)
+            for module, name in ((run_folder, "read_config"), (checkpoint, "expected_data_state")):
+                patch.setattr(module, name, never)
         patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
 
         def spied(module, name: str, what: str, before=lambda *arguments: None, step=lambda this, *_: this.data.step):

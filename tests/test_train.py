@@ -16,7 +16,7 @@ from conftest import FAMILIES, ROOT, command, tiny
 from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lm_jax import checkpoint, files, metrics
+from lm_jax import checkpoint, files, load_model, manifest, metrics
 from lm_jax import cli as commands
 from lm_jax import config as configs
 from lm_jax.config import OBJECTIVES, Mesh
@@ -42,7 +42,7 @@ def lines_of(workdir) -> list[dict]:
 
 def final_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
     """Every array of the last checkpoint: parameters and optimizer state."""
-    found = checkpoint.locate(str(workdir))
+    found = load_model.locate(str(workdir))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         state, data = checkpoint.restore(
             found.workdir, found.step, make_program(found.config, found.tokenizer.num_pieces)
@@ -176,7 +176,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(copy, refer
 
 
 def fault_in(folder: pathlib.Path) -> str:
-    return checkpoint.fault(checkpoint.epath.Path(folder))
+    return manifest.invalid_reason(checkpoint.epath.Path(folder))
 
 
 def test_every_kind_of_damage_is_found(copy):

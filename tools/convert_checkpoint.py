@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm_jax import checkpoint, distributed
+from lm_jax import distributed, load_model
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import export, hugging_face, proof, run, text_files
 from lm_jax.generate import chat_template
@@ -129,14 +129,14 @@ def main(arguments: list[str]) -> int:
         if flags.model.endswith(".gguf") and not flags.over:
             leaving = export.of_gguf(flags.model)
         else:
-            found = checkpoint.locate(flags.model, say)
+            found = load_model.locate(flags.model, say)
             if flags.over:
-                run.write_part(epath.Path(flags.output), found, checkpoint.locate(flags.over, say))
+                run.write_part(epath.Path(flags.output), found, load_model.locate(flags.over, say))
                 say(f"wrote {flags.output}, which needs {flags.over}")
                 return 0
             if found.described and not to_gguf:
                 carried = hugging_face.carried_files(str(found.workdir))
-                run.write(epath.Path(flags.output), found, checkpoint.load_parameters(found)[1], carried)
+                run.write(epath.Path(flags.output), found, load_model.load_parameters(found)[1], carried)
                 say(f"wrote {flags.output}")
                 return 0
             leaving = export.of_model(found)

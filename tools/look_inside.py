@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import checkpoint, distributed
+from lm_jax import distributed, load_model
 from lm_jax.config import Mesh, UserError
 from lm_jax.data.tokenizer import continuation
 from lm_jax.model.attention import Context, attend
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     parser.reads({"view": ("attention",)}, "layer")
     parser.reads({"view": ("next",)}, "compare")
     flags, say = parser.parse_args(arguments), Terminal()
-    found = checkpoint.locate(flags.model, say)
+    found = load_model.locate(flags.model, say)
     if found.config.model.kind != "transformer":
         raise UserError(f"--model {flags.model} is of kind {found.config.model.kind}: this looks into a transformer")
     if not 0 <= flags.layer < found.config.model.num_layers:
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     tokens = encode(flags.text)
     name = lambda piece: repr(continuation(found.tokenizer, tokens, [piece]))
     with jax.set_mesh(make_mesh(Mesh(data=1), [distributed.own(distributed.devices())])):
-        graph, parameters = checkpoint.load_parameters(found)
+        graph, parameters = load_model.load_parameters(found)
         model = graph.module(parameters)
         if flags.view == "embedding":
             table = np.asarray(parameters["embedding"]["table"])[: found.num_pieces]
