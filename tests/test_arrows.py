@@ -15,7 +15,8 @@ data.tokenizer data.special_ids convert.word_vectors data.shards data.packing da
 generate.jinja_process generate.chat_template tasks.scores tasks.tables tasks.task tasks.words tasks.classification
 tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction tasks.preference tasks.records data.loader
 prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run remote faults
-tasks.results compile_cache multihost.cluster multihost.roll_call multihost.peers distributed manifest model.layers
+tasks.results compile_cache multihost.cluster multihost.roll_call
+multihost.connection multihost.watchdog multihost.peers distributed manifest model.layers
 trainable model.lora model.attention model.language_model model.moe model.transformer model.encoder
 model.encoder_decoder model.recurrent model.build convert.safetensors convert.fields convert.rotary convert.families
 convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf loss plan.counts
