@@ -88,6 +88,19 @@ def join(all_here: Joined) -> None:
     peers.join(found.process, all_here.hosts, found.address, distributed.global_state.client)
 
 
+def does_it_alone() -> bool:
+    """Whether this process does what is the work of one, such as a conversion: in a job of several the first does, alone.
+
+    It uses its CPU then: the accelerators of a job may start only together.
+    """
+    found = cluster.find()
+    if found is None:
+        return True
+    os.environ["JAX_NUM_PROCESSES"] = "1"  # from here on this process belongs to no job
+    jax.config.update("jax_platforms", "cpu")
+    return found.process == 0
+
+
 def join_for_last_words() -> None:
     """A process that ends before it has joined the others joins them, where they are at hand: they end with it, and know why."""
     with contextlib.suppress(UserError, PeerError):  # nobody is there, or that is what is being said

@@ -125,6 +125,8 @@ def main(arguments: list[str]) -> int:
     flags, say = parser.parse_args(arguments), Terminal()
     again = shlex.join(["python", "tools/convert_checkpoint.py", *arguments, "--unproven"])
     to_gguf = flags.output.endswith(".gguf")
+    if not distributed.does_it_alone():
+        return 0
     with jax.set_mesh(make_mesh(Mesh(data=1), [distributed.own(distributed.devices())])):
         if flags.model.endswith(".gguf") and not flags.over:
             leaving = export.of_gguf(flags.model)
