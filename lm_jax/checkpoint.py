@@ -1,10 +1,11 @@
-"""The steps of a run on disk: Orbax writes the arrays, our manifest says that a step is whole; saved, restored, removed.
+"""The steps of a run on disk: saved, restored, removed. Orbax writes arrays, our manifest says that a step is whole.
 
     <workdir>/checkpoints/<step>/{parameters,optimizer,data}  <workdir>/checkpoints/<step>/MANIFEST.json
 
-A step's manifest (`manifest.py`) is written last and durably, and names the same run as config.json (`run_folder.py`). A step
-that was never finished is removed at the next start; a damaged one is set aside as `<step>.broken`, and said. Where rows were
-left out after a step was saved, its manifest has them (`skipped`), and they replace those of its data state.
+A step's manifest (`manifest.py`) is written last and durably, and names the same run as config.json (`run_folder.py`).
+A step that was never finished is removed at the next start; a damaged one is set aside as `<step>.broken`, and said.
+Where rows were left out after a step was saved, its manifest has them (`skipped`), and they replace those of its data
+state.
 """
 
 import concurrent.futures
@@ -27,7 +28,7 @@ from lm_jax import fault_points
 from lm_jax.batch_ramp import DataState
 from lm_jax.config import Config, UserError
 from lm_jax.distributed import agree, first_answer, leads, share
-from lm_jax.files import sealed, write_whole
+from lm_jax.files import check_room, sealed, write_whole
 from lm_jax.manifest import (
     ITEMS,
     MANIFEST,
@@ -40,7 +41,7 @@ from lm_jax.manifest import (
 )
 from lm_jax.optimizer import all_finite
 from lm_jax.regular_files import is_url, read_object
-from lm_jax.remote import check_room, set_aside
+from lm_jax.remote import set_aside
 from lm_jax.stop import NEVER, Stop
 from lm_jax.train_state import Program, TrainState, abstract
 
@@ -83,7 +84,7 @@ class Saver:
         self.stop = stop or Stop()
         self.folder, self.config, self.facts = steps_folder(workdir), config, facts
         self.folder.mkdir(parents=True, exist_ok=True)
-        # In a bucket every array is objects of its own: Orbax's OCDBT would join them, by generations that not every store has.
+        # In a bucket an array is objects of its own: OCDBT would join them, by generations that not every store has.
         arrays = lambda: ocp.StandardCheckpointHandler(use_ocdbt=not is_url(workdir))
         handlers = {"parameters": arrays(), "optimizer": arrays(), "data": ocp.JsonCheckpointHandler()}
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
@@ -103,7 +104,8 @@ class Saver:
     def save(self, state: TrainState, data: DataState, also: dict[str, Any] | None = None, retain: bool = True) -> None:
         """Starts to save a step; returns once the state is copied, so that its arrays may be donated.
 
-        `also` goes into the manifest, beside the facts of the run. Without `retain` no older step is removed. Raises NotFinite.
+        `also` goes into the manifest, beside the facts of the run. Without `retain` no older step is removed. Raises
+        NotFinite.
         """
         self.wait()
         if agree(leads() and (self.folder / str(data.step) / MANIFEST).exists(), "is saved"):
@@ -120,7 +122,7 @@ class Saver:
         self._commit = self._thread.submit(self._finish, data.step, also or {}, retain)
 
     def _make_way(self, step: int, num_bytes: int) -> str:
-        """Marks the step unfinished. Returns what is in its way, "" = nothing; raises OSError where the disk has no room."""
+        """Marks the step unfinished. Returns what is in its way, "" = nothing. Raises OSError without room."""
         path = self.folder / str(step)
         if path.exists() and not mark_path(self.folder, step).exists() and not is_step_without_manifest(path):
             return f"{path} is in the way of a checkpoint and was not written by a run: move it away"
@@ -148,7 +150,7 @@ class Saver:
         self.stop.saved = step
 
     def _retain(self) -> None:
-        """Keeps the newest `keep_last` steps and every multiple of `keep_every`; runs after the new manifest is durable."""
+        """Keeps the newest `keep_last` steps and every multiple of `keep_every`, once the new manifest is durable."""
         settings = self.config.checkpoint
         steps = complete_steps(self.folder)
         for step in steps[: -settings.keep_last]:
@@ -189,16 +191,24 @@ def remove_step(folder: epath.Path, step: int) -> None:
 
 def complete_steps(folder: epath.Path) -> list[int]:
     """Steps that have a manifest, in order."""
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    steps = {int(name) for name in names if STEP.fullmatch(name) and f"{name}{UNFINISHED}" not in names}
-    return sorted(step for step in steps if (folder / str(step) / MANIFEST).exists())
+    return sorted(int(path.name) for path in steps_inside(paths_inside(folder)) if (path / MANIFEST).exists())
+
+
+def paths_inside(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def steps_inside(paths: list[epath.Path]) -> list[epath.Path]:
+    """Those that are named like a step and not marked unfinished."""
+    names = {path.name for path in paths}
+    return [path for path in paths if STEP.fullmatch(path.name) and f"{path.name}{UNFINISHED}" not in names]
 
 
 def go_back(workdir: epath.Path, data: DataState) -> None:
     """Makes the step of `data`, a valid one, the newest; from there on the rows `data.skipped` are left out.
 
-    Later steps are removed first, the newest first: a run that is killed in between comes here again. Then the manifest is
-    replaced, in one piece, by one with the skipped rows.
+    Later steps are removed first, the newest first: a run that is killed in between comes here again. Then the manifest
+    is replaced, in one piece, by one with the skipped rows.
     """
     folder = steps_folder(workdir)
     for step in reversed(complete_steps(folder)):
@@ -209,9 +219,9 @@ def go_back(workdir: epath.Path, data: DataState) -> None:
 
 
 def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
-    """Removes what a killed run left half-written; sets a step without manifest aside. What a run did not write stays."""
+    """Removes what a killed run left half-written, sets a step without manifest aside; other files stay."""
     folder = steps_folder(workdir)
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    names = sorted(path.name for path in paths_inside(folder))
     for name in names:
         step, _, rest = name.partition(".")
         if not STEP.fullmatch(step):
@@ -230,7 +240,7 @@ def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
 
 
 def is_step_without_manifest(path: epath.Path) -> bool:
-    """Whether a folder with a step's name is a step without manifest: empty, or with items of ours. Else it is the user's."""
+    """Whether a folder that is named like a step has no manifest, and is empty or holds items of a step."""
     if not path.is_dir() or (path / MANIFEST).exists():
         return False
     names = {inside.name for inside in path.iterdir()}
@@ -260,7 +270,8 @@ def newest_valid(
 ) -> int | None:
     """The newest step whose `items` are as they were written, None where the run has no step; `run` is its identity.
 
-    With `quarantine` broken steps are set aside. All processes call it together. Raises UserError if all steps are broken.
+    With `quarantine` broken steps are set aside. All processes call it together. Raises UserError if all steps are
+    broken.
     """
     folder = steps_folder(workdir)
     for step in newest_first(folder):
@@ -324,7 +335,5 @@ def has_steps(workdir: epath.Path) -> bool:
     folder = steps_folder(workdir)
     if complete_steps(folder):
         return True
-    paths = list(folder.iterdir()) if folder.exists() else []
-    names = {path.name for path in paths}
-    lost = (path for path in paths if STEP.fullmatch(path.name) and f"{path.name}{UNFINISHED}" not in names)
-    return any(".broken" in name for name in names) or any(map(is_step_without_manifest, lost))
+    paths = paths_inside(folder)
+    return any(".broken" in path.name for path in paths) or any(map(is_step_without_manifest, steps_inside(paths)))

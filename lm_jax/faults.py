@@ -1,6 +1,6 @@
 """What the operating system refuses (disk, rights, memory), as lines: which path, what is wrong, what mends it.
 
-`command.door` is the one place that asks; whoever opens or writes a file lets its OSError through.
+`cli.py` is the one place that asks; whoever opens or writes a file lets its OSError through.
 """
 
 import errno

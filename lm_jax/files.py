@@ -1,12 +1,13 @@
-"""Files that we write: whole or not at all, under a lock where several would write, verified by hashes when they are read.
+"""Files that we write: whole or not at all, one writer at a time by a lock, verified by hashes when they are read.
 
-`regular_files.py` opens what others wrote; here is, once each: the draft that is renamed when it is finished, the lock between
-processes, the hash of a file, and the seal of a JSON object. A sealed object says what a run, a step or a corpus consists of: it
-has the hash of all the rest of it under "sha256". What an earlier version wrote has another "format" and no seal; one flipped
-bit does not turn one into the other.
+`regular_files.py` opens what others wrote; here is, once each: the draft that is renamed when it is finished, the lock
+between processes, the hash of a file, and the seal of a JSON object. A sealed object says what a run, a step or a
+corpus consists of: it has the hash of all the rest of it under "sha256". What an earlier version wrote has another
+"format" and no seal; one flipped bit does not turn one into the other.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -24,8 +25,8 @@ from lm_jax import regular_files
 SEAL = "sha256"
 Hash = dict[str, int | str]  # {"bytes": size, "sha256" or "md5": of the content}
 SELF_CHECKED = "base"  # not under the seal: a path that may move, beside the hash of what must be found there
-# What may stand beside the config.json of a model, and is part of it: its tokenizer, its template, where its texts end; of a run
-# also what its tokenizer's file does not say of its ids, and the margins of a reference model.
+# What may stand beside the config.json of a model, and is part of it: its tokenizer, its template, where its texts end.
+# A run also has what its tokenizer's file does not say of its ids, and the margins of a reference model.
 BESIDE, REFERENCE = "special_ids.json", "reference.npz"
 MODEL_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer.bytes", "tokenizer_config.json", "special_tokens_map.json",
@@ -35,7 +36,7 @@ RUN_FILES = (*MODEL_FILES, BESIDE, REFERENCE)  # what the config.json of a run h
 
 
 def file_hash(path, kind: str = "sha256") -> Hash:
-    """{"bytes": size, "sha256": hash} of a file at any path; `kind` "md5" where that is what a store says of an object."""
+    """{"bytes": size, "sha256": hash} of a file at any path; `kind` "md5": what a bucket says of an object."""
     digest, size = hashlib.new(kind, usedforsecurity=False), 0
     with regular_files.opened(path) as file:
         while block := file.read(1 << 20):
@@ -69,17 +70,19 @@ def flush_folder(folder) -> None:
 
 
 def draft_name(path, alone: bool) -> str:
-    """What a file or folder is called until it is finished; where not `alone` one process writes it, each has its own draft."""
+    """The name until it is finished. Where it is not `alone` that a process writes it, each has a name of its own."""
     return f"{path}.draft" if alone else f"{path}.{secrets.token_hex(4)}.draft"
 
 
 @contextlib.contextmanager
 def draft(path, mode: str = "wb", alone: bool = True, durable: bool = True) -> Iterator[IO]:
-    """An open file that takes the place of `path`, path or URL, once all is written; after an error nothing is left of it.
+    """An open file that takes the place of `path` (or URL) once all is written; after an error nothing is left.
 
-    `alone`: no other process writes it meanwhile; else the last one stays. `durable`: it is on the disk when this returns.
+    `alone`: no other process writes it meanwhile; else the last one stays. `durable`: it is on the disk when this
+    returns.
     """
     if regular_files.is_url(path):  # an object appears whole
+        assert "b" in mode, mode
         content = io.BytesIO()
         yield content
         epath.Path(path).write_bytes(content.getvalue())
@@ -98,7 +101,7 @@ def draft(path, mode: str = "wb", alone: bool = True, durable: bool = True) -> I
 
 @contextlib.contextmanager
 def draft_folder(folder: str, alone: bool = True) -> Iterator[str]:
-    """The name of a folder to make, which becomes `folder` (missing or empty) at the end; after an error it is removed."""
+    """The name of a folder to make; at the end it becomes `folder` (missing or empty), after an error it is removed."""
     name = draft_name(folder, alone)
     shutil.rmtree(name, ignore_errors=True)
     try:
@@ -118,7 +121,8 @@ def write_whole(path, content: bytes, alone: bool = True) -> None:
 def locked(path, busy: Callable[[], None] = lambda: None, shared: bool = False) -> Iterator[None]:
     """Holds the lock of a local file, made where it is missing; a process that dies lets go of it.
 
-    Where another process holds it `busy` is called, which may raise, and then it is waited for. `shared`: with others that do.
+    Where another process holds it `busy` is called, which may raise, and then it is waited for. `shared`: with others
+    that do.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with open(path, "a") as file:
@@ -130,6 +134,17 @@ def locked(path, busy: Callable[[], None] = lambda: None, shared: bool = False) 
             busy()
             fcntl.flock(file, kind)
         yield
+
+
+def check_room(folder: epath.Path, num_bytes: float) -> None:
+    """Raises OSError where a disk has no room for so many bytes more, before it is filled in vain."""
+    if regular_files.is_url(folder):
+        return
+    there = next(path for path in (folder, *epath.Path(os.path.abspath(folder)).parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        needed = f"a checkpoint needs {num_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))
 
 
 def seal(content: Any) -> str:

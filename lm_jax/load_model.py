@@ -1,7 +1,7 @@
 """MODEL -> its config, tokenizer and parameters: a run, a step of a run, or a Hugging Face folder.
 
-`locate` finds and verifies it, `load_parameters` reads its parameters onto the mesh that is set. Every command that takes
-`--model`, and `config.train.init_from`, goes through here.
+`locate` finds and verifies it, `load_parameters` reads its parameters onto the mesh that is set. Every command that
+takes `--model`, and `config.train.init_from`, goes through here.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ from lm_jax.trainable import joined
 
 
 def convert_modules() -> tuple[ModuleType, ModuleType]:
-    """(hugging_face, safetensors) of the wing `convert`: the one place where the core looks it up, when a MODEL needs it."""
+    """(hugging_face, safetensors) of the wing `convert`, looked up here alone, when a MODEL needs them."""
     from lm_jax.convert import hugging_face, safetensors
 
     return hugging_face, safetensors
 
 
 class Located(NamedTuple):
-    """A MODEL that was found. What of its config concerns only where it was trained has its default value (`resolve_found`)."""
+    """A MODEL that was found. Its config has defaults for what concerns only the machine of its training."""
 
     workdir: epath.Path
     step: int
@@ -65,7 +65,7 @@ class Located(NamedTuple):
 
 
 def locate(model: str, say: Callable[[str], None] = print) -> Located:
-    """Finds MODEL: a run (`runs/x`), a step of it (`runs/x@12000`) or a Hugging Face folder; what will be read is verified.
+    """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`) or a Hugging Face folder.
 
     With several processes all of them call it together. Raises UserError.
     """
@@ -90,7 +90,7 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
 
 
 def locate_step(found: Located, model: str, wanted: str, run: str, say: Callable[[str], None]) -> int:
-    """The verified step of a run that is `wanted`, "" = the newest valid one. `run` is its identity. Raises UserError."""
+    """The step `wanted` of a run, verified; "" = the newest valid one. `run` is its identity. Raises UserError."""
     folder = steps_folder(found.workdir)
     steps, items = complete_steps(folder), items_read(found)
     if not wanted:
@@ -108,7 +108,8 @@ def locate_step(found: Located, model: str, wanted: str, run: str, say: Callable
 def items_read(located: Located) -> frozenset[str]:
     """The Orbax items of a step that hold the model's parameters.
 
-    A run with an average (`optimizer.ema`) keeps it in the optimizer's state; then "parameters" is read for frozen ones alone.
+    A run with an average (`optimizer.ema`) keeps it in the optimizer's state; then "parameters" is read for frozen ones
+    alone.
     """
     if not located.config.optimizer.ema or located.base:
         return frozenset({"parameters"})
@@ -132,7 +133,7 @@ def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], 
 
 
 def context_of(located: Located) -> int:
-    """The longest text, in tokens, that a model can read: a run with `train.init_from` keeps the length of that model."""
+    """The longest text in tokens that a model can read; a run with `train.init_from` keeps that of its source."""
     kept = {} if located.described else read_config(located.workdir)
     return max(kept.get("context", 0), located.config.data.sequence_length)
 
@@ -163,7 +164,7 @@ def graph_of(located: Located) -> Graph:
 
 
 def load_parameters(located: Located) -> tuple[Graph, dict]:
-    """(model, its parameters on the mesh that is set), LoRA adapters merged; the average of the parameters where there is one."""
+    """(model, parameters on the mesh that is set): LoRA adapters merged, the average where the run keeps one."""
     program, parameters = load_as_trained(located)
     model = located.config.model
     if not model.lora_rank:
@@ -198,7 +199,7 @@ def load_as_trained(located: Located) -> tuple[Program, dict]:
 
 
 def under(base: Located, frozen: dict) -> dict:
-    """The base's parameters at the paths of `frozen`, cut to its shapes (learned positions may be fewer) and laid out like it."""
+    """The base's parameters at the paths of `frozen`, cut to its shapes (fewer positions) and laid out like it."""
     found = flatten_mapping(load_parameters(base)[1])
     wanted = flatten_mapping(frozen)
     return unflatten_mapping({path: jax.device_put(found[path][: len(x)], x.sharding) for path, x in wanted.items()})

@@ -1,6 +1,7 @@
-"""Files that a user names: only regular ones are opened, since a FIFO waits for ever and a device has no end.
+"""Reading files that a user names: only regular ones are opened, since a FIFO waits for ever and a device has no end.
 
-Everything that reads what somebody else wrote opens it here. What cannot be opened is an OSError whose `strerror` says why.
+Everything that reads what somebody else wrote opens it here; `files.py` has the files that we write. What cannot be
+opened is an OSError whose `strerror` says why.
 """
 
 import errno
@@ -13,13 +14,8 @@ from typing import IO, Any
 from etils import epath
 
 LARGEST = 2**28  # bytes of what is read at once: JSON, tokenizers, templates, prompts
-NO_FILE = (
-    errno.ENXIO,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENOENT,
-)  # of what is no file: no refusal of the machine
+# Of what is no file; no refusal of the machine.
+NO_FILE = (errno.ENXIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOENT)
 KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
@@ -75,7 +71,7 @@ def read_json(path) -> Any:
 
 
 def read_object(path) -> dict[str, Any]:
-    """The JSON object in a file, {} where the file is missing or holds no object. Raises OSError for a refusal of the system."""
+    """The JSON object in a file, {} where it is missing or holds none. Raises OSError where the system refuses it."""
     try:
         content = read_json(path)
     except (FileNotFoundError, ValueError):

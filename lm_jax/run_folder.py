@@ -2,8 +2,8 @@
 
     <workdir>/config.json  tokenizer.{model,json,bytes}  special_ids.json  chat_template.jinja  reference.npz ...
 
-config.json is written last: it is sealed, and has the hashes of the files beside it. It keeps the config, where each value came
-from, what the run was trained on (`facts`), and the settings outside of the config that decide results.
+config.json is written last: it is sealed, and has the hashes of the files beside it. It keeps the config, where each
+value came from, what the run was trained on (`facts`), and the settings outside of the config that decide results.
 """
 
 import json
@@ -66,7 +66,7 @@ def write_run_file(workdir: epath.Path, name: str, content: bytes, say: Callable
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
-    """The content of config.json; a key that is newer than the run has its default. Raises UserError where it is damaged."""
+    """The content of config.json; a key newer than the run has its default. Raises UserError where it is damaged."""
     path = workdir / CONFIG
     try:
         content = unsealed(read_bytes(path), FORMAT)

@@ -27,7 +27,7 @@ from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.distributed import agree, devices, everyone, find_together, leads, own, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source, open_data
-from lm_jax.files import BESIDE
+from lm_jax.files import BESIDE, check_room
 from lm_jax.generate import chat_template
 from lm_jax.generate.decoding import SLICE, stream
 from lm_jax.generate.sampling import Sampling
@@ -37,7 +37,7 @@ from lm_jax.model.language_model import padded
 from lm_jax.multihost import peers
 from lm_jax.optimizer import averaged
 from lm_jax.plan import counts
-from lm_jax.remote import Desk, check_room
+from lm_jax.remote import LocalMirror
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.stop import EXIT_PREEMPTED, NEVER, Stop, Stopped
 from lm_jax.tasks import dpo_reference, generate_answers
@@ -57,7 +57,7 @@ class Run:
     config: Config
     workdir: epath.Path
     say: terminal.Terminal
-    desk: Desk  # where metrics and log grow
+    desk: LocalMirror  # where metrics and log grow
     mixed: mixture.Mixture
     stream: mixture.Mixed
     program: Program
@@ -109,7 +109,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     name, given = cli.run_name(experiment), cli.as_given(experiment, config, origins)
     check_url("--workdir", place)
     say, goodput, workdir = terminal.Terminal(), Goodput(), epath.Path(place or f"runs/{name}")
-    desk = Desk(workdir)
+    desk = LocalMirror(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
     check_plain(*[str(workdir)] * (not is_url(workdir)))
@@ -361,7 +361,7 @@ def with_rows(parameters: dict, given: WordVectors) -> dict:
     return parameters | {"embedding": {"table": replaced}}
 
 
-def is_over(desk: Desk, mixed: mixture.Mixture, config: Config, step: int) -> bool:
+def is_over(desk: LocalMirror, mixed: mixture.Mixture, config: Config, step: int) -> bool:
     """Whether all steps are done, and the last evaluation as well, which comes after the last step is saved."""
     if step < int(config.train.num_steps):
         return False
@@ -377,7 +377,7 @@ def is_there(mixed: mixture.Mixture, config: Config, split: str) -> bool:
         return False
 
 
-def already_done(desk: Desk, say: terminal.Terminal) -> int:
+def already_done(desk: LocalMirror, say: terminal.Terminal) -> int:
     last = [line for line in metrics.read(desk.folder, say) if "final/loss" in line][-1:]
     shown = lambda value: "not finite" if value is None else f"{value:.4f}"
     values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]

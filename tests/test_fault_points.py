@@ -42,9 +42,9 @@ def test_every_point_is_come_to(tmp_path, monkeypatch):
     for name in ("near", "far"):
         (tmp_path / name).mkdir()
     (tmp_path / "near" / "log.txt").write_text("said")
-    desk = remote.Desk(epath.Path(tmp_path / "far"))
-    desk.folder = epath.Path(tmp_path / "near")
-    desk.send()
+    mirror = remote.LocalMirror(epath.Path(tmp_path / "far"))
+    mirror.folder = epath.Path(tmp_path / "near")
+    mirror.send()
     assert fault_points.POINTS.keys() == {*found}
 
 

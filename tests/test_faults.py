@@ -12,7 +12,7 @@ from conftest import LLAMA, ROOT
 from etils import epath
 from refused import refused
 
-from lm_jax import faults, manifest, remote
+from lm_jax import faults, files, manifest
 from lm_jax.data import shards
 
 TRAIN = [
@@ -127,8 +127,8 @@ def test_output_that_cannot_be_written_ends_in_a_line(stream):
 
 def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(tmp_path):
     with pytest.raises(OSError, match="a checkpoint needs [0-9,]+.0 MB"):
-        remote.check_room(epath.Path(tmp_path), 1e30)
-    remote.check_room(epath.Path(tmp_path), 1)
+        files.check_room(epath.Path(tmp_path), 1e30)
+    files.check_room(epath.Path(tmp_path), 1)
 
 
 # What may stand where a file is expected.
