@@ -4,8 +4,7 @@
 
 A step's manifest (`manifest.py`) is written last and durably, and names the same run as config.json (`run_folder.py`).
 A step that was never finished is removed at the next start; a damaged one is set aside as `<step>.broken`, and said.
-Where rows were left out after a step was saved, its manifest has them (`skipped`), and they replace those of its data
-state.
+Rows that were left out after a step was saved are in its manifest (`skipped`), in place of those in its data state.
 """
 
 import concurrent.futures
@@ -104,8 +103,8 @@ class Saver:
     def save(self, state: TrainState, data: DataState, also: dict[str, Any] | None = None, retain: bool = True) -> None:
         """Starts to save a step; returns once the state is copied, so that its arrays may be donated.
 
-        `also` goes into the manifest, beside the facts of the run. Without `retain` no older step is removed. Raises
-        NotFinite.
+        `also` goes into the manifest, beside the facts of the run. Without `retain` no older step is removed.
+        Raises NotFinite.
         """
         self.wait()
         if agree(leads() and (self.folder / str(data.step) / MANIFEST).exists(), "is saved"):
@@ -270,8 +269,7 @@ def newest_valid(
 ) -> int | None:
     """The newest step whose `items` are as they were written, None where the run has no step; `run` is its identity.
 
-    With `quarantine` broken steps are set aside. All processes call it together. Raises UserError if all steps are
-    broken.
+    With `quarantine` broken steps are set aside. All processes call it together. Raises UserError if all are broken.
     """
     folder = steps_folder(workdir)
     for step in newest_first(folder):

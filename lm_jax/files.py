@@ -78,8 +78,7 @@ def draft_name(path, alone: bool) -> str:
 def draft(path, mode: str = "wb", alone: bool = True, durable: bool = True) -> Iterator[IO]:
     """An open file that takes the place of `path` (or URL) once all is written; after an error nothing is left.
 
-    `alone`: no other process writes it meanwhile; else the last one stays. `durable`: it is on the disk when this
-    returns.
+    `alone`: no other process writes it meanwhile; else the last one stays. `durable`: it is on the disk at the end.
     """
     if regular_files.is_url(path):  # an object appears whole
         assert "b" in mode, mode
@@ -121,8 +120,7 @@ def write_whole(path, content: bytes, alone: bool = True) -> None:
 def locked(path, busy: Callable[[], None] = lambda: None, shared: bool = False) -> Iterator[None]:
     """Holds the lock of a local file, made where it is missing; a process that dies lets go of it.
 
-    Where another process holds it `busy` is called, which may raise, and then it is waited for. `shared`: with others
-    that do.
+    Where another one holds it `busy` is called, which may raise, and then it is waited for. `shared`: with others.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with open(path, "a") as file:

@@ -108,8 +108,7 @@ def locate_step(found: Located, model: str, wanted: str, run: str, say: Callable
 def items_read(located: Located) -> frozenset[str]:
     """The Orbax items of a step that hold the model's parameters.
 
-    A run with an average (`optimizer.ema`) keeps it in the optimizer's state; then "parameters" is read for frozen ones
-    alone.
+    An average (`optimizer.ema`) is in the optimizer's state; "parameters" is then read for frozen ones alone.
     """
     if not located.config.optimizer.ema or located.base:
         return frozenset({"parameters"})

@@ -2,8 +2,7 @@
 
 On a disk a process hashes what it wrote, right after it was written, in several threads. In a bucket nothing is read
 back: the store computes the MD5 of an object from the bytes that it took, and says it in the listing. The manifest is
-written last. To restore, each process reads and hashes a share of the files, whatever the number of processes that
-wrote them.
+written last. To restore, each process reads and hashes a share of the files, however many processes wrote them.
 """
 
 import concurrent.futures

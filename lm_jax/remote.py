@@ -1,8 +1,7 @@
 """What a workdir in a bucket needs: there nothing can be renamed, appended or locked by flock.
 
 A file is one object, written whole. A run writes its log, metrics and TensorBoard into a local mirror of the workdir,
-which is copied up at every checkpoint and at the end. Its lock is an object that only one process can create, with a
-lease to renew.
+which is copied up at every checkpoint and at the end. Its lock is an object that only one can create, with a lease.
 """
 
 import base64
@@ -39,8 +38,7 @@ fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others 
 def listed(folder: epath.Path, part: int = 0, parts: int = 1) -> dict[str, dict[str, Any]]:
     """{relative path: what the store says of it} of the files in a folder of a bucket; nothing is downloaded.
 
-    Only one of `parts` parts: its share of the folders two levels below (of a step: the arrays); part 0 has all other
-    files too.
+    Only one of `parts` parts: a share of the folders two levels below (the arrays); part 0 has all other files too.
     """
     store, root = fsspec.core.url_to_fs(str(folder))
     ends: list[dict] = []

@@ -1,7 +1,6 @@
 """Which processes this one belongs to: decided once, from where it is, before JAX has devices.
 
-How each kind of cluster says it is known to JAX (`jax._src.clusters`); here stands whom to ask, when, and for which
-port.
+How each kind of cluster says it is known to JAX (`jax._src.clusters`); here stands whom to ask, when, for which port.
 """
 
 import dataclasses

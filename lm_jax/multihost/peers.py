@@ -2,11 +2,10 @@
 
 Every process has a connection to process 0 (`connection.py`). Over it go what process 0 decides (`agree`), what the
 others say (`everyone`), the wish to stop, the end of a process with its reason, and twice a second a sign of life. A
-connection that closes without an end, or is silent for SILENCE seconds once its process has done a step, is a death:
-all leave with 70.
+connection that closes without an end, or is silent for SILENCE seconds after a first step, is a death: all leave
+with 70.
 
-No device has a part in it: it works before there is a mesh, while another program compiles, and where a collective is
-stuck.
+No device has a part in it: it works before there is a mesh, while a process compiles, where a collective is stuck.
 """
 
 import contextlib
@@ -54,8 +53,7 @@ class End(NamedTuple):
 class Line(stop.Alone):
     """The line of one process to the others: `agree`, `everyone`, `ask`, `end`, `part`. A thread reads and beats.
 
-    `on_end` is called with how another process ended, `on_wish` (process 0) with the number of a signal that another
-    one got.
+    `on_end` is called with how another process ended, `on_wish` (process 0) with the number of another one's signal.
     """
 
     def __init__(
@@ -227,8 +225,7 @@ def agree(value, about: str = ""):
     """Process 0's value (plain JSON: a tuple comes as a list) on every process.
 
     Every decision before a collective goes through here, since a clock, a signal, a file or an exception is of one
-    process alone. `about` names it: processes that are at different decisions end with an error, instead of waiting for
-    each other.
+    process alone. `about` names it: processes at different decisions end with an error, and do not wait for ever.
     """
     return line.agree(value, about) if line else value
 
