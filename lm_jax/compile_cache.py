@@ -19,7 +19,7 @@ SIZE = HASH().digest_size
 
 
 class CompileCache(CacheInterface):
-    """`<folder>/<key>.program`: the hash, then what JAX wants to have kept. A folder that cannot be written is said once."""
+    """`<folder>/<key>.program`: the hash, then what JAX keeps. A folder that cannot be written is said once."""
 
     def __init__(self, folder: str):
         self._path, self._said = pathlib.Path(folder), False

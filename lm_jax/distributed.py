@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import secrets
@@ -16,12 +15,14 @@ from etils import epath
 from jax._src import distributed
 
 from lm_jax import compile_cache
-from lm_jax.data.shards import cache_folder, is_url
+from lm_jax.data.shards import cache_folder
 from lm_jax.errors import PeerError, UserError
+from lm_jax.files import locked
 from lm_jax.multihost import cluster, peers, roll_call
 from lm_jax.multihost.cluster import Cluster
 from lm_jax.multihost.peers import agree as agree
 from lm_jax.multihost.peers import everyone as everyone
+from lm_jax.regular_files import is_url
 from lm_jax.remote import leased
 from lm_jax.stop import SIGNALS
 
@@ -85,6 +86,19 @@ def join(all_here: Joined) -> None:
     for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
         signal.signal(taken, signal.getsignal(taken))
     peers.join(found.process, all_here.hosts, found.address, distributed.global_state.client)
+
+
+def does_it_alone() -> bool:
+    """Whether this process does what is the work of one, such as a conversion: in a job of several the first does, alone.
+
+    It uses its CPU then: the accelerators of a job may start only together.
+    """
+    found = cluster.find()
+    if found is None:
+        return True
+    os.environ["JAX_NUM_PROCESSES"] = "1"  # from here on this process belongs to no job
+    jax.config.update("jax_platforms", "cpu")
+    return found.process == 0
 
 
 def join_for_last_words() -> None:
@@ -157,14 +171,12 @@ def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[No
         with leased(workdir, say):
             yield
         return
+
+    def busy() -> None:
+        raise UserError(f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir")
+
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is at work in {workdir}; wait for it, stop it, or use another --workdir"
-            ) from None
+    with locked(workdir / "lock", busy):
         yield
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax import checkpoint, cli, distributed
+from lm_jax import cli, distributed, load_model, run_folder
 from lm_jax.config import Config, Mesh
 from lm_jax.data import loader, mixture, packing
 from lm_jax.data.tokenizer import Tokenizer, tell_losses
@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--beams is from 1 to 64, --records at least 0")
     say = Terminal()
     devices = distributed.devices()  # of several processes each verifies its share of the model
-    found = checkpoint.locate(flags.model, say)
+    found = load_model.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
     mesh = make_mesh(Mesh(slices=-1), devices)
     if found.config.evaluate.metrics:
@@ -167,12 +167,12 @@ def main(arguments: list[str]) -> int:
         )
     mixed = open_data(found.config, say)
     cli.check_tokenizer(found, mixed)
-    peers.compare(vars(flags) | {"step": found.step} | checkpoint.outside() | peers.own_code() | mixed.alike)
+    peers.compare(vars(flags) | {"step": found.step} | run_folder.outside() | peers.own_code() | mixed.alike)
     if mixed.compares:
         dpo_reference.resume(mixed, found.config, found.workdir)
     rows = mixed.held(found.config.data, flags.split)
     with jax.set_mesh(mesh):
-        graph, parameters = checkpoint.load_parameters(found)
+        graph, parameters = load_model.load_parameters(found)
         size = flags.batch_size * batch_shards(dict(mesh.shape))
         evaluator = Evaluator(graph, mesh, mixed.tokenizer, size)
         watch = lambda done, of: say.progress(f"row {done} of {of}")

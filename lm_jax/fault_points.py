@@ -1,4 +1,4 @@
-"""Points of a run where it can be broken on purpose: `LM_JAX_FAULT="kill@save.commit:7"` kills it there, at the 7th time.
+"""Points of a run where it is broken on purpose: `LM_JAX_FAULT="kill@save.commit:7"` kills it there, the 7th time.
 
 ACTION@POINT, then `:N`, at the Nth time that this process comes there (1), then `#K`, in process K alone (all).
 """

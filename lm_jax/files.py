@@ -1,14 +1,21 @@
-"""Files that are there whole or not at all, and say whether they are as they were written: hashes, and JSON under a seal.
+"""Files that we write: whole or not at all, one writer at a time by a lock, verified by hashes when they are read.
 
-A sealed object is the last word on what a run, a step or a corpus consists of: it has the hash of all the rest of it under
-"sha256". What an earlier version wrote has another "format" and no seal; one flipped bit does not turn one into the other.
+`regular_files.py` opens what others wrote; here is, once each: the draft that is renamed when it is finished, the lock
+between processes, the hash of a file, and the seal of a JSON object. A sealed object says what a run, a step or a
+corpus consists of: it has the hash of all the rest of it under "sha256". What an earlier version wrote has another
+"format" and no seal; one flipped bit does not turn one into the other.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import os
 import secrets
+import shutil
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from etils import epath
@@ -19,14 +26,17 @@ SEAL = "sha256"
 Hash = dict[str, int | str]  # {"bytes": size, "sha256" or "md5": of the content}
 SELF_CHECKED = "base"  # not under the seal: a path that may move, beside the hash of what must be found there
 # What may stand beside the config.json of a model, and is part of it: its tokenizer, its template, where its texts end.
+# A run also has what its tokenizer's file does not say of its ids, and the margins of a reference model.
+BESIDE, REFERENCE = "special_ids.json", "reference.npz"
 MODEL_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer.bytes", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+RUN_FILES = (*MODEL_FILES, BESIDE, REFERENCE)  # what the config.json of a run has the hashes of
 
 
 def file_hash(path, kind: str = "sha256") -> Hash:
-    """{"bytes": size, "sha256": hash} of a file at any path; `kind` "md5" where that is what a store says of an object."""
+    """{"bytes": size, "sha256": hash} of a file at any path; `kind` "md5": what a bucket says of an object."""
     digest, size = hashlib.new(kind, usedforsecurity=False), 0
     with regular_files.opened(path) as file:
         while block := file.read(1 << 20):
@@ -37,34 +47,102 @@ def file_hash(path, kind: str = "sha256") -> Hash:
 
 def invalid_reason(path, expected: Hash) -> str:
     """What is wrong with a file of which size and hash are known, "" where it is as it was written."""
-    if not epath.Path(path).is_file():
+    try:
+        found = file_hash(path, "md5" if "md5" in expected else "sha256")
+    except OSError as error:
+        if error.errno not in regular_files.NO_FILE:  # the disk, or a permission: no damage
+            raise
         return "is missing"
-    return "" if file_hash(path) == expected else "is not as it was written"
+    return "" if found == expected else "is not as it was written"
 
 
 def flush(file: IO) -> None:
-    """What was written to an open file is on the disk, not in the system's memory alone."""
+    """Returns once what was written to an open file is on the disk, not in the system's memory alone."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def write_whole(path, content: bytes, alone: bool = True) -> None:
-    """A file at any place that is there whole and durably, or not at all.
+def flush_folder(folder) -> None:
+    """Returns once the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
-    Where it is not `alone` that a process writes the file, each writes a draft of its own: the last one stays.
+
+def draft_name(path, alone: bool) -> str:
+    """The name until it is finished. Where it is not `alone` that a process writes it, each has a name of its own."""
+    return f"{path}.draft" if alone else f"{path}.{secrets.token_hex(4)}.draft"
+
+
+@contextlib.contextmanager
+def draft(path, mode: str = "wb", alone: bool = True, durable: bool = True) -> Iterator[IO]:
+    """An open file that takes the place of `path` (or URL) once all is written; after an error nothing is left.
+
+    `alone`: no other process writes it meanwhile; else the last one stays. `durable`: it is on the disk at the end.
     """
-    if regular_files.is_url(path):
-        epath.Path(path).write_bytes(content)
+    if regular_files.is_url(path):  # an object appears whole
+        assert "b" in mode, mode
+        content = io.BytesIO()
+        yield content
+        epath.Path(path).write_bytes(content.getvalue())
         return
-    draft = f"{path}.draft" if alone else f"{path}.{secrets.token_hex(4)}.draft"
+    name = draft_name(path, alone)
     try:
-        with open(draft, "wb") as file:
-            file.write(content)
-            flush(file)
-        os.replace(draft, path)
+        with open(name, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            if durable:
+                flush(file)
+        os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(draft)
+            os.remove(name)
+
+
+@contextlib.contextmanager
+def draft_folder(folder: str, alone: bool = True) -> Iterator[str]:
+    """The name of a folder to make; at the end it becomes `folder` (missing or empty), after an error it is removed."""
+    name = draft_name(folder, alone)
+    shutil.rmtree(name, ignore_errors=True)
+    try:
+        yield name
+        os.rename(name, folder)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+
+
+def write_whole(path, content: bytes, alone: bool = True) -> None:
+    """A file at any place that is there whole and durably, or not at all; `alone` as in `draft`."""
+    with draft(path, alone=alone) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def locked(path, busy: Callable[[], None] = lambda: None, shared: bool = False) -> Iterator[None]:
+    """Holds the lock of a local file, made where it is missing; a process that dies lets go of it.
+
+    Where another one holds it `busy` is called, which may raise, and then it is waited for. `shared`: with others.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with open(path, "a") as file:
+        is_free = False
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            is_free = True
+        if not is_free:
+            busy()
+            fcntl.flock(file, kind)
+        yield
+
+
+def check_room(folder: epath.Path, num_bytes: float) -> None:
+    """Raises OSError where a disk has no room for so many bytes more, before it is filled in vain."""
+    if regular_files.is_url(folder):
+        return
+    there = next(path for path in (folder, *epath.Path(os.path.abspath(folder)).parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        needed = f"a checkpoint needs {num_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))
 
 
 def seal(content: Any) -> str:
@@ -88,8 +166,8 @@ def unsealed(raw: bytes, first: int) -> dict[str, Any]:
     Raises ValueError that says of the file that it cannot be read, or is not as it was written.
     """
     try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
+        content = regular_files.parse_json(raw)
+    except ValueError:
         raise ValueError("cannot be read as JSON") from None
     if not isinstance(content, dict):
         raise ValueError("holds no JSON object")

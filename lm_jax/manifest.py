@@ -1,8 +1,8 @@
-"""The manifest of a step: the hash of every file of it, made by the processes that wrote it, checked by those that read it.
+"""The manifest of a step: the hash of every file, made by the processes that wrote it, checked by those that read it.
 
-On a disk a process hashes what it wrote, right after it was written, in several threads. In a bucket nothing is read back: the
-store computes the MD5 of an object from the bytes that it took, and says it in the listing. Either is the hash of what lies
-there when the manifest is written, last; who restores reads and hashes a share of it, whatever the number of processes.
+On a disk a process hashes what it wrote, right after it was written, in several threads. In a bucket nothing is read
+back: the store computes the MD5 of an object from the bytes that it took, and says it in the listing. The manifest is
+written last. To restore, each process reads and hashes a share of the files, however many processes wrote them.
 """
 
 import concurrent.futures
@@ -18,11 +18,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lm_jax import __version__, regular_files
-from lm_jax.data.shards import is_url
+from lm_jax import __version__, files
 from lm_jax.data.sources import files_below
 from lm_jax.distributed import first_answer, leads, share
-from lm_jax.files import Hash, file_hash, sealed, unsealed, write_whole
+from lm_jax.files import Hash, flush_folder, sealed, unsealed, write_whole
+from lm_jax.regular_files import is_url, read_bytes
 from lm_jax.remote import listed, store_hash
 
 FORMAT = 2  # 1 had no seal, and is read
@@ -49,14 +49,14 @@ def in_threads(work: Callable, *arguments) -> list:
 
 
 def written_here(folder: epath.Path) -> dict[str, Hash]:
-    """{relative path: hash} of a share of the files of a step: all processes together have each file once."""
+    """{relative path: hash} of this process' share of a step; all processes together have each file once."""
     process, count = share()
     if is_url(folder):
         known = {name: store_hash(about) for name, about in listed(folder, process, count).items()}
     else:
         known = {name: None for name in names_below(folder) if writer_of(name) == process}
     names = list(filter(is_part_of_step, known))
-    return dict(zip(names, in_threads(lambda name: known[name] or file_hash(folder / name), names), strict=True))
+    return dict(zip(names, in_threads(lambda name: known[name] or files.file_hash(folder / name), names), strict=True))
 
 
 def names_below(folder: epath.Path) -> list[str]:
@@ -75,7 +75,7 @@ def write_part(folder: epath.Path) -> None:
 
 
 def wait_for(path: epath.Path) -> None:
-    """Until another process has written it. The processes of a run share its workdir."""
+    """Returns once another process has written a file. Raises TimeoutError after PATIENCE seconds."""
     start = time.monotonic()
     while not path.exists():
         if time.monotonic() - start > PATIENCE:
@@ -84,7 +84,7 @@ def wait_for(path: epath.Path) -> None:
 
 
 def written_files(folder: epath.Path) -> dict[str, Hash]:
-    """The files of a step, joined from what the processes say that they wrote where there are several."""
+    """{relative path: hash} of all files of a step; with several processes the parts that each wrote are joined."""
     count = share()[1]
     if count == 1:
         return written_here(folder)
@@ -95,19 +95,18 @@ def written_files(folder: epath.Path) -> dict[str, Hash]:
 
 
 def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
+    """Writes the manifest of a step, durably: hashes of all files, `facts`, and the versions that wrote it."""
     versions = {module.__name__: module.__version__ for module in (jax, ocp)} | {"lm_jax": __version__}
     manifest = {"format": FORMAT, **facts, "versions": versions, "files": written_files(folder)}
     write_whole(folder / MANIFEST, sealed(manifest))
     for path in (folder, folder.parent) if not is_url(folder) else ():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        flush_folder(path)
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """What the manifest of a step says. Raises ValueError that says why it cannot be relied on."""
+    """The manifest of a step. Raises ValueError that says why it is not valid."""
     try:
-        manifest = unsealed(regular_files.read_bytes(folder / MANIFEST), FORMAT)
+        manifest = unsealed(read_bytes(folder / MANIFEST), FORMAT)
         if manifest["format"] not in (1, FORMAT):
             raise ValueError(f"has format {manifest['format']!r}, this version reads 1 and {FORMAT}")
         if str(manifest["step"]) != folder.name.partition(".")[0]:
@@ -120,13 +119,15 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     return manifest
 
 
-def fault(folder: epath.Path, run: str = "", items: Collection[str] = ITEMS) -> str:
-    """What is wrong with what is read of a step, its `items`; "" where all is as it was written, and where `run` is given,
-    by that run. Every process asks, reads its share, and has the same answer."""
-    return first_answer(lambda: _fault_here(folder, run, items), f"step {folder.name} is whole")
+def invalid_reason(folder: epath.Path, run: str = "", items: Collection[str] = ITEMS) -> str:
+    """What is wrong with the `items` of a step, "" where all is as it was written (and, if given, by the run `run`).
+
+    All processes call it together; each reads its share of the files, and all have the same answer.
+    """
+    return first_answer(lambda: _reason_here(folder, run, items), f"step {folder.name} is whole")
 
 
-def _fault_here(folder: epath.Path, run: str, items: Collection[str]) -> str:
+def _reason_here(folder: epath.Path, run: str, items: Collection[str]) -> str:
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
@@ -136,27 +137,20 @@ def _fault_here(folder: epath.Path, run: str, items: Collection[str]) -> str:
     is_read = lambda name: (top := name.partition("/")[0]) not in ITEMS or top in items
     expected = {name: file for name, file in manifest["files"].items() if is_read(name)}
     names = shared_out(expected, share()[1])[share()[0]]
-    wrong = dict(zip(names, in_threads(lambda name: _problem(folder / name, expected[name]), names), strict=True))
+    reasons = in_threads(lambda name: files.invalid_reason(folder / name, expected[name]), names)
+    wrong = dict(zip(names, reasons, strict=True))
     if leads():
         strange = {*filter(is_read, names_below(folder))} - {*expected}
         wrong |= dict.fromkeys(strange, "is not as it was written")
     return next((f"{name} {wrong[name]}" for name in sorted(wrong) if wrong[name]), "")
 
 
-def _problem(path: epath.Path, expected: Hash) -> str:
-    try:
-        found = file_hash(path, "md5" if "md5" in expected else "sha256")
-    except FileNotFoundError:
-        return "is missing"
-    return "" if found == expected else "is not as it was written"
-
-
-def shared_out(files: dict[str, Hash], count: int) -> list[list[str]]:
-    """The files, each to one of `count` processes, of nearly the same number of bytes: the largest first, to who has least."""
+def shared_out(hashes: dict[str, Hash], count: int) -> list[list[str]]:
+    """Names of files, dealt to `count` processes by bytes: the largest first, each to the process with the fewest."""
     shares: list[list[str]] = [[] for _ in range(count)]
     loads = [(0, process) for process in range(count)]
-    for name in sorted(files, key=lambda name: (-int(files[name]["bytes"]), name)):
+    for name in sorted(hashes, key=lambda name: (-int(hashes[name]["bytes"]), name)):
         load, process = heapq.heappop(loads)
         shares[process].append(name)
-        heapq.heappush(loads, (load + int(files[name]["bytes"]), process))
+        heapq.heappush(loads, (load + int(hashes[name]["bytes"]), process))
     return shares

@@ -1,6 +1,7 @@
-"""Files that a user names: only regular ones are opened, since a FIFO waits for ever and a device has no end.
+"""Reading files that a user names: only regular ones are opened, since a FIFO waits for ever and a device has no end.
 
-Everything that reads what somebody else wrote opens it here. What cannot be opened is an OSError whose `strerror` says why.
+Everything that reads what somebody else wrote opens it here; `files.py` has the files that we write. What cannot be
+opened is an OSError whose `strerror` says why.
 """
 
 import errno
@@ -13,13 +14,8 @@ from typing import IO, Any
 from etils import epath
 
 LARGEST = 2**28  # bytes of what is read at once: JSON, tokenizers, templates, prompts
-NO_FILE = (
-    errno.ENXIO,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENOENT,
-)  # of what is no file: no refusal of the machine
+# Of what is no file; no refusal of the machine.
+NO_FILE = (errno.ENXIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOENT)
 KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
@@ -61,12 +57,26 @@ def read_bytes(path, largest: int = LARGEST) -> bytes:
     return content
 
 
-def read_json(path) -> Any:
-    """The JSON in a file. Raises OSError, and ValueError for what is none, also where it is nested too deep."""
+def parse_json(raw: bytes) -> Any:
+    """The value of JSON text. Raises ValueError for what is none, also where it is nested too deep."""
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(raw)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def read_json(path) -> Any:
+    """The JSON value in a file. Raises OSError, and ValueError for what is none."""
+    return parse_json(read_bytes(path))
+
+
+def read_object(path) -> dict[str, Any]:
+    """The JSON object in a file, {} where it is missing or holds none. Raises OSError where the system refuses it."""
+    try:
+        content = read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -1,13 +1,12 @@
-"""A place is a path or a URL. On a URL nothing is renamed, appended, locked by flock or mapped; what is done instead is here.
+"""What a workdir in a bucket needs: there nothing can be renamed, appended or locked by flock.
 
-A file is one object, written whole; a run writes its log, metrics and TensorBoard at a local desk, which is copied up at every
-checkpoint and at the end; its lock is an object that only one can create, with a lease that must be renewed.
+A file is one object, written whole. A run writes its log, metrics and TensorBoard into a local mirror of the workdir,
+which is copied up at every checkpoint and at the end. Its lock is an object that only one can create, with a lease.
 """
 
 import base64
 import concurrent.futures
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -25,31 +24,21 @@ import jax
 from etils import epath
 
 from lm_jax import fault_points
-from lm_jax.data.shards import cache_folder, is_url
+from lm_jax.data.shards import cache_folder
 from lm_jax.data.sources import files_below
 from lm_jax.errors import UserError
 from lm_jax.files import Hash
+from lm_jax.regular_files import is_url
 
 LISTINGS = 16  # folders of a bucket that are listed at once
 LEASE = 30.0  # seconds that a lock on a URL holds without being renewed
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others write to a bucket, too
 
 
-def check_room(folder: epath.Path, num_bytes: float) -> None:
-    """Raises OSError where a disk has not the room for so many bytes more: before it is filled for nothing."""
-    if is_url(folder):
-        return
-    there = next(path for path in (folder, *epath.Path(os.path.abspath(folder)).parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < num_bytes:
-        needed = f"a checkpoint needs {num_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} are free"
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder))
-
-
 def listed(folder: epath.Path, part: int = 0, parts: int = 1) -> dict[str, dict[str, Any]]:
-    """{relative path: what the store says of it} of what lies in a folder of a bucket; nothing is downloaded.
+    """{relative path: what the store says of it} of the files in a folder of a bucket; nothing is downloaded.
 
-    Of `parts` parts one: those of the folders two levels below (of a step: the arrays) that fall to it, and part 0 has the rest.
+    Only one of `parts` parts: a share of the folders two levels below (the arrays); part 0 has all other files too.
     """
     store, root = fsspec.core.url_to_fs(str(folder))
     ends: list[dict] = []
@@ -65,7 +54,7 @@ def listed(folder: epath.Path, part: int = 0, parts: int = 1) -> dict[str, dict[
 
 
 def store_hash(about: dict[str, Any]) -> Hash | None:
-    """The hash that a store computed of an object when it took it, None where it has none (a joined object, another store)."""
+    """The hash that a store computed when it took an object, None where it has none (as of a joined object)."""
     if "md5Hash" not in about:
         return None
     return {"bytes": int(about["size"]), "md5": base64.b64decode(about["md5Hash"]).hex()}
@@ -81,8 +70,8 @@ def set_aside(folder: epath.Path, to: epath.Path) -> None:
     folder.rmtree()
 
 
-class Desk:
-    """The local folder where a run writes what grows: `folder`, the workdir itself where that is local."""
+class LocalMirror:
+    """`folder`: where a run writes the files that grow; the workdir itself where that is local."""
 
     NAMES = ("metrics.jsonl", "metrics.crc32", "log.txt")  # what a run on another machine goes on with
 
@@ -94,7 +83,7 @@ class Desk:
             self.folder = epath.Path(cache_folder()) / "runs" / f"{workdir.name}-{name}"
 
     def fetch(self) -> None:
-        """Starts from what the URL has."""
+        """Makes the folder anew, with what a run goes on writing from the bucket."""
         if self.folder == self.workdir:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -104,7 +93,7 @@ class Desk:
                 (self.folder / name).write_bytes((self.workdir / name).read_bytes())
 
     def send(self) -> None:
-        """Copies up, whole, every file that changed since it was sent. Of several processes the leading one does."""
+        """Copies every file up, whole, that changed since it was sent. Of several processes the leading one does."""
         if self.folder == self.workdir or jax.process_index():
             return
         for path in files_below(self.folder):
@@ -116,7 +105,7 @@ class Desk:
 
 
 class Lease:
-    """`<url>/lock/<number>`: an object that only one can create; the highest number holds the lock while its lease is renewed.
+    """The objects `<url>/lock/<number>`: the highest number holds the lock as long as its lease is renewed.
 
     Taking over from a run that is dead is creating the next number: no object is ever written by two.
     """

@@ -1,7 +1,7 @@
-"""What SIGINT and SIGTERM do: they end the process at once while nothing would be lost, else they ask it to save and leave.
+"""What SIGINT and SIGTERM do: they end the process at once where nothing is lost, else ask it to save and leave.
 
-A thread takes them: a handler in Python waits until C++ (a compiler, the training of a tokenizer) gives the main thread back.
-Nothing heavy is imported here: `lm_jax/__init__.py` listens before anything else is imported.
+A thread takes them, because a handler in Python has to wait until C++ (a compiler, the training of a tokenizer) returns
+to the main thread. Nothing heavy is imported here: `lm_jax/__init__.py` listens before anything else is imported.
 """
 
 import contextlib
@@ -20,23 +20,21 @@ WORKERS = ("multiprocessing", "multiprocess")  # what starts Grain's workers, an
 LAST = b"\0"  # in the place of a signal's number
 
 
-listening: list[
-    "Stop"
-] = []  # the last takes what comes; the first, where the process is a command of ours, from its start on
+listening: list["Stop"] = []  # the last one takes what comes; in a command of ours the first is there from its start on
 
 
 class Alone:
-    """What a process without others does with what concerns all of them (`peers.Line`)."""
+    """The interface of `peers.Line`, for a process without others: it tells nobody."""
 
     def ask(self, number: int) -> bool:
         """Whether another process answers a signal."""
         return False
 
     def end(self, code: int, words: str) -> None:
-        """Before this process ends alone: the others hear why, and end with it."""
+        """Called before this process ends alone: the others hear why, and end with it."""
 
     def part(self, code: int) -> None:
-        """Before this process ends as all do."""
+        """Called before this process ends as all do."""
 
 
 ALONE = Alone()
@@ -50,8 +48,8 @@ class Stopped(Exception):
 class Stop:
     """`with Stop() as stop`: signals end the process, or set `requested` where a step is done that is not saved yet.
 
-    SIGINT is taken also where it was ignored when the process started, as a shell starts what stands before an `&`: who sends
-    it means it. A second signal ends the process at once, whatever is lost.
+    SIGINT is taken also where it was ignored when the process started, as a shell starts what stands before an `&`: who
+    sends it means it. A second signal ends the process at once, whatever is lost.
     """
 
     def __init__(self) -> None:
@@ -82,7 +80,7 @@ class Stop:
         os.close(write)
 
     def _forget(self) -> None:
-        """In a forked child: signals do what they do everywhere; not one of them is told to the parent's thread."""
+        """In a forked child: signals have their default effect, and the parent's thread hears nothing of them."""
         if self._write != NEVER:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
@@ -123,7 +121,7 @@ class Stop:
 
 
 def leave(number: int, saved: int = NEVER) -> NoReturn:
-    """Ends the process with 128 + the signal, or, where a run is saved, with 75. Its threads and workers end with it."""
+    """Ends the process with 128 + the signal, or with 75 where a run is saved; threads and workers end with it."""
     goes_on = f"; saved at step {saved:,}, the same command goes on from there" * (saved > NEVER)
     code = 128 + number if saved == NEVER else EXIT_PREEMPTED
     others.end(code, f"{signal.Signals(number).name}{goes_on}")
@@ -132,7 +130,7 @@ def leave(number: int, saved: int = NEVER) -> NoReturn:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends this process and its workers now, whatever its threads do; a worker left alone would say that its queue is gone."""
+    """Ends this process and its workers now, whatever its threads do; a worker alone would complain of its queue."""
     for name in WORKERS:
         workers = sys.modules[name].active_children() if name in sys.modules else []
         for worker in workers:
@@ -141,7 +139,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def work_is_done() -> None:
-    """From here on a signal changes nothing: one that came while the interpreter ends would take the exit code's place."""
+    """From here on a signal changes nothing: while the interpreter ends it would replace the exit code."""
     for number in SIGNALS if listening else ():
         signal.signal(number, signal.SIG_IGN)
 
@@ -154,12 +152,10 @@ def tell(line: str) -> None:
 
 @contextlib.contextmanager
 def children_deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes that start meanwhile never see SIGINT: it goes to all of a terminal's, and the parent says what is done."""
+    """Processes that start meanwhile never see Ctrl-C, which a terminal sends to all: the parent decides."""
     for name in WORKERS:  # whose first worker starts a process that cleans up, and unblocks signals when it does
         if name in sys.modules:
-            sys.warnoptions.append(
-                "ignore:resource_tracker"
-            )  # that it cleans up after workers that were ended is no news
+            sys.warnoptions.append("ignore:resource_tracker")  # that it cleans up after workers is no news
             importlib.import_module(f"{name}.resource_tracker").ensure_running()
             sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited; here other threads still take it
@@ -177,11 +173,9 @@ def replace_process(program: str, arguments: list[str]) -> NoReturn:
 
 
 def is_command() -> bool:
-    """Whether this process was started as one of our commands: `python -m lm_jax.x`, or a script of `tools`; no worker is."""
-    tools, script = (
-        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"),
-        (sys.argv or [""])[0],
-    )
+    """Whether this process is one of our commands (`python -m lm_jax.x`, or a script of `tools`), and no worker."""
+    tools = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools")
+    script = (sys.argv or [""])[0]
     if script == "-m":  # while Python looks the module up
         return any(word.startswith("lm_jax.") for word in sys.orig_argv)
     return script in sys.orig_argv and os.path.dirname(os.path.abspath(script)) == tools

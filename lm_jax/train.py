@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import checkpoint, cli, fault_points, metrics, spikes, terminal
+from lm_jax import checkpoint, cli, fault_points, load_model, manifest, metrics, run_folder, spikes, terminal
 from lm_jax.batch_ramp import Clocks, DataState, Every, Ramp, clocks, every, make_ramp, with_steps
 from lm_jax.config import Config, flatten
 from lm_jax.convert import word_vectors
@@ -24,11 +24,12 @@ from lm_jax.convert.word_vectors import WordVectors
 from lm_jax.data import loader, mixture, objectives, special_ids
 from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
-from lm_jax.data.tokenizer import BESIDE, tell_losses
+from lm_jax.data.tokenizer import tell_losses
 from lm_jax.distributed import agree, devices, everyone, find_together, leads, own, workdir_lock
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, by_source, open_data
 from lm_jax.experiment import as_given, run_name
+from lm_jax.files import BESIDE, check_room
 from lm_jax.generate import chat_template
 from lm_jax.generate.decoding import SLICE, stream
 from lm_jax.generate.sampling import Sampling
@@ -40,7 +41,7 @@ from lm_jax.model.language_model import padded
 from lm_jax.multihost import peers
 from lm_jax.optimizer import averaged
 from lm_jax.plan import counts
-from lm_jax.remote import Desk, check_room
+from lm_jax.remote import LocalMirror
 from lm_jax.stop import EXIT_PREEMPTED, NEVER, Stop, Stopped
 from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.train_state import Program, TrainState, fresh, make_program
@@ -48,7 +49,7 @@ from lm_jax.train_step import CompiledStep, compile_step
 
 SAMPLE_TOKENS = 96
 GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked
-Source = checkpoint.Located | WordVectors  # what a fresh run may start from
+Source = load_model.Located | WordVectors  # what a fresh run may start from
 MOST_IN_A_ROW = 10  # updates that are not finite, before the run stops
 
 
@@ -59,7 +60,7 @@ class Run:
     config: Config
     workdir: epath.Path
     say: terminal.Terminal
-    desk: Desk  # where metrics and log grow
+    desk: LocalMirror  # where metrics and log grow
     mixed: mixture.Mixture
     stream: mixture.Mixed
     program: Program
@@ -111,7 +112,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     name, given = run_name(experiment), as_given(experiment, config, origins)
     check_url("--workdir", place)
     say, goodput, workdir = terminal.Terminal(), Goodput(), epath.Path(place or f"runs/{name}")
-    desk = Desk(workdir)
+    desk = LocalMirror(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
     check_plain(*[str(workdir)] * (not is_url(workdir)))
@@ -125,7 +126,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     attention.preflight(config.model, config.data.sequence_length, mine.platform)
     if pieces := mixture.pieces_expected(config.data):
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
-    saved = agree(checkpoint.read_config(workdir) if leads() and checkpoint.has_steps(workdir) else {}, "config.json")
+    saved = agree(run_folder.read_config(workdir) if leads() and checkpoint.has_steps(workdir) else {}, "config.json")
     if config.evaluate.metrics:
         generate_answers.check(config.evaluate.metrics)
     with goodput("data"):
@@ -144,10 +145,10 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         chosen = min(everyone(counts.choose_microbatch(config, counted, sizes, ramp, mine), "microbatch"))
         config = with_microbatch(config, saved, chosen, sizes)
         program = program._replace(config=config)
-    changes = checkpoint.check_resume(workdir, saved, config, mixed.facts) if saved else []
-    facts = mixed.facts | {"run": checkpoint.run_identity(saved, config, mixed.facts)}
+    changes = run_folder.check_resume(workdir, saved, config, mixed.facts) if saved else []
+    facts = mixed.facts | {"run": run_folder.run_identity(saved, config, mixed.facts)}
     source = None if saved else find_init(program, mixed, say)
-    peers.compare({"the step of config.train.init_from": source.step if isinstance(source, checkpoint.Located) else 0})
+    peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.Located) else 0})
     with goodput("peak"):
         peak = counts.peak_flops(mesh, config.model.compute_dtype)
     say(terminal.header(config, name, counted, mixed, ramp, sizes, (mine, peak)))
@@ -199,14 +200,14 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             with goodput("reference"):
                 say(dpo_reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
         if leads():
-            checkpoint.write_config(workdir, config, origins, facts | kept_context(saved, source))
+            run_folder.write_config(workdir, config, origins, facts | kept_context(saved, source))
         return train(this, given)
 
 
 def settings(config: Config, experiment: str, dry_run: bool) -> dict[str, Any]:
     """What all processes of a run must have alike before there is any data: {name: value}."""
     given = {f"config.{path}": value for path, value in flatten(config).items()}
-    return given | {"experiment": experiment, "--dry_run": dry_run} | checkpoint.outside() | peers.own_code()
+    return given | {"experiment": experiment, "--dry_run": dry_run} | run_folder.outside() | peers.own_code()
 
 
 def as_data(found) -> DataState:
@@ -219,16 +220,16 @@ def write_run_files(
     workdir: epath.Path, mixed: mixture.Mixture, source: Source | None, saved: dict[str, Any], say: terminal.Terminal
 ) -> None:
     """What a run consists of beside its config.json. Raises UserError where what only the run has is not as it was written."""
-    checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
+    run_folder.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
     if mixed.chat_template:
         template = chat_template.shown(mixed.chat_template, mixed.tokenizer)
         for name, content in chat_template.files_of(template).items():
-            checkpoint.write_run_file(workdir, name, content, say)
-    checkpoint.check_run_files(workdir, saved)
+            run_folder.write_run_file(workdir, name, content, say)
+    run_folder.check_run_files(workdir, saved)
     if not saved or not (workdir / BESIDE).exists():
-        inherited = source.special_ids.ends if isinstance(source, checkpoint.Located) else ()
+        inherited = source.special_ids.ends if isinstance(source, load_model.Located) else ()
         ids = special_ids.files(mixed.tokenizer, mixed.special_ids.also(*inherited))
-        checkpoint.write_run_file(workdir, BESIDE, ids[BESIDE], say)
+        run_folder.write_run_file(workdir, BESIDE, ids[BESIDE], say)
 
 
 def counted_from(config: Config, data: DataState, rows_per_epoch: float) -> tuple[Config, Ramp, Clocks]:
@@ -243,8 +244,8 @@ def with_rows_of_microbatch(config: Config, rows: int | str) -> Config:
 
 def kept_context(saved: dict[str, Any], source: Source | None) -> dict[str, int]:
     """{"context": tokens} for config.json: rows may be shorter than what the model that a run started from can read."""
-    if isinstance(source, checkpoint.Located):
-        return {"context": checkpoint.context_of(source)}
+    if isinstance(source, load_model.Located):
+        return {"context": load_model.context_of(source)}
     return {name: saved[name] for name in ("context",) if name in saved}
 
 
@@ -288,7 +289,7 @@ def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) 
     if epath.Path(place).is_file():
         return word_vectors.read(place, mixed.tokenizer, program.config.model.model_dim)
     try:
-        found = checkpoint.locate(place, say)
+        found = load_model.locate(place, say)
     except UserError as error:
         raise UserError(str(error).replace("--model", "config.train.init_from")) from None
     if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
@@ -296,7 +297,7 @@ def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) 
         raise UserError(
             f"config.train.init_from = {place!r} has another tokenizer than this corpus; take it too: {mend}"
         )
-    mine, theirs = program.graph.declarations, checkpoint.graph_of(found).declarations
+    mine, theirs = program.graph.declarations, load_model.graph_of(found).declarations
     differing = [path for path in mine.keys() & theirs.keys() if not fits(path, mine[path].shape, theirs[path].shape)]
     new = {path for path in mine if path[-1] in ("lora_a", "lora_b")}
     if program.config.train.task:  # other heads
@@ -334,7 +335,7 @@ def starting_point(
         say(f"{num:,} of {of:,} pieces from the words of {source.place}; the other {of - num:,} are initialised")
         parameters = with_rows(jax.jit(lambda: fresh(program))().parameters, source)
     else:
-        _, parameters = checkpoint.load_parameters(source)
+        _, parameters = load_model.load_parameters(source)
         say(f"parameters from {source.workdir} step {source.step:,}")
         parameters = with_the_rest(program, parameters, say)
     optimizer_state = jax.jit(program.optimizer.init)(program.split(parameters)[0])
@@ -363,7 +364,7 @@ def with_rows(parameters: dict, given: WordVectors) -> dict:
     return parameters | {"embedding": {"table": replaced}}
 
 
-def is_over(desk: Desk, mixed: mixture.Mixture, config: Config, step: int) -> bool:
+def is_over(desk: LocalMirror, mixed: mixture.Mixture, config: Config, step: int) -> bool:
     """Whether all steps are done, and the last evaluation as well, which comes after the last step is saved."""
     if step < int(config.train.num_steps):
         return False
@@ -379,7 +380,7 @@ def is_there(mixed: mixture.Mixture, config: Config, split: str) -> bool:
         return False
 
 
-def already_done(desk: Desk, say: terminal.Terminal) -> int:
+def already_done(desk: LocalMirror, say: terminal.Terminal) -> int:
     last = [line for line in metrics.read(desk.folder, say) if "final/loss" in line][-1:]
     shown = lambda value: "not finite" if value is None else f"{value:.4f}"
     values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
@@ -492,7 +493,7 @@ def good_step(this: Run, spike: int) -> int:
     folder = checkpoint.steps_folder(this.workdir)
     is_good = lambda step: (
         step <= spike - spikes.MARGIN
-        and not checkpoint.fault(folder / str(step))
+        and not manifest.invalid_reason(folder / str(step))
         and checkpoint.read_data_state(this.workdir, step).cursor == this.ramp.cursor(step)
     )
     return next(filter(is_good, checkpoint.newest_first(folder)), NEVER)

@@ -16,7 +16,7 @@ from conftest import tiny
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lm_jax import checkpoint, distributed, manifest
+from lm_jax import checkpoint, distributed, files
 from lm_jax.batch_ramp import DataState
 from lm_jax.config import Mesh
 from lm_jax.data.objectives import specials
@@ -28,7 +28,7 @@ FACTS = {"run": "a run", "pipeline": 0, "tokenizer": "none", "data": "none"}
 hashed: list[str] = []
 
 
-def counting(path, *kind, file_hash=manifest.file_hash):
+def counting(path, *kind, file_hash=files.file_hash):
     hashed.append(str(path))
     return file_hash(path, *kind)
 
@@ -66,7 +66,7 @@ def run_program():
 
 
 def main(mesh, restore: str = "", save: str = "", steps=(3,)) -> None:
-    manifest.file_hash = counting
+    files.file_hash = counting
     devices = distributed.devices()
     program, said, told = run_program(), [], {}
     with jax.set_mesh(make_mesh(Mesh(*mesh), devices)):

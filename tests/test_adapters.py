@@ -13,7 +13,7 @@ from test_golden import batch
 from test_resume import kill_once_saved
 from test_train import assert_same_run, lines_of
 
-from lm_jax import checkpoint, evaluate, main
+from lm_jax import checkpoint, evaluate, load_model, main
 from lm_jax.config import Mesh
 from lm_jax.convert import hugging_face, run
 from lm_jax.errors import UserError
@@ -313,7 +313,7 @@ def one_device():
 
 def loaded(place, mesh):
     with jax.set_mesh(mesh):
-        graph, parameters = checkpoint.load_parameters(checkpoint.locate(str(place)))
+        graph, parameters = load_model.load_parameters(load_model.locate(str(place)))
         return graph, flat(parameters)
 
 
@@ -321,7 +321,7 @@ def test_a_run_trains_adapters_over_its_base_and_says_how_many(adapted, finished
     log = (adapted / "log.txt").read_text()
     assert "parameters, 2k of them trained" in log and "initialised: block_0/attention/query/lora_a" in log
     with jax.set_mesh(one_device):
-        _, parameters = checkpoint.load_as_trained(checkpoint.locate(str(adapted)))
+        _, parameters = load_model.load_as_trained(load_model.locate(str(adapted)))
     base = loaded(finished, one_device)[1]
     for name, x in base.items():
         np.testing.assert_array_equal(flat(parameters)[name], x)
@@ -348,7 +348,7 @@ def test_another_pattern_on_resume_is_refused(adapted, finished):
 def alone(adapted, finished, one_device, tmp_path_factory):
     """Only what was trained, in a folder that names its base."""
     folder = tmp_path_factory.mktemp("alone") / "part"
-    found, base = (checkpoint.locate(str(place)) for place in (adapted, finished))
+    found, base = (load_model.locate(str(place)) for place in (adapted, finished))
     with jax.set_mesh(one_device):
         run.write_part(checkpoint.epath.Path(folder), found, base)
     return folder
@@ -402,12 +402,12 @@ def test_a_base_that_is_not_what_it_was_is_refused(adapted, alone, finished, one
                 (folder / path.name).symlink_to(path)
         (folder / "config.json").write_text(json.dumps(content | {"base": content["base"] | change}))
         with pytest.raises(UserError, match=words):
-            checkpoint.locate(str(folder))
-    found, base = (checkpoint.locate(str(place)) for place in (adapted, finished))
+            load_model.locate(str(folder))
+    found, base = (load_model.locate(str(place)) for place in (adapted, finished))
     with jax.set_mesh(one_device):
         moved = lambda base, frozen: jax.tree.map(lambda x: x + 1, under(base, frozen))
-        under = checkpoint.under
-        monkeypatch.setattr(checkpoint, "under", moved)
+        under = load_model.under
+        monkeypatch.setattr(load_model, "under", moved)
         with pytest.raises(
             UserError, match=r"was not trained over .*@2: \d+ of the \d+ parameters that were not trained"
         ):

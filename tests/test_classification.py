@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, command, tiny
 
-from lm_jax import checkpoint, metrics
+from lm_jax import load_model, metrics
 from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
@@ -273,7 +273,7 @@ def test_init_from_takes_all_but_the_head_and_says_so(place, tmp_path):
         and "initialised: labels/bias, labels/kernel" in result.stdout
     )
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        old, new = (checkpoint.load_parameters(checkpoint.locate(str(run)))[1] for run in (first, second))
+        old, new = (load_model.load_parameters(load_model.locate(str(run)))[1] for run in (first, second))
     np.testing.assert_array_equal(new["positions"]["table"], old["positions"]["table"][:48])
     shared = set(old) & set(new) - {"positions"}
     assert {"embedding", "segments", "block_0", "pooler", "embedding_norm"} <= shared

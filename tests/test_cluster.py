@@ -3,15 +3,20 @@
 import dataclasses
 import os
 import socket
+import sys
 import threading
 
 import pytest
+from conftest import ROOT
 from jax._src import cloud_tpu_init
 from metadata_server import of_worker, serve
 
 from lm_jax.errors import UserError
 from lm_jax.multihost import cluster
 from lm_jax.multihost.cluster import Cluster
+
+sys.path.append(str(ROOT / "tools"))
+import convert_checkpoint  # noqa: E402
 
 KNOWN = ("JAX_", "OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "CUDA_VISIBLE", "GCE_METADATA", "KUBERNETES_")
 STEP = {
@@ -181,3 +186,14 @@ def test_hosts_are_named_where_they_are_known():
     of_second = Cluster("Cloud TPU", "a:1", 4, 3, ("c", "d"), 2, 1)
     assert [of_second.name(k) for k in range(4)] == ["process 0", "process 1", "process 2 (c)", "process 3 (d)"]
     assert Cluster("Slurm", "a:1", 2, 1).name(1) == "process 1"
+
+
+def test_of_a_job_only_the_first_process_converts_a_model_without_the_others(nowhere, tmp_path):
+    line = [str(tmp_path / "nothing"), str(tmp_path / "out")]
+    for process in ("2", "1"):
+        nowhere(FULL | {"JAX_PROCESS_ID": process})
+        assert convert_checkpoint.main(line) == 0
+    nowhere(FULL | {"JAX_PROCESS_ID": "0"})
+    with pytest.raises(UserError, match="nothing is not a run"):
+        convert_checkpoint.main(line)
+    assert cluster.find() is None, "it has left the job: nobody is waited for"

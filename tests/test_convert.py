@@ -18,7 +18,7 @@ from conftest import FAMILIES, LLAMA, ROOT, tiny
 from flax.nnx.traversals import flatten_mapping
 from test_processes import outputs, start
 
-from lm_jax import checkpoint
+from lm_jax import load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import families, gguf, hugging_face, safetensors
 from lm_jax.data.tokenizer import Bytes
@@ -407,7 +407,7 @@ def test_a_hugging_face_folder_is_a_model(llama_of_bytes, capsys):
     """It is located, put on the mesh that is set, and continued; its arrays are what was written."""
     folder, ours = llama_of_bytes
     with jax.set_mesh(make_mesh(Mesh(2, 2, 2))):
-        graph, found = checkpoint.load_parameters(checkpoint.locate(folder))
+        graph, found = load_model.load_parameters(load_model.locate(folder))
     assert graph.sequence_length == 64
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(found)} == {8}
     jax.tree.map(np.testing.assert_array_equal, found, ours)
@@ -442,7 +442,7 @@ def test_smollm2_is_what_it_was(tmp_path, capsys):
     folder = str(tmp_path / "smollm2")
     assert convert_checkpoint.main([str(file), folder, "--unproven"]) == 0
     assert "<|im_start|>" in pathlib.Path(folder, "chat_template.jinja").read_text()
-    found = checkpoint.locate(folder)
+    found = load_model.locate(folder)
     assert found.tokenizer.encode("The capital of France is").tolist() == [504, 3575, 282, 4649, 314]
     capsys.readouterr()
     prompt = ["--prompt", "The capital of France is", "--temperature", "0", "--max_new_tokens", "2"]
@@ -451,7 +451,7 @@ def test_smollm2_is_what_it_was(tmp_path, capsys):
     tokens = found.tokenizer.encode(pydoc_data.topics.topics["for"])[None]
     assert tokens.shape == (1, 452)
     with jax.set_mesh(make_mesh(Mesh(1), jax.devices()[:1])):
-        graph, parameters = checkpoint.load_parameters(found)
+        graph, parameters = load_model.load_parameters(found)
         seen = parity.context(tokens[:, :-1], np.array([451]))
         model = lambda parameters: graph.module(parameters)
         loss = jax.jit(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, compile_cache, evaluate, files, main, metrics
+from lm_jax import checkpoint, compile_cache, evaluate, files, load_model, main, metrics, run_folder
 from lm_jax.config import Mesh
 from lm_jax.data import packing, shards
 from lm_jax.errors import UserError
@@ -56,9 +56,9 @@ def write(place: pathlib.Path, prompt: str = "the ") -> tuple[int, str]:
 
 
 def arrays(place: pathlib.Path) -> list[np.ndarray]:
-    found = checkpoint.locate(str(place / "run"))
+    found = load_model.locate(str(place / "run"))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        return [np.asarray(x) for x in jax.tree.leaves(checkpoint.load_parameters(found)[1])]
+        return [np.asarray(x) for x in jax.tree.leaves(load_model.load_parameters(found)[1])]
 
 
 def numbers(place: pathlib.Path) -> list[dict]:
@@ -329,17 +329,17 @@ def test_large_shards_are_hashed_in_turn(begun, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision"])
 def test_what_decides_results_from_outside_is_kept(begun, tmp_path, monkeypatch, name):
-    now = checkpoint.outside()
+    now = run_folder.outside()
     with copied(begun, tmp_path / "place") as place:
-        monkeypatch.setattr(checkpoint, "outside", lambda: now | {name: "another"})
+        monkeypatch.setattr(run_folder, "outside", lambda: now | {name: "another"})
         code, said = train(place)
         assert code == 2 and name in said and "use another --workdir" in said, said
 
 
 def test_another_version_is_said_on_resume(begun, tmp_path, monkeypatch):
-    now = checkpoint.outside()
+    now = run_folder.outside()
     with copied(begun, tmp_path / "place") as place:
-        monkeypatch.setattr(checkpoint, "outside", lambda: now | {"jax": "9.9.9"})
+        monkeypatch.setattr(run_folder, "outside", lambda: now | {"jax": "9.9.9"})
         code, said = train(place)
         assert code == 0 and "changed on resume: jax: " in said, said
 

@@ -21,7 +21,7 @@ from one_process import QUICK
 from test_processes import free_port
 from test_train import lines_of
 
-from lm_jax import checkpoint
+from lm_jax import checkpoint, manifest
 
 # Runs in every process before anything else: the clocks of process k are 7 k seconds ahead and run 1 + k / 4 times as fast; a
 # file that appears says what happens there.
@@ -152,7 +152,7 @@ class Job:
 def newest(job: Job) -> int:
     """The newest step; it is whole."""
     steps = checkpoint.complete_steps(checkpoint.steps_folder(checkpoint.epath.Path(job.workdir)))
-    assert steps and checkpoint.fault(checkpoint.epath.Path(job.workdir) / "checkpoints" / str(steps[-1])) == ""
+    assert steps and manifest.invalid_reason(checkpoint.epath.Path(job.workdir) / "checkpoints" / str(steps[-1])) == ""
     return steps[-1]
 
 

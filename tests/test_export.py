@@ -19,7 +19,7 @@ import pytest
 from conftest import FAMILIES, ROOT, command, tiny
 from one_process import performed
 
-from lm_jax import checkpoint
+from lm_jax import load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import export, gguf, hugging_face, proof, safetensors, text_files, tokenizer_json
 from lm_jax.data import special_ids, tokenizer
@@ -370,7 +370,7 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     assert (named["bos_token"], named["eos_token"], named["pad_token"]) == ("<|endoftext|>",) * 3
     assert named["add_bos_token"] and named["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert files.get("chat_template.jinja", b"").decode() == one.text.template
-    found = checkpoint.locate(out)
+    found = load_model.locate(out)
     again = special_ids.read(found.workdir, found.tokenizer)
     assert (again.first, set(again.ends)) == (ids.first, set(ends))
     whole = tokenizer.HuggingFace(files["tokenizer.json"])
@@ -382,7 +382,7 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, {k: x.read() for k, x in safetensors.folder_tensors(out).items()}, arrays
     )
-    again = hugging_face.their_tensors(found.described, checkpoint.load_parameters(found)[1])
+    again = hugging_face.their_tensors(found.described, load_model.load_parameters(found)[1])
     jax.tree.map(np.testing.assert_array_equal, again, arrays)
 
 
@@ -417,7 +417,7 @@ def test_a_turn_ends_where_the_template_ends_it_whatever_the_folder_says(tmp_pat
     for name in ("config.json", "generation_config.json"):
         content = json.loads((out / name).read_text())
         (out / name).write_text(json.dumps(content | {"eos_token_id": one.text.tokenizer.document_id}))
-    found = checkpoint.locate(str(out))
+    found = load_model.locate(str(out))
     text, why = export.text_of(found)
     assert not why and 401 not in found.special_ids.ends and {*text.ids.ends} == {*found.special_ids.ends, 401}
 
@@ -675,7 +675,7 @@ def trained(name: str, folder) -> str:
 
 def arrays(place: str) -> dict[str, np.ndarray]:
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        found = checkpoint.load_parameters(checkpoint.locate(place))[1]
+        found = load_model.load_parameters(load_model.locate(place))[1]
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(found)}
 
 
@@ -696,7 +696,7 @@ def test_an_exported_run_says_the_same_in_transformers_and_comes_back(name, tmp_
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     # transformers 5 says so of every T5 1.1: its T5Config overwrites `tie_word_embeddings`, whatever config.json says.
     assert all(name == "t5" and "shared.weight" in line and "will NOT tie them" in line for line in told), told
-    num_pieces = checkpoint.locate(there).num_pieces
+    num_pieces = load_model.locate(there).num_pieces
     first, second = arrays(run), arrays(back)
     assert first.keys() == second.keys()
     for path, x in first.items():
@@ -706,10 +706,10 @@ def test_an_exported_run_says_the_same_in_transformers_and_comes_back(name, tmp_
         np.testing.assert_array_equal(second[path][:real], x[:real], err_msg=path)
     if theirs is None:
         return
-    found = checkpoint.locate(there)
+    found = load_model.locate(there)
     prompts = [found.tokenizer.encode(text).astype(np.int32) for text in ("def main(", "import os\n", "class A")]
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        graph, parameters = checkpoint.load_parameters(found)
+        graph, parameters = load_model.load_parameters(found)
         ours = [list(c.tokens) for c in complete(graph, parameters, found.tokenizer, prompts, 12, GREEDY)]
     end = found.tokenizer.document_id
     for prompt, mine in zip(prompts, ours, strict=True):
@@ -727,7 +727,7 @@ def test_a_gguf_file_has_every_tensor_and_piece(tmp_path, capsys):
     assert convert_checkpoint.main([run, file]) == 0 and "unproven" in capsys.readouterr().out
     reader = package.GGUFReader(file)
     value = lambda name: reader.fields[name].contents()
-    by = checkpoint.locate(run).tokenizer
+    by = load_model.locate(run).tokenizer
     assert value("tokenizer.ggml.model") == "llama" and value("tokenizer.ggml.eos_token_id") == by.document_id
     assert value("tokenizer.ggml.bos_token_id") == by.document_id and value("tokenizer.ggml.add_bos_token") is True
     pieces = value("tokenizer.ggml.tokens")
@@ -757,7 +757,7 @@ def test_a_gguf_file_comes_back_bitwise(tmp_path, capsys):
     assert first.keys() == third.keys()
     for name, x in first.items():
         np.testing.assert_array_equal(x.read(), third[name].read(), err_msg=name)
-    by = [checkpoint.locate(place).tokenizer for place in (places[0], places[2])]
+    by = [load_model.locate(place).tokenizer for place in (places[0], places[2])]
     text = pydoc_data.topics.topics["for"]
     np.testing.assert_array_equal(by[0].encode(text), by[1].encode(text))
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):

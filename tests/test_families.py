@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax import checkpoint, experiment, metrics, train, verify
+from lm_jax import experiment, load_model, metrics, train, verify
 from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture, objectives
 from lm_jax.errors import UserError
@@ -95,7 +95,7 @@ def test_a_run_goes_on_as_if_nothing_had_been(kind, tmp_path):
     assert whole == parts and list(whole) == [1, 2, 3, 4]
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        of = lambda place: checkpoint.load_parameters(checkpoint.locate(str(tmp_path / place)))[1]
+        of = lambda place: load_model.load_parameters(load_model.locate(str(tmp_path / place)))[1]
         jax.tree.map(np.testing.assert_array_equal, of("whole"), of("parts"))
 
 

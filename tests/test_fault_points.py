@@ -9,7 +9,7 @@ from conftest import ROOT
 from etils import epath
 from test_train import damage
 
-from lm_jax import checkpoint, cli, fault_points, main, remote
+from lm_jax import cli, fault_points, files, main, manifest, remote
 from lm_jax.errors import UserError
 
 LINE = [
@@ -36,15 +36,15 @@ def test_every_point_is_come_to(tmp_path, monkeypatch):
     whole = tmp_path / "run" / "checkpoints" / "4"
     shutil.copytree(whole, whole.with_name("5"))
     damage(whole.with_name("5"))
-    manifest = checkpoint.read_manifest(epath.Path(whole)) | {"step": 5}
-    (whole.with_name("5") / "MANIFEST.json").write_bytes(checkpoint.sealed(manifest))
+    changed = manifest.read_manifest(epath.Path(whole)) | {"step": 5}
+    (whole.with_name("5") / "MANIFEST.json").write_bytes(files.sealed(changed))
     assert main.main(["--config.train.num_steps=5" if "num_steps" in word else word for word in line]) == 0
     for name in ("near", "far"):
         (tmp_path / name).mkdir()
     (tmp_path / "near" / "log.txt").write_text("said")
-    desk = remote.Desk(epath.Path(tmp_path / "far"))
-    desk.folder = epath.Path(tmp_path / "near")
-    desk.send()
+    mirror = remote.LocalMirror(epath.Path(tmp_path / "far"))
+    mirror.folder = epath.Path(tmp_path / "near")
+    mirror.send()
     assert fault_points.POINTS.keys() == {*found}
 
 

@@ -12,7 +12,7 @@ from conftest import LLAMA, ROOT
 from etils import epath
 from refused import refused
 
-from lm_jax import checkpoint, faults, remote
+from lm_jax import faults, files, manifest
 from lm_jax.data import shards
 
 TRAIN = [
@@ -69,7 +69,7 @@ SITUATIONS = [
     ("evaluate: open files", module("evaluate", "--model", RUN, limits={"RLIMIT_NOFILE": 0}), "Too many open files"),
     ("generate: unreadable", module("generate", "--model", RUN, "--prompt=a", **at("MANIFEST", errno.EACCES, True)), "MANIFEST"),
     ("verify: cache", module("verify", *TRAIN[2:5], "--config.data.test_fraction=0.2", **at("corpora", errno.EROFS)), "corpora"),
-    ("convert: disk full", convert("{folder}/hf", **at(".hf.", errno.ENOSPC)), "hf.*No space left"),
+    ("convert: disk full", convert("{folder}/hf", **at("/hf.", errno.ENOSPC)), "hf.*No space left"),
     ("convert: size", convert("{folder}/hf", limits={"RLIMIT_FSIZE": 9000}), "File too large"),
     ("prepare: no permission", tool("prepare_data", "--output", "{folder}/c", "python", **at("/c.work", errno.EACCES)), "c.work"),
     ("tokenizer to a full disk", tool("train_tokenizer", "--pieces=600", "--characters=50000", "--output", "{folder}/t.model",
@@ -110,7 +110,7 @@ def test_what_the_system_refuses_is_said_in_a_few_lines(tmp_path):
         check(name, words, each)
     steps = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in steps.iterdir()) == ["1", "2"], "nothing was set aside for want of rights"
-    assert checkpoint.fault(epath.Path(steps / "2")) == ""
+    assert manifest.invalid_reason(epath.Path(steps / "2")) == ""
 
 
 @pytest.mark.parametrize("stream", ["full", "gone"])
@@ -127,8 +127,8 @@ def test_output_that_cannot_be_written_ends_in_a_line(stream):
 
 def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(tmp_path):
     with pytest.raises(OSError, match="a checkpoint needs [0-9,]+.0 MB"):
-        remote.check_room(epath.Path(tmp_path), 1e30)
-    remote.check_room(epath.Path(tmp_path), 1)
+        files.check_room(epath.Path(tmp_path), 1e30)
+    files.check_room(epath.Path(tmp_path), 1)
 
 
 # What may stand where a file is expected.

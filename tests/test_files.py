@@ -75,6 +75,52 @@ def test_a_file_that_several_write_at_once_is_one_of_theirs(tmp_path):
     assert path.read_bytes() in contents and [found.name for found in tmp_path.iterdir()] == ["x"]
 
 
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_draft_that_is_not_finished_changes_nothing(tmp_path, alone):
+    files.write_whole(tmp_path / "x", b"before")
+    with pytest.raises(Broken), files.draft(tmp_path / "x", "w", alone) as file:
+        file.write("half")
+        raise Broken
+    with pytest.raises(Broken), files.draft_folder(str(tmp_path / "made"), alone) as draft:
+        os.mkdir(draft)
+        raise Broken
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_bytes() == b"before"
+    with files.draft_folder(str(tmp_path / "made"), alone) as draft:
+        os.mkdir(draft)
+        assert not (tmp_path / "made").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "x"]
+
+
+def test_a_lock_is_held_by_one_or_shared_by_those_that_share_it(tmp_path):
+    def busy():
+        raise Broken
+
+    with files.locked(tmp_path / "lock"):
+        for shared in (True, False):
+            with pytest.raises(Broken), files.locked(tmp_path / "lock", busy, shared):
+                pass
+    with files.locked(tmp_path / "lock", busy, shared=True), files.locked(tmp_path / "lock", busy, shared=True):
+        with pytest.raises(Broken), files.locked(tmp_path / "lock", busy):
+            pass
+    waited = []
+    with files.locked(tmp_path / "lock"):
+        thread = threading.Thread(target=lambda: waits(tmp_path / "lock", waited))
+        thread.start()
+        while waited != ["busy"]:
+            assert thread.is_alive()
+    thread.join()
+    assert waited == ["busy", "held"]
+
+
+def waits(path, said: list[str]) -> None:
+    with files.locked(path, lambda: said.append("busy")):
+        said.append("held")
+
+
 def test_a_written_file_is_read_again(tmp_path):
     files.write_whole(tmp_path / "x", b"one")
     files.write_whole(str(tmp_path / "x"), json.dumps({"a": 1}).encode())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint
+from lm_jax import load_model
 from lm_jax.errors import UserError
 from lm_jax.generate.decoding import complete
 from lm_jax.generate.likelihood import likelihoods
@@ -35,7 +35,7 @@ def harness():
 @pytest.fixture(scope="module")
 def model(harness, finished):
     """A run of two steps: rows of 64 tokens, `<|endoftext|>` before every text."""
-    return harness.HarnessModel(checkpoint.locate(str(finished)), rows=2, devices=jax.devices()[:1])
+    return harness.HarnessModel(load_model.locate(str(finished)), rows=2, devices=jax.devices()[:1])
 
 
 def asked(kind: str, *arguments):
@@ -191,7 +191,7 @@ def test_lm_eval_s_own_backend_gives_the_same_numbers(harness, smollm2, records,
         pad_token="<|im_end|>",
     )
     theirs = HFLM(smollm2, tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=4, max_length=256)
-    ours = harness.HarnessModel(checkpoint.locate(smollm2), 4, 256, jax.devices()[:1])
+    ours = harness.HarnessModel(load_model.locate(smollm2), 4, 256, jax.devices()[:1])
     tasks = ["choices", "answers", "texts"]
     found = [harness.run(model, tasks, str(TASKS), log_samples=True) for model in (ours, theirs)]
     apart, numbers = {}, {}

@@ -13,7 +13,7 @@ from test_golden import batch
 from test_optimizer import KERNEL
 from test_train import final_arrays, lines_of
 
-from lm_jax import checkpoint, cli, evaluate, main, optimizer, train
+from lm_jax import checkpoint, cli, evaluate, load_model, main, optimizer, train
 from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.mesh import make_mesh
@@ -226,9 +226,9 @@ def test_the_average_is_the_model(halves, capsys):
     found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])["eval/loss"]
     expected = next(line["final/loss"] for line in lines_of(halves) if "final/loss" in line)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    located = checkpoint.locate(str(halves))
+    located = load_model.locate(str(halves))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        _, average = checkpoint.load_parameters(located)
+        _, average = load_model.load_parameters(located)
         program = make_program(located.config, located.tokenizer.num_pieces)
         state, _ = checkpoint.restore(located.workdir, located.step, program)
     assert same_bits(average, state.optimizer_state.inner[-1].average) and not same_bits(average, state.parameters)

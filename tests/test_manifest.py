@@ -17,7 +17,7 @@ from save_and_restore import digest, run_program
 from test_places import bucket, bucket_emulator  # noqa: F401  (a fixture)
 from test_processes import outputs, start
 
-from lm_jax import checkpoint, distributed, manifest, remote
+from lm_jax import checkpoint, distributed, load_model, manifest, remote
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
 from lm_jax.mesh import make_mesh
@@ -113,11 +113,11 @@ def test_in_a_bucket_nothing_is_read_back_and_every_damage_is_found(bucket, tmp_
         turned = bytes(raw[:-1]) + bytes([raw[-1] ^ 1])
         for content in (turned, bytes(raw[:-1])):
             (step / name).write_bytes(content)
-            assert checkpoint.fault(step) == f"{name} is not as it was written"
+            assert manifest.invalid_reason(step) == f"{name} is not as it was written"
         (step / name).unlink()
-        assert checkpoint.fault(step) == f"{name} is missing"
+        assert manifest.invalid_reason(step) == f"{name} is missing"
         (step / name).write_bytes(bytes(raw))
-    assert checkpoint.fault(step) == ""
+    assert manifest.invalid_reason(step) == ""
     (step / files.popitem()[0]).unlink()
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
         checkpoint.newest_valid(place, print, quarantine=True)
@@ -153,9 +153,9 @@ def test_a_file_of_a_step_that_its_manifest_does_not_know_is_damage(finished, tm
     shutil.copytree(finished, tmp_path / "run")
     (step,) = (tmp_path / "run" / "checkpoints").iterdir()
     (step / "parameters" / "more").write_bytes(b"x")
-    assert checkpoint.fault(epath.Path(step)) == "parameters/more is not as it was written"
+    assert manifest.invalid_reason(epath.Path(step)) == "parameters/more is not as it was written"
     with pytest.raises(UserError, match="whole"):
-        checkpoint.locate(str(tmp_path / "run"), lambda line: None)
+        load_model.locate(str(tmp_path / "run"), lambda line: None)
 
 
 WRITERS = {
@@ -237,9 +237,9 @@ READ = {
 @pytest.mark.parametrize("case", READ)
 def test_what_is_read_for_a_model(case, corpus):
     changes, expected = READ[case]
-    located = checkpoint.Located(epath.Path("x"), 0, tiny(**changes), corpus.tokenizer)
-    assert checkpoint.items_read(located) == expected
-    assert checkpoint.items_read(located._replace(base=located)) == {"parameters"}
+    located = load_model.Located(epath.Path("x"), 0, tiny(**changes), corpus.tokenizer)
+    assert load_model.items_read(located) == expected
+    assert load_model.items_read(located._replace(base=located)) == {"parameters"}
 
 
 # {a file of a step: whether `evaluate` and `generate` refuse a run where it is damaged}
@@ -269,13 +269,13 @@ def test_only_what_is_read_is_verified(finished, tmp_path, name, how):
     if how == "gone" and name == "MANIFEST.json":
         assert checkpoint.complete_steps(epath.Path(run / "checkpoints")) == []
         return
-    assert checkpoint.fault(epath.Path(step))
+    assert manifest.invalid_reason(epath.Path(step))
     for model in (str(run), f"{run}@{step.name}"):
         if DAMAGES[name]:
             with pytest.raises(UserError, match="whole"):
-                checkpoint.locate(model, lambda line: None)
+                load_model.locate(model, lambda line: None)
         else:
-            assert checkpoint.locate(model).step == int(step.name)
+            assert load_model.locate(model).step == int(step.name)
 
 
 @pytest.mark.proof

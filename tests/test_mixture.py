@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import made_up, write
 
-from lm_jax import checkpoint
-from lm_jax.config import Mesh
+from lm_jax import run_folder
+from lm_jax.config import Mesh, flatten
 from lm_jax.data import loader, mixture, packing, shards
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Totals, by_source
@@ -228,11 +228,11 @@ def test_the_whole_is_the_sum_of_its_sources():
 
 def refused(saved, data, mixed) -> str:
     """What `check_resume` says about going on with a run started with `saved` = (config, facts)."""
-    content = {"config": checkpoint.flatten(saved[0]), **saved[1]}
+    content = {"config": flatten(saved[0]), **saved[1]}
     config = tiny()
     config = type(config)(**{**vars(config), "data": data})
     try:
-        checkpoint.check_resume("the run", content, config, mixed.facts)
+        run_folder.check_resume("the run", content, config, mixed.facts)
     except UserError as error:
         return str(error)
     return ""

@@ -24,24 +24,24 @@ sys.path.append(str(ROOT / "tools"))
 bucket_emulator = importlib.import_module("bucket_emulator")
 
 
-def test_the_desk_of_a_local_run_is_its_workdir(tmp_path):
-    desk = remote.Desk(epath.Path(tmp_path))
-    desk.fetch()
-    desk.send()
-    assert desk.folder == epath.Path(tmp_path) and list(tmp_path.iterdir()) == []
+def test_the_mirror_of_a_local_run_is_its_workdir(tmp_path):
+    mirror = remote.LocalMirror(epath.Path(tmp_path))
+    mirror.fetch()
+    mirror.send()
+    assert mirror.folder == epath.Path(tmp_path) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("process", [0, 1, 3])
 def test_of_several_processes_the_leading_one_sends(tmp_path, monkeypatch, process):
-    """A desk apart from its workdir, as that of a URL is."""
+    """A mirror apart from its workdir, as that of a URL is."""
     monkeypatch.setattr(remote.jax, "process_index", lambda: process)
-    desk = remote.Desk(epath.Path(tmp_path / "there"))
-    desk.folder = epath.Path(tmp_path / "desk")
-    for folder in (desk.workdir, desk.folder):
+    mirror = remote.LocalMirror(epath.Path(tmp_path / "there"))
+    mirror.folder = epath.Path(tmp_path / "mirror")
+    for folder in (mirror.workdir, mirror.folder):
         folder.mkdir()
-    (desk.folder / "metrics.jsonl").write_text("a line")
-    desk.send()
-    assert [path.name for path in desk.workdir.iterdir()] == ["metrics.jsonl"] * (process == 0)
+    (mirror.folder / "metrics.jsonl").write_text("a line")
+    mirror.send()
+    assert [path.name for path in mirror.workdir.iterdir()] == ["metrics.jsonl"] * (process == 0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from test_resume import kill_once_saved
 from test_tasks import write_table
 from test_train import assert_same_run, lines_of
 
-from lm_jax import evaluate, loss, main
+from lm_jax import evaluate, files, loss, main
 from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
@@ -220,11 +220,11 @@ def test_a_run_prefers_and_a_killed_one_goes_on_to_the_bit(place, tmp_path, caps
     assert last["final/accuracy"] == 1 and last["final/margin"] > 0.5
     line = arguments(place, tmp_path / "killed")
     kill_once_saved(line)
-    kept = (tmp_path / "killed" / dpo_reference.FILE).read_bytes()
-    (tmp_path / "killed" / dpo_reference.FILE).unlink()
+    kept = (tmp_path / "killed" / files.REFERENCE).read_bytes()
+    (tmp_path / "killed" / files.REFERENCE).unlink()
     with pytest.raises(UserError, match="reference.npz is missing; put it back"):
         main.main(line)
-    (tmp_path / "killed" / dpo_reference.FILE).write_bytes(kept)
+    (tmp_path / "killed" / files.REFERENCE).write_bytes(kept)
     assert main.main(line) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     capsys.readouterr()

@@ -15,7 +15,7 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_shards import made_up, write
 
-from lm_jax import checkpoint, metrics
+from lm_jax import manifest, metrics
 
 ROWS = 8  # of a global batch
 
@@ -117,7 +117,7 @@ def check_resume(sources, tmp_path, num_processes: int) -> None:
     step = tmp_path / "run" / "checkpoints" / "2"
     parts = [json.loads((step / f"MANIFEST.p{k}.json").read_text()) for k in range(num_processes)]
     joined = json.loads((step / "MANIFEST.json").read_text())["files"]
-    assert all(parts) and sum(map(len, parts)) == len(joined) and checkpoint.fault(epath.Path(step)) == ""
+    assert all(parts) and sum(map(len, parts)) == len(joined) and manifest.invalid_reason(epath.Path(step)) == ""
     said = train(sources, tmp_path / "run", 4)
     assert "resumed at step 2, row 16" in said
     lines = without_speeds(tmp_path / "run")

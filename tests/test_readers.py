@@ -7,8 +7,8 @@ import jax
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, evaluate, main
-from lm_jax.config import Mesh, leaves
+from lm_jax import checkpoint, evaluate, load_model, main
+from lm_jax.config import Mesh, flatten, leaves
 from lm_jax.config_check import PLACE
 from lm_jax.convert import run
 from lm_jax.errors import UserError
@@ -36,7 +36,7 @@ def tool(name: str):
 @pytest.fixture(scope="module")
 def elsewhere(finished, tmp_path_factory) -> str:
     """The finished run as if each of these settings had been another's."""
-    found = checkpoint.locate(str(finished), lambda line: None)
+    found = load_model.locate(str(finished), lambda line: None)
     config = found.config
     for path, value in PLACES.items():
         section, name = path.split(".")
@@ -45,7 +45,7 @@ def elsewhere(finished, tmp_path_factory) -> str:
         )
     workdir = checkpoint.epath.Path(tmp_path_factory.mktemp("elsewhere") / "run")
     with jax.set_mesh(make_mesh(Mesh(data=1), jax.devices()[:1])):
-        run.write(workdir, found._replace(config=config), checkpoint.load_parameters(found)[1], {})
+        run.write(workdir, found._replace(config=config), load_model.load_parameters(found)[1], {})
     return str(workdir)
 
 
@@ -87,13 +87,13 @@ def test_every_command_reads_a_run_from_elsewhere(name, elsewhere, tmp_path):
 
 def test_what_is_read_is_right_here(elsewhere):
     """One function reads a MODEL: what it gives has nothing of the other place in it."""
-    config = checkpoint.locate(elsewhere, lambda line: None).config
-    assert {path: checkpoint.flatten(config)[path] for path in PLACE} == PLACE
+    config = load_model.locate(elsewhere, lambda line: None).config
+    assert {path: flatten(config)[path] for path in PLACE} == PLACE
 
 
 @pytest.mark.proof
 def test_lm_eval_reads_a_run_from_elsewhere(elsewhere):
     from lm_jax.generate.lm_eval import HarnessModel
 
-    model = HarnessModel(checkpoint.locate(elsewhere, lambda line: None))
+    model = HarnessModel(load_model.locate(elsewhere, lambda line: None))
     assert model.loglikelihood_rolling([type("Request", (), {"args": ("class a:",)})()])[0] < 0

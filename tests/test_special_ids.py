@@ -12,7 +12,7 @@ import tokenizer_shapes as shapes
 from conftest import ROOT, tiny
 from etils import epath
 
-from lm_jax import checkpoint
+from lm_jax import load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import gguf, hugging_face, run
 from lm_jax.data import objectives, shards, special_ids, tokenizer
@@ -252,9 +252,9 @@ def imported(tmp_path_factory) -> dict[str, pathlib.Path]:
         given = json.loads((place / "theirs" / "config.json").read_text())
         shapes.write(place / "theirs", name, {"eos_token_id": [2, 5]}, **given)
         (place / "theirs" / chat_template.FILE).write_text(REFUSES)
-        located = checkpoint.locate(str(place / "theirs"))
+        located = load_model.locate(str(place / "theirs"))
         with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-            _, loaded = checkpoint.load_parameters(located)
+            _, loaded = load_model.load_parameters(located)
             run.write(epath.Path(place / "ours"), located, loaded, hugging_face.carried_files(str(place / "theirs")))
         found[name] = place
     return found
@@ -263,13 +263,13 @@ def imported(tmp_path_factory) -> dict[str, pathlib.Path]:
 @pytest.mark.parametrize("name", IMPORTED)
 def test_a_folder_made_a_run_keeps_its_first_token_and_its_ends(name, imported):
     place = imported[name]
-    there, here = (checkpoint.locate(str(place / part)) for part in ("theirs", "ours"))
+    there, here = (load_model.locate(str(place / part)) for part in ("theirs", "ours"))
     assert here.special_ids == there.special_ids and here.special_ids.ends == (2, 5)
     assert here.num_pieces == there.tokenizer.num_pieces and here.tokenizer.document_id == there.tokenizer.document_id
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         texts = []
         for found in (there, here):
-            graph, parameters = checkpoint.load_parameters(found)
+            graph, parameters = load_model.load_parameters(found)
             arguments = graph, parameters, found.tokenizer, ["The king", ""], 12, GREEDY
             texts.append([x.tokens for x in complete(*arguments, marks=found.special_ids)])
     assert texts[0] == texts[1]
@@ -278,7 +278,7 @@ def test_a_folder_made_a_run_keeps_its_first_token_and_its_ends(name, imported):
 def test_a_piece_beyond_the_table_is_refused_in_a_text_alone(imported):
     """Gemma 3's <image_soft_token> is the first id that its table has not."""
     for part in ("theirs", "ours"):
-        found = checkpoint.locate(str(imported["gemma3"] / part))
+        found = load_model.locate(str(imported["gemma3"] / part))
         made = found.tokenizer
         assert made.special["<image_soft_token>"] == made.num_pieces == found.num_pieces == 420
         assert made.decode(made.encode("it says <image_soft_token>")) == "it says <image_soft_token>"  # as text
@@ -290,7 +290,7 @@ def test_a_template_is_asked_only_where_there_is_a_chat(imported):
     """One that refuses every conversation stands beside both."""
     for part in ("theirs", "ours"):
         assert (imported["llama2"] / part / chat_template.FILE).read_text() == REFUSES
-        assert checkpoint.locate(str(imported["llama2"] / part)).special_ids.ends == (2, 5)
+        assert load_model.locate(str(imported["llama2"] / part)).special_ids.ends == (2, 5)
 
 
 def test_further_ends_are_added_once():

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from test_train import lines_of
 
-from lm_jax import checkpoint, cli, main, spikes
+from lm_jax import checkpoint, cli, load_model, main, spikes
 from lm_jax.batch_ramp import DataState, Ramp
 from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture
@@ -134,7 +134,7 @@ def poisoned(monkeypatch):
 
 def last_state(workdir):
     """What the last step of a run holds: its arrays, its data state and what the watch knows."""
-    found = checkpoint.locate(str(workdir))
+    found = load_model.locate(str(workdir))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         program = make_program(found.config, found.tokenizer.num_pieces)
         state, data = checkpoint.restore(found.workdir, found.step, program)

@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny
 from etils import epath
 
-from lm_jax import checkpoint, metrics, train
+from lm_jax import checkpoint, load_model, metrics, train
 from lm_jax.config import Mesh
 from lm_jax.convert import run
 from lm_jax.mesh import make_mesh
@@ -43,8 +43,8 @@ def test_the_lines_up_to_any_step_are_kept(step, kept, tmp_path):
 
 def test_a_model_at_step_0_is_found_by_that_name(finished, tmp_path):
     """What was taken from elsewhere lies at step 0: `MODEL` and `MODEL@0` are it."""
-    found = checkpoint.locate(str(finished))
+    found = load_model.locate(str(finished))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        _, parameters = checkpoint.load_parameters(found)
+        _, parameters = load_model.load_parameters(found)
         run.write(epath.Path(tmp_path / "taken"), found, parameters, {})
-    assert checkpoint.locate(str(tmp_path / "taken")).step == checkpoint.locate(f"{tmp_path}/taken@0").step == 0
+    assert load_model.locate(str(tmp_path / "taken")).step == load_model.locate(f"{tmp_path}/taken@0").step == 0

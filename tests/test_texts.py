@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny
 from test_tasks import write_table
 
-from lm_jax import checkpoint, evaluate, main, metrics
+from lm_jax import evaluate, load_model, main, metrics
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
@@ -197,10 +197,10 @@ def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsy
     assert evaluate.main(["--model", str(tmp_path / "run")]) == 0
     found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     assert found["eval/exact_match"] == last["final/exact_match"] and found["records"] == found["documents"]
-    located = checkpoint.locate(str(tmp_path / "run"))
+    located = load_model.locate(str(tmp_path / "run"))
     mixed = open_data(located.config)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        graph, parameters = checkpoint.load_parameters(located)
+        graph, parameters = load_model.load_parameters(located)
         results = generate_answers.written(graph, parameters, mixed, "validation", 3)
         beams = generate_answers.written(graph, parameters, mixed, "validation", 3, beams=3)
     assert [r.record for r in results] == mixed.records["validation"].where[:3]

@@ -16,9 +16,9 @@ import types
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, distributed, experiment, metrics, stop, train
+from lm_jax import checkpoint, distributed, experiment, metrics, run_folder, stop, train
 from lm_jax.errors import PeerError, UserError
-from lm_jax.multihost import peers
+from lm_jax.multihost import connection, peers, watchdog
 
 # Every decision that leads to a collective, as the line calls it: what it is taken from, which is of one process alone.
 DECISIONS = {
@@ -107,8 +107,8 @@ class Star:
 
     def __init__(self, num: int, mute=()):
         pairs = {k: pair() for k in range(1, num)}
-        leader = {k: peers.Connection(pairs[k][0], k, f"host{k}") for k in pairs}
-        held = {0: leader} | {k: {0: peers.Connection(pairs[k][1], 0, "host0")} for k in pairs}
+        leader = {k: connection.Connection(pairs[k][0], k, f"host{k}") for k in pairs}
+        held = {0: leader} | {k: {0: connection.Connection(pairs[k][1], 0, "host0")} for k in pairs}
         self.sockets, self.ends, self.wishes = pairs, {k: [] for k in held}, []
         stars.append(self)
         self.lines = {
@@ -183,7 +183,7 @@ def test_who_ends_without_a_word_is_found_and_named(quick, who, death):
         for one in mine:
             one.sendall(json.dumps({"beat": int(death == "is silent")}).encode() + b"\n")
     if death == "is silent before its first step":
-        time.sleep(3 * peers.SILENCE)
+        time.sleep(3 * connection.SILENCE)
         assert not any(star.ends.values())
         return
     ends = star.wait(3)
@@ -276,32 +276,31 @@ class Store(dict):
 
 def test_a_stranger_at_the_door_is_sent_away_and_who_never_comes_is_named(monkeypatch):
     store, found = Store(), {}
-    wait = threading.Thread(target=lambda: found.update(peers.gather_connections(["a", "b"], 1, store)))
+    wait = threading.Thread(target=lambda: found.update(connection.gather_connections(["a", "b"], 1, store)))
     wait.start()
-    store.blocking_key_value_get(peers.KEY, 5000)
-    port, word = json.loads(store[peers.KEY])
+    store.blocking_key_value_get(connection.KEY, 5000)
+    port, word = json.loads(store[connection.KEY])
     for hello in (b"GET / HTTP/1.1\n", b'["guess", 1]\n', b"[1]\n", b"7\n"):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(hello)
             with contextlib.suppress(ConnectionResetError):
                 assert stranger.recv(1) == b""
-    connection = peers.connect("127.0.0.1", 1, "a", store)
+    arrived = connection.connect("127.0.0.1", 1, "a", store)
     wait.join(5)
-    assert sorted(found) == [1] and (found[1].host, connection.host) == ("b", "a")
-    monkeypatch.setattr(peers, "ARRIVAL", 0.1)
+    assert sorted(found) == [1] and (found[1].host, arrived.host) == ("b", "a")
+    monkeypatch.setattr(connection, "ARRIVAL", 0.1)
     with pytest.raises(PeerError, match="process 1, 2 cannot reach process 0 at a:"):
-        peers.gather_connections([*"abc"], 1, Store())
+        connection.gather_connections([*"abc"], 1, Store())
     with pytest.raises(PeerError, match="process 1 cannot reach process 0 at 127.0.0.1:1\n"):
-        peers.connect("127.0.0.1", 1, "a", Store({peers.KEY: json.dumps([1, word])}))
+        connection.connect("127.0.0.1", 1, "a", Store({connection.KEY: json.dumps([1, word])}))
 
 
 def test_a_step_that_is_stuck_writes_where_every_thread_is_and_then_ends(tmp_path, monkeypatch):
     """Held against the last ones by its rows: a batch that grows is no fault, nor are the first steps."""
-    monkeypatch.setattr(peers.Pace, "SHORTEST", 0.0)
+    monkeypatch.setattr(watchdog.StepWatchdog, "SHORTEST", 0.0)
     log = os.open(tmp_path / "log.txt", os.O_WRONLY | os.O_CREAT)
-    monkeypatch.setattr(peers, "logs", [log])
-    pace, clock = peers.Pace(), [0.0]
-    monkeypatch.setattr(peers, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    pace, clock = watchdog.StepWatchdog([log]), [0.0]
+    monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
 
     def late(seconds: float, rows: int) -> str:
         with pace(rows):
@@ -337,7 +336,7 @@ class Script:
 
     def stepped(self, step: int) -> None: ...
 
-    def pace(self, rows: int) -> contextlib.AbstractContextManager:
+    def watchdog(self, rows: int) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
 
@@ -360,8 +359,8 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
             patch.setattr(metrics, "read", lambda folder, say=None: [])
             for module in (train, checkpoint, distributed):
                 patch.setattr(module, "leads", lambda: False)
-            for name in ("read_config", "expected_data_state"):
-                patch.setattr(checkpoint, name, never)
+            for module, name in ((run_folder, "read_config"), (checkpoint, "expected_data_state")):
+                patch.setattr(module, name, never)
         patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
 
         def spied(module, name: str, what: str, before=lambda *arguments: None, step=lambda this, *_: this.data.step):
@@ -424,7 +423,7 @@ def test_who_does_not_lead_does_what_process_0_decides_whatever_it_sees_itself(t
 @pytest.mark.parametrize(("held", "code"), [(True, 70), (False, -signal.SIGABRT)])
 def test_an_abort_waits_for_the_thread_that_knows_better(held, code):
     """As JAX's client aborts in a thread of its own where process 0 is gone."""
-    lines = ["import ctypes, os, threading, time", "from lm_jax import peers"]
+    lines = ["import ctypes, os, threading, time", "from lm_jax.multihost import peers"]
     lines += ["peers.hold_up_aborts()"] * held
     lines += ["threading.Thread(target=ctypes.CDLL(None).abort).start()", "time.sleep(0.5)", "os._exit(70)"]
     line = [sys.executable, "-c", "\n".join(lines)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lm_jax import checkpoint
+from lm_jax import checkpoint, run_folder
 from lm_jax.data import special_ids, tokenizer
 from lm_jax.errors import UserError
 
@@ -160,7 +160,7 @@ def test_training_is_a_function_of_the_texts(made):
 def test_a_run_and_a_corpus_keep_the_file_under_its_name(one, tmp_path):
     place = checkpoint.epath.Path(tmp_path)
     for name, content in special_ids.files(one, special_ids.of_documents(one)).items():
-        checkpoint.write_run_file(place, name, content, print)
+        run_folder.write_run_file(place, name, content, print)
     assert {path.name for path in place.iterdir()} == {one.file_name, tokenizer.BESIDE}
     found = tokenizer.load(str(tmp_path))
     assert type(found) is type(one) and found.fingerprint == one.fingerprint

@@ -16,7 +16,7 @@ from conftest import FAMILIES, ROOT, command, tiny
 from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lm_jax import checkpoint, experiment, files, metrics
+from lm_jax import checkpoint, experiment, files, load_model, manifest, metrics
 from lm_jax.config import Config, Mesh, default_config
 from lm_jax.config_check import resolve
 from lm_jax.data import loader
@@ -44,7 +44,7 @@ def lines_of(workdir) -> list[dict]:
 
 def final_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
     """Every array of the last checkpoint: parameters and optimizer state."""
-    found = checkpoint.locate(str(workdir))
+    found = load_model.locate(str(workdir))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         state, data = checkpoint.restore(
             found.workdir, found.step, make_program(found.config, found.tokenizer.num_pieces)
@@ -178,7 +178,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(copy, refer
 
 
 def fault_in(folder: pathlib.Path) -> str:
-    return checkpoint.fault(checkpoint.epath.Path(folder))
+    return manifest.invalid_reason(checkpoint.epath.Path(folder))
 
 
 def test_every_kind_of_damage_is_found(copy):

@@ -14,7 +14,7 @@ import time
 import jax
 from etils import epath
 
-from lm_jax import checkpoint, cli, manifest
+from lm_jax import checkpoint, cli, files
 from lm_jax.batch_ramp import DataState
 from lm_jax.config import default_config
 from lm_jax.config_check import resolve
@@ -53,13 +53,13 @@ def speeds(program, state, folder: str, rounds: int) -> dict:
     """Seconds and MB/s, medians over rounds in turns with hashes and without."""
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     found: dict[str, list[tuple[float, float]]] = {"hashed": [], "not hashed": []}
-    saver, hashing = checkpoint.Saver(epath.Path(folder), program.config, FACTS), manifest.file_hash
+    saver, hashing = checkpoint.Saver(epath.Path(folder), program.config, FACTS), files.file_hash
     timed_save(saver, state, 1)  # what is made once
     for step in range(2, 2 + 2 * rounds):
         case = "hashed" if step % 2 else "not hashed"
-        manifest.file_hash = hashing if case == "hashed" else lambda path: {"bytes": 0, "sha256": ""}
+        files.file_hash = hashing if case == "hashed" else lambda path: {"bytes": 0, "sha256": ""}
         found[case].append(timed_save(saver, state, step))
-    manifest.file_hash = hashing
+    files.file_hash = hashing
     saver.close()
     blocked, whole = (statistics.median(times) for times in zip(*found["hashed"], strict=True))
     plain = statistics.median(seconds for _, seconds in found["not hashed"])

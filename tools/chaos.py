@@ -24,7 +24,7 @@ import numpy as np
 from bucket_emulator import bucket, free_port
 from etils import epath
 
-from lm_jax import checkpoint, cli, fault_points, metrics
+from lm_jax import checkpoint, cli, fault_points, load_model, manifest, metrics
 from lm_jax.config import Mesh
 from lm_jax.mesh import make_mesh
 from lm_jax.plan.counts import duration
@@ -201,7 +201,7 @@ def tell(line: str) -> None:
 def turn_a_bit(steps: epath.Path) -> None:
     """Of the newest step: who restores is to set it aside."""
     folder = steps / str(checkpoint.complete_steps(steps)[-1])
-    path = folder / max(checkpoint.read_manifest(folder)["files"].items(), key=lambda item: item[1]["bytes"])[0]
+    path = folder / max(manifest.read_manifest(folder)["files"].items(), key=lambda item: item[1]["bytes"])[0]
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
@@ -209,7 +209,7 @@ def turn_a_bit(steps: epath.Path) -> None:
 
 def outcome(workdir: str) -> dict[str, list]:
     """The log of a run, and the arrays of its newest step: parameters and the optimizer's state."""
-    lines, found = metrics.read(epath.Path(workdir)), checkpoint.locate(workdir)
+    lines, found = metrics.read(epath.Path(workdir)), load_model.locate(workdir)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         state, _ = checkpoint.restore(found.workdir, found.step, make_program(found.config, found.num_pieces))
     numbers = [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]

@@ -7,7 +7,7 @@ import sys
 import matplotlib
 from etils import epath
 
-from lm_jax import checkpoint, cli, metrics
+from lm_jax import cli, metrics, run_folder
 from lm_jax.config import difference
 from lm_jax.errors import UserError
 from lm_jax.tasks import results
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
             f"no metrics in {', '.join(empty)}: name the folder that holds metrics.jsonl, such as runs/quickstart"
         )
     print(table(runs))
-    first, *others = (checkpoint.read_config(epath.Path(place))["config"] for place in flags.runs)
+    first, *others = (run_folder.read_config(epath.Path(place))["config"] for place in flags.runs)
     for place, other in zip(flags.runs[1:], others, strict=True):
         for path, (here, there) in difference(first, other).items():
             print(f"config.{path}: {here!r} in {flags.runs[0]}, {there!r} in {place}")

@@ -15,20 +15,18 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
-from lm_jax import cli  # first: Ctrl-C is answered while the others are imported
-
-# isort: split
-import jax
-import numpy as np
-from etils import epath
-
-from lm_jax import checkpoint, distributed
+from lm_jax import cli, distributed, load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import export, hugging_face, proof, run, text_files
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 from lm_jax.mesh import make_mesh
 from lm_jax.terminal import Terminal
+
+# isort: split
+import jax
+import numpy as np
+from etils import epath
 
 THEIR_NAMES = {
     "transformer": {"input_ids": "tokens"},
@@ -126,18 +124,20 @@ def main(arguments: list[str]) -> int:
     flags, say = parser.parse_args(arguments), Terminal()
     again = shlex.join(["python", "tools/convert_checkpoint.py", *arguments, "--unproven"])
     to_gguf = flags.output.endswith(".gguf")
+    if not distributed.does_it_alone():
+        return 0
     with jax.set_mesh(make_mesh(Mesh(data=1), [distributed.own(distributed.devices())])):
         if flags.model.endswith(".gguf") and not flags.over:
             leaving = export.of_gguf(flags.model)
         else:
-            found = checkpoint.locate(flags.model, say)
+            found = load_model.locate(flags.model, say)
             if flags.over:
-                run.write_part(epath.Path(flags.output), found, checkpoint.locate(flags.over, say))
+                run.write_part(epath.Path(flags.output), found, load_model.locate(flags.over, say))
                 say(f"wrote {flags.output}, which needs {flags.over}")
                 return 0
             if found.described and not to_gguf:
                 carried = hugging_face.carried_files(str(found.workdir))
-                run.write(epath.Path(flags.output), found, checkpoint.load_parameters(found)[1], carried)
+                run.write(epath.Path(flags.output), found, load_model.load_parameters(found)[1], carried)
                 say(f"wrote {flags.output}")
                 return 0
             leaving = export.of_model(found)

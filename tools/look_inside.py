@@ -5,14 +5,7 @@ attention   who looks at whom in `--layer`: a line a query, a column a key, a sq
 next        the likeliest next pieces; with --compare, how likely each of the given endings is after the text
 """
 
-from lm_jax import cli  # first: Ctrl-C is answered while the others are imported
-
-# isort: split
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from lm_jax import checkpoint, distributed
+from lm_jax import cli, distributed, load_model
 from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import continuation
 from lm_jax.errors import UserError
@@ -20,6 +13,11 @@ from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context, attend
 from lm_jax.model.layers import merge, split
 from lm_jax.terminal import Terminal
+
+# isort: split
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 SHADES, SHOWN = " .:-=+*#%@", 8
 
@@ -67,7 +65,7 @@ def main(arguments: list[str]) -> int:
     parser.reads({"view": ("attention",)}, "layer")
     parser.reads({"view": ("next",)}, "compare")
     flags, say = parser.parse_args(arguments), Terminal()
-    found = checkpoint.locate(flags.model, say)
+    found = load_model.locate(flags.model, say)
     if found.config.model.kind != "transformer":
         raise UserError(f"--model {flags.model} is of kind {found.config.model.kind}: this looks into a transformer")
     if not 0 <= flags.layer < found.config.model.num_layers:
@@ -77,7 +75,7 @@ def main(arguments: list[str]) -> int:
     tokens = encode(flags.text)
     name = lambda piece: repr(continuation(found.tokenizer, tokens, [piece]))
     with jax.set_mesh(make_mesh(Mesh(data=1), [distributed.own(distributed.devices())])):
-        graph, parameters = checkpoint.load_parameters(found)
+        graph, parameters = load_model.load_parameters(found)
         model = graph.module(parameters)
         if flags.view == "embedding":
             table = np.asarray(parameters["embedding"]["table"])[: found.num_pieces]

@@ -7,7 +7,7 @@ person knows (licence, use, what is known to be wrong) stands as a line to FILL 
 import json
 import re
 
-from lm_jax import checkpoint, cli, metrics
+from lm_jax import checkpoint, cli, load_model, manifest, metrics, run_folder
 from lm_jax.errors import UserError
 from lm_jax.files import write_whole
 from lm_jax.plan import counts
@@ -55,8 +55,8 @@ def evaluation(workdir, lines: list[dict]) -> str:
     )
 
 
-def card(found: checkpoint.Located) -> str:
-    config, workdir, saved = found.config, found.workdir, checkpoint.read_config(found.workdir)
+def card(found: load_model.Located) -> str:
+    config, workdir, saved = found.config, found.workdir, run_folder.read_config(found.workdir)
     lines, log = [line for line in metrics.read(workdir, print) if line["step"] <= found.step], workdir / "log.txt"
     counted = counts.count(config, make_program(config, found.num_pieces).graph.declarations)
     seen = checkpoint.read_data_state(workdir, found.step)
@@ -126,11 +126,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
     parser.add_argument("--output", default="", help="a file; without it the card is printed")
     flags, say = parser.parse_args(arguments), Terminal()
-    found = checkpoint.locate(flags.model, say)
+    found = load_model.locate(flags.model, say)
     if found.described:
         parser.error(f"--model {flags.model} is a Hugging Face folder: the run knows what it was trained on")
     step = checkpoint.steps_folder(found.workdir) / str(found.step)
-    if problem := checkpoint.fault(step, items=("data",)):  # the card says what was read of the text, too
+    if problem := manifest.invalid_reason(step, items=("data",)):  # the card says what was read of the text, too
         raise UserError(f"--model {flags.model}: step {found.step}: {problem}")
     text = card(found)
     if flags.output:

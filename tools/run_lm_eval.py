@@ -4,7 +4,7 @@ tools/lm_eval_tasks`, a folder with tasks over your own JSONL."""
 import json
 import sys
 
-from lm_jax import checkpoint, cli, distributed
+from lm_jax import cli, distributed, load_model
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.terminal import Terminal
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     from lm_jax.generate import lm_eval  # takes seconds, and says so where lm-eval is missing
 
     say = Terminal()
-    found = checkpoint.locate(flags.model, say)
+    found = load_model.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
     model = lm_eval.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), say)
     if flags.apply_chat_template:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from lm_jax import checkpoint
+from lm_jax import load_model
 from lm_jax.convert import gguf, hugging_face, text_files
 from lm_jax.convert.proof import Exported
 from lm_jax.convert.text_files import Text
@@ -26,13 +26,13 @@ class Leaving(NamedTuple):
     no_chat: str = ""  # why conversations cannot be compared here, though there is a template
 
 
-def of_model(found: checkpoint.Located) -> Leaving:
+def of_model(found: load_model.Located) -> Leaving:
     """A run or a Hugging Face folder. Raises UserError where no family is this model."""
     text, no_chat = text_of(found)
     reads = found.config.model.kind == "encoder_decoder"
-    fields, context = text_files.id_fields(text.ids, reads), checkpoint.context_of(found)
+    fields, context = text_files.id_fields(text.ids, reads), load_model.context_of(found)
     described = hugging_face.description_of(found.config, found.num_pieces, fields, context)
-    return Leaving(described, checkpoint.load_parameters(found)[1], text, no_chat)
+    return Leaving(described, load_model.load_parameters(found)[1], text, no_chat)
 
 
 def of_gguf(path: str) -> Leaving:
@@ -46,7 +46,7 @@ def of_gguf(path: str) -> Leaving:
     return Leaving(described, parameters, Text(tokenizer, ids, template=template), no_chat)
 
 
-def text_of(found: checkpoint.Located) -> tuple[Text, str]:
+def text_of(found: load_model.Located) -> tuple[Text, str]:
     """What a MODEL knows of text, and why its conversations cannot be compared ("" = they can)."""
     tokenizer, data, no_chat = found.tokenizer, found.config.data, ""
     ids, template = found.special_ids, chat_template.find_template(found.workdir)
@@ -85,7 +85,7 @@ def write_folder(folder: str, leaving: Leaving, prove: Prove, say: Callable[[str
 
     def as_read(small: str, tensors: dict) -> None:
         """The folder's own text is compared, not the run's."""
-        again = checkpoint.locate_hugging_face(epath.Path(small))
+        again = load_model.locate_hugging_face(epath.Path(small))
         ids = again.special_ids
         if text.ids.ends and (ids.first, set(ids.ends)) != (text.ids.first, set(text.ids.ends)):
             raise UserError(f"not written: texts begin and end with {text.ids} here, and read again with {ids}")

@@ -1,7 +1,6 @@
 """A GGUF file of the Llama family <-> what a Hugging Face folder would hold: config, tensors, tokenizer.json, chat template."""
 
 import json
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from lm_jax.convert.tokenizer_json import special_token, vocab_of
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.errors import UserError, needs
+from lm_jax.files import draft
 from lm_jax.regular_files import opened
 
 # Their names, which hold for weights alone; a number of a layer stands for `{layer}`.
@@ -199,8 +199,12 @@ def write(path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], tex
         )
     if config["attention_bias"]:
         raise UserError(f"{path}: a Llama with biases has no place in a GGUF file")
-    draft = f"{path}.unfinished"
-    writer = gguf.GGUFWriter(draft, "llama")
+    with draft(path) as file:
+        fill(gguf.GGUFWriter(file.name, "llama"), path, config, tensors, text)  # which opens the file by its name
+
+
+def fill(writer, path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], text: Text) -> None:
+    """Everything that the file holds; `path` is for messages."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -235,7 +239,6 @@ def write(path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], tex
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(draft, path)
 
 
 def add_ids(path: str, writer, ids: SpecialIds) -> None:

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from lm_jax.convert import encoders, families, safetensors
 from lm_jax.convert.families import EXPERT, LAYER, Family
 from lm_jax.convert.fields import theirs_of
 from lm_jax.errors import UserError
-from lm_jax.files import MODEL_FILES
+from lm_jax.files import MODEL_FILES, draft_folder
 from lm_jax.model.build import Graph, build
 from lm_jax.model_config import OBJECTIVES
 
@@ -416,9 +415,8 @@ def write(
     tensors = their_tensors(described, ours)
     check_room(parent, folder, sum(x.nbytes for x in tensors.values()) + sum(map(len, files.values())))
     os.makedirs(parent, exist_ok=True)
-    unfinished = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=parent)
-    try:
-        os.chmod(unfinished, 0o755)
+    with draft_folder(os.path.abspath(folder), alone=False) as unfinished:
+        os.mkdir(unfinished)
         for name, content in ({"config.json": json.dumps(described.content, indent=1).encode()} | files).items():
             with open(os.path.join(unfinished, name), "wb") as file:
                 file.write(content)
@@ -428,11 +426,6 @@ def write(
         found = safetensors.folder_tensors(unfinished)
         if wrong := [name for name, x in tensors.items() if not np.array_equal(found[name].read(), x, equal_nan=True)]:
             raise UserError(f"{folder}: not written: the disk gave {listed(wrong)} back in another way")
-        if os.path.isdir(folder):
-            os.rmdir(folder)
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_room(parent: str, folder: str, num_bytes: int) -> None:

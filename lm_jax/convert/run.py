@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import checkpoint
+from lm_jax import checkpoint, load_model, manifest, run_folder
 from lm_jax.convert import hugging_face
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
@@ -22,10 +22,10 @@ from lm_jax.model.build import build
 
 def write(
     workdir: epath.Path,
-    found: checkpoint.Located,
+    found: load_model.Located,
     parameters: dict,
     carried: dict[str, bytes],
-    base: checkpoint.Located | None = None,
+    base: load_model.Located | None = None,
 ) -> None:
     """The config, the tokenizer and what goes along with it, and the parameters; the manifest last. Raises UserError.
 
@@ -39,9 +39,9 @@ def write(
     for name, content in (carried | special_ids.files(tokenizer, found.special_ids)).items():
         (workdir / name).write_bytes(content)
     facts: dict[str, Any] = {"pipeline": 0, "tokenizer": tokenizer.fingerprint, "data": "", "shards": {}}
-    facts["run"] = checkpoint.run_identity({}, found.config, facts)
-    said = {"base": {"place": place_of(base), "hash": checkpoint.fingerprint(base)}} if base else {}
-    checkpoint.write_config(workdir, found.config, {}, facts | said | {"context": checkpoint.context_of(found)})
+    facts["run"] = run_folder.run_identity({}, found.config, facts)
+    said = {"base": {"place": place_of(base), "hash": load_model.fingerprint(base)}} if base else {}
+    run_folder.write_config(workdir, found.config, {}, facts | said | {"context": load_model.context_of(found)})
     graph = build(
         found.config.model,
         specials(tokenizer, found.config.data.objective).num_pieces,
@@ -52,32 +52,32 @@ def write(
     folder = checkpoint.steps_folder(workdir) / "0"
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
         orbax.save(folder, args=ocp.args.Composite(parameters=ocp.args.StandardSave(kept)))
-    checkpoint.write_manifest(folder, {"step": 0} | {name: facts[name] for name in checkpoint.FACTS})
+    manifest.write_manifest(folder, {"step": 0} | {name: facts[name] for name in checkpoint.FACTS})
 
 
-def write_part(workdir: epath.Path, found: checkpoint.Located, base: checkpoint.Located) -> None:
+def write_part(workdir: epath.Path, found: load_model.Located, base: load_model.Located) -> None:
     """Only what was trained of a MODEL, with where its base lies and what it is. Raises UserError."""
     carried = hugging_face.carried_files(str(base.workdir))
     write(workdir, found, trained_part(found, base), carried, base)
 
 
-def place_of(located: checkpoint.Located) -> str:
+def place_of(located: load_model.Located) -> str:
     """A MODEL that stays what it is: where it lies, and of a run at which step."""
     place = str(located.workdir) if is_url(located.workdir) else os.path.abspath(located.workdir)
     return place if located.described else f"{place}@{located.step}"
 
 
-def trained_part(found: checkpoint.Located, base: checkpoint.Located) -> dict:
+def trained_part(found: load_model.Located, base: load_model.Located) -> dict:
     """The parameters of a MODEL that were trained, if all others are the base's to the bit. Raises UserError."""
-    program, parameters = checkpoint.load_as_trained(found)
+    program, parameters = load_model.load_as_trained(found)
     part, frozen = program.split(parameters)
     if not frozen:
         raise UserError(f"all of {found.workdir} was trained; what can lie over a base has config.optimizer.trainable")
-    have = checkpoint.graph_of(base).declarations
+    have = load_model.graph_of(base).declarations
     flat = flatten_mapping(frozen)
     apart = ["/".join(path) for path, x in flat.items() if path not in have or have[path].shape[1:] != x.shape[1:]]
     if not apart:
-        beneath = flatten_mapping(checkpoint.under(base, frozen))
+        beneath = flatten_mapping(load_model.under(base, frozen))
         apart = ["/".join(path) for path, x in flat.items() if not np.array_equal(x, beneath[path])]
     if apart:
         raise UserError(

@@ -9,7 +9,6 @@ is a place that a config can name. What a config names as raw text is built once
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -27,7 +26,18 @@ from lm_jax import regular_files
 from lm_jax.config import Data
 from lm_jax.data import sources, tokenizer
 from lm_jax.errors import UserError, needs
-from lm_jax.files import file_hash, flush, seal, sealed, unsealed, write_whole
+from lm_jax.files import (
+    BESIDE,
+    draft_folder,
+    file_hash,
+    flush,
+    flush_folder,
+    locked,
+    seal,
+    sealed,
+    unsealed,
+    write_whole,
+)
 from lm_jax.regular_files import is_url
 
 FORMAT = 3  # 2 had no seal, and is read
@@ -200,9 +210,7 @@ class ShardWriter:
             "files": {name: file_hash(os.path.join(self.folder, name)) for name in sorted(names)},
         }
         write_whole(os.path.join(self.folder, MANIFEST), sealed(manifest))
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        flush_folder(self.folder)
         return manifest
 
 
@@ -288,17 +296,10 @@ def open_corpus(
     return read(folder, f"remove {folder} and it is built again")
 
 
-@contextlib.contextmanager
-def writer_lock(path: str, say: Callable[[str], None]):
-    """Held by the one process that builds; others say that they wait. The lock dies with its process."""
+def writer_lock(path: str, say: Callable[[str], None]) -> contextlib.AbstractContextManager:
+    """Held by the one process that builds; others say that they wait."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process builds this corpus: waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return locked(path, lambda: say("another process builds this corpus: waiting"))
 
 
 def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str, say: Callable[[str], None]) -> None:
@@ -330,9 +331,17 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
     if not given:
         say(f"training a tokenizer of {tokenizer.num_pieces(data.tokenizer):,} pieces")
     trained = given or tokenizer.make(data.tokenizer, ordered["train"])
-    draft = f"{folder}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    writer, start, done = ShardWriter(draft, trained), time.monotonic(), 0
+    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
+    with draft_folder(folder) as draft:
+        write_splits(draft, ordered, trained, num_bytes, say).close(source=place, left_out=left_out)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_splits(
+    folder: str, ordered: dict[str, list[str]], trained: tokenizer.Tokenizer, num_bytes: int, say: Callable[[str], None]
+) -> ShardWriter:
+    """The texts of each split, `num_bytes` in all, tokenised into the shards of a folder. Returns the writer, to be closed."""
+    writer, start, done = ShardWriter(folder, trained), time.monotonic(), 0
     for split, texts in ordered.items():  # documents in the order of their hashes
         for first in range(0, len(texts), TOGETHER):
             group = texts[first : first + TOGETHER]
@@ -342,10 +351,7 @@ def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str
             if time.monotonic() - start > 2:
                 start = time.monotonic()
                 say(f"tokenising: {100 * done / num_bytes:.0f}%")
-    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
-    writer.close(source=place, left_out=left_out)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(draft, folder)
+    return writer
 
 
 def local_copy(place: str, say: Callable[[str], None]) -> str:
@@ -364,8 +370,7 @@ def local_copy(place: str, say: Callable[[str], None]) -> str:
                 assert os.path.basename(name) == name
                 with (url / name).open("rb") as source, open(os.path.join(folder, name), "wb") as file:
                     shutil.copyfileobj(source, file, 1 << 22)
-            with open(os.path.join(folder, MANIFEST), "wb") as file:
-                file.write(manifest)
+            write_whole(os.path.join(folder, MANIFEST), manifest)
     return folder
 
 
@@ -397,7 +402,7 @@ def read_manifest(folder: str, mend: str) -> dict:
         raise UserError(f"{path} cannot be read as the manifest of a corpus; {mend}") from None
     if found not in (2, FORMAT):
         raise UserError(f"{path} has format {found!r}, this version reads 2 and {FORMAT}; {mend}")
-    if sorted(names) != sorted(name for name in manifest["files"] if name != tokenizer.BESIDE):
+    if sorted(names) != sorted(name for name in manifest["files"] if name != BESIDE):
         raise UserError(f"{path}: its files are not those of its counts; {mend}")
     return manifest
 

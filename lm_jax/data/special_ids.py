@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm_jax.data.tokenizer import BESIDE, HuggingFace, SentencePiece, Tokenizer, read_json, stated_in, token_in
+from lm_jax.data.tokenizer import HuggingFace, SentencePiece, Tokenizer, stated_in, token_in
+from lm_jax.files import BESIDE
+from lm_jax.regular_files import read_object
 
 GENERATION = "generation_config.json"
 
@@ -36,14 +38,14 @@ def of_documents(tokenizer: Tokenizer) -> SpecialIds:
 
 def read(folder: epath.Path, tokenizer: Tokenizer) -> SpecialIds:
     """Of the MODEL in a folder: a run, or a folder of Hugging Face."""
-    kept = read_json(folder / BESIDE)
+    kept = read_object(folder / BESIDE)
     if SpecialIds._fields[0] in kept:
         first, last, start, ends = (kept[name] for name in SpecialIds._fields)
         return SpecialIds(tuple(first), tuple(last), start, tuple(ends))
-    described = read_json(folder / "config.json")
+    described = read_object(folder / "config.json")
     if "model_type" not in described:
         return of_documents(tokenizer)
-    generation = read_json(folder / GENERATION)
+    generation = read_object(folder / GENERATION)
     said = lambda name: ids_in(generation.get(name), tokenizer) or ids_in(described.get(name), tokenizer)
     first, last = around(folder, tokenizer)
     ends = said("eos_token_id") or end_of_tokenizer(folder, tokenizer)
@@ -79,7 +81,7 @@ def around(folder: epath.Path, tokenizer: Tokenizer) -> tuple[tuple[int, ...], t
         return tuple(before), tuple(after)
     if not isinstance(tokenizer, SentencePiece):
         return (), ()
-    said = read_json(folder / "tokenizer_config.json")
+    said = read_object(folder / "tokenizer_config.json")
 
     def put(name: str, own: int) -> tuple[int, ...]:
         if said.get(f"add_{name}_token") is not True:

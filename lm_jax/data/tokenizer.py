@@ -22,11 +22,10 @@ from etils import epath
 
 from lm_jax import regular_files
 from lm_jax.errors import UserError, needs
+from lm_jax.files import BESIDE
+from lm_jax.regular_files import read_object
 
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
-BESIDE = (
-    "special_ids.json"  # what a run or a corpus keeps beside the tokenizer's file, where that alone does not say it
-)
 SPACE = "\u2581"  # how SentencePiece writes a space; the character itself is spelled in bytes
 SAMPLE_BYTES = 8_000_000  # characters of text that a tokenizer is trained on
 LOST = {  # by tokenizers that change a text before they read it; what each is, in a text
@@ -340,12 +339,12 @@ def load(setting: str) -> Tokenizer:
 
 def stated_in(folder: epath.Path) -> Stated:
     """What a folder says of its tokenizer: a run or a corpus in `special_ids.json`, Hugging Face in its three files."""
-    if kept := read_json(folder / BESIDE):
+    if kept := read_object(folder / BESIDE):
         return Stated(kept.get("document"), kept.get("num_pieces", 0))
-    described, told = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
+    described, told = read_object(folder / "config.json"), read_object(folder / "tokenizer_config.json")
     ends: list[int | str | None] = [token_in(told.get("eos_token"))]
     ends += [
-        first_of(read_json(folder / name).get("eos_token_id")) for name in ("generation_config.json", "config.json")
+        first_of(read_object(folder / name).get("eos_token_id")) for name in ("generation_config.json", "config.json")
     ]
     rows = described.get("vocab_size")
     return Stated(
@@ -362,15 +361,6 @@ def token_in(value: Any) -> str | None:
 def first_of(value: Any) -> int | None:
     found = value[0] if isinstance(value, list) and value else value
     return found if isinstance(found, int) else None
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """An object in a file, {} where there is none that can be read."""
-    try:
-        content = regular_files.read_json(path)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def continuation(tokenizer: Tokenizer, before: Iterable[int], ids: Iterable[int]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lm_jax import checkpoint, cli, distributed, regular_files
+from lm_jax import cli, distributed, load_model, regular_files
 from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.errors import UserError
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--prompt and --prompts: one of them")
     say = Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
-    found = checkpoint.locate(flags.model, say)
+    found = load_model.locate(flags.model, say)
     if not writes(found.config.model):
         does = f"answers with its {found.config.model.head}" if found.config.model.head else "fills in what is hidden"
         raise UserError(
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         )
     tell_losses(found.tokenizer, say)
     with jax.set_mesh(make_mesh(Mesh(slices=-1), distributed.devices())):
-        write = writer(*checkpoint.load_parameters(found), found, flags)
+        write = writer(*load_model.load_parameters(found), found, flags)
         if from_file:
             for first in range(0, len(from_file), TOGETHER):
                 prompts = from_file[first : first + TOGETHER]
@@ -115,7 +115,7 @@ def read_prompts(place: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def writer(graph: Graph, parameters: dict, located: checkpoint.Located, flags) -> Callable[..., list[Completion]]:
+def writer(graph: Graph, parameters: dict, located: load_model.Located, flags) -> Callable[..., list[Completion]]:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
     parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
     template = chat_template.read_template(located.workdir, flags.chat_variables) if flags.chat else None

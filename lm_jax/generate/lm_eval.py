@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax import checkpoint
+from lm_jax import load_model
 from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.errors import UserError, nearest, needs
@@ -39,7 +39,7 @@ class HarnessModel(TemplateLM):
 
     max_gen_toks = 256  # where a task does not say, as lm-eval's own backends have it
 
-    def __init__(self, found: checkpoint.Located, rows: int = 8, max_length: int = 0, devices=None, say=None):
+    def __init__(self, found: load_model.Located, rows: int = 8, max_length: int = 0, devices=None, say=None):
         super().__init__()
         if found.config.model.kind in OBJECTIVES:
             raise UserError(
@@ -49,7 +49,7 @@ class HarnessModel(TemplateLM):
         self.found, self.rows, self.say = found, rows, say or Terminal()
         self.mesh, self.marks = make_mesh(Mesh(slices=-1), devices), found.special_ids
         with jax.set_mesh(self.mesh):
-            self.graph, self.parameters = checkpoint.load_parameters(found)
+            self.graph, self.parameters = load_model.load_parameters(found)
         self.max_length = max_length or self.graph.sequence_length
         if self.max_length > self.graph.sequence_length:
             raise UserError(f"--max_length {max_length}: the model sees {self.graph.sequence_length} tokens")

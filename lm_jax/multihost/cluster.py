@@ -1,6 +1,6 @@
 """Which processes this one belongs to: decided once, from where it is, before JAX has devices.
 
-How each kind of cluster says it is known to JAX (`jax._src.clusters`); here stands whom to ask, when, and for which port.
+How each kind of cluster says it is known to JAX (`jax._src.clusters`); here stands whom to ask, when, for which port.
 """
 
 import dataclasses
@@ -40,21 +40,17 @@ class Cluster:
 def find() -> Cluster | None:
     """The job that this process is one of several of; None where it is alone.
 
-    JAX_COORDINATOR_ADDRESS comes first, with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or with the numbers of a cluster below;
-    then Open MPI, a step of Slurm, GKE, and a Cloud TPU VM, which alone is asked over the network. JAX_NUM_PROCESSES=1 is
-    one process anywhere. Raises UserError where the environment contradicts itself.
+    JAX_COORDINATOR_ADDRESS comes first, with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or with the numbers of a cluster
+    below; then Open MPI, a step of Slurm, GKE, and a Cloud TPU VM, which alone is asked over the network.
+    JAX_NUM_PROCESSES=1 is one process anywhere. Raises UserError where the environment contradicts itself.
     """
-    address, num, process = (
-        os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        given("JAX_NUM_PROCESSES"),
-        given("JAX_PROCESS_ID"),
-    )
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    num, process = given("JAX_NUM_PROCESSES"), given("JAX_PROCESS_ID")
     if num == 1:
         return None
     known = address and num is not None and process is not None
-    kinds = (
-        KINDS[:-1] if known else KINDS
-    )  # what is given needs no server; a host's accelerators are shared out all the same
+    # What is given needs no server; a host's accelerators are shared out all the same.
+    kinds = KINDS[:-1] if known else KINDS
     found = next(filter(None, (kind() for kind in kinds)), None)
     if address:
         found = explicit(address, found, num, process)
@@ -114,7 +110,7 @@ def open_mpi() -> Cluster | None:
 
 
 def slurm() -> Cluster | None:
-    """Only a task that srun started: the script of sbatch and the shell of salloc have a job's numbers, and are one process."""
+    """Only a task that srun started: a script of sbatch has the job's numbers too, and is one process."""
     num = given("SLURM_STEP_NUM_TASKS")
     if num is None or num == 1 or not SlurmCluster.is_env_present():
         return None

@@ -1,47 +1,41 @@
 """The processes of a run hold a line to each other: one decides for all, and who ends takes the others along.
 
-Process 0 listens, every other one keeps a connection to it. On it go, as lines of JSON, what process 0 decides (`agree`), what
-the others say (`everyone`), the wish to stop, the end of a process with its reason, and twice a second a sign of life. A
-connection that closes without an end, or is silent for SILENCE seconds once its process has done a step, is a death: all leave
+Every process has a connection to process 0 (`connection.py`). Over it go what process 0 decides (`agree`), what the
+others say (`everyone`), the wish to stop, the end of a process with its reason, and twice a second a sign of life. A
+connection that closes without an end, or is silent for SILENCE seconds after a first step, is a death: all leave
 with 70.
 
-No device has a part in it: it works before there is a mesh, while another program compiles, and where a collective is stuck.
+No device has a part in it: it works before there is a mesh, while a process compiles, where a collective is stuck.
 """
 
 import contextlib
 import ctypes
-import faulthandler
-import hashlib
+import glob
 import json
 import os
 import queue
-import secrets
 import selectors
 import signal
-import socket
-import statistics
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from lm_jax import stop
-from lm_jax.errors import PeerError, UserError
+from lm_jax.errors import UserError
 from lm_jax.faults import EXIT_MACHINE
-from lm_jax.multihost.roll_call import listen
+from lm_jax.files import file_hash
+from lm_jax.multihost.connection import SILENCE, Connection, connect, gather_connections
+from lm_jax.multihost.watchdog import StepWatchdog
 from lm_jax.stop import EXIT_FAULT
 
 BEAT = 0.5  # seconds between two signs of life
-SILENCE = 3.5  # seconds without one after which a process counts as dead
-ARRIVAL = 60.0  # seconds in which all processes are to have reached process 0, once JAX has joined them
 BLAME = 1.0  # seconds that an exception waits for news of a death which may be what it comes from
 GOODBYE = 0.5  # seconds that who ends waits for the others to hear it
-KEY = "lm_jax/peers"  # of the coordination service: where process 0 listens, and the word that opens
 
 
 class End(NamedTuple):
@@ -56,40 +50,10 @@ class End(NamedTuple):
         return f"lm_jax: process {self.process} (host {self.host}) {self.words}"
 
 
-class Connection:
-    """The end of the line to one other process."""
-
-    def __init__(self, to: socket.socket, process: int, host: str, rest: bytes = b""):
-        self.socket, self.process, self.host, self.rest = to, process, host, rest
-        self.heard, self.step = time.monotonic(), 0
-        self.is_open, self.takes, self.parted = True, True, False
-        to.settimeout(SILENCE)  # what is not taken for so long is as if it were not heard
-        to.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def send(self, **message) -> None:
-        """A connection that is closed is found by who reads, one that takes nothing any more by `takes`."""
-        try:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except TimeoutError:
-            self.takes = False
-        except OSError:
-            pass
-
-    def messages(self) -> list[dict[str, Any]]:
-        """What has come since the last time; `is_open` is False once nothing more will."""
-        try:
-            found = self.socket.recv(2**16)
-        except OSError:
-            found = b""
-        self.is_open, self.heard = bool(found), time.monotonic()
-        *lines, self.rest = (self.rest + found).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-
 class Line(stop.Alone):
-    """What a process holds in its hand: `agree`, `everyone`, `ask`, `end`, `part`. A thread of its own reads, and beats.
+    """The line of one process to the others: `agree`, `everyone`, `ask`, `end`, `part`. A thread reads and beats.
 
-    `on_end` is told how another process ended, `on_wish` (process 0) the number of a signal that another one got.
+    `on_end` is called with how another process ended, `on_wish` (process 0) with the number of another one's signal.
     """
 
     def __init__(
@@ -102,7 +66,7 @@ class Line(stop.Alone):
     ):
         self.process, self.host, self.connections = process, host, connections
         self.on_end, self.on_wish = on_end, on_wish
-        self.pace = Pace()
+        self.watchdog = StepWatchdog(logs)
         self._step, self._over, self._ending = 0, False, False  # the step, and whether all, or one, came to the end
         self._lock = threading.Lock()
         self._decided: queue.SimpleQueue = queue.SimpleQueue()
@@ -115,13 +79,16 @@ class Line(stop.Alone):
         return self.process == 0
 
     def send(self, **message) -> None:
-        """To all that this process is connected with."""
+        """Sends a message to all processes that this one is connected with."""
         with self._lock:
             for connection in self.connections.values():
                 connection.send(**message)
 
     def agree(self, value, about: str = ""):
-        """Process 0's value, which is plain JSON, on every process; process 0 waits for nobody."""
+        """Process 0's value (plain JSON) on every process; process 0 waits for nobody.
+
+        Raises RuntimeError where process 0 is at another decision.
+        """
         if self.leads:
             self.send(decided=value, about=about)
             return value
@@ -138,7 +105,7 @@ class Line(stop.Alone):
         return self.agree(None, about)
 
     def ask(self, number: int) -> bool:
-        """Whether it is process 0 that answers a signal: it is told."""
+        """Passes a signal on to process 0. Returns whether that is another process than this one."""
         if not self.leads:
             self.send(wish=number)
         return not self.leads
@@ -165,13 +132,13 @@ class Line(stop.Alone):
         self._thread.join()
 
     def stepped(self, step: int) -> None:
-        """From its first step on a process that is silent counts as dead: what it compiles is compiled."""
+        """A step is done. From the first one on silence is a death: nothing long is compiled any more."""
         is_first, self._step = not self._step, step
         if is_first:
             self.send(beat=step)
 
     def _tell(self, end: End) -> bool:
-        """Tells the others, once; waits until they are gone. Returns whether this was the first end."""
+        """Tells the others of an end, once, and waits until they are gone. Returns whether it was the first end."""
         with self._lock:
             if self._ending:
                 return False
@@ -202,7 +169,7 @@ class Line(stop.Alone):
                     self.send(beat=self._step)
                 self._read(BEAT / 2)
                 self._judge()
-                if words := self.pace.late():
+                if words := self.watchdog.late():
                     self._gone(End(self.process, self.host, EXIT_FAULT, words))
         except Exception:  # without this thread nobody would notice anything
             traceback.print_exc()
@@ -250,58 +217,21 @@ class Line(stop.Alone):
             self.on_end(end)
 
 
-class Pace:
-    """How long a step may take: what is far beyond the last ones is stuck. `with pace(rows)` stands around a step.
-
-    Once a step takes SHORTEST seconds and TIMES what the last ones took for as many rows, the stacks of all threads are written
-    to `logs`; after as long again it is given up.
-    """
-
-    SHORTEST, TIMES, FEWEST = 60.0, 10, 3
-
-    def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=20)  # seconds a row
-        self._since, self._limit, self._told = 0.0, 0.0, False
-
-    @contextlib.contextmanager
-    def __call__(self, rows: int) -> Iterator[None]:
-        enough = len(self._last) >= self.FEWEST  # the first steps wait for whatever is first
-        limit = max(self.SHORTEST, self.TIMES * statistics.median(self._last) * rows) if enough else 0.0
-        self._since, self._told, self._limit = time.monotonic(), False, limit
-        yield
-        self._last.append((time.monotonic() - self._since) / rows)
-        self._limit = 0.0
-
-    def late(self) -> str:
-        """What is to be said of a step that is given up, "" as long as there is none."""
-        since, limit = self._since, self._limit
-        seconds = time.monotonic() - since
-        if not limit or seconds < limit:
-            return ""
-        if not self._told:
-            self._told = True
-            line = f"\na step takes {seconds:,.0f} s, far longer than the last ones; where every thread is:\n"
-            for descriptor in logs:
-                os.write(descriptor, line.encode())
-                faulthandler.dump_traceback(descriptor)
-        return f"has been in one step for {seconds:,.0f} s: stuck" if seconds > 2 * limit else ""
-
-
 line: Line | None = None  # of this process, None where it has no others
 logs: list[int] = [2]  # descriptors of what the last words are written to
 
 
 def agree(value, about: str = ""):
-    """The leading process' value (plain JSON: a tuple comes as a list) on every process. Every decision that leads to a
-    collective goes through here: a clock, a signal, a file or an exception is of one process alone.
+    """Process 0's value (plain JSON: a tuple comes as a list) on every process.
 
-    `about` names the decision: processes that are at different ones are told, and do not wait for each other.
+    Every decision before a collective goes through here, since a clock, a signal, a file or an exception is of one
+    process alone. `about` names it: processes at different decisions end with an error, and do not wait for ever.
     """
     return line.agree(value, about) if line else value
 
 
 def everyone(value, about: str = "") -> list:
-    """What every process says, in their order, on every process."""
+    """[the value of process 0, of process 1, ...] on every process."""
     return line.everyone(value, about) if line else [value]
 
 
@@ -312,27 +242,30 @@ def stepped(step: int) -> None:
 
 
 def pace(rows: int) -> contextlib.AbstractContextManager:
-    """Around a step of so many rows: with others, one that is stuck ends."""
-    return line.pace(rows) if line else contextlib.nullcontext()
+    """Stands around a step of so many rows: with other processes, a step that is stuck ends them all."""
+    return line.watchdog(rows) if line else contextlib.nullcontext()
 
 
 def log_to(path: epath.Path) -> None:
-    """The log of the run, which has the last words too."""
+    """Names the log of the run: last words are written there too."""
     if line:
         logs.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
 
 
 def hold_up_aborts() -> None:
-    """Where process 0 is gone JAX's client ends this process by `abort`, in a race with the thread that knows who is gone and
-    leaves with 70. `sleep`, called with the number of the signal, 6, gives that thread the seconds; it is one of the few
-    functions that the handler of a signal may call, and an abort of another cause goes on after it."""
+    """Makes SIGABRT wait six seconds before it ends the process.
+
+    Where process 0 is gone JAX's client calls `abort`, in a race with the thread that knows who is gone and leaves with
+    70. As the handler, `sleep` gets the number of the signal, 6, as its seconds; it is one of the few functions that a
+    handler may call, and an abort of another cause goes on after it.
+    """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def join(process: int, hosts: list[str], address: str, client) -> None:
-    """Connects the processes that JAX has joined, on these hosts: `client` is that of its coordination service, at `address`.
+    """Connects the processes that JAX has joined; `client` is that of its coordination service, at `address`.
 
     Raises PeerError where one cannot reach process 0.
     """
@@ -347,61 +280,8 @@ def join(process: int, hosts: list[str], address: str, client) -> None:
     stop.others = line
 
 
-def gather_connections(hosts: list[str], near: int, client) -> dict[int, Connection]:
-    """Process 0: waits for the others at a port that it tells them, `near` where that is free. A stranger is sent away."""
-    word = secrets.token_hex(16)
-    found: dict[int, Connection] = {}
-    with listener(near) as listening:
-        client.key_value_set(KEY, json.dumps([listening.getsockname()[1], word]))
-        until = time.monotonic() + ARRIVAL
-        while missing := [str(k) for k in range(1, len(hosts)) if k not in found]:
-            listening.settimeout(max(0.01, until - time.monotonic()))
-            try:
-                to, _ = listening.accept()
-            except TimeoutError:
-                raise PeerError(unreached(", ".join(missing), hosts[0], listening.getsockname()[1])) from None
-            to.settimeout(SILENCE)
-            try:
-                hello, _, rest = to.recv(2**12).partition(b"\n")
-                said, process = json.loads(hello)
-            except (OSError, ValueError, TypeError):
-                said, process, rest = "", 0, b""
-            if said == word:
-                found[process] = Connection(to, process, hosts[process], rest)
-                found[process].send(welcome=True)
-            else:
-                to.close()
-    return found
-
-
-def listener(near: int) -> socket.socket:
-    """At the port `near`, else at any that is free."""
-    try:
-        return listen(near)
-    except (OSError, OverflowError):
-        return listen(0)
-
-
-def connect(address: str, process: int, host: str, client) -> Connection:
-    """Another process: to process 0, which is on `host`."""
-    port, word = json.loads(client.blocking_key_value_get(KEY, int(1000 * ARRIVAL)))
-    try:
-        to = socket.create_connection((address, port), timeout=ARRIVAL)
-        to.sendall(json.dumps([word, process]).encode() + b"\n")
-        to.settimeout(ARRIVAL)
-        welcome, _, rest = to.recv(2**12).partition(b"\n")
-        json.loads(welcome)
-        return Connection(to, 0, host, rest)
-    except (OSError, ValueError):
-        raise PeerError(unreached(str(process), address, port)) from None
-
-
-def unreached(who: str, host: str, port: int) -> str:
-    return f"process {who} cannot reach process 0 at {host}:{port}\nlet the processes of a run connect to each other's ports"
-
-
 def leave(end: End) -> None:
-    """In the thread of the line: a process ended, and this one does, whether or not its words can be written."""
+    """Ends this process after another one did, whether or not its words can be written."""
     force = threading.Timer(GOODBYE, stop.end_process, (end.code,))
     force.daemon = True
     force.start()
@@ -419,11 +299,7 @@ def compare(facts: dict[str, Any]) -> None:
     shown = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
     theirs = line.agree(shown, "facts")
     names = [name for name in {**theirs, **shown} if theirs.get(name) != shown.get(name)]
-    mine = (
-        [f"{names[0]} {shown.get(names[0], 'none')} there, {theirs.get(names[0], 'none')} on process 0"]
-        if names
-        else []
-    )
+    mine = [f"{name} {shown.get(name, 'none')} there, {theirs.get(name, 'none')} on process 0" for name in names[:1]]
     found = line.everyone([line.host, *mine], "what differs")
     told = [f"process {k} (host {host}): {differs}" for k, (host, *rest) in enumerate(found) for differs in rest]
     if told:
@@ -433,10 +309,6 @@ def compare(facts: dict[str, Any]) -> None:
 
 def own_code() -> dict[str, str]:
     """{file: hash} of lm_jax as it is installed here."""
-    folder, found = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), {}
-    for place, _, names in sorted(os.walk(folder)):
-        for name in sorted(name for name in names if name.endswith(".py")):
-            path = os.path.join(place, name)
-            with open(path, "rb") as file:
-                found[f"lm_jax/{os.path.relpath(path, folder)}"] = hashlib.sha256(file.read()).hexdigest()[:12]
-    return found
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = sorted(glob.glob("**/*.py", root_dir=folder, recursive=True))
+    return {f"lm_jax/{path}": str(file_hash(os.path.join(folder, path))["sha256"])[:12] for path in paths}

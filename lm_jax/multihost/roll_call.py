@@ -1,7 +1,7 @@
 """The roll is called before processes join: who is here, who waits for whom, and, after the limit, who never came.
 
-Process 0 listens where JAX's coordinator will; every other calls there, says who it is, and is told how the roll stands. Once
-it is complete the port is left to JAX. Messages are lines of JSON; whoever else calls is not listened to.
+Process 0 listens where JAX's coordinator will; every other calls there, says who it is, and is told how the roll
+stands. Once it is complete the port is left to JAX. Messages are lines of JSON; whoever else calls is not listened to.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def limit() -> float:
 
 
 def call(found: Cluster) -> list[str]:
-    """The hosts of all processes, by number, once all are here. Raises PeerError, and UserError where two contradict."""
+    """The hosts of all processes, by number, once all are here. Raises PeerError; UserError where two contradict."""
     wait = Wait(found, limit())
     return lead(found, wait) if found.process == 0 else answer(found, wait)
 

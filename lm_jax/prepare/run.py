@@ -13,7 +13,6 @@ was killed. A finished task leaves a mark and is not done again. Tasks are run i
 
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import hashlib
 import importlib.util
@@ -32,7 +31,7 @@ from etils import epath
 
 from lm_jax.data import shards, sources, tokenizer
 from lm_jax.errors import UserError, needs
-from lm_jax.files import write_whole
+from lm_jax.files import draft_folder, locked, write_whole
 from lm_jax.prepare import clean, overlap, readers, report, steps
 from lm_jax.prepare.executors import Choice, Say, Stage, run_stage
 from lm_jax.prepare.report import Dropped, Tally
@@ -137,11 +136,9 @@ def publish(draft: str, output: str) -> None:
         shards.publish(draft, output)
         return
     target = os.path.abspath(output)
-    beside = f"{target}.draft"  # the work folder may lie on another file system
-    shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    shutil.move(draft, beside)
-    os.rename(beside, target)
+    with draft_folder(target) as beside:  # the work folder may lie on another file system
+        shutil.move(draft, beside)
 
 
 def check(settings: Settings) -> None:
@@ -195,8 +192,8 @@ def start(folder: str, plan: Plan, say: Say) -> None:
         found = json.load(file)
     if found == wanted:
         say(f"going on with {folder}")
-        with open(os.path.join(folder, "busy"), "w") as busy:  # tasks of a killed run may still be at their last files
-            fcntl.flock(busy, fcntl.LOCK_EX)
+        with locked(os.path.join(folder, "busy")):  # tasks of a killed run may still be at their last files
+            pass
         return
     if os.path.exists(folder):
         if {*os.listdir(folder)} - {"plan.json.draft"} and not os.path.exists(path):

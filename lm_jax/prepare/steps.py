@@ -4,7 +4,6 @@ A step is called as step(documents, rank of the task, number of tasks). Files ap
 """
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
@@ -13,12 +12,13 @@ import struct
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from lm_jax.data import sources, tokenizer
 from lm_jax.errors import UserError
+from lm_jax.files import draft, locked
 from lm_jax.prepare import clean, readers
 from lm_jax.prepare.readers import Bad, Document
 from lm_jax.prepare.report import Tally
@@ -27,15 +27,15 @@ from lm_jax.prepare.report import Tally
 class Busy:
     """The first step of every task: says that this process works in the folder, until it ends."""
 
-    held: list = []  # open files
+    held: list[contextlib.ExitStack] = []  # with the lock, where this process has it
 
     def __init__(self, folder: str):
         self.folder = folder
 
     def __call__(self, data, rank: int = 0, world_size: int = 1):
         if not Busy.held:
-            Busy.held.append(open(os.path.join(self.folder, "busy"), "a"))  # noqa: SIM115
-            fcntl.flock(Busy.held[0], fcntl.LOCK_SH)
+            Busy.held.append(contextlib.ExitStack())
+            Busy.held[0].enter_context(locked(os.path.join(self.folder, "busy"), shared=True))
         return None
 
 
@@ -49,14 +49,10 @@ def working():
             Busy.held.pop().close()
 
 
-@contextlib.contextmanager
-def task_file(path: str, mode: str = "w"):
-    """A file that is there whole or not at all, even where two processes write it."""
+def task_file(path: str, mode: str = "w") -> contextlib.AbstractContextManager[IO]:
+    """A file that is there whole or not at all, even where two processes write it; there are too many to wait for the disk."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    draft = f"{path}.{os.getpid()}.draft"
-    with open(draft, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-    os.replace(draft, path)
+    return draft(path, mode, alone=False, durable=False)
 
 
 class Read:

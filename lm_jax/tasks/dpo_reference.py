@@ -20,9 +20,7 @@ from lm_jax.config import Config
 from lm_jax.data.sources import SPLITS
 from lm_jax.distributed import agree, leads
 from lm_jax.errors import UserError
-from lm_jax.files import write_whole
-
-FILE = "reference.npz"
+from lm_jax.files import REFERENCE, write_whole
 
 
 def settle(
@@ -47,9 +45,11 @@ def settle(
         if leads():
             file = io.BytesIO()
             np.savez(file, allow_pickle=False, data=of_data, parameters=of_parameters, **found)
-            write_whole(workdir / FILE, file.getvalue())
+            write_whole(workdir / REFERENCE, file.getvalue())
     fill(mixed, found)
-    return f"the reference's margins of {sum(len(found[split]) for split in SPLITS):,} pairs are in {workdir / FILE}"
+    return (
+        f"the reference's margins of {sum(len(found[split]) for split in SPLITS):,} pairs are in {workdir / REFERENCE}"
+    )
 
 
 def resume(mixed: Any, config: Config, workdir: epath.Path) -> None:
@@ -62,7 +62,7 @@ def expected(kept: dict[str, np.ndarray] | None, of_data: str, workdir: epath.Pa
         return kept
     what = "is of other records, or of another sequence_length or dpo_beta" if kept else "is missing or broken"
     raise UserError(
-        f"{workdir / FILE} {what}: it holds what the first parameters say of every pair, and they are gone\n"
+        f"{workdir / REFERENCE} {what}: it holds what the first parameters say of every pair, and they are gone\n"
         "put it back, or begin in another --workdir"
     )
 
@@ -86,10 +86,10 @@ def fill(mixed: Any, kept: dict[str, np.ndarray]) -> None:
 
 def read(workdir: epath.Path) -> dict[str, np.ndarray] | None:
     """The content of the file, None where there is none that is whole."""
-    if not (workdir / FILE).exists():
+    if not (workdir / REFERENCE).exists():
         return None
     try:
-        with np.load(io.BytesIO((workdir / FILE).read_bytes()), allow_pickle=False) as file:
+        with np.load(io.BytesIO((workdir / REFERENCE).read_bytes()), allow_pickle=False) as file:
             return {name: file[name] for name in ("data", "parameters", *SPLITS)}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -1,0 +1,206 @@
+"""MODEL -> its config, tokenizer and parameters: a run, a step of a run, or a Hugging Face folder.
+
+`locate` finds and verifies it, `load_parameters` reads its parameters onto the mesh that is set. Every command that
+takes `--model`, and `config.train.init_from`, goes through here.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
+
+from lm_jax.checkpoint import STEP, by_path, complete_steps, has_steps, newest_valid, steps_folder
+from lm_jax.config import Config, unflatten
+from lm_jax.config_check import resolve_found
+from lm_jax.data import special_ids
+from lm_jax.data.objectives import specials
+from lm_jax.data.shards import check_plain, check_url
+from lm_jax.data.tokenizer import Tokenizer, load, named
+from lm_jax.errors import UserError, nearest
+from lm_jax.files import file_hash
+from lm_jax.manifest import MANIFEST, invalid_reason
+from lm_jax.model.build import Graph, build
+from lm_jax.model.lora import merged
+from lm_jax.regular_files import read_object
+from lm_jax.run_folder import CONFIG, check_run_files, read_config
+from lm_jax.stop import NEVER
+from lm_jax.train_state import Program, abstract, make_program
+from lm_jax.trainable import joined
+
+
+def convert_modules() -> tuple[ModuleType, ModuleType]:
+    """(hugging_face, safetensors) of the wing `convert`, looked up here alone, when a MODEL needs them."""
+    from lm_jax.convert import hugging_face, safetensors
+
+    return hugging_face, safetensors
+
+
+class Located(NamedTuple):
+    """A MODEL that was found. Its config has defaults for what concerns only the machine of its training."""
+
+    workdir: epath.Path
+    step: int
+    config: Config
+    tokenizer: Tokenizer
+    described: Any = None  # of a Hugging Face folder: what its config.json says (`hugging_face.Description`)
+    base: "Located | None" = None  # of a folder with the trained parameters alone: the MODEL that has the frozen ones
+
+    @property
+    def num_pieces(self) -> int:
+        """The vocabulary of the model: that of its tokenizer, and the ids that its objective adds."""
+        if self.described:
+            return self.described.num_pieces
+        return specials(self.tokenizer, self.config.data.objective).num_pieces
+
+    @property
+    def special_ids(self) -> special_ids.SpecialIds:
+        """The tokens that begin and end a text."""
+        return special_ids.read(self.workdir, self.tokenizer)
+
+
+def locate(model: str, say: Callable[[str], None] = print) -> Located:
+    """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`) or a Hugging Face folder.
+
+    With several processes all of them call it together. Raises UserError.
+    """
+    check_url("--model", model)
+    place, _, wanted = (model, "", "") if (epath.Path(model) / CONFIG).exists() else model.rpartition("@")
+    place, wanted = (place, wanted) if place else (wanted or model, "")
+    workdir = epath.Path(place)
+    check_plain(str(workdir))
+    if not (workdir / CONFIG).exists():
+        siblings = [str(path) for path in workdir.parent.glob("*") if (path / CONFIG).exists()]
+        raise UserError(f"--model {model}: {place} is not a run (it has no config.json){nearest(place, siblings)}")
+    if "model_type" in read_object(workdir / CONFIG):
+        return locate_hugging_face(workdir)
+    content = read_config(workdir)
+    check_run_files(workdir, content)
+    if not has_steps(workdir):
+        raise UserError(f"--model {model}: the run has no checkpoint yet")
+    config = resolve_found(unflatten(content["config"]))
+    base = locate_base(workdir, content["base"], say) if "base" in content else None
+    found = Located(workdir, NEVER, config, load(str(workdir)), None, base)
+    return found._replace(step=locate_step(found, model, wanted, content.get("run", ""), say))
+
+
+def locate_step(found: Located, model: str, wanted: str, run: str, say: Callable[[str], None]) -> int:
+    """The step `wanted` of a run, verified; "" = the newest valid one. `run` is its identity. Raises UserError."""
+    folder = steps_folder(found.workdir)
+    steps, items = complete_steps(folder), items_read(found)
+    if not wanted:
+        step = newest_valid(found.workdir, say, quarantine=False, run=run, items=items)
+        assert step is not None
+        return step
+    if not STEP.fullmatch(wanted) or int(wanted) not in steps:
+        raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
+    if problem := invalid_reason(folder / wanted, run, items):
+        others = ", ".join(str(step) for step in steps if step != int(wanted)) or "none"
+        raise UserError(f"--model {model}: {problem}; whole are {others}")
+    return int(wanted)
+
+
+def items_read(located: Located) -> frozenset[str]:
+    """The Orbax items of a step that hold the model's parameters.
+
+    An average (`optimizer.ema`) is in the optimizer's state; "parameters" is then read for frozen ones alone.
+    """
+    if not located.config.optimizer.ema or located.base:
+        return frozenset({"parameters"})
+    program = make_program(located.config, located.num_pieces)
+    has_frozen = len(program.trained) < len(program.graph.declarations)
+    return frozenset({"optimizer", *["parameters"] * has_frozen})
+
+
+def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], None]) -> Located:
+    """The MODEL with the frozen parameters; `said` is {"place", "hash"} as in config.json. Raises UserError."""
+    where = f"put it back, or write its new place into {workdir / CONFIG} (base, place)"
+    try:
+        found = locate(said["place"], say)
+    except RecursionError:
+        raise UserError(f"{workdir}: its base is itself, or leads back to it\n{where}") from None
+    except UserError as error:
+        raise UserError(f"{workdir} needs its base: {str(error).removeprefix('--model ')}\n{where}") from None
+    if fingerprint(found) != said["hash"]:
+        raise UserError(f"{workdir} was trained over another model than {said['place']} is now\n{where}")
+    return found
+
+
+def context_of(located: Located) -> int:
+    """The longest text in tokens that a model can read; a run with `train.init_from` keeps that of its source."""
+    kept = {} if located.described else read_config(located.workdir)
+    return max(kept.get("context", 0), located.config.data.sequence_length)
+
+
+def fingerprint(located: Located) -> str:
+    """sha256 over the hashes of the files that hold a model's arrays; the folder's place does not enter."""
+    if located.described:
+        names = convert_modules()[1].weight_files(str(located.workdir))
+        files = {name: file_hash(located.workdir / name) for name in names}
+    else:
+        files = read_object(steps_folder(located.workdir) / str(located.step) / MANIFEST)["files"]
+    below = fingerprint(located.base) if located.base else ""
+    return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
+
+
+def locate_hugging_face(folder: epath.Path) -> Located:
+    """The MODEL of a folder with config.json, safetensors and a tokenizer. Raises UserError."""
+    described = convert_modules()[0].read_description(str(folder))
+    with named(f"--model {folder}: its tokenizer"):
+        tokenizer = load(str(folder))
+    return Located(folder, 0, described.config, tokenizer, described)
+
+
+def graph_of(located: Located) -> Graph:
+    """The model without its parameters, and without LoRA adapters: those are merged into its matrices."""
+    model = dataclasses.replace(located.config.model, lora_rank=0)
+    return build(model, located.num_pieces, located.config.data.sequence_length)
+
+
+def load_parameters(located: Located) -> tuple[Graph, dict]:
+    """(model, parameters on the mesh that is set): LoRA adapters merged, the average where the run keeps one."""
+    program, parameters = load_as_trained(located)
+    model = located.config.model
+    if not model.lora_rank:
+        return program.graph, parameters
+    merge = jax.jit(lambda parameters: merged(parameters, program.graph.declarations, model))
+    return graph_of(located), merge(parameters)
+
+
+def load_as_trained(located: Located) -> tuple[Program, dict]:
+    """(what trains a MODEL, its parameters on the mesh that is set), LoRA adapters as they are."""
+    program = make_program(located.config, located.num_pieces)
+    target = abstract(program)
+    if located.described:
+        hugging_face, _ = convert_modules()
+        return program, hugging_face.read_on_mesh(str(located.workdir), located.described, target.parameters)
+    trained, frozen = program.split(target.parameters)
+    # Only the average of the optimizer's state is read: {"3.average.embedding.table": ..., ...}.
+    averages = {name: x for name, x in by_path(target.optimizer_state).items() if ".average." in name}
+    items, args = items_read(located), dict[str, Any]()
+    if "parameters" in items:
+        args["parameters"] = ocp.args.StandardRestore(trained if located.base else target.parameters)
+    if "optimizer" in items:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(averages)
+        args["optimizer"] = ocp.args.PyTreeRestore(averages, restore_args, partial_restore=True)
+    with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as orbax:
+        found = orbax.restore(steps_folder(located.workdir) / str(located.step), args=ocp.args.Composite(**args))
+    parameters = found.parameters if "parameters" in items else {}
+    if "optimizer" in items:
+        average = [found.optimizer[name] for name in averages]
+        parameters = joined(parameters, jax.tree.unflatten(jax.tree.structure(trained), average))
+    return program, joined(under(located.base, frozen), parameters) if located.base else parameters
+
+
+def under(base: Located, frozen: dict) -> dict:
+    """The base's parameters at the paths of `frozen`, cut to its shapes (fewer positions) and laid out like it."""
+    found = flatten_mapping(load_parameters(base)[1])
+    wanted = flatten_mapping(frozen)
+    return unflatten_mapping({path: jax.device_put(found[path][: len(x)], x.sharding) for path, x in wanted.items()})
