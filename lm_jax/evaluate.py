@@ -21,7 +21,6 @@ from lm_jax.model.build import Graph
 from lm_jax.model.task_heads import losses
 from lm_jax.multihost import peers
 from lm_jax.sharding import batch_shards, make_mesh
-from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.terminal import Terminal
 
 
@@ -158,6 +157,8 @@ def main(arguments: list[str]) -> int:
     found = checkpoint.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
     mesh = make_mesh(Mesh(slices=-1), devices)
+    from lm_jax.tasks import dpo_reference, generate_answers
+
     if found.config.evaluate.metrics:
         generate_answers.check(found.config.evaluate.metrics)
     elif flags.beams > 1 or flags.records:

@@ -11,26 +11,24 @@ from conftest import ROOT
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
 stop config fault_points regular_files files batch_ramp spikes sharding model.task_heads data.lines data.sources
-data.tokenizer data.special_ids convert.word_vectors data.shards data.packing data.objectives data.mixture
+data.tokenizer data.special_ids data.shards data.packing data.objectives data.mixture
 generate.jinja_process generate.chat_template tasks.scores tasks.tables tasks.task tasks.words tasks.classification
 tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction tasks.preference tasks.records data.loader
 prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run remote faults
 tasks.results compile_cache multihost.cluster multihost.roll_call multihost.peers distributed manifest model.layers
 trainable model.lora model.attention model.language_model model.moe model.transformer model.encoder
-model.encoder_decoder model.recurrent model.build convert.safetensors convert.fields convert.rotary convert.families
+model.encoder_decoder model.recurrent model.build
+convert.word_vectors convert.safetensors convert.fields convert.rotary convert.families
 convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf loss plan.counts
-optimizer train_state train_step metrics goodput terminal checkpoint convert.run cli generate.sampling
+optimizer train_state train_step run_plan
+metrics goodput terminal checkpoint convert.run cli generate.sampling
 generate.decoding convert.proof convert.export generate.beam_search tasks.generate_answers tasks.dpo_reference
-generate.likelihood generate.command evaluate train main verify generate.lm_eval generate.__main__
+generate.likelihood generate.command evaluate
+run step_log samples closing initial_state rewind start train
+main verify generate.lm_eval generate.__main__
 """.split()
-CONVERT = {name for name in ORDER if name.startswith("convert.") and name != "convert.word_vectors"}
-PERIPHERY = CONVERT | {
-    "verify",
-    "generate.likelihood",
-    "generate.lm_eval",
-    *(name for name in ORDER if name.startswith("tasks.")),
-    *(name for name in ORDER if name.startswith("prepare.")),
-}
+WINGS = ("convert.", "generate.", "prepare.", "tasks.")
+PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}
 
 
 def imports(path) -> set[str]:
@@ -53,6 +51,15 @@ def test_every_module_has_a_place_and_the_arrows_hold():
     # `command.door` sets JAX up for the command that it runs, and `main` wakes it up after the flags: both import late.
     backwards = {(a, b) for a, found in modules.items() for b in found if ORDER.index(b) > ORDER.index(a)}
     assert backwards == set()
+
+
+def test_the_core_imports_a_wing_where_it_is_used():
+    """Inside a function: what does not use it runs without it."""
+    for path in sorted((ROOT / "lm_jax").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "lm_jax").with_suffix("").parts)
+        tops = [node.module or "" for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        early = [module for module in tops if f"{module}.".removeprefix("lm_jax.").startswith(WINGS)]
+        assert not early or name.startswith(WINGS), f"{path}: {early}"
 
 
 def test_nothing_heavy_or_forbidden_is_imported():

@@ -16,7 +16,7 @@ import types
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, cli, distributed, metrics, stop, train
+from lm_jax import checkpoint, cli, distributed, metrics, rewind, samples, start, stop, train
 from lm_jax.config import PeerError, UserError
 from lm_jax.multihost import peers
 
@@ -358,7 +358,7 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
             patch.setattr(distributed, "TOGETHER", 0)
             patch.setattr(checkpoint, "wait_for", lambda path: None)
             patch.setattr(metrics, "read", lambda folder, say=None: [])
-            for module in (train, checkpoint, distributed):
+            for module in (train, start, samples, rewind, checkpoint, distributed):
                 patch.setattr(module, "leads", lambda: False)
             for name in ("read_config", "expected_data_state"):
                 patch.setattr(checkpoint, name, never)
@@ -424,7 +424,7 @@ def test_who_does_not_lead_does_what_process_0_decides_whatever_it_sees_itself(t
 @pytest.mark.parametrize(("held", "code"), [(True, 70), (False, -signal.SIGABRT)])
 def test_an_abort_waits_for_the_thread_that_knows_better(held, code):
     """As JAX's client aborts in a thread of its own where process 0 is gone."""
-    lines = ["import ctypes, os, threading, time", "from lm_jax import peers"]
+    lines = ["import ctypes, os, threading, time", "from lm_jax.multihost import peers"]
     lines += ["peers.hold_up_aborts()"] * held
     lines += ["threading.Thread(target=ctypes.CDLL(None).abort).start()", "time.sleep(0.5)", "os._exit(70)"]
     line = [sys.executable, "-c", "\n".join(lines)]
