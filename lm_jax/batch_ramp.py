@@ -21,6 +21,15 @@ class DataState(NamedTuple):
     cursor: int
     skipped: tuple[tuple[int, int], ...] = ()
 
+    @classmethod
+    def of_lists(cls, found) -> "DataState":
+        """From what JSON makes of it: lists for tuples."""
+        step, cursor, skipped = found
+        return cls(step, cursor, tuple((first, last) for first, last in skipped))
+
+
+START = DataState(0, 0)  # of a run that has consumed nothing
+
 
 @dataclasses.dataclass(frozen=True)
 class Ramp:
@@ -34,6 +43,16 @@ class Ramp:
 
     def _stage_of_row(self, row: int) -> tuple[int, int, int]:
         return next((stage for stage in reversed(self.stages) if row >= stage[1]), self.stages[0])
+
+    @property
+    def smallest(self) -> int:
+        """Rows of the first batches."""
+        return self.stages[0][2]
+
+    @property
+    def largest(self) -> int:
+        """Rows of the last batches."""
+        return self.stages[-1][2]
 
     def rows(self, step: int) -> int:
         """Rows that step number `step` (the first is 0) consumes."""

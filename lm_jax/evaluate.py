@@ -22,7 +22,6 @@ from lm_jax.model.build import Graph
 from lm_jax.model.task_heads import losses
 from lm_jax.model_config import OBJECTIVES
 from lm_jax.multihost import peers
-from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.terminal import Terminal
 
 
@@ -159,6 +158,8 @@ def main(arguments: list[str]) -> int:
     found = load_model.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
     mesh = make_mesh(Mesh(slices=-1), devices)
+    from lm_jax.tasks import dpo_reference, generate_answers
+
     if found.config.evaluate.metrics:
         generate_answers.check(found.config.evaluate.metrics)
     elif flags.beams > 1 or flags.records:

@@ -7,13 +7,14 @@ import sys
 import time
 from typing import IO
 
+import jax
 from etils import epath
 
 from lm_jax import distributed
-from lm_jax.batch_ramp import Ramp
 from lm_jax.config import Config
 from lm_jax.data.mixture import Mixture, Shares
 from lm_jax.plan import counts as costs
+from lm_jax.run_plan import Plan
 
 QUIET_SECONDS = 10  # between progress lines where the output is not a terminal
 
@@ -75,9 +76,12 @@ class Terminal:
         sys.stdout.flush()
 
 
-def header(config: Config, name: str, counted: costs.Costs, mixed: Mixture, ramp: Ramp, sizes: dict, here) -> str:
-    """What will be trained, on what, how long it takes here and elsewhere, and whether it fits. `here`: (device, FLOP/s)."""
-    device, flops_here = here
+def header(plan: Plan, name: str, mixed: Mixture, device: jax.Device, flops_here: float) -> str:
+    """What will be trained, on what, how long it takes here and elsewhere, and whether it fits.
+
+    `device` is one of this process, `flops_here` the peak FLOP/s of all devices, 0 where it is not known.
+    """
+    config, counted, ramp = plan.config, plan.counted, plan.ramp
     tokens, flops = costs.total_flops(config, counted, ramp)
     parameters = f"{costs.short(counted.parameters)} parameters"
     if counted.trained < counted.parameters:
@@ -86,34 +90,30 @@ def header(config: Config, name: str, counted: costs.Costs, mixed: Mixture, ramp
         f"{name} · {parameters} · {costs.short(tokens)} tokens = {flops:.1e} FLOP".replace("e+", "e"),
         *data_lines(config, mixed, tokens),
     ]
-    num_devices = math.prod(sizes.values())
+    on_cpu, num_devices = device.platform == "cpu", math.prod(plan.sizes.values())
     if together := distributed.described(num_devices):
         lines.append(together)
-    num_units = len(os.sched_getaffinity(0)) if device.platform == "cpu" else num_devices
+    num_units = len(os.sched_getaffinity(0)) if on_cpu else num_devices
     what = f"{costs.device_name(device)} x{num_units}"
-    share = 0.6 if device.platform == "cpu" else costs.TYPICAL_MFU
-    mine = (
-        f"this machine: {what}, about {costs.duration(flops / (flops_here * share))}"
-        if flops_here
-        else f"{what}, time unknown"
-    )
+    seconds = flops / (flops_here * (0.6 if on_cpu else costs.TYPICAL_MFU)) if flops_here else 0.0
+    mine = f"this machine: {what}, about {costs.duration(seconds)}" if flops_here else f"{what}, time unknown"
     others = [("v5e-8", 8 * costs.PEAK["v5e", "bfloat16"]), ("H200", costs.PEAK["H200", "bfloat16"])]
     times = [f"{other}: {costs.duration(flops / (peak * costs.TYPICAL_MFU))}" for other, peak in others]
     lines.append(" · ".join([mine, *times]))
-    rows, smallest = int(config.train.microbatch_rows), ramp.stages[0][2]
-    classes = costs.bytes_by_class(config, counted, rows, sizes, accumulates=ramp.stages[-1][2] > rows)
+    classes = plan.memory
     gib, memory = sum(classes.values()) / 2**30, costs.device_memory(device) / 2**30
     verdict = "fits" if gib <= memory else "does not fit"
     parts = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in classes.items())
-    batch = f"{ramp.stages[0][2]}-{ramp.stages[-1][2]}" if len(ramp.stages) > 1 else f"{smallest}"
-    lines.append(f"{verdict}: {gib:.2g} of {memory:.0f} GiB a device ({parts}); microbatch {rows} of {batch} rows")
-    warmup, num_steps = int(config.optimizer.warmup), int(config.train.num_steps)
-    if warmup >= num_steps > 1:
+    batch = f"{ramp.smallest}-{ramp.largest}" if len(ramp.stages) > 1 else f"{ramp.smallest}"
+    rows = f"microbatch {plan.microbatch} of {batch} rows"
+    lines.append(f"{verdict}: {gib:.2g} of {memory:.0f} GiB a device ({parts}); {rows}")
+    warmup = int(config.optimizer.warmup)
+    if warmup >= plan.num_steps > 1:
         lines.append(
-            f"config.optimizer.warmup is {warmup:,} steps of {num_steps:,}: the rate "
-            f"ends at {num_steps / warmup:.0%} of config.optimizer.learning_rate"
+            f"config.optimizer.warmup is {warmup:,} steps of {plan.num_steps:,}: the rate "
+            f"ends at {plan.num_steps / warmup:.0%} of config.optimizer.learning_rate"
         )
-    if flops_here and flops / (flops_here * share) > 86400 and device.platform == "cpu":
+    if on_cpu and seconds > 86400:
         lines.append("on this machine try: python -m lm_jax.main      (quickstart, 3 minutes)")
     return "\n".join(lines)
 

@@ -39,7 +39,12 @@ class Program(NamedTuple):
 
 
 def make_program(config: Config, num_pieces: int, clocks: Clocks = UPDATES) -> Program:
-    graph = graphs.build(config.model, num_pieces, config.data.sequence_length)
+    """The program of a config whose lengths are in steps, for a tokenizer of `num_pieces`."""
+    return program_of(config, graphs.build(config.model, num_pieces, config.data.sequence_length), clocks)
+
+
+def program_of(config: Config, graph: graphs.Graph, clocks: Clocks) -> Program:
+    """What trains a model that is built."""
     trained = trained_paths(config, graph.declarations)
     declared, _ = split(graph.tree(lambda declared: declared), trained)
     factors = rates(config, {path: graph.declarations[path] for path in trained})

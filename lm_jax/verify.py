@@ -7,23 +7,24 @@ With `--config.mesh.slices=2` those that two slices can split as well.
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from lm_jax import cli, distributed, experiment
-from lm_jax.batch_ramp import make_ramp, with_steps
-from lm_jax.config import Config, Mesh
+from lm_jax.config import Mesh
 from lm_jax.data import loader, shards
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.objectives import specials
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
-from lm_jax.mesh import by_slice, legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
+from lm_jax.mesh import by_slice, legal_meshes, mesh_shape, parameter_table, preflight
 from lm_jax.model.language_model import padded
+from lm_jax.run_plan import Plan, make_plan
 from lm_jax.terminal import Terminal
-from lm_jax.train_state import fresh, make_program
+from lm_jax.train_state import fresh
 from lm_jax.train_step import compile_step
 
 TOLERANCE = 1e-5  # of losses, relative, float32: meshes add up in another order
@@ -37,19 +38,16 @@ class Trace(NamedTuple):
     parameters: dict
 
 
-def trace(config: Config, num_pieces: int, stream: loader.Rows, mesh: jax.sharding.Mesh, num_steps: int) -> Trace:
-    """Trains `num_steps` from the start on `mesh`, with the full batch and the config's microbatches."""
-    rows = config.data.global_batch_size
-    size = rows if config.train.microbatch_rows == "auto" else int(config.train.microbatch_rows)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=size))
-    program = make_program(config, num_pieces)
-    with jax.set_mesh(mesh):
-        state = jax.jit(lambda: fresh(program))()
+def trace(plan: Plan, stream: loader.Rows, num_steps: int) -> Trace:
+    """Trains `num_steps` from the start, each on the full batch in the plan's microbatches."""
+    rows, size = plan.config.data.global_batch_size, plan.microbatch
+    with jax.set_mesh(plan.mesh):
+        state = jax.jit(lambda: fresh(plan.program))()
         digest = hashlib.sha256(
             b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state.parameters))
         ).hexdigest()
-        one_step = compile_step(program, mesh, one_microbatch=size == rows)
-        batches = loader.batches(stream, mesh, 0, num_steps * rows // size, size)
+        one_step = compile_step(plan.program, plan.mesh, one_microbatch=size == rows)
+        batches = loader.batches(stream, plan.mesh, 0, num_steps * rows // size, size)
         losses = []
         for _ in range(num_steps):
             state, metrics = one_step(state, rows // size, batches, lambda done: False)
@@ -81,43 +79,47 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--num_steps {flags.num_steps}: at least 1")
     config, _ = experiment.load_config(flags.config, overrides)
     say, here = Terminal(), distributed.devices()
-    preflight_sizes = mesh_shape(config.mesh, len(here))
+    sizes = mesh_shape(config.mesh, len(here))
     mixed = open_data(config, say)
     if flags.files:
         say(hashed_whole(mixed))
         return 0
     stream = mixed.stream(config.data)
     num_pieces = specials(mixed.tokenizer, config.data.objective).num_pieces
-    vocab_size = padded(num_pieces)
-    config = with_steps(config, make_ramp(config), stream.rows_per_epoch)
+    planned = lambda changed: make_plan(changed, num_pieces, here, stream.rows_per_epoch)
     if flags.show:
-        preflight(config, vocab_size, preflight_sizes)
-        say(parameter_table(make_program(config, num_pieces).graph.declarations, make_mesh(config.mesh, here)))
+        plan = planned(config)
+        say(parameter_table(plan.program.graph.declarations, plan.mesh))
         return 0
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
+    exact = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
     slices = sorted({len(by_slice(here, -1)), len(by_slice(here, config.mesh.slices))})
-    legal = list(legal_meshes(config, vocab_size, len(here)))
+    legal = list(legal_meshes(exact, padded(num_pieces), len(here)))
     meshes = [Mesh(**sizes, slices=n) for n in slices for sizes in legal if sizes["data"] % n == 0]
     if not meshes:
-        preflight(config, vocab_size, preflight_sizes)
+        preflight(exact, padded(num_pieces), sizes)
         raise UserError(f"no mesh of {len(here)} devices is legal for {flags.config}")
-    say(
-        f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices, {flags.num_steps} steps each, float32"
-    )
+    num_meshes = f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices"
+    say(f"{num_meshes}, {flags.num_steps} steps each, float32")
+    plans = (planned(dataclasses.replace(exact, mesh=mesh)) for mesh in meshes)
+    agree = compare(plans, stream, flags.num_steps, say)
+    say(f"all agree to {TOLERANCE:.0e}" if agree else "not all meshes agree")
+    return 0 if agree else cli.EXIT_FAULT
+
+
+def compare(plans: Iterable[Plan], stream: loader.Rows, num_steps: int, say: Terminal) -> bool:
+    """Whether the meshes of all plans agree with the first; a line about each is said."""
     first, agree = None, True
-    for mesh in meshes:
-        found = trace(config, num_pieces, stream, make_mesh(mesh, here), flags.num_steps)
+    for plan in plans:
+        found = trace(plan, stream, num_steps)
         first = first or found
         apart = max(abs(a - b) / abs(b) for a, b in zip(found.losses, first.losses, strict=True))
         same = found.digest == first.digest and apart <= TOLERANCE
         agree &= same
-        axes = " ".join(f"{name} {size}" for name, size in dataclasses.asdict(mesh).items())
+        axes = " ".join(f"{name} {size}" for name, size in dataclasses.asdict(plan.config.mesh).items())
         losses = " ".join(f"{loss:.6f}" for loss in found.losses)
-        say(
-            f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {'agrees' if same else 'DIFFERS'}"
-        )
-    say(f"all agree to {TOLERANCE:.0e}" if agree else "not all meshes agree")
-    return 0 if agree else cli.EXIT_FAULT
+        verdict = "agrees" if same else "DIFFERS"
+        say(f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {verdict}")
+    return agree
 
 
 if __name__ == "__main__":

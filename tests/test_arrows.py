@@ -20,18 +20,13 @@ multihost.connection multihost.watchdog multihost.peers distributed manifest mod
 model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder model.recurrent
 model.build convert.safetensors convert.fields convert.rotary convert.families convert.encoders convert.hugging_face
 convert.tokenizer_json convert.text_files convert.gguf loss plan.counts optimizer train_state train_step metrics
-goodput terminal checkpoint run_folder load_model convert.run cli experiment generate.sampling generate.decoding
-convert.proof convert.export generate.beam_search tasks.generate_answers tasks.dpo_reference generate.likelihood
-generate.command evaluate train main verify generate.lm_eval generate.__main__
+goodput run_plan terminal checkpoint run_folder load_model convert.run cli experiment generate.sampling
+generate.decoding convert.proof convert.export generate.beam_search tasks.generate_answers tasks.dpo_reference
+generate.likelihood generate.command evaluate run step_log samples closing rewind initial_state start train main
+verify generate.lm_eval generate.__main__
 """.split()
-CONVERT = {name for name in ORDER if name.startswith("convert.") and name != "convert.word_vectors"}
-PERIPHERY = CONVERT | {
-    "verify",
-    "generate.likelihood",
-    "generate.lm_eval",
-    *(name for name in ORDER if name.startswith("tasks.")),
-    *(name for name in ORDER if name.startswith("prepare.")),
-}
+WINGS = ("convert.", "generate.", "prepare.", "tasks.")
+PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}
 
 
 def imports(path) -> set[str]:
@@ -54,6 +49,15 @@ def test_every_module_has_a_place_and_the_arrows_hold():
     # `cli.run_command` sets JAX up for the command that it runs, and `main` wakes it up after the flags: both import late.
     backwards = {(a, b) for a, found in modules.items() for b in found if ORDER.index(b) > ORDER.index(a)}
     assert backwards == set()
+
+
+def test_the_core_imports_a_wing_where_it_is_used():
+    """Inside a function: what does not use it runs without it."""
+    for path in sorted((ROOT / "lm_jax").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "lm_jax").with_suffix("").parts)
+        tops = [node.module or "" for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        early = [module for module in tops if f"{module}.".removeprefix("lm_jax.").startswith(WINGS)]
+        assert not early or name.startswith(WINGS), f"{path}: {early}"
 
 
 def test_nothing_heavy_or_forbidden_is_imported():

@@ -16,6 +16,7 @@ from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
 from lm_jax.plan import counts
+from lm_jax.run_plan import make_plan, with_microbatch
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
 
@@ -50,9 +51,9 @@ def test_sharded_and_accumulated_agree(kind, eight):
         data__global_batch_size=16, optimizer__name="sgd", optimizer__learning_rate=0.05, model__unroll=False
     )
     config, num_pieces, stream = opened(**KINDS[kind] | changes, model__dropout=0.1, train__microbatch_rows=16)
-    expected = verify.trace(config, num_pieces, stream, make_mesh(Mesh(), eight[:1]), 2)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=4))
-    found = verify.trace(config, num_pieces, stream, make_mesh(Mesh(2, 2, 2), eight), 2)
+    expected = verify.trace(make_plan(config, num_pieces, eight[:1]), stream, 2)
+    config = dataclasses.replace(with_microbatch(config, 4), mesh=Mesh(2, 2, 2))
+    found = verify.trace(make_plan(config, num_pieces, eight), stream, 2)
     assert found.digest == expected.digest, "initial parameters are not bitwise equal"
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(expected.parameters), strict=True):

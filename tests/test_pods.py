@@ -16,7 +16,7 @@ from metadata_server import of_worker
 from on_tpu_vm import pretend
 from test_processes import free_port
 
-from lm_jax import distributed, train
+from lm_jax import distributed, run_plan, start, train
 from lm_jax.config import flatten
 from lm_jax.plan import counts
 
@@ -126,10 +126,10 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
     number = POSITIONS[position]
     owned = [Owned(process, 2**30 * (process + 1)) for process in range(4 if number > 1 else 2)]
     monkeypatch.setattr(jax, "process_index", lambda *_: number)
-    monkeypatch.setattr(train, "devices", lambda: owned)
+    monkeypatch.setattr(start, "devices", lambda: owned)
     monkeypatch.setattr(distributed, "leads", lambda: True)
-    monkeypatch.setattr(train, "leads", lambda: True)
-    monkeypatch.setattr(train, "make_mesh", lambda mesh, here: pretended_mesh(here))
+    monkeypatch.setattr(start, "leads", lambda: True)
+    monkeypatch.setattr(run_plan, "make_mesh", lambda mesh, here: pretended_mesh(here))
     asked = []
     monkeypatch.setattr(counts, "choose_microbatch", watched(counts.choose_microbatch, asked))
     config = tiny(train__microbatch_rows="auto", evaluate__prompt="", model__attention="chunked")

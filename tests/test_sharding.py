@@ -13,6 +13,7 @@ from lm_jax.data import loader
 from lm_jax.errors import UserError
 from lm_jax.mesh import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
 from lm_jax.model.build import build
+from lm_jax.run_plan import make_plan
 from lm_jax.sharding import stored
 
 MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2), "two slices": (4, 2, 1, 2)}
@@ -44,7 +45,9 @@ def traces(corpus, eight):
         if key not in made:
             config = tiny(**CONFIG | changes, train__microbatch_rows=32 // accumulation)
             stream = Uneven(corpus.splits["train"], 64, 0)
-            made[key] = verify.trace(config, corpus.tokenizer.num_pieces, stream, mesh_of(MESHES[mesh], eight), 2)
+            config = dataclasses.replace(config, mesh=Mesh(*MESHES[mesh]))
+            devices = eight[: int(np.prod(MESHES[mesh][:3]))]
+            made[key] = verify.trace(make_plan(config, corpus.tokenizer.num_pieces, devices), stream, 2)
         return made[key]
 
     return get

@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny
 from etils import epath
 
-from lm_jax import checkpoint, load_model, metrics, train
+from lm_jax import checkpoint, initial_state, load_model, metrics
 from lm_jax.config import Mesh
 from lm_jax.convert import run
 from lm_jax.mesh import make_mesh
@@ -27,7 +27,7 @@ def test_a_run_goes_on_from_any_step_that_was_saved(step, corpus, tmp_path):
         saver.save(other, checkpoint.DataState(step, 8 * step))
         saver.close()
         assert saver.stop.saved == step
-        found, data = train.starting_point(program, epath.Path(tmp_path), None, said.append, "made up")
+        found, data = initial_state.starting_point(program, epath.Path(tmp_path), None, said.append, "made up")
     assert data == checkpoint.DataState(step, 8 * step) and said == [f"resumed at step {step}, row {8 * step}"]
     for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(other.parameters), strict=True):
         np.testing.assert_array_equal(a, b)

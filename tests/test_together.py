@@ -16,7 +16,7 @@ import types
 import pytest
 from conftest import ROOT
 
-from lm_jax import checkpoint, distributed, experiment, metrics, run_folder, stop, train
+from lm_jax import checkpoint, distributed, experiment, metrics, rewind, run_folder, samples, start, stop, train
 from lm_jax.errors import PeerError, UserError
 from lm_jax.multihost import connection, peers, watchdog
 
@@ -43,6 +43,7 @@ DECISIONS = {
     "hopeless": "what was read of the device so far",
     "spike": "what was read of the device so far, and the history of the losses",
     "went back": "that process 0 has removed what came later",
+    "compiled": "how long a compile takes, of which each has its own",
     "end": "the exit code",
 }
 
@@ -357,7 +358,7 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
             patch.setattr(distributed, "TOGETHER", 0)
             patch.setattr(checkpoint, "wait_for", lambda path: None)
             patch.setattr(metrics, "read", lambda folder, say=None: [])
-            for module in (train, checkpoint, distributed):
+            for module in (train, start, samples, rewind, checkpoint, distributed):
                 patch.setattr(module, "leads", lambda: False)
             for module, name in ((run_folder, "read_config"), (checkpoint, "expected_data_state")):
                 patch.setattr(module, name, never)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from lm_jax import train
+from lm_jax import initial_state
 from lm_jax.config import Mesh
 from lm_jax.convert import word_vectors
 from lm_jax.errors import UserError
@@ -28,7 +28,7 @@ def test_pieces_that_are_words_take_their_vectors(first, corpus, eight, tmp_path
     program = make_program(tiny(), corpus.tokenizer.num_pieces)
     with jax.set_mesh(make_mesh(Mesh(2, 2, 2), eight)):
         plain = np.asarray(jax.jit(lambda: fresh(program))().parameters["embedding"]["table"])
-        state, _ = train.starting_point(program, tmp_path / "run", given, said.append)
+        state, _ = initial_state.starting_point(program, tmp_path / "run", given, said.append)
         table = state.parameters["embedding"]["table"]
         assert table.sharding.spec == jax.P("tensor", "fsdp")
     texts = [corpus.tokenizer.decode([i]).strip() for i in range(corpus.tokenizer.num_pieces)]

@@ -7,7 +7,6 @@ Prints one line of JSON: GiB on each device, seconds, how often a Pallas kernel 
 collectives go between slices (a sum over data is an all-reduce; more than that is a mesh that does not fit them).
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -23,14 +22,14 @@ os.environ |= {
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from lm_jax import cli, experiment  # noqa: E402
-from lm_jax.batch_ramp import make_ramp, with_steps  # noqa: E402
+from lm_jax import (
+    cli,  # noqa: E402
+    experiment,
+)
 from lm_jax.data.tokenizer import num_pieces  # noqa: E402
-from lm_jax.errors import UserError  # noqa: E402
-from lm_jax.mesh import make_mesh, mesh_shape, preflight  # noqa: E402
+from lm_jax.errors import UserError
 from lm_jax.model import attention  # noqa: E402
-from lm_jax.model.language_model import padded  # noqa: E402
-from lm_jax.train_state import make_program  # noqa: E402
+from lm_jax.run_plan import make_plan  # noqa: E402
 from lm_jax.train_step import compile_step  # noqa: E402
 
 
@@ -41,17 +40,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:8x8x16; two slices: 2*v5e:2x4")
     flags = parser.parse_args(rest)
     config, _ = experiment.load_config(flags.config, overrides)
-    config = with_steps(config, make_ramp(config), rows_per_epoch=1)
-    if config.train.microbatch_rows == "auto":
-        train = dataclasses.replace(config.train, microbatch_rows=config.data.global_batch_size)
-        config = dataclasses.replace(config, train=train)
-    devices, pieces = chips(flags.topology), num_pieces(config.data.tokenizer)
-    preflight(config, padded(pieces), mesh_shape(config.mesh, len(devices)))
+    plan = make_plan(config, num_pieces(config.data.tokenizer), chips(flags.topology))
     attention.preflight(config.model, config.data.sequence_length, "tpu")
     jax.config.update("jax_enable_compilation_cache", False)  # it is written for absent devices, but never read
-    mesh, start = make_mesh(config.mesh, devices), time.monotonic()
-    with jax.set_mesh(mesh):
-        step = compile_step(make_program(config, pieces), mesh, one_microbatch=True).whole
+    start = time.monotonic()
+    with jax.set_mesh(plan.mesh):
+        step = compile_step(plan.program, plan.mesh, one_microbatch=True).whole
     memory = step.memory_analysis()
     sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp")}
     sizes["peak"] = memory.peak_memory_in_bytes

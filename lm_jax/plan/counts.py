@@ -1,4 +1,4 @@
-"""Counted, not measured: parameters, FLOPs, bytes by class, and time on a device. The header, MFU and microbatches use it."""
+"""Counted, not measured: parameters, FLOPs, bytes by class, time on a device: for the header, MFU and microbatches."""
 
 import dataclasses
 import math
@@ -55,8 +55,8 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
     """6 FLOPs a matrix parameter and token, and attention's 12 * head width a pair of tokens that see each other.
 
     The strict count of docs/benchmarks.md: no embedding lookup, softmax, norm, optimizer or recomputed FLOPs. Documents
-    packed in a row make less; the count takes rows as whole. A recurrent model sees no pairs. Of the 6 FLOPs two are the
-    gradient of the parameter itself, where it is trained, and two the way back to what is below it, where something is.
+    packed in a row make less; the count takes rows as whole. A recurrent model sees no pairs. Of the 6 FLOPs two are
+    the gradient of the parameter itself, where it is trained, and two the way back to what is trained below it.
     """
     model, length = config.model, config.data.sequence_length
     trained = trained_paths(config, declarations)
@@ -88,13 +88,19 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
 def bytes_by_class(
     config: Config, costs: Costs, rows: int, sizes: dict[str, int], accumulates: bool
 ) -> dict[str, float]:
-    """Bytes on one device: state, gradients, what the backward pass reads again, logits. `rows` is one microbatch.
+    """{what: bytes} on one device: state, gradients, what the backward pass reads again, logits. An estimate, counted
+    as XLA compiles it (docs/notebook.md).
 
-    Layer by layer, a token keeps by `model.remat`: its input; by names also attention's result and branch, and the heads'
-    queries, keys and values; by dots also the MLP's products; by none also what norms, activations and residuals read
-    (as compiled, docs/notebook.md).
-    Attention's square is kept by the `xla` backend alone, else there is one chunk of it at a time. What is not trained has no
-    gradient and no moments; where only heads are, layers keep nothing.
+    `rows` is one microbatch over all devices, `sizes` are those of the mesh axes. State, gradients and logits are
+    float32, two copies of the gradients where a step `accumulates` over several microbatches. What is not trained has
+    neither gradient nor moments; where nothing is trained in the layers or below them, only one layer at a time keeps
+    what it reads.
+
+    A token keeps in each layer, by `model.remat`: with full its input; with names also attention's result and branch,
+    and the heads' queries, keys and values; with dots also the products of the MLP; with none also what norms,
+    activations and residuals read. With the `xla` backend (`auto` counts as it below 512 tokens) attention's square of
+    logits is kept as well, by every layer where remat is none, else by one; of other backends 256 queries of it, at a
+    time.
     """
     model, length = config.model, config.data.sequence_length
     act = jnp.dtype(config.model.compute_dtype).itemsize
@@ -165,17 +171,18 @@ def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float:
 
 
 def device_memory(device: jax.Device) -> float:
-    """Bytes that one device of this process offers; on a CPU the machine's memory over the devices that share it."""
+    """Bytes that one device of this process offers: on a CPU the machine's memory over the devices that share it, else
+    what the device says, 16 GiB where it says nothing."""
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     return float((device.memory_stats() or {}).get("bytes_limit", 16 * 2**30))
 
 
 def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp: Ramp, device: jax.Device) -> int:
-    """Rows of a microbatch: the most that fit in 80% of a device's memory (a CPU: 2,048 tokens and 40% are enough)."""
+    """Rows of a microbatch, over all devices: the most that divide the first batch, split evenly over the mesh and fit
+    in 80% of a device's memory (a CPU: in 40%, and at most 2,048 tokens); one row a shard where none fits."""
     shards = sizes["data"] * sizes["fsdp"]
-    smallest = min(rows for _, _, rows in ramp.stages)
-    on_cpu = device.platform == "cpu"
+    smallest, on_cpu = ramp.smallest, device.platform == "cpu"
     budget = device_memory(device) * (0.4 if on_cpu else 0.8)
     fitting = [
         rows
@@ -188,13 +195,13 @@ def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp:
 
 
 def total_flops(config: Config, costs: Costs, ramp: Ramp) -> tuple[float, float]:
-    """(target tokens, FLOPs) of the whole run."""
+    """(tokens, FLOPs) from the first step of a run to its last."""
     tokens = float(ramp.cursor(int(config.train.num_steps))) * config.data.sequence_length
     return tokens, tokens * costs.flops_per_token
 
 
 def duration(seconds: float) -> str:
-    """ "43 s", "3 min", "4.7 days", "54 years"."""
+    """Seconds in words: "43 s", "3 min", "4.7 days", "54 years"."""
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (129600, 3600, "hours"), (3e7, 86400, "days")):
         if seconds < limit:
             value = seconds / unit
@@ -203,7 +210,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """124M, 1.3B, 2.6e+20 -> "2.6e20"."""
+    """A number in three characters or so: "97", "124M", "1.3B", "2.6e20"."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if 1 <= number / scale < 1000:
             value = number / scale

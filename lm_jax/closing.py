@@ -1,0 +1,94 @@
+"""How a run ends: whether it is over, what a finished one says of itself, and what one that cannot go on says."""
+
+import gzip
+import itertools
+import lzma
+import shlex
+import time
+
+from etils import epath
+
+from lm_jax import checkpoint, cli, metrics, terminal
+from lm_jax.config import Config
+from lm_jax.data import mixture
+from lm_jax.errors import UserError
+from lm_jax.plan import counts
+from lm_jax.remote import LocalMirror
+from lm_jax.run import Run
+from lm_jax.run_plan import Plan
+
+GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked
+
+
+def is_over(desk: LocalMirror, mixed: mixture.Mixture, plan: Plan, step: int) -> bool:
+    """Whether all steps are done, and the last evaluation as well, which comes after the last step is saved."""
+    if step < plan.num_steps:
+        return False
+    evaluated = any("final/loss" in line and line["step"] == step for line in metrics.read(desk.folder))
+    return evaluated or step > plan.num_steps or not has_split(mixed, plan.config, "validation")
+
+
+def has_split(mixed: mixture.Mixture, config: Config, split: str) -> bool:
+    """Whether a held-out split has a document."""
+    try:
+        return bool(mixed.held(config.data, split))
+    except UserError:
+        return False
+
+
+def already_done(desk: LocalMirror, say: terminal.Terminal) -> int:
+    """Says the result of a run that is over. Returns the exit code."""
+    last = [line for line in metrics.read(desk.folder, say) if "final/loss" in line][-1:]
+    shown = lambda value: "not finite" if value is None else f"{value:.4f}"
+    values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
+    result = ", ".join(values) or "no result"
+    say(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
+    return 0
+
+
+def give_up(this: Run, trouble: str) -> None:
+    """Says it, and leaves the checkpoints as they are: those before are finite, but near what breaks them."""
+    newest = max(checkpoint.complete_steps(checkpoint.steps_folder(this.workdir)), default=0)
+    this.say(
+        f"stopped: {trouble}\n"
+        f"the same command goes on from step {newest:,} and comes here again, unless something changes: a lower\n"
+        "config.optimizer.learning_rate, a smaller config.optimizer.clip_norm, or the text of the rows named above"
+    )
+
+
+def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> str:
+    """Bits per byte of the model beside gzip's and xz's on the same validation text, up to 16 MB of it."""
+    splits = [corpus.splits["validation"] for corpus in mixed.corpora.values()]
+    line = f"validation text: yours {bits_per_byte:.2f} bits/byte"
+    if sum(split.num_bytes for split in splits) > 16e6 or mixed.tokenizer.losses:  # else they would read another text
+        return line
+    documents = (split.tokens[a:b] for split in splits for a, b in itertools.pairwise(split.offsets.tolist()))
+    text = "".join(map(mixed.tokenizer.decode, documents)).encode()
+    of = lambda compressed: 8 * len(compressed) / max(1, len(text))
+    return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
+
+
+def next_commands(this: Run, given: str) -> str:
+    """What can be done with a finished run, as commands to paste; `given` is the one that trained it."""
+    mixed, model = this.mixed, ["--model", str(this.workdir)]
+    splits = [split for split in ("test", "validation") if has_split(mixed, this.config, split)]
+    asked = ["--chat"] if mixed.chat_template else ["--prompt", this.config.evaluate.prompt]
+    room = this.config.data.sequence_length - len(mixed.tokenizer.encode("" if mixed.chat_template else asked[1])) - 1
+    asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
+    writes = this.config.data.objective == "causal" and (not this.config.train.task or bool(mixed.chat_template))
+    longer = [f"--config.train.num_steps={4 * this.num_steps}", "--workdir", free_place(f"{this.workdir}-longer")]
+    logs = str(checkpoint.steps_folder(this.workdir).parent.parent)
+    lines = [
+        f"done in {counts.duration(time.monotonic() - this.goodput.start)}; next:",
+        f"  longer     {given} {shlex.join(longer)}",
+        *[f"  generate   {cli.as_typed('-m', 'lm_jax.generate', *model, *asked)}"] * writes,
+        *[f"  evaluate   {cli.as_typed('-m', 'lm_jax.evaluate', *model, '--split', split)}" for split in splits[:1]],
+        f"  look       {cli.as_typed('-m', 'tensorboard.main', '--logdir', logs)}",
+    ]
+    return "\n".join(lines)
+
+
+def free_place(place: str) -> str:
+    """`place`, or where that is taken the first of place-2, place-3, ... that is not."""
+    places = itertools.chain([place], (f"{place}-{number}" for number in itertools.count(2)))
+    return next(place for place in places if not epath.Path(place).exists())

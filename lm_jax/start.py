@@ -1,0 +1,166 @@
+"""How a run is opened: first it is looked at, with nothing written; then it is begun, under the workdir's lock."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm_jax import checkpoint, fault_points, load_model, run_folder, run_plan, terminal
+from lm_jax.batch_ramp import DataState
+from lm_jax.closing import is_over
+from lm_jax.config import Config, flatten
+from lm_jax.data import mixture, special_ids
+from lm_jax.data.objectives import specials
+from lm_jax.data.shards import check_plain, check_url, is_url
+from lm_jax.data.tokenizer import BESIDE, tell_losses
+from lm_jax.distributed import agree, devices, find_together, leads, own
+from lm_jax.errors import UserError
+from lm_jax.evaluate import open_data
+from lm_jax.files import check_room
+from lm_jax.goodput import Goodput
+from lm_jax.initial_state import Source, find_init, starting_point
+from lm_jax.multihost import peers
+from lm_jax.plan import counts
+from lm_jax.remote import LocalMirror
+from lm_jax.run import Run
+from lm_jax.run_plan import Plan
+from lm_jax.samples import check_scores, settle_reference
+from lm_jax.stop import NEVER, Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """A run that was looked at: what it will be, and what its workdir says of it."""
+
+    workdir: epath.Path
+    desk: LocalMirror
+    say: terminal.Terminal
+    goodput: Goodput
+    saved: dict[str, Any]  # config.json of a run that is gone on with, {} of a new one
+    expected: DataState  # of the newest step, which is not verified yet
+    device: jax.Device  # one of this process
+    mixed: mixture.Mixture
+    stream: mixture.Mixed
+    plan: Plan  # from `expected`
+    plan_from: Callable[[DataState], Plan]  # the same, from where the data turn out to stand
+    changes: list[str]  # since the run was started, in words
+    facts: dict[str, Any]  # what a run must find again
+    source: Source | None  # of the parameters of a new run
+    peak_flops: float
+
+    def check_room(self) -> None:
+        """Raises OSError where the memory is too small, or the disk of a new run has no room for a checkpoint."""
+        run_plan.check_memory(self.plan, self.device)
+        if not self.saved:
+            check_room(self.workdir, self.plan.checkpoint_bytes)
+
+
+def find_workdir(place: str, name: str) -> epath.Path:
+    """The workdir that `--workdir` names ("": runs/<name>). Raises UserError where no folder can be there."""
+    check_url("--workdir", place)
+    workdir = epath.Path(place or f"runs/{name}")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
+    if not is_url(workdir):
+        check_plain(str(workdir))
+    return workdir
+
+
+def look(config: Config, experiment: str, place: str, dry_run: bool) -> Opening:
+    """Opens the data, makes the plan, finds what the run starts from. Raises UserError, also where processes differ."""
+    say, goodput, workdir = terminal.Terminal(), Goodput(), find_workdir(place, experiment.run_name(experiment))
+    desk = LocalMirror(workdir)
+    with goodput("devices"):
+        here = devices()
+    device = own(here)
+    fault_points.reach("start")
+    say.silent = not leads()
+    peers.compare(settings(config, experiment, dry_run))
+    run_plan.check(config, here)
+    saved = agree(run_folder.read_config(workdir) if leads() and checkpoint.has_steps(workdir) else {}, "config.json")
+    check_scores(config)
+    with goodput("data"):
+        mixed = open_data(config, say)
+        tell_losses(mixed.tokenizer, say)
+        stream = mixed.stream(config.data)
+    peers.compare(mixed.alike)
+    expected = DataState.of_lists(agree(checkpoint.expected_data_state(workdir) if leads() else None, "data"))
+    known = specials(mixed.tokenizer, config.data.objective).num_pieces, here, stream.rows_per_epoch
+    with goodput("plan"):
+        plan = run_plan.make_plan(config, *known, expected, run_plan.rows_of_microbatch(saved, device))
+    plan_from = functools.partial(run_plan.make_plan, run_plan.with_microbatch(config, plan.microbatch), *known)
+    changes = run_folder.check_resume(workdir, saved, plan.config, mixed.facts) if saved else []
+    facts = mixed.facts | {"run": run_folder.run_identity(saved, plan.config, mixed.facts)}
+    source = None if saved else find_init(plan.program, mixed, say)
+    peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.Located) else 0})
+    with goodput("peak"):
+        peak = counts.peak_flops(plan.mesh, config.model.compute_dtype)
+    inside = workdir, desk, say, goodput, saved, expected
+    return Opening(*inside, device, mixed, stream, plan, plan_from, changes, facts, source, peak)
+
+
+def settings(config: Config, experiment: str, dry_run: bool) -> dict[str, Any]:
+    """What all processes of a run must have alike before there is any data: {name: value}."""
+    given = {f"config.{path}": value for path, value in flatten(config).items()}
+    return given | {"experiment": experiment, "--dry_run": dry_run} | run_folder.outside() | peers.own_code()
+
+
+def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: Stop) -> Run | None:
+    """The run with its state on the mesh, which is set; None where it is over already. The lock of its workdir is held.
+
+    `origins` says where the values of the config come from. Raises UserError.
+    """
+    workdir, desk, say = opening.workdir, opening.desk, opening.say
+    find_together(workdir)
+    if leads():
+        desk.fetch()
+        say.log_to(desk.folder / "log.txt")
+        peers.log_to(desk.folder / "log.txt")
+        checkpoint.clean(workdir, say)
+    for line in opening.changes:
+        say(line)
+    with opening.goodput("state"):
+        state, data = starting_point(opening.plan.program, workdir, opening.source, say, opening.facts["run"])
+    newest_is_whole = data[:2] == opening.expected[:2]
+    plan = opening.plan if newest_is_whole else opening.plan_from(data)
+    stop.done, stop.saved = data.step, data.step if opening.saved else NEVER
+    if agree(is_over(desk, opening.mixed, plan, data.step) if leads() else None, "is over"):
+        return None
+    if leads():
+        write_run_files(opening)
+    given = workdir, say, desk, opening.mixed, opening.stream, opening.peak_flops
+    this = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
+    settle_reference(this)
+    if leads():
+        run_folder.write_config(workdir, plan.config, origins, opening.facts | kept_context(opening))
+    return this
+
+
+def write_run_files(opening: Opening) -> None:
+    """Writes what a run consists of beside its config.json. Raises UserError where what only it has is not as written.
+
+    The one place where training looks up `generate` for a chat template.
+    """
+    workdir, mixed, say = opening.workdir, opening.mixed, opening.say
+    run_folder.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
+    if mixed.chat_template:
+        from lm_jax.generate import chat_template
+
+        template = chat_template.shown(mixed.chat_template, mixed.tokenizer)
+        for name, content in chat_template.files_of(template).items():
+            run_folder.write_run_file(workdir, name, content, say)
+    run_folder.check_run_files(workdir, opening.saved)
+    if not opening.saved or not (workdir / BESIDE).exists():
+        inherited = opening.source.special_ids.ends if isinstance(opening.source, load_model.Located) else ()
+        ids = special_ids.files(mixed.tokenizer, mixed.special_ids.also(*inherited))
+        run_folder.write_run_file(workdir, BESIDE, ids[BESIDE], say)
+
+
+def kept_context(opening: Opening) -> dict[str, int]:
+    """{"context": tokens} for config.json: rows may be shorter than what the model that a run started from can read."""
+    if isinstance(opening.source, load_model.Located):
+        return {"context": load_model.context_of(opening.source)}
+    return {name: opening.saved[name] for name in ("context",) if name in opening.saved}
