@@ -10,13 +10,17 @@ from conftest import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-stop config fault_points regular_files files batch_ramp spikes sharding model.task_heads data.lines data.sources
+stop config fault_points regular_files files batch_ramp spikes sharding data.lines data.sources
 data.tokenizer data.special_ids convert.word_vectors data.shards data.packing data.objectives data.mixture
-generate.jinja_process generate.chat_template tasks.scores tasks.tables tasks.task tasks.words tasks.classification
+generate.jinja_process generate.chat_template
+model.task_heads
+tasks.scores tasks.tables tasks.task tasks.words tasks.classification
 tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction tasks.preference tasks.records data.loader
 prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run remote faults
 tasks.results compile_cache multihost.cluster multihost.roll_call multihost.peers distributed manifest model.layers
-trainable model.lora model.attention model.language_model model.moe model.transformer model.encoder
+trainable model.lora
+model.stack model.positions model.attention model.attention_layer
+model.language_model model.moe model.transformer model.encoder
 model.encoder_decoder model.recurrent model.build convert.safetensors convert.fields convert.rotary convert.families
 convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf loss plan.counts
 optimizer train_state train_step metrics goodput terminal checkpoint convert.run cli generate.sampling

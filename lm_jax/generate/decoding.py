@@ -19,7 +19,7 @@ from lm_jax.generate.sampling import GREEDY, Sampling, draw
 from lm_jax.model.attention import Context
 from lm_jax.model.build import Graph
 from lm_jax.model.encoder_decoder import EncoderDecoder
-from lm_jax.model.layers import Apart, is_apart
+from lm_jax.model.stack import Apart, is_apart
 from lm_jax.sharding import batch_shards, computed, constrain, iota, on_each_device
 
 BUCKET = 64  # prompts and outputs are padded to its multiples, so that few programs serve all lengths
