@@ -13,7 +13,7 @@ from conftest import tiny
 from lm_jax import config as configs
 from lm_jax.config import Config, UserError, flatten, is_read, leaves, resolve, resolve_found, unflatten
 from lm_jax.data.objectives import example
-from lm_jax.loss import objective
+from lm_jax.loss import batch_loss
 from lm_jax.model.layers import Dropout
 from lm_jax.train_state import make_program
 
@@ -110,7 +110,7 @@ def of_model(config: Config) -> str:
     def loss(parameters, batch):
         drop = Dropout(made.root, jnp.int32(1), batch["row"]) if config.model.dropout else None
         routing = weights.balance_loss, weights.router_z_loss
-        return objective(made.graph, parameters, batch, drop, weights.z_loss, routing)
+        return batch_loss(made.graph, parameters, batch, drop, weights.z_loss, routing)
 
     return f"{jax.make_jaxpr(lambda: made.graph.init(made.root))()} {jax.make_jaxpr(loss)(parameters, batch)}"
 
