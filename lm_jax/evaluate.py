@@ -16,10 +16,9 @@ from lm_jax.config import Config, Mesh
 from lm_jax.data import loader, mixture, packing
 from lm_jax.data.tokenizer import Tokenizer, tell_losses
 from lm_jax.distributed import settle
-from lm_jax.loss import loss_sum, preferences
+from lm_jax.loss import batch_loss
 from lm_jax.mesh import batch_shards, make_mesh
 from lm_jax.model.build import Graph
-from lm_jax.model.task_heads import losses
 from lm_jax.model_config import OBJECTIVES
 from lm_jax.multihost import peers
 from lm_jax.terminal import Terminal
@@ -35,20 +34,19 @@ def open_data(config: Config, say: Callable[[str], None] = lambda line: None) ->
 
 
 class Totals(NamedTuple):
-    """Sums over tokens: loss in nats, tokens, and the bytes of text that these tokens stand for (0: not all of a text, or not
-    known); and what a task's head made of each record."""
+    """Sums over the tokens of some rows, and the results of a task."""
 
-    loss: float
+    loss: float  # nats
     tokens: float
-    num_bytes: float
-    results: tuple = ()
+    num_bytes: float  # of the text of these tokens; 0: not known, or only a part of the text is predicted
+    results: tuple = ()  # one for each record
 
     def metrics(self, prefix: str) -> dict[str, float]:
         mean = self.loss / max(self.tokens, 1)
         if self.results:
             return {f"{prefix}/loss": mean}
         found = {f"{prefix}/loss": mean, f"{prefix}/perplexity": math.exp(min(mean, 700))}
-        if self.num_bytes:  # else not every byte of the text was to be predicted
+        if self.num_bytes:
             found[f"{prefix}/bits_per_byte"] = self.loss / math.log(2) / self.num_bytes
         return found
 
@@ -56,12 +54,12 @@ class Totals(NamedTuple):
 def by_source(
     totals: dict[str, Totals], prefix: str, scores: Callable[[tuple], dict[str, float]] = lambda results: {}
 ) -> dict[str, float]:
-    """Metrics of the whole, and where there are several sources of each: `eval/loss`, `eval/<source>/loss`, ...
+    """Metrics of all rows, and where there are several sources also of each: `eval/loss`, `eval/<source>/loss`, ...
 
-    `scores` gives a task's metrics of its results.
+    `scores(results)` computes the metrics of a task.
     """
     whole = added(list(totals.values()))
-    if any(part.tokens and not part.num_bytes for part in totals.values()):  # bytes of a part are not known
+    if any(part.tokens and not part.num_bytes for part in totals.values()):
         whole = whole._replace(num_bytes=0.0)
     found = whole.metrics(prefix)
     found |= {f"{prefix}/{name}": value for name, value in scores(whole.results).items()}
@@ -71,14 +69,16 @@ def by_source(
 
 
 def added(parts: Sequence[tuple]) -> Totals:
+    """The totals of parts (loss, tokens, bytes, results), added in float64 without rounding errors between."""
     loss, tokens, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
     return Totals(loss, tokens, num_bytes, tuple(itertools.chain.from_iterable(part[3] for part in parts)))
 
 
 class Evaluator:
-    """One compiled program that adds up a batch; a batch that is not full is padded with rows that count nothing.
+    """Adds up rows in batches of `size`, by one compiled program; the last batch is filled with rows whose mask is 0.
 
-    Bytes are those of the text itself: of a whole corpus as they were read, of some rows by their pieces, if these add up.
+    Bytes are those of the original text: of all rows as they were counted when it was read, of some rows the bytes of their
+    tokens, where the tokenizer's add up to the text.
     """
 
     def __init__(self, graph: Graph, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, size: int):
@@ -90,13 +90,14 @@ class Evaluator:
     def __call__(
         self, parameters: dict, rows: packing.Held, num_rows: int = 0, watch: Callable = lambda done, of: None
     ):
-        """Totals over the first `num_rows` rows (0: all). `watch(done, of)` is called after every batch."""
+        """Totals over the first `num_rows` rows (0: all). Calls `watch(rows done, of how many)` after every batch."""
         wanted = min(num_rows or rows.num_rows, rows.num_rows)
         limited: Any = rows.first(wanted)
         parts: list[tuple] = []
         for batch in loader.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
-            *sums, logits = settle(self._sums(parameters, batch))
-            results = results_of(limited, len(parts) * self.size, np.asarray(logits)) if logits is not None else ()
+            *sums, answers_BTC = settle(self._sums(parameters, batch))
+            of_rows = () if answers_BTC is None else enumerate(np.asarray(answers_BTC), len(parts) * self.size)
+            results = [result for row, answers_TC in of_rows for result in limited.results(row, answers_TC)]
             parts.append((*sums, results))
             watch(min(wanted, len(parts) * self.size), wanted)
         totals = added(parts)
@@ -105,39 +106,23 @@ class Evaluator:
         return totals._replace(results=limited.joined(totals.results)) if totals.results else totals
 
 
-def results_of(rows, first: int, logits_BTC: np.ndarray) -> list:
-    """What the logits of rows [first, first + B) say of the records in them, in their order."""
-    return [result for i, logits_TC in enumerate(logits_BTC) for result in rows.results(first + i, logits_TC)]
-
-
+# Shape suffixes: B batch, T length, C outputs of a task's head.
 def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batch: dict) -> tuple:
-    """(loss, tokens, bytes) of a batch, float32 [] each, and the logits [B, T, C] of a task's head, or margins of pairs
-    [B, T, 1], on every process."""
-    if graph.config.head:
-        labels_BTC, mask_BT = graph.module(parameters).read(batch).labels_BTC, batch["loss_mask"]
-        assert labels_BTC is not None
-        loss = (losses(graph.config.head, labels_BTC, batch) * mask_BT).sum()
-        everywhere = jax.sharding.reshard(labels_BTC, jax.sharding.PartitionSpec())
-        return loss, mask_BT.sum(), jnp.zeros(()), everywhere
-    if "reference" in batch:
-        model, mask_BT = graph.module(parameters), batch["loss_mask"]
-        hidden_BTD = model.read(batch).hidden_BTD
-        assert hidden_BTD is not None
-        margins_BT = preferences(model, hidden_BTD, batch)
-        everywhere = jax.sharding.reshard(margins_BT[:, :, None], jax.sharding.PartitionSpec())
-        return (jax.nn.softplus(-margins_BT) * mask_BT).sum(), mask_BT.sum(), jnp.zeros(()), everywhere
-    loss = loss_sum(graph, parameters, batch)
+    """(loss, tokens, bytes) of a batch, float32 [] each, and what a task's head answered, [B, T, C] on every process, or None."""
+    found, mask_BT = batch_loss(graph, parameters, batch), batch["loss_mask"]
+    if found.answers_BTC is not None:
+        everywhere = jax.sharding.reshard(found.answers_BTC, jax.sharding.PartitionSpec())
+        return found.loss, mask_BT.sum(), jnp.zeros(()), everywhere
     if graph.config.kind in OBJECTIVES:
-        return (loss, batch["loss_mask"].sum(), jnp.zeros(()), None)
-    sizes_BT = (
-        jnp.asarray(bytes_per_piece, jnp.float32)
-        .at[batch["targets"]]
-        .get(out_sharding=jax.typeof(batch["targets"]).sharding)
-    )
-    return (loss, batch["loss_mask"].sum(), (sizes_BT * batch["loss_mask"]).sum(), None)
+        return found.loss, mask_BT.sum(), jnp.zeros(()), None
+    sizes, layout = jnp.asarray(bytes_per_piece, jnp.float32), jax.typeof(batch["targets"]).sharding
+    sizes_BT = sizes.at[batch["targets"]].get(out_sharding=layout)
+    return found.loss, mask_BT.sum(), (sizes_BT * mask_BT).sum(), None
 
 
 def main(arguments: list[str]) -> int:
+    from lm_jax.tasks import dpo_reference, generate_answers  # late: training a language model needs no tasks
+
     parser = cli.Parser("lm_jax.evaluate", __doc__)
     parser.add_argument(
         "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
@@ -158,7 +143,6 @@ def main(arguments: list[str]) -> int:
     found = load_model.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
     mesh = make_mesh(Mesh(slices=-1), devices)
-    from lm_jax.tasks import dpo_reference, generate_answers
 
     if found.config.evaluate.metrics:
         generate_answers.check(found.config.evaluate.metrics)

@@ -19,6 +19,7 @@ from lm_jax.data.tokenizer import BESIDE, tell_losses
 from lm_jax.distributed import agree, devices, find_together, leads, own
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
+from lm_jax.experiment import run_name
 from lm_jax.files import check_room
 from lm_jax.goodput import Goodput
 from lm_jax.initial_state import Source, find_init, starting_point
@@ -71,7 +72,7 @@ def find_workdir(place: str, name: str) -> epath.Path:
 
 def look(config: Config, experiment: str, place: str, dry_run: bool) -> Opening:
     """Opens the data, makes the plan, finds what the run starts from. Raises UserError, also where processes differ."""
-    say, goodput, workdir = terminal.Terminal(), Goodput(), find_workdir(place, experiment.run_name(experiment))
+    say, goodput, workdir = terminal.Terminal(), Goodput(), find_workdir(place, run_name(experiment))
     desk = LocalMirror(workdir)
     with goodput("devices"):
         here = devices()

@@ -14,7 +14,7 @@ import optax
 
 from lm_jax.data.loader import abstract_batch
 from lm_jax.distributed import settle
-from lm_jax.loss import objective
+from lm_jax.loss import batch_loss
 from lm_jax.model.layers import Dropout
 from lm_jax.optimizer import schedule
 from lm_jax.sharding import laid_out
@@ -41,7 +41,7 @@ def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: di
     weights = program.config.train
     routing = weights.balance_loss, weights.router_z_loss
     trained, frozen = program.split(state.parameters)
-    of = lambda part: objective(program.graph, joined(frozen, part), scaled, drop, weights.z_loss, routing)
+    of = lambda part: batch_loss(program.graph, joined(frozen, part), scaled, drop, weights.z_loss, routing)[:2]
     (_, loss), gradients = jax.value_and_grad(of, has_aux=True)(trained)
     new = Sums(gradients, loss, batch["loss_mask"].sum())
     return new if sums is None else jax.tree.map(jnp.add, sums, new)

@@ -18,7 +18,7 @@ from lm_jax.config import Mesh
 from lm_jax.convert import hugging_face, run
 from lm_jax.errors import UserError
 from lm_jax.generate import command
-from lm_jax.loss import loss_sum
+from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.lora import merged
@@ -221,7 +221,7 @@ def test_adapters_change_nothing_at_first_and_merge_away(name):
     for path, x in flat(start).items():
         np.testing.assert_array_equal(x, flat(parameters)[path])
     data = rows(0, plain.kind)
-    loss, bare_loss = jax.jit(lambda p: loss_sum(graph, p, data)), jax.jit(lambda p: loss_sum(bare, p, data))
+    loss, bare_loss = (jax.jit(lambda p, of=of: batch_loss(of, p, data).loss) for of in (graph, bare))
     at_first = float(bare_loss(start))
     assert float(loss(parameters)) == at_first
     random = np.random.default_rng(0)

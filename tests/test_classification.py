@@ -14,7 +14,7 @@ from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, open_data
-from lm_jax.loss import loss_sum
+from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.tasks import scores
@@ -136,7 +136,7 @@ def test_packed_records_have_the_loss_they_have_alone(place, model):
             alone.append(single)
     one_each = {name: np.stack([row[name] for row in alone]) for name in whole}
     with jax.set_mesh(mesh):
-        loss = jax.jit(lambda batch: loss_sum(graph, parameters, batch))
+        loss = jax.jit(lambda batch: batch_loss(graph, parameters, batch).loss)
         np.testing.assert_allclose(loss(whole), loss(one_each), rtol=1e-5)
     assert len(alone) == 30 == whole["loss_mask"].sum()
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny
 
 from lm_jax.data import packing, shards
-from lm_jax.loss import loss_sum
+from lm_jax.loss import batch_loss
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
 
@@ -38,7 +38,7 @@ def row(found: packing.Stream | packing.BestFit, i: int = 0) -> dict:
 @pytest.mark.parametrize("backend", ["xla", "chunked"])
 def test_a_packed_loss_is_the_sum_of_the_losses_of_its_documents(backend):
     graph, parameters = model(backend)
-    loss = jax.jit(lambda batch: loss_sum(graph, parameters, batch))
+    loss = jax.jit(lambda batch: batch_loss(graph, parameters, batch).loss)
     packed = packing.BestFit(split(), LENGTH, 0, document_id=499)
     assert packed.rows_per_epoch == 1
     alone = []

@@ -78,15 +78,15 @@ def test_a_planted_mistake_is_seen(recorded, name, mistake):
 
 def test_borders_of_buckets_are_theirs(monkeypatch):
     """The farthest bucket one token late, or the sides exchanged, and T5 is another model."""
-    from lm_jax.model import encoder_decoder
+    from lm_jax.model import positions
 
     ahead = np.arange(-200, 201)[None, None]
-    found = np.asarray(encoder_decoder.bucket(ahead, causal=False))[0, 0]
+    found = np.asarray(positions.bucket(ahead, causal=False))[0, 0]
     assert found[200] == 0 and found[0] == 15 and found[-1] == 31 and found[201] == 17
     assert [int(found[200 - n]) for n in (7, 8, 11, 12, 15, 16, 31, 32, 63, 64, 90, 91)] == [
         7, 8, 8, 9, 9, 10, 11, 12, 13, 14, 14, 15,
     ]  # fmt: skip
-    causal = np.asarray(encoder_decoder.bucket(ahead, causal=True))[0, 0]
+    causal = np.asarray(positions.bucket(ahead, causal=True))[0, 0]
     assert causal[0] == 31 and not causal[200:].any() and causal[200 - 15] == 15 and causal[200 - 16] == 16
 
 

@@ -192,7 +192,7 @@ def test_it_starts_at_ln_2_and_a_step_goes_the_right_way_on_any_mesh(model):
             )
             batch = next(loader.batches(mixed.stream(config.data), mesh, 0, 1, 8))
             columns["reference"][:] = 0
-            of = lambda parameters, batch=batch: loss.loss_sum(graph, parameters, batch) / batch["loss_mask"].sum()
+            of = lambda p, batch=batch: loss.batch_loss(graph, p, batch).loss / batch["loss_mask"].sum()
             value, gradient = jax.jit(jax.value_and_grad(of))(parameters)
             np.testing.assert_allclose(value, np.log(2), rtol=3e-6)
             moved = jax.tree.map(lambda x, g: x - 1e-3 * g, parameters, gradient)

@@ -15,7 +15,7 @@ from lm_jax.config_check import check_together, resolve, resolve_found
 from lm_jax.data.objectives import example
 from lm_jax.errors import UserError
 from lm_jax.experiment import SHRUNK
-from lm_jax.loss import objective
+from lm_jax.loss import batch_loss
 from lm_jax.model.layers import Dropout
 from lm_jax.model_config import RECURRENT
 from lm_jax.reach import is_read
@@ -114,7 +114,7 @@ def of_model(config: Config) -> str:
     def loss(parameters, batch):
         drop = Dropout(made.root, jnp.int32(1), batch["row"]) if config.model.dropout else None
         routing = weights.balance_loss, weights.router_z_loss
-        return objective(made.graph, parameters, batch, drop, weights.z_loss, routing)
+        return batch_loss(made.graph, parameters, batch, drop, weights.z_loss, routing)
 
     return f"{jax.make_jaxpr(lambda: made.graph.init(made.root))()} {jax.make_jaxpr(loss)(parameters, batch)}"
 

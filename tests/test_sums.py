@@ -15,7 +15,7 @@ from lm_jax.data.objectives import example, specials
 from lm_jax.evaluate import open_data
 from lm_jax.generate.decoding import next_logits, prefill
 from lm_jax.generate.likelihood import of_rows
-from lm_jax.loss import objective
+from lm_jax.loss import batch_loss
 from lm_jax.model.build import build
 from lm_jax.model_config import RECURRENT
 from lm_jax.sharding import einsum
@@ -59,7 +59,8 @@ def gradients(config, num_pieces: int, batch: dict, dtype: str) -> dict[str, np.
     """Of the mean loss, with z, balance and router losses, by the path of the leaf."""
     graph = build(dataclasses.replace(config.model, compute_dtype=dtype), num_pieces, config.data.sequence_length)
     parameters = graph.init(jax.random.key(0))
-    of = lambda parameters: objective(graph, parameters, batch, None, 1e-4, (0.01, 0.001))[0] / batch["loss_mask"].sum()
+    settings = None, 1e-4, (0.01, 0.001)
+    of = lambda parameters: batch_loss(graph, parameters, batch, *settings).objective / batch["loss_mask"].sum()
     flat, _ = jax.tree.flatten_with_path(jax.jit(jax.grad(of))(parameters))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x, np.float64) for path, x in flat}
 

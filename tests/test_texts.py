@@ -12,7 +12,7 @@ from lm_jax import evaluate, load_model, main, metrics
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
-from lm_jax.loss import loss_sum
+from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.tasks import generate_answers
@@ -88,7 +88,7 @@ def test_packed_records_have_the_loss_they_have_alone(tmp_path, kind):
     graph = build(config.model, 257 + 100 * (kind == "encoder_decoder"), 64)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         parameters = jax.jit(lambda: graph.init(jax.random.key(1), sharded=True))()
-        loss = jax.jit(lambda batch: loss_sum(graph, parameters, batch))
+        loss = jax.jit(lambda batch: batch_loss(graph, parameters, batch).loss)
         np.testing.assert_allclose(loss(whole), loss(one_each), rtol=1e-5)
     assert len(alone) > len(whole["row"])
 

@@ -13,7 +13,7 @@ from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, open_data
-from lm_jax.loss import loss_sum
+from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model import task_heads
 from lm_jax.model.build import build
@@ -239,7 +239,7 @@ def learnt(config, data, steps: int = 60, rate: float = 3e-3) -> tuple[tuple, di
     with jax.set_mesh(mesh):
         parameters = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
         rule = optax.adam(rate)
-        loss = lambda p, rows: loss_sum(graph, p, rows) / batch["loss_mask"].sum()
+        loss = lambda p, rows: batch_loss(graph, p, rows).loss / batch["loss_mask"].sum()
 
         @jax.jit
         def step(p, state, rows):

@@ -37,15 +37,15 @@ def log_probabilities(model, tokens: np.ndarray) -> np.ndarray:
 def attention_weights(model, tokens: np.ndarray, layer: int) -> np.ndarray:
     """[T, H, S] of one layer: what attention does to values that are the rows of the identity."""
     tokens_BT, context = as_batch(tokens)
-    x_BTD, turns = model.embed(tokens_BT, context.positions), model.rotations(context.positions)
+    x_BTD, angles = model.embed(tokens_BT, context.positions), model.angles_of_blocks(context.positions)
     for i in range(layer + 1):
         graph, stack = split(getattr(model, f"block_{i % model.period}"))
-        block, turn = merge(graph, jax.tree.map(lambda x, i=i: x[i // model.period], stack)), turns[i % model.period]
+        block, rope = merge(graph, jax.tree.map(lambda x, i=i: x[i // model.period], stack)), angles[i % model.period]
         before_BTD = x_BTD
-        x_BTD, _ = block(x_BTD, context, turn, i, None, None)
+        x_BTD, _ = block(x_BTD, context, rope, i, None, None)
     own, post = block.attention, model.config.norm_place == "post"
     x_BTD = before_BTD if post or not block.attention_norm else block.attention_norm(before_BTD)
-    q_BTHK, k_BSGK = own.queries_and_keys(x_BTD, x_BTD, turn)
+    q_BTHK, k_BSGK = own.queries_and_keys(x_BTD, x_BTD, rope)
     width, num = k_BSGK.shape[-1], len(tokens)
     identity = np.eye(num, -(-num // width) * width, dtype=np.float32)
     weights, more = [], (own.causal, None, own.softcap)

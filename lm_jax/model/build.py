@@ -1,4 +1,4 @@
-"""The seam between NNX modules and plain nested dicts of arrays: `init / apply / declarations`, for every kind of model."""
+"""Builds the model of a config: a Flax NNX module whose parameters are kept outside of it, in a nested dict of arrays."""
 
 import dataclasses
 import functools
@@ -10,9 +10,10 @@ from lm_jax.config import Model
 from lm_jax.model.encoder import Encoder
 from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Apart, Declaration, is_apart, make, merge
+from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
+from lm_jax.model.stack import Apart, is_apart
 from lm_jax.model.transformer import Transformer
 
 KINDS: dict[str, type[LanguageModel]] = {
@@ -27,15 +28,15 @@ KINDS: dict[str, type[LanguageModel]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument of compiled functions
 class Graph:
-    """The seam: what a model is (`apply`) and what its parameters are (`declarations`), without any array."""
+    """A model without its arrays: `declarations` says what its parameters are, `init` makes them, `module` computes with them."""
 
     config: Model
     sequence_length: int
-    graph_and_state: tuple
-    declarations: dict[tuple[str, ...], Declaration]
+    graph_and_state: tuple  # the module as `layers.split` takes it apart
+    declarations: dict[tuple[str, ...], Declaration]  # by the path of the parameter
 
     def init(self, root: jax.Array, sharded: bool = False) -> dict:
-        """Fresh parameters as a nested dict; under jit with `sharded`, each device makes only its shards."""
+        """Fresh parameters from a root key, as a nested dict. With `sharded` (under jit) each device makes only its shards."""
         parameters: dict = {}
         for path, declared in self.declarations.items():
             node = parameters
@@ -45,20 +46,20 @@ class Graph:
         return parameters
 
     def module(self, parameters: dict) -> LanguageModel:
-        """The module with these parameters in place, to be called inside a traced function."""
+        """The module with these parameters in place. Call it inside a traced function."""
         module = merge(self.graph_and_state, parameters)
         assert isinstance(module, LanguageModel)
         return module
 
     def apart(self, parameters: dict) -> dict:
-        """The same parameters, every stack of layers an `Apart`, where the program of `config` unrolls its layers.
+        """The parameters as generation reads them: where `config.unroll`, every stack [L, ...] as L arrays (`Apart`).
 
-        What generates reads them so. It is a copy; nothing is done to what is apart already.
+        The stacks are copied. Parameters whose layers are unstacked already come back as they are.
         """
-        return take_apart(self, parameters) if self.config.unroll and not is_apart(parameters) else parameters
+        return _unstacked(self, parameters) if self.config.unroll and not is_apart(parameters) else parameters
 
     def empty_caches(self, batch: int, slots: int):
-        """What generation keeps of `batch` texts, before their first token."""
+        """The caches of generation (keys and values, or recurrent states) before the first token of `batch` texts."""
         return KINDS[self.config.kind].empty_caches(self.config, batch, slots)
 
     def tree(self, of_declaration) -> dict:
@@ -68,10 +69,9 @@ class Graph:
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def take_apart(graph: Graph, parameters: dict) -> dict:
-    """The jitted half of `Graph.apart`."""
-    layers = lambda declared, x: Apart.of(x) if "layers" in declared.axes else x
-    return jax.tree.map(layers, graph.tree(lambda declared: declared), parameters)
+def _unstacked(graph: Graph, parameters: dict) -> dict:
+    unstack = lambda declared, x: Apart.of(x) if "layers" in declared.axes else x
+    return jax.tree.map(unstack, graph.tree(lambda declared: declared), parameters)
 
 
 def build(config: Model, num_pieces: int, sequence_length: int) -> Graph:

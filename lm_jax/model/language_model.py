@@ -1,6 +1,6 @@
-"""What every language model has: a vocabulary with its two tables, and how it reads a batch.
+"""What every language model has: a vocabulary with an embedding and an output table, and how it reads a batch.
 
-Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, V vocabulary.
+Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, V padded vocabulary, C labels.
 """
 
 import math
@@ -17,22 +17,19 @@ from lm_jax.model.task_heads import num_outputs
 from lm_jax.sharding import constrain, einsum, iota, reshape
 
 
-class Reading(NamedTuple):
-    """Of a batch: the hidden states whose products with the output table are the logits (None: no piece is predicted), and
-    what else predicts."""
+class ModelOutputs(NamedTuple):
+    """What a model makes of a batch for the loss. Logits of tokens are hidden states times the output table."""
 
-    hidden_BTD: jax.Array | None
-    labels_BTC: jax.Array | None = (
-        None  # float32 logits of a task's head, or of next sentence at a segment's first token
-    )
-    left: Any = None  # behind by the blocks: the routing losses of experts
+    hidden_BTD: jax.Array | None  # None where a task's head predicts instead of the output table
+    labels_BTC: jax.Array | None = None  # float32 logits of that head, or of the next sentence (first tokens)
+    aux: Any = None  # of experts: the routing losses
 
 
 class LanguageModel(nnx.Module):
     """Embedding and output table. `vocab_size` is padded; `num_pieces` of it are real."""
 
     output_bias: nnx.Param | None = None
-    softcap, divisor = 0.0, 1.0  # of the logits: what bounds them (0: nothing), and by what they are divided
+    softcap, divisor = 0.0, 1.0  # logits are divided by `divisor`, then bounded by `softcap` (0: not at all)
 
     def __init__(self, config: Model, num_pieces: int, sequence_length: int):
         self.config, self.num_pieces, self.vocab_size = config, num_pieces, padded(num_pieces)
@@ -40,41 +37,41 @@ class LanguageModel(nnx.Module):
         table = lambda: Embedding(self.vocab_size, config.model_dim, "vocab", config.init_scale)
         self.embedding, self.unembedding = table(), None if config.tie_embedding or config.head else table()
         outputs = {"features": num_outputs(config.head, config.labels)}
-        of_task = lambda: Dense({"model": config.model_dim}, outputs, config.init_scale, config.bias)
-        self.labels = of_task() if config.head else None
+        task_head = lambda: Dense({"model": config.model_dim}, outputs, config.init_scale, config.bias)
+        self.labels = task_head() if config.head else None
 
-    def __call__(self, tokens_BT: jax.Array, context: Context, drop: Dropout | None = None, caches=None):
-        """int32 tokens [B, T] -> final hidden states [B, T, D], and what layers leave behind, such as caches."""
+    def __call__(self, tokens_BT: jax.Array, context: Context, dropout: Dropout | None = None, caches=None):
+        """int32 tokens [B, T] -> final hidden states [B, T, D], and what layers return beside them, such as caches."""
         raise NotImplementedError
 
     @staticmethod
     def empty_caches(config: Model, batch: int, slots: int):
-        """What `caches` is before the first token of `batch` texts of at most `slots` tokens."""
+        """The caches before the first token, for `batch` texts of at most `slots` tokens."""
         raise NotImplementedError
 
-    def read(self, batch: dict, drop: Dropout | None = None) -> Reading:
-        """What a batch of contract `[batch, length]` arrays gives for the loss."""
-        hidden_BTD, left = self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), drop)
+    def read(self, batch: dict, dropout: Dropout | None = None) -> ModelOutputs:
+        """The outputs for a batch, a dict of arrays [B, T]: tokens, positions, segment_ids and what the kind of model needs."""
+        hidden_BTD, aux = self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), dropout)
         if self.labels is None:
-            return Reading(hidden_BTD, left=left)
-        return Reading(None, self.labels(hidden_BTD.astype(jnp.float32)), left)
+            return ModelOutputs(hidden_BTD, aux=aux)
+        return ModelOutputs(None, self.labels(hidden_BTD.astype(jnp.float32)), aux)
 
     @property
     def output_table(self) -> jax.Array:
-        """[V, D] as it is stored: a piece's logit is its row times the hidden state."""
+        """[V, D] as it is stored: the logit of a token is its row times the hidden state."""
         return (self.unembedding or self.embedding).table[...]
 
     @property
     def bias_V(self) -> jax.Array | None:
-        """What is added to the logits, as it is stored."""
+        """The bias of the logits, as it is stored."""
         return None if self.output_bias is None else self.output_bias[...]
 
     def before_table(self, x_BTD: jax.Array) -> jax.Array:
-        """Hidden states as they are multiplied with the output table, smaller where logits are divided by a constant."""
+        """Hidden states as they are multiplied with the output table: divided here where the logits are to be."""
         return x_BTD if self.divisor == 1 else x_BTD / self.divisor
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Hidden states [B, T, D] -> float32 logits [B, T, V]; padding of the vocabulary never wins."""
+        """Hidden states [B, T, D] -> float32 logits [B, T, V]; -1e9 for the padding of the vocabulary."""
         x_BTD = self.before_table(x_BTD)
         batch, length, dim = x_BTD.shape
         table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")

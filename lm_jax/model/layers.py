@@ -1,6 +1,6 @@
-"""Layers: a parameter is declared once (shape, dtype, logical axes, initialiser, what it maps) and made elsewhere.
+"""Layers: a parameter is declared once (shape, dtype, logical axes, initialiser, input and output dims), without an array.
 
-Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, I inputs, O outputs, V vocabulary.
+Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, I inputs, O outputs, R rank of an adapter.
 """
 
 import dataclasses
@@ -12,19 +12,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm_jax.config import Model
 from lm_jax.sharding import constrain, einsum, reshape, stored, take
 
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """A parameter before it exists. `inputs` and `outputs` are the dims a product maps from and to: decay reads them."""
+    """A parameter before it exists. `inputs` and `outputs` are the dims that a product maps from and to; the optimizer's rules
+    (weight decay, Muon, Adafactor) read them."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     initializer: Callable[..., jax.Array]
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
-    layers: tuple[int, ...] = ()  # the first dims, where matrices are stacked: over layers, over experts
+    layers: tuple[int, ...] = ()  # leading dims over which matrices are stacked: layers, experts
     dtype: jnp.dtype = jnp.dtype("float32")
 
 
@@ -43,7 +45,7 @@ def constant(value: float) -> Callable[..., jax.Array]:
 
 
 def make(declared: Declaration, path: tuple[str, ...], root: jax.Array, sharded: bool) -> jax.Array:
-    """The initial value: key = root folded with crc32(path), and with the layer's index, on any mesh the same bits."""
+    """The initial value, the same bits on every mesh: its key is the root folded with crc32(path) and the index of the layer."""
     key = jax.random.fold_in(root, zlib.crc32("/".join(path).encode()))
     num_stacked = len(declared.layers)
     layout = stored(declared.axes[num_stacked:]) if sharded else None
@@ -64,22 +66,26 @@ def row_keys(root: jax.Array, name: str, step: jax.Array, layer: jax.Array | int
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, layer), row_B)
 
 
-def dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
-    """Inverted dropout (arXiv:1207.0580), each row from its own key."""
-    keep_BTD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys_B)
-    return jnp.where(keep_BTD, x_BTD / (1 - rate), 0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Where the random numbers of dropout come from: root key, step, and the rows [B] of the training stream."""
+    """Dropout of a batch, whose random numbers depend on the root key, the step and the rows [B] of the training stream."""
 
     root: jax.Array
     step: jax.Array
     row_B: jax.Array
 
     def __call__(self, x_BTD: jax.Array, rate: float, name: str, layer: jax.Array | int = 0) -> jax.Array:
-        return dropout(x_BTD, rate, row_keys(self.root, f"dropout/{name}", self.step, layer, self.row_B))
+        """Inverted dropout (arXiv:1207.0580) at a rate above 0, each row from its own key; `name` is the place in a layer."""
+        keys_B = row_keys(self.root, f"dropout/{name}", self.step, layer, self.row_B)
+        keep_BTD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys_B)
+        return jnp.where(keep_BTD, x_BTD / (1 - rate), 0)
+
+
+def apply_dropout(
+    dropout: Dropout | None, x_BTD: jax.Array, rate: float, name: str, layer: jax.Array | int = 0
+) -> jax.Array:
+    """`x` with dropout; `x` itself outside of training (`dropout` is None) and at rate 0."""
+    return dropout(x_BTD, rate, name, layer) if dropout and rate else x_BTD
 
 
 class Dense(nnx.Module):
@@ -134,7 +140,7 @@ class Dense(nnx.Module):
 
 
 def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
-    """[I, O] of one layer as it is computed with, and the axis of I."""
+    """The parameter of one layer as a matrix [I, O] in `dtype`, and the logical axis of I."""
     declared = parameter.get_metadata("declared")
     axes, num_inputs = declared.axes[len(declared.layers) :], len(declared.inputs)
     sizes = parameter[...].shape
@@ -164,6 +170,11 @@ class Norm(nnx.Module):
         return x.astype(x_BTD.dtype)
 
 
+def model_norm(config: Model) -> Norm:
+    """A norm over the model dim, of the kind that the config names."""
+    return Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
+
+
 class Embedding(nnx.Module):
     """A table of vectors, read by id."""
 
@@ -171,7 +182,7 @@ class Embedding(nnx.Module):
         self.table = declare((num, dim), (axis, "model"), normal(stddev), (0,), (1,))
 
     def __call__(self, ids_BT: jax.Array, dtype) -> jax.Array:
-        """-> [B, T, D] in `dtype`; the gradient of a vector is added up in float32, also of one that is read at every token."""
+        """-> [B, T, D] in `dtype`. The gradient of the table is a sum over tokens, in float32."""
         axes = self.table.get_metadata("declared").axes
         return take(constrain(self.table[...], *axes), ids_BT, "batch", "length", None).astype(dtype)
 
@@ -181,66 +192,14 @@ def capped(logits: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(logits / cap)
 
 
-def stacked(block: nnx.Module, num: int) -> nnx.Module:
-    """The same module with every declared parameter repeated over a new leading dim of layers."""
-    for _, variable in nnx.to_flat_state(nnx.state(block, nnx.Param)):
-        one = variable.get_metadata("declared")
-        move = lambda dims: tuple(dim + 1 for dim in dims)
-        stack = dataclasses.replace(
-            one,
-            shape=(num, *one.shape),
-            axes=("layers", *one.axes),
-            inputs=move(one.inputs),
-            outputs=move(one.outputs),
-            layers=(0, *move(one.layers)),
-        )
-        variable.set_metadata("declared", stack)
-        variable.set_raw_value(jax.ShapeDtypeStruct(stack.shape, stack.dtype))
-    return block
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Apart:
-    """What stood in one array [L, ...] as L arrays (or trees of them), so that a loop over tokens reads each where it lies.
-
-    Out of a stack XLA cuts a copy of every layer for every token.
-    """
-
-    layers: tuple
-
-    @staticmethod
-    def of(stack) -> "Apart":
-        """From a tree of arrays [L, ...]."""
-        num = len(jax.tree.leaves(stack)[0])
-        return Apart(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(num)))
-
-
-def is_apart(tree) -> bool:
-    """Whether there is an `Apart` in a tree."""
-    return any(isinstance(node, Apart) for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Apart)))
-
-
-def over_layers(body: Callable, x, stack, left, unroll: int):
-    """`jax.lax.scan(body, x, (index, stack, left))`; where the stack is apart straight code, whose outputs are apart, too."""
-    if not is_apart(stack):
-        num = len(jax.tree.leaves(stack)[0])
-        return jax.lax.scan(body, x, (jnp.arange(num), stack, left), unroll=unroll)
-    one = lambda i: jax.tree.map(lambda node: node.layers[i], stack, is_leaf=lambda node: isinstance(node, Apart))
-    outputs = []
-    for i in range(len(jax.tree.leaves(stack)) // len(jax.tree.leaves(one(0)))):
-        x, output = body(x, (i, one(i), left and left.layers[i]))
-        outputs.append(output)
-    return x, Apart(tuple(outputs))
-
-
 def split(block: nnx.Module):
-    """A stacked block as (graph, state tree), and its parameters as a plain dict for a scan over layers."""
+    """A module -> ((graph definition, state), parameters as a plain nested dict); `merge` is the way back."""
     graph, state = nnx.split(block)
     return (graph, state), nnx.to_pure_dict(state)
 
 
 def merge(graph_and_state, parameters: dict) -> nnx.Module:
+    """The module that `split` took apart, with these parameters in place."""
     graph, state = graph_and_state
     # A copy of the containers, not of arrays: `replace_by_pure_dict` writes in place.
     state = jax.tree.map(lambda leaf: leaf, state)

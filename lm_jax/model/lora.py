@@ -1,4 +1,4 @@
-"""Adapters of low rank beside dense layers (LoRA, Hu et al., arXiv:2106.09685): put there by pattern, and merged away."""
+"""Low-rank adapters beside dense layers (LoRA, Hu et al., arXiv:2106.09685): added by pattern, merged into the kernels."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +10,7 @@ from lm_jax.trainable import matching
 
 
 def adapt(model: nnx.Module, config: Model) -> None:
-    """Gives the dense layers that `config.lora_pattern` names an adapter each. Raises UserError where it names none."""
+    """Adds an adapter to each dense layer that `config.lora_pattern` matches. Raises UserError where it matches none."""
     dense = {"/".join(map(str, path)): part for path, part in nnx.iter_modules(model) if isinstance(part, Dense)}
     for path in matching("model.lora_pattern", config.lora_pattern, dense):
         dense[path].adapt(config.lora_rank, config.lora_alpha)

@@ -1,4 +1,4 @@
-"""Mixture of experts: of each token, the router's best few MLPs; no token is dropped, whatever they choose.
+"""Mixture of experts: each token goes through the few MLPs that the router ranks highest; no token is left out.
 
 Shape suffixes: B batch, T length, N tokens of one device, D model, F mlp, E experts, C chosen experts of a token.
 """
@@ -16,7 +16,7 @@ from lm_jax.sharding import computed, constrain, on_each_device, precision, sum_
 
 
 class Experts(nnx.Module):
-    """Gated MLPs, `experts_per_token` of `num_experts` for each token, added up by the router's weights (arXiv:2401.04088)."""
+    """Gated MLPs, `experts_per_token` of `num_experts` for each token, summed with the router's weights (arXiv:2401.04088)."""
 
     def __init__(self, config: Model, output_stddev: float, activation: Callable):
         self.config, self.activation = config, activation
@@ -31,8 +31,8 @@ class Experts(nnx.Module):
         self.down = one_matrix_each(output_stddev, "experts", "mlp", "model")
 
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """-> [B, T, D], and what is wrong with the routing of each row (`routing_losses`), float32 [B, 2]."""
-        logits_BTE = self.router(x_BTD.astype(jnp.float32))  # a choice by small differences (arXiv:2101.03961)
+        """-> [B, T, D], and the (balance, z) losses of each row (`routing_losses`), float32 [B, 2]."""
+        logits_BTE = self.router(x_BTD.astype(jnp.float32))  # float32: small differences decide (arXiv:2101.03961)
         weights_BTC, chosen_BTC = jax.lax.top_k(jax.nn.softmax(logits_BTE), self.config.experts_per_token)
         weights_BTC = weights_BTC / weights_BTC.sum(-1, keepdims=True)
         tokens = computed(("batch", "length", None))
@@ -46,9 +46,9 @@ class Experts(nnx.Module):
 
 
 def _on_a_device(activation, x_BTD, weights_BTC, chosen_BTC, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-    """Tokens are put in the order of their experts, so that each expert has one product; F may be a part of the whole.
+    """[B, T, D] of this device. Tokens are sorted by expert, so that each expert has one product; F may be split over devices.
 
-    What adds up over experts, or over the width for a weight's gradient, does so in float32.
+    Sums over experts are in float32, and so are those over the width for the gradient of a weight.
     """
     batch, length, dim = x_BTD.shape
     num_chosen, num_experts = chosen_BTC.shape[-1], len(gate_EDF)
@@ -64,7 +64,7 @@ def _on_a_device(activation, x_BTD, weights_BTC, chosen_BTC, gate_EDF, up_EDF, d
 
 
 def routing_losses(logits_BTE: jax.Array, chosen_BTC: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """(balance, z) of each row over its tokens that are no padding, float32 [B, 2]. Nothing but the row enters.
+    """(balance, z) of each row over its tokens without padding, float32 [B, 2]. They depend on the row alone.
 
     balance: E * sum_e (share of the choices for e) * (mean probability of e), 1 where all are alike (arXiv:2101.03961, eq. 4);
     z: the mean of log(sum of exponentials)^2, which keeps logits near 0 (arXiv:2202.08906, eq. 5).
@@ -80,5 +80,5 @@ def routing_losses(logits_BTE: jax.Array, chosen_BTC: jax.Array, segment_ids_BT:
 
 
 def share_at_work(config: Model, declared: Declaration) -> float:
-    """How much of a parameter a token's products use: all, or of the experts those that it chooses."""
+    """The share of a parameter that the products of one token use: 1, of experts those that it chooses."""
     return config.experts_per_token / config.num_experts if "experts" in declared.axes else 1.0

@@ -1,9 +1,9 @@
 """Recurrent language models, the baselines that the Transformer replaced: same tables, loss, step and sharding.
 
-Shape suffixes: B batch, T length, D model, G the gates' outputs in one dim, L layers.
+Shape suffixes: B batch, T length, D model, G the outputs of all gates in one dim, L layers.
 
-The cells are those of `flax.nnx` (SimpleCell, GRUCell, OptimizedLSTMCell), held to them by a test. Theirs make their arrays at
-once, outside of declarations and meshes, and multiply the inputs anew at every token; here one product serves all tokens.
+The cells compute what those of `flax.nnx` do (SimpleCell, GRUCell, OptimizedLSTMCell); a test compares them. Those create their
+arrays at once, without declarations and meshes, and multiply the inputs token by token; here one product serves all tokens.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,11 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dense, Dropout, declare, merge, normal, over_layers, split, stacked
+from lm_jax.model.layers import Dense, Dropout, apply_dropout, declare, normal
+from lm_jax.model.stack import run_layers, stacked
 from lm_jax.sharding import constrain, einsum
 
-State = tuple[jax.Array, ...]  # float32 [B, D] each, the output first
+State = tuple[jax.Array, ...]  # float32 [B, D] each, the cell's output first
 
 
 def rnn(state: State, x_BG, h_BG) -> State:
@@ -42,31 +43,31 @@ def lstm(state: State, x_BG, h_BG) -> State:
     return jax.nn.sigmoid(leave) * jnp.tanh(cell), cell
 
 
-def remembering(key, shape: tuple[int], dtype, layout) -> jax.Array:
+def open_forget_gates(key, shape: tuple[int], dtype, layout) -> jax.Array:
     """Biases of an LSTM whose forget gates start open, at 1 (Jozefowicz et al., ICML 2015); the others at 0."""
     return jnp.repeat(jnp.array([0, 1, 0, 0], dtype), shape[0] // 4)
 
 
 class Cell(NamedTuple):
-    """(state, products of the inputs, of the last output) -> state; how many of its size stand in a state, and in G."""
+    """A recurrent cell: one step, and its sizes in multiples of D."""
 
-    step: Callable[[State, jax.Array, jax.Array], State]
+    step: Callable[[State, jax.Array, jax.Array], State]  # (state, products of input [B, G], of last output) -> state
     num_states: int
-    num_gates: int
+    num_gates: int  # G / D
 
 
 CELLS = {"rnn": Cell(rnn, 1, 1), "gru": Cell(gru, 1, 3), "lstm": Cell(lstm, 2, 4)}
 
 
 class Layer(nnx.Module):
-    """One cell over the tokens of a row, from nothing at the first token of every segment; padding leaves its state alone."""
+    """One cell over the tokens of a row. Its state is 0 before the first token of a segment; padding does not change it."""
 
     def __init__(self, config: Model):
         self.config = config
         dim, gates = config.model_dim, CELLS[config.kind].num_gates * config.model_dim
         self.input = Dense({"model": dim}, {"features": gates}, config.init_scale, config.bias)
         if config.bias and config.kind == "lstm":
-            self.input.bias = declare((gates,), ("features",), remembering)
+            self.input.bias = declare((gates,), ("features",), open_forget_gates)
         self.recurrent = declare((dim, gates), ("model", "features"), normal(config.init_scale), (0,), (1,))
 
     def __call__(self, x_BTD: jax.Array, context: Context, state: State) -> tuple[jax.Array, State]:
@@ -74,16 +75,16 @@ class Layer(nnx.Module):
         kernel_DG = constrain(self.recurrent[...], "model", "features")  # float32: its gradient is a sum over time
         step = CELLS[self.config.kind].step
 
-        def over_time(state: State, at):
-            x_BG, position_B1, segment_B1 = at
+        def over_time(state: State, inputs):
+            x_BG, position_B1, segment_B1 = inputs
             state = tuple(jnp.where((position_B1 == 0) & (segment_B1 > 0), 0, x_BD) for x_BD in state)
             h_BG = einsum("BD,DG->BG", state[0].astype(x_BTD.dtype), kernel_DG.astype(x_BTD.dtype), "batch", "features")
             after = step(state, x_BG.astype(jnp.float32), h_BG.astype(jnp.float32))
             state = tuple(jnp.where(segment_B1 > 0, new, old) for new, old in zip(after, state, strict=True))
             return state, state[0].astype(x_BTD.dtype)
 
-        marks = context.positions[:, :, None], context.segment_ids[:, :, None]
-        inputs = jax.tree.map(lambda x: x.swapaxes(0, 1), (self.input(x_BTD), *marks))
+        context_BT1 = [x_BT[:, :, None] for x_BT in context]
+        inputs = jax.tree.map(lambda x: x.swapaxes(0, 1), (self.input(x_BTD), *context_BT1))
         state, y_TBD = jax.lax.scan(over_time, state, inputs)
         return y_TBD.swapaxes(0, 1), state
 
@@ -97,29 +98,24 @@ class Recurrent(LanguageModel):
 
     @staticmethod
     def empty_caches(config: Model, batch: int, slots: int) -> State:
-        """The states before the first token, [L, B, D] each; however long the text, they do not grow."""
+        """The states before the first token, zeros [L, B, D] each; they have one size for every length of text."""
         shape, axes = (config.num_layers, batch, config.model_dim), ("layers", "batch", None)
         return tuple(constrain(jnp.zeros(shape), *axes) for _ in range(CELLS[config.kind].num_states))
 
-    def __call__(self, tokens_BT, context: Context, drop: Dropout | None = None, caches=None):
-        """int32 tokens [B, T] -> hidden states [B, T, D], and the states after the last token where `caches` has some."""
-        rate, dtype = self.config.dropout, jnp.dtype(self.config.compute_dtype)
-        x_BTD = self.embed(tokens_BT, context.positions)
-        x_BTD = drop(x_BTD, rate, "embedding") if drop and rate else x_BTD
-        graph, stack = split(self.layers)
+    def __call__(self, tokens_BT, context: Context, dropout: Dropout | None = None, caches=None):
+        """int32 tokens [B, T] -> hidden states [B, T, D], and the states after the last token where `caches` are given."""
+        config = self.config
+        x_BTD = apply_dropout(dropout, self.embed(tokens_BT, context.positions), config.dropout, "embedding")
 
-        def body(x_BTD, scanned):
-            index, parameters, state = scanned
-            y_BTD, state = merge(graph, parameters)(x_BTD, context, state)
-            return (drop(y_BTD, rate, "layer", index) if drop and rate else y_BTD), state
+        def apply(layers, x_BTD, index, state):
+            y_BTD, state = layers[0](x_BTD, context, state)
+            return apply_dropout(dropout, y_BTD, config.dropout, "layer", index), state
 
-        if self.config.remat != "none" and caches is None:
-            body = jax.checkpoint(body, prevent_cse=self.config.unroll)
-        num_layers = self.config.num_layers
-        states = self.empty_caches(self.config, len(tokens_BT), 0) if caches is None else caches
-        unroll = num_layers if self.config.unroll else 1
-        x_BTD, states = over_layers(body, x_BTD, stack, states, unroll)
-        return x_BTD.astype(dtype), None if caches is None else states
+        # A cell has nothing that is worth keeping: any `config.remat` recomputes it whole.
+        remat = "full" if config.remat != "none" and caches is None else "none"
+        states = self.empty_caches(config, len(tokens_BT), 0) if caches is None else caches
+        x_BTD, states = run_layers([self.layers], apply, x_BTD, states, remat, config.unroll)
+        return x_BTD.astype(jnp.dtype(config.compute_dtype)), None if caches is None else states
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         return self.embedding(tokens_BT, jnp.dtype(self.config.compute_dtype))

@@ -1,9 +1,9 @@
-"""What a task asks of a model in the place of pieces: for every head how many logits a token has, and the loss of them.
+"""The heads of tasks, which take the place of the output table: how many outputs each has for a token, and its loss.
 
-A head sees one token for all of its segment (labels, value: an encoder's first token, the last token of a model that writes
-from left to right), each token for itself (tags), or all tokens of a segment against each other (spans).
+`labels` and `value` answer once a segment (at the first token of an encoder's, at the last of a causal model's), `tags` at every
+token; `spans` compares all tokens of a segment.
 
-Shape suffixes: B batch, T length, S length of what a token is compared with, C outputs of the head.
+Shape suffixes: B batch, T length, S the tokens that each is compared with, C outputs of the head.
 """
 
 import jax
@@ -11,19 +11,19 @@ import jax.numpy as jnp
 
 from lm_jax.sharding import constrain
 
-PER_TOKEN = ("tags", "spans")  # heads whose logits are of tokens, not of a segment
-# Where an answer may start and may end, and where it does: bits of a token's target.
+PER_TOKEN = ("tags", "spans")  # heads with outputs of tokens, not of a segment
+# The target of a token under the head `spans` is a set of bits: an answer may start or end here, the right one does.
 MAY_START, MAY_END, STARTS, ENDS = 1, 2, 4, 8
 
 
 def num_outputs(head: str, labels: tuple[str, ...]) -> int:
-    """The logits of a token."""
+    """How many outputs a head has for a token."""
     return {"value": 1, "spans": 2}.get(head, len(labels))
 
 
 def losses(head: str, logits_BTC: jax.Array, batch: dict) -> jax.Array:
-    """float32 [B, T], of float32 logits, to be masked: cross entropy in nats of the target's label, the squared error of a value,
-    or the cross entropy of a segment's span."""
+    """From float32 outputs of a head the losses [B, T], to be masked: cross entropy of labels or of spans in nats, or the squared
+    error of a value."""
     if head == "value":
         return jnp.square(logits_BTC[..., 0] - batch["targets"])
     if head == "spans":
@@ -32,20 +32,20 @@ def losses(head: str, logits_BTC: jax.Array, batch: dict) -> jax.Array:
 
 
 def label_losses(logits_BTC: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] over a few labels, which no device splits, in nats."""
+    """-log softmax(logits)[target] in nats, [B, T]; the labels are few, and not split over devices."""
     is_target_BTC = jnp.arange(logits_BTC.shape[-1])[None, None] == targets_BT[:, :, None]
     return jax.nn.logsumexp(logits_BTC, axis=-1) - jnp.where(is_target_BTC, logits_BTC, 0).sum(-1)
 
 
 def span_losses(logits_BTC: jax.Array, targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """At every token the loss of its segment, in nats: the mean of -log softmax at its answer's start and at its end (Devlin et
-    al., arXiv:1810.04805, 4.2), each over the tokens of the segment where one may be."""
+    """The loss of a segment in nats, at each of its tokens, [B, T]: the mean of -log softmax(logits)[start of the answer] and the
+    same of its end (Devlin et al., arXiv:1810.04805, 4.2). Each softmax is over the segment's tokens where one may be."""
     logits_BSC = constrain(logits_BTC, "batch", None, None)
     targets_BS, segments_BS = (constrain(x, "batch", None) for x in (targets_BT, segment_ids_BT))
     own_BTS = segment_ids_BT[:, :, None] == segments_BS[:, None]
 
-    def loss_of(place: int, may: int, does: int) -> jax.Array:
-        logits_B1S = logits_BSC[:, None, :, place]
+    def loss_of(output: int, may: int, does: int) -> jax.Array:
+        logits_B1S = logits_BSC[:, None, :, output]
         candidate_BTS, answer_BTS = (own_BTS & ((targets_BS & bit) > 0)[:, None] for bit in (may, does))
         log_total_BT = jax.nn.logsumexp(jnp.where(candidate_BTS, logits_B1S, -1e9), axis=-1)
         return log_total_BT - jnp.where(answer_BTS, logits_B1S, 0).sum(-1)
