@@ -33,7 +33,8 @@ from lm_jax.config import Config, UserError, difference, flatten, is_read, leave
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url, is_url
-from lm_jax.data.tokenizer import BESIDE, Tokenizer, load, named, read_json
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.data.tokenizer_files import BESIDE, load, named, read_json
 from lm_jax.distributed import agree, first_answer, leads, share
 from lm_jax.files import MODEL_FILES, file_hash, invalid_reason, seal, sealed, unsealed, write_whole
 from lm_jax.manifest import (

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from lm_jax.model.build import Graph
 from lm_jax.model.task_heads import losses
 from lm_jax.multihost import peers
 from lm_jax.sharding import batch_shards, make_mesh
-from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.terminal import Terminal
 
 
@@ -53,18 +52,16 @@ class Totals(NamedTuple):
         return found
 
 
-def by_source(
-    totals: dict[str, Totals], prefix: str, scores: Callable[[tuple], dict[str, float]] = lambda results: {}
-) -> dict[str, float]:
+def by_source(totals: dict[str, Totals], prefix: str, task: mixture.Task | None = None) -> dict[str, float]:
     """Metrics of the whole, and where there are several sources of each: `eval/loss`, `eval/<source>/loss`, ...
 
-    `scores` gives a task's metrics of its results.
+    `task` scores the results, where there is one.
     """
     whole = added(list(totals.values()))
     if any(part.tokens and not part.num_bytes for part in totals.values()):  # bytes of a part are not known
         whole = whole._replace(num_bytes=0.0)
     found = whole.metrics(prefix)
-    found |= {f"{prefix}/{name}": value for name, value in scores(whole.results).items()}
+    found |= {f"{prefix}/{name}": value for name, value in task.scores(whole.results).items()} if task else {}
     for source, part in totals.items() if len(totals) > 1 else ():
         found |= part.metrics(f"{prefix}/{source}")
     return found
@@ -88,24 +85,33 @@ class Evaluator:
         self._sums = jax.jit(functools.partial(batch_sums, graph, sizes))
 
     def __call__(
-        self, parameters: dict, rows: packing.Held, num_rows: int = 0, watch: Callable = lambda done, of: None
-    ):
+        self,
+        parameters: dict,
+        rows: packing.HeldOutRows | mixture.RecordRows,
+        num_rows: int = 0,
+        watch: Callable = lambda done, of: None,
+    ) -> Totals:
         """Totals over the first `num_rows` rows (0: all). `watch(done, of)` is called after every batch."""
         wanted = min(num_rows or rows.num_rows, rows.num_rows)
-        limited: Any = rows.first(wanted)
+        limited = rows.first(wanted)
         parts: list[tuple] = []
         for batch in loader.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
             *sums, logits = settle(self._sums(parameters, batch))
-            results = results_of(limited, len(parts) * self.size, np.asarray(logits)) if logits is not None else ()
+            results: list = []
+            if logits is not None:
+                assert not isinstance(limited, packing.HeldOutRows)
+                results = results_of(limited, len(parts) * self.size, np.asarray(logits))
             parts.append((*sums, results))
             watch(min(wanted, len(parts) * self.size), wanted)
         totals = added(parts)
-        if self._reads_all and isinstance(rows, packing.Held) and wanted == rows.num_rows:
+        if self._reads_all and isinstance(rows, packing.HeldOutRows) and wanted == rows.num_rows:
             totals = totals._replace(num_bytes=rows.split.num_bytes)
-        return totals._replace(results=limited.joined(totals.results)) if totals.results else totals
+        if isinstance(limited, packing.HeldOutRows):
+            return totals
+        return totals._replace(results=limited.joined(totals.results))
 
 
-def results_of(rows, first: int, logits_BTC: np.ndarray) -> list:
+def results_of(rows: mixture.RecordRows, first: int, logits_BTC: np.ndarray) -> list:
     """What the logits of rows [first, first + B) say of the records in them, in their order."""
     return [result for i, logits_TC in enumerate(logits_BTC) for result in rows.results(first + i, logits_TC)]
 
@@ -159,7 +165,9 @@ def main(arguments: list[str]) -> int:
     tell_losses(found.tokenizer, say)
     mesh = make_mesh(Mesh(slices=-1), devices)
     if found.config.evaluate.metrics:
-        generate_answers.check(found.config.evaluate.metrics)
+        from lm_jax.tasks import scores
+
+        scores.check(found.config.evaluate.metrics)
     elif flags.beams > 1 or flags.records:
         parser.error(
             "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
@@ -167,7 +175,9 @@ def main(arguments: list[str]) -> int:
     mixed = open_data(found.config, say)
     cli.check_tokenizer(found, mixed)
     peers.compare(vars(flags) | {"step": found.step} | checkpoint.outside() | peers.own_code() | mixed.alike)
-    if mixed.compares:
+    if mixed.task and mixed.task.compares:
+        from lm_jax.tasks import dpo_reference
+
         dpo_reference.resume(mixed, found.config, found.workdir)
     rows = mixed.held(found.config.data, flags.split)
     with jax.set_mesh(mesh):
@@ -176,8 +186,10 @@ def main(arguments: list[str]) -> int:
         evaluator = Evaluator(graph, mesh, mixed.tokenizer, size)
         watch = lambda done, of: say.progress(f"row {done} of {of}")
         totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
-        kind, kept = mixed.kept(added(list(totals.values())).results)
+        kind, kept = mixed.task.kept(added(list(totals.values())).results) if mixed.task else ("", ())
         if found.config.evaluate.metrics:
+            from lm_jax.tasks import generate_answers
+
             watch = lambda done, of: say.progress(f"writing: record {done} of {of}")
             kept = generate_answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
     documents = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
@@ -185,11 +197,13 @@ def main(arguments: list[str]) -> int:
     if not found.config.train.task:
         result["tokens"] = sum(int(part.tokens) for part in totals.values())
         result["bytes"] = sum(int(part.num_bytes) for part in totals.values())
-    result |= by_source(totals, "eval", mixed.scores)
+    result |= by_source(totals, "eval", mixed.task)
     kind = found.config.evaluate.metrics or kind
     if kind and kept:
+        from lm_jax.tasks import results
+
         about = {"model": flags.model, "step": found.step}
-        scored = generate_answers.keep(found.workdir, flags.split, kind, kept, about)
+        scored = results.write(found.workdir, flags.split, kind, kept, about)
         result |= {"records": len(kept)} | {f"eval/{name}": value for name, value in scored.items()}
     say(json.dumps(result))
     return 0

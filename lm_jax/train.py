@@ -22,12 +22,11 @@ from lm_jax.config import Config, Length, UserError, flatten, parse_length
 from lm_jax.convert import word_vectors
 from lm_jax.convert.word_vectors import WordVectors
 from lm_jax.data import loader, mixture, objectives, special_ids
-from lm_jax.data.packing import Held
 from lm_jax.data.shards import check_plain, check_url, is_url
-from lm_jax.data.tokenizer import BESIDE, tell_losses
+from lm_jax.data.tokenizer import tell_losses
+from lm_jax.data.tokenizer_files import BESIDE
 from lm_jax.distributed import agree, devices, everyone, find_together, leads, own, workdir_lock
 from lm_jax.evaluate import Evaluator, by_source, open_data
-from lm_jax.generate import chat_template
 from lm_jax.generate.decoding import SLICE, stream
 from lm_jax.generate.sampling import Sampling
 from lm_jax.goodput import Goodput, traced
@@ -39,7 +38,6 @@ from lm_jax.plan import counts
 from lm_jax.remote import Desk, check_room
 from lm_jax.sharding import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.stop import EXIT_PREEMPTED, NEVER, Stop, Stopped
-from lm_jax.tasks import dpo_reference, generate_answers
 from lm_jax.train_state import Program, TrainState, fresh, make_program
 from lm_jax.train_step import CompiledStep, compile_step
 
@@ -58,7 +56,7 @@ class Run:
     say: terminal.Terminal
     desk: Desk  # where metrics and log grow
     mixed: mixture.Mixture
-    stream: mixture.Mixed
+    stream: mixture.MixedRows
     program: Program
     mesh: jax.sharding.Mesh
     ramp: Ramp
@@ -124,7 +122,9 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
         preflight(config, padded(pieces + objectives.EXTRA[config.data.objective]), sizes)
     saved = agree(checkpoint.read_config(workdir) if leads() and checkpoint.has_steps(workdir) else {}, "config.json")
     if config.evaluate.metrics:
-        generate_answers.check(config.evaluate.metrics)
+        from lm_jax.tasks import scores
+
+        scores.check(config.evaluate.metrics)
     with goodput("data"):
         mixed = open_data(config, say)
         tell_losses(mixed.tokenizer, say)
@@ -192,7 +192,9 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
             facts,
             stop,
         )
-        if mixed.compares:
+        if mixed.task and mixed.task.compares:
+            from lm_jax.tasks import dpo_reference
+
             with goodput("reference"):
                 say(dpo_reference.settle(mixed, config, workdir, state.parameters, make_evaluator(this), data.step > 0))
         if leads():
@@ -217,10 +219,8 @@ def write_run_files(
 ) -> None:
     """What a run consists of beside its config.json. Raises UserError where what only the run has is not as it was written."""
     checkpoint.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
-    if mixed.chat_template:
-        template = chat_template.shown(mixed.chat_template, mixed.tokenizer)
-        for name, content in chat_template.files_of(template).items():
-            checkpoint.write_run_file(workdir, name, content, say)
+    for name, content in (mixed.task.files(mixed.tokenizer) if mixed.task else {}).items():
+        checkpoint.write_run_file(workdir, name, content, say)
     checkpoint.check_run_files(workdir, saved)
     if not saved or not (workdir / BESIDE).exists():
         inherited = source.special_ids.ends if isinstance(source, checkpoint.Located) else ()
@@ -465,7 +465,7 @@ def go_back(this: Run, log: "StepLog", saver: checkpoint.Saver) -> str:
         say(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
         return ""
     found = as_data(agree(checkpoint.read_data_state(this.workdir, good) if leads() else None, "data state"))
-    row_at = mixture.Kept(this.stream, found.skipped).row_at
+    row_at = mixture.SkippingRows(this.stream, found.skipped).row_at
     if spikes.times_gone_back(found, row_at) >= spikes.MOST:
         return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
     data = spikes.without_rows_around(log.spike, found, this.ramp, row_at)
@@ -510,7 +510,7 @@ def steps(this: Run, one_step: CompiledStep, log: "StepLog", evaluation, writer,
     """
     config, stop = this.config, this.stop
     num = (this.ramp.cursor(this.num_steps) - this.ramp.cursor(this.data.step)) // this.microbatch
-    rows_left = mixture.Kept(this.stream, this.data.skipped)
+    rows_left = mixture.SkippingRows(this.stream, this.data.skipped)
     batches = loader.batches(rows_left, this.mesh, this.data.cursor, num, this.microbatch, config.data.num_workers)
     batches = this.goodput.waiting(batches, "data wait")
     numbers = range(this.data.step, this.num_steps)
@@ -614,7 +614,7 @@ class StepLog:
         self.skipped = float(this.state.optimizer_state.skipped)  # read once, before the loop
         self.skipping, self.hopeless = False, False
         self.every = this.every(this.config.log.every)
-        self.row_at = mixture.Kept(this.stream, this.data.skipped).row_at
+        self.row_at = mixture.SkippingRows(this.stream, this.data.skipped).row_at
         self.wrong, self.wrong_from, self.wrong_to = "", 0, 0  # what of which steps is not finite
         self.first = this.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, this.data.step
@@ -725,7 +725,7 @@ class StepLog:
         )
 
 
-def make_evaluation(this: Run) -> tuple[Evaluator, dict[str, Held]] | None:
+def make_evaluation(this: Run) -> tuple[Evaluator, mixture.HeldOut] | None:
     """What evaluates this run and the rows of each source, None where it has no validation text."""
     try:
         rows = this.mixed.held(this.config.data, "validation")
@@ -749,9 +749,7 @@ def evaluate_now(this: Run, evaluation, num_rows: int, *prefixes: str) -> dict[s
 
     with this.goodput("evaluation"):
         totals = {name: evaluator(this.parameters, held, num_rows, watch) for name, held in rows.items()}
-    values = {
-        name: value for prefix in prefixes for name, value in by_source(totals, prefix, this.mixed.scores).items()
-    }
+    values = {name: value for prefix in prefixes for name, value in by_source(totals, prefix, this.mixed.task).items()}
     shown = {name.split("/", 1)[1]: value for name, value in values.items() if name.startswith(f"{prefixes[0]}/")}
     loss = shown.pop("loss")
     of_text = f", {shown['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in shown else ""
@@ -810,14 +808,16 @@ def answer_now(this: Run) -> dict[str, float]:
         return {}
     kind, num = this.config.evaluate.metrics, this.config.evaluate.num_rows
     watch = lambda done, of: this.progress(f"writing: record {done} of {of}")
+    from lm_jax.tasks import generate_answers, results
+
     with this.goodput("evaluation"):
-        results = generate_answers.written(
+        found = generate_answers.written(
             this.program.graph, this.parameters, this.mixed, "validation", num, watch=watch
         )
-    values = generate_answers.scores(kind, results)
+    values = results.scores_of(kind, found)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-    this.say(f"step {this.data.step:>6,} {len(results):,} validation texts: {shown}")
-    this.say(f"the first: {results[0].prediction!r}\n      for: {results[0].truth!r}")
+    this.say(f"step {this.data.step:>6,} {len(found):,} validation texts: {shown}")
+    this.say(f"the first: {found[0].prediction!r}\n      for: {found[0].truth!r}")
     return {f"final/{name}": value for name, value in values.items()}
 
 
@@ -837,10 +837,11 @@ def next_commands(this: Run, given: str) -> str:
     """What can be done with a finished run, as commands to paste; `given` is the one that trained it."""
     mixed, model = this.mixed, ["--model", str(this.workdir)]
     splits = [split for split in ("test", "validation") if is_there(mixed, this.config, split)]
-    asked = ["--chat"] if mixed.chat_template else ["--prompt", this.config.evaluate.prompt]
-    room = this.config.data.sequence_length - len(mixed.tokenizer.encode("" if mixed.chat_template else asked[1])) - 1
+    chats = bool(mixed.task and mixed.task.chat_template)
+    asked = ["--chat"] if chats else ["--prompt", this.config.evaluate.prompt]
+    room = this.config.data.sequence_length - len(mixed.tokenizer.encode("" if chats else asked[1])) - 1
     asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
-    writes = this.config.data.objective == "causal" and (not this.config.train.task or bool(mixed.chat_template))
+    writes = this.config.data.objective == "causal" and (not this.config.train.task or chats)
     longer = [f"--config.train.num_steps={4 * this.num_steps}", "--workdir", free_place(f"{this.workdir}-longer")]
     logs = str(checkpoint.steps_folder(this.workdir).parent.parent)
     lines = [

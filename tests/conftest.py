@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 from lm_jax import config as configs  # noqa: E402
 from lm_jax import distributed  # noqa: E402
 from lm_jax.data import shards  # noqa: E402
+from lm_jax.data.corpus import open_corpus  # noqa: E402
 
 distributed.configure()
 
@@ -83,7 +84,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="session")
 def corpus() -> shards.Corpus:
-    return shards.open_corpus(tiny().data)
+    return open_corpus(tiny().data)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from jax.experimental import topologies  # noqa: E402
 from lm_jax import cli  # noqa: E402
 from lm_jax.batch_ramp import make_ramp, with_steps  # noqa: E402
 from lm_jax.config import UserError  # noqa: E402
-from lm_jax.data.tokenizer import num_pieces  # noqa: E402
+from lm_jax.data.tokenizer_files import num_pieces  # noqa: E402
 from lm_jax.model import attention  # noqa: E402
 from lm_jax.model.language_model import padded  # noqa: E402
 from lm_jax.sharding import make_mesh, mesh_shape, preflight  # noqa: E402

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm_jax.data.tokenizer import BESIDE, HuggingFace, SentencePiece, Tokenizer, read_json, stated_in, token_in
+from lm_jax.data.tokenizer import HuggingFace, SentencePiece, Tokenizer
+from lm_jax.data.tokenizer_files import BESIDE, read_json, stated_in, token_in
 
 GENERATION = "generation_config.json"
 
