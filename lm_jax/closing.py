@@ -72,10 +72,11 @@ def next_commands(this: Run, given: str) -> str:
     """What can be done with a finished run, as commands to paste; `given` is the one that trained it."""
     mixed, model = this.mixed, ["--model", str(this.workdir)]
     splits = [split for split in ("test", "validation") if has_split(mixed, this.config, split)]
-    asked = ["--chat"] if mixed.chat_template else ["--prompt", this.config.evaluate.prompt]
-    room = this.config.data.sequence_length - len(mixed.tokenizer.encode("" if mixed.chat_template else asked[1])) - 1
+    chats = bool(mixed.task and mixed.task.chat_template)
+    asked = ["--chat"] if chats else ["--prompt", this.config.evaluate.prompt]
+    room = this.config.data.sequence_length - len(mixed.tokenizer.encode("" if chats else asked[1])) - 1
     asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
-    writes = this.config.data.objective == "causal" and (not this.config.train.task or bool(mixed.chat_template))
+    writes = this.config.data.objective == "causal" and (not this.config.train.task or chats)
     longer = [f"--config.train.num_steps={4 * this.num_steps}", "--workdir", free_place(f"{this.workdir}-longer")]
     logs = str(checkpoint.steps_folder(this.workdir).parent.parent)
     lines = [

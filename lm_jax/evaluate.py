@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,18 +51,16 @@ class Totals(NamedTuple):
         return found
 
 
-def by_source(
-    totals: dict[str, Totals], prefix: str, scores: Callable[[tuple], dict[str, float]] = lambda results: {}
-) -> dict[str, float]:
-    """Metrics of all rows, and where there are several sources also of each: `eval/loss`, `eval/<source>/loss`, ...
+def by_source(totals: dict[str, Totals], prefix: str, task: mixture.Task | None = None) -> dict[str, float]:
+    """Metrics of the whole, and where there are several sources of each: `eval/loss`, `eval/<source>/loss`, ...
 
-    `scores(results)` computes the metrics of a task.
+    `task` scores the results, where there is one.
     """
     whole = added(list(totals.values()))
     if any(part.tokens and not part.num_bytes for part in totals.values()):
         whole = whole._replace(num_bytes=0.0)
     found = whole.metrics(prefix)
-    found |= {f"{prefix}/{name}": value for name, value in scores(whole.results).items()}
+    found |= {f"{prefix}/{name}": value for name, value in task.scores(whole.results).items()} if task else {}
     for source, part in totals.items() if len(totals) > 1 else ():
         found |= part.metrics(f"{prefix}/{source}")
     return found
@@ -88,22 +86,31 @@ class Evaluator:
         self._sums = jax.jit(functools.partial(batch_sums, graph, sizes))
 
     def __call__(
-        self, parameters: dict, rows: packing.Held, num_rows: int = 0, watch: Callable = lambda done, of: None
-    ):
-        """Totals over the first `num_rows` rows (0: all). Calls `watch(rows done, of how many)` after every batch."""
+        self,
+        parameters: dict,
+        rows: packing.HeldOutRows | mixture.RecordRows,
+        num_rows: int = 0,
+        watch: Callable = lambda done, of: None,
+    ) -> Totals:
+        """Totals over the first `num_rows` rows (0: all). `watch(done, of)` is called after every batch."""
         wanted = min(num_rows or rows.num_rows, rows.num_rows)
-        limited: Any = rows.first(wanted)
+        limited = rows.first(wanted)
         parts: list[tuple] = []
         for batch in loader.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
             *sums, answers_BTC = settle(self._sums(parameters, batch))
-            of_rows = () if answers_BTC is None else enumerate(np.asarray(answers_BTC), len(parts) * self.size)
-            results = [result for row, answers_TC in of_rows for result in limited.results(row, answers_TC)]
+            results: list = []
+            if answers_BTC is not None:
+                assert not isinstance(limited, packing.HeldOutRows)
+                of_rows = enumerate(np.asarray(answers_BTC), len(parts) * self.size)
+                results = [result for row, answers_TC in of_rows for result in limited.results(row, answers_TC)]
             parts.append((*sums, results))
             watch(min(wanted, len(parts) * self.size), wanted)
         totals = added(parts)
-        if self._reads_all and isinstance(rows, packing.Held) and wanted == rows.num_rows:
+        if self._reads_all and isinstance(rows, packing.HeldOutRows) and wanted == rows.num_rows:
             totals = totals._replace(num_bytes=rows.split.num_bytes)
-        return totals._replace(results=limited.joined(totals.results)) if totals.results else totals
+        if isinstance(limited, packing.HeldOutRows):
+            return totals
+        return totals._replace(results=limited.joined(totals.results))
 
 
 # Shape suffixes: B batch, T length, C outputs of a task's head.
@@ -145,7 +152,9 @@ def main(arguments: list[str]) -> int:
     mesh = make_mesh(Mesh(slices=-1), devices)
 
     if found.config.evaluate.metrics:
-        generate_answers.check(found.config.evaluate.metrics)
+        from lm_jax.tasks import scores
+
+        scores.check(found.config.evaluate.metrics)
     elif flags.beams > 1 or flags.records:
         parser.error(
             "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
@@ -153,7 +162,9 @@ def main(arguments: list[str]) -> int:
     mixed = open_data(found.config, say)
     cli.check_tokenizer(found, mixed)
     peers.compare(vars(flags) | {"step": found.step} | run_folder.outside() | peers.own_code() | mixed.alike)
-    if mixed.compares:
+    if mixed.task and mixed.task.compares:
+        from lm_jax.tasks import dpo_reference
+
         dpo_reference.resume(mixed, found.config, found.workdir)
     rows = mixed.held(found.config.data, flags.split)
     with jax.set_mesh(mesh):
@@ -162,8 +173,10 @@ def main(arguments: list[str]) -> int:
         evaluator = Evaluator(graph, mesh, mixed.tokenizer, size)
         watch = lambda done, of: say.progress(f"row {done} of {of}")
         totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
-        kind, kept = mixed.kept(added(list(totals.values())).results)
+        kind, kept = mixed.task.kept(added(list(totals.values())).results) if mixed.task else ("", ())
         if found.config.evaluate.metrics:
+            from lm_jax.tasks import generate_answers
+
             watch = lambda done, of: say.progress(f"writing: record {done} of {of}")
             kept = generate_answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
     documents = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
@@ -171,11 +184,13 @@ def main(arguments: list[str]) -> int:
     if not found.config.train.task:
         result["tokens"] = sum(int(part.tokens) for part in totals.values())
         result["bytes"] = sum(int(part.num_bytes) for part in totals.values())
-    result |= by_source(totals, "eval", mixed.scores)
+    result |= by_source(totals, "eval", mixed.task)
     kind = found.config.evaluate.metrics or kind
     if kind and kept:
+        from lm_jax.tasks import results
+
         about = {"model": flags.model, "step": found.step}
-        scored = generate_answers.keep(found.workdir, flags.split, kind, kept, about)
+        scored = results.write(found.workdir, flags.split, kind, kept, about)
         result |= {"records": len(kept)} | {f"eval/{name}": value for name, value in scored.items()}
     say(json.dumps(result))
     return 0

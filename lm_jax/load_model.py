@@ -23,7 +23,8 @@ from lm_jax.config_check import resolve_found
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url
-from lm_jax.data.tokenizer import Tokenizer, load, named
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.data.tokenizer_files import load, named
 from lm_jax.errors import UserError, nearest
 from lm_jax.files import file_hash
 from lm_jax.manifest import MANIFEST, invalid_reason

@@ -23,7 +23,7 @@ def go_back(this: Run, log: StepLog, saver: checkpoint.Saver) -> str:
         say(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
         return ""
     found = DataState.of_lists(agree(checkpoint.read_data_state(this.workdir, good) if leads() else None, "data state"))
-    row_at = mixture.Kept(this.stream, found.skipped).row_at
+    row_at = mixture.SkippingRows(this.stream, found.skipped).row_at
     if spikes.times_gone_back(found, row_at) >= spikes.MOST:
         return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
     data = spikes.without_rows_around(log.spike, found, this.plan.ramp, row_at)

@@ -27,7 +27,7 @@ class Run:
     say: terminal.Terminal
     desk: LocalMirror  # where metrics and log grow
     mixed: mixture.Mixture
-    stream: mixture.Mixed
+    stream: mixture.MixedRows
     peak_flops: float  # FLOP/s of all devices, 0 where it is not known
     state: TrainState
     data: DataState

@@ -4,22 +4,22 @@ import jax
 
 from lm_jax import fault_points, metrics
 from lm_jax.config import Config
-from lm_jax.data.packing import Held
+from lm_jax.data import mixture
 from lm_jax.distributed import agree, leads
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.run import Run
 
 SAMPLE_TOKENS = 96
-Evaluation = tuple[Evaluator, dict[str, Held]]  # what evaluates a run, and the validation rows of each source
+Evaluation = tuple[Evaluator, mixture.HeldOut]  # what evaluates a run, and the validation rows of each source
 
 
 def check_scores(config: Config) -> None:
     """Raises UserError where the package is missing that counts the scores of written texts."""
     if config.evaluate.metrics:
-        from lm_jax.tasks import generate_answers
+        from lm_jax.tasks import scores
 
-        generate_answers.check(config.evaluate.metrics)
+        scores.check(config.evaluate.metrics)
 
 
 def make_evaluator(this: Run) -> Evaluator:
@@ -45,9 +45,7 @@ def evaluate_now(this: Run, evaluation: Evaluation, num_rows: int, *prefixes: st
 
     with this.goodput("evaluation"):
         totals = {name: evaluator(this.parameters, held, num_rows, watch) for name, held in rows.items()}
-    values = {
-        name: value for prefix in prefixes for name, value in by_source(totals, prefix, this.mixed.scores).items()
-    }
+    values = {name: value for prefix in prefixes for name, value in by_source(totals, prefix, this.mixed.task).items()}
     shown = {name.split("/", 1)[1]: value for name, value in values.items() if name.startswith(f"{prefixes[0]}/")}
     loss = shown.pop("loss")
     of_text = f", {shown['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in shown else ""
@@ -92,23 +90,23 @@ def answer_now(this: Run) -> dict[str, float]:
     if jax.process_count() > 1:
         this.say("no texts are written by several processes: python -m lm_jax.evaluate, on one, scores them")
         return {}
-    from lm_jax.tasks import generate_answers
+    from lm_jax.tasks import generate_answers, results
 
     kind, num = this.config.evaluate.metrics, this.config.evaluate.num_rows
     watch = lambda done, of: this.progress(f"writing: record {done} of {of}")
     model = this.plan.program.graph, this.parameters
     with this.goodput("evaluation"):
-        results = generate_answers.written(*model, this.mixed, "validation", num, watch=watch)
-    values = generate_answers.scores(kind, results)
+        found = generate_answers.written(*model, this.mixed, "validation", num, watch=watch)
+    values = results.scores_of(kind, found)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-    this.say(f"step {this.data.step:>6,} {len(results):,} validation texts: {shown}")
-    this.say(f"the first: {results[0].prediction!r}\n      for: {results[0].truth!r}")
+    this.say(f"step {this.data.step:>6,} {len(found):,} validation texts: {shown}")
+    this.say(f"the first: {found[0].prediction!r}\n      for: {found[0].truth!r}")
     return {f"final/{name}": value for name, value in values.items()}
 
 
 def settle_reference(this: Run) -> None:
     """Where the loss compares with the first parameters: what they say of every pair, once before the first step."""
-    if not this.mixed.compares:
+    if not (this.mixed.task and this.mixed.task.compares):
         return
     from lm_jax.tasks import dpo_reference
 

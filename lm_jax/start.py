@@ -15,12 +15,12 @@ from lm_jax.config import Config, flatten
 from lm_jax.data import mixture, special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url, is_url
-from lm_jax.data.tokenizer import BESIDE, tell_losses
+from lm_jax.data.tokenizer import tell_losses
 from lm_jax.distributed import agree, devices, find_together, leads, own
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.experiment import run_name
-from lm_jax.files import check_room
+from lm_jax.files import BESIDE, check_room
 from lm_jax.goodput import Goodput
 from lm_jax.initial_state import Source, find_init, starting_point
 from lm_jax.multihost import peers
@@ -44,7 +44,7 @@ class Opening:
     expected: DataState  # of the newest step, which is not verified yet
     device: jax.Device  # one of this process
     mixed: mixture.Mixture
-    stream: mixture.Mixed
+    stream: mixture.MixedRows
     plan: Plan  # from `expected`
     plan_from: Callable[[DataState], Plan]  # the same, from where the data turn out to stand
     changes: list[str]  # since the run was started, in words
@@ -141,18 +141,11 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: Stop) -> R
 
 
 def write_run_files(opening: Opening) -> None:
-    """Writes what a run consists of beside its config.json. Raises UserError where what only it has is not as written.
-
-    The one place where training looks up `generate` for a chat template.
-    """
+    """Writes what a run consists of beside its config.json. Raises UserError where what only it has is not as written."""
     workdir, mixed, say = opening.workdir, opening.mixed, opening.say
     run_folder.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
-    if mixed.chat_template:
-        from lm_jax.generate import chat_template
-
-        template = chat_template.shown(mixed.chat_template, mixed.tokenizer)
-        for name, content in chat_template.files_of(template).items():
-            run_folder.write_run_file(workdir, name, content, say)
+    for name, content in (mixed.task.files(mixed.tokenizer) if mixed.task else {}).items():
+        run_folder.write_run_file(workdir, name, content, say)
     run_folder.check_run_files(workdir, opening.saved)
     if not opening.saved or not (workdir / BESIDE).exists():
         inherited = opening.source.special_ids.ends if isinstance(opening.source, load_model.Located) else ()

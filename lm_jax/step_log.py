@@ -30,7 +30,7 @@ class StepLog:
         self.unread: list[tuple[int, dict]] = []  # the steps since the last line
         self.skipped = float(this.state.optimizer_state.skipped)  # read once, before the loop
         self.skipping, self.hopeless = False, False
-        self.row_at = mixture.Kept(this.stream, this.data.skipped).row_at
+        self.row_at = mixture.SkippingRows(this.stream, this.data.skipped).row_at
         self.wrong, self.wrong_from, self.wrong_to = "", 0, 0  # what of which steps is not finite
         self.first = this.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, this.data.step

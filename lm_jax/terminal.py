@@ -12,7 +12,7 @@ from etils import epath
 
 from lm_jax import distributed
 from lm_jax.config import Config
-from lm_jax.data.mixture import Mixture, Shares
+from lm_jax.data.mixture import Mixture, Quotas
 from lm_jax.plan import counts as costs
 from lm_jax.run_plan import Plan
 
@@ -121,7 +121,7 @@ def header(plan: Plan, name: str, mixed: Mixture, device: jax.Device, flops_here
 def data_lines(config: Config, mixed: Mixture, tokens: float) -> list[str]:
     """One line a source: its tokens, its share of the rows, and how often it is seen."""
     num_rows = int(tokens / config.data.sequence_length)
-    counts, lines = Shares([weight for _, weight in config.data.sources]).counts(num_rows), []
+    counts, lines = Quotas([weight for _, weight in config.data.sources]).counts(num_rows), []
     for place, corpus, rows in zip(mixed.places, mixed.corpora.values(), counts, strict=True):
         size = corpus.manifest["counts"]["train"]["tokens"]
         epochs = rows * config.data.sequence_length / max(1, size)

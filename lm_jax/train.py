@@ -10,15 +10,7 @@ from typing import Any
 
 import jax
 
-from lm_jax import (
-    checkpoint,
-    cli,
-    fault_points,
-    metrics,
-    spikes,
-    start,
-    terminal,
-)
+from lm_jax import checkpoint, cli, fault_points, metrics, spikes, start, terminal
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import already_done, compare_with_compressors, give_up, next_commands
 from lm_jax.config import Config, flatten
@@ -141,7 +133,7 @@ def steps(
     """
     plan, config, stop = this.plan, this.config, this.stop
     num = (plan.ramp.cursor(this.num_steps) - plan.ramp.cursor(this.data.step)) // plan.microbatch
-    rows_left = mixture.Kept(this.stream, this.data.skipped)
+    rows_left = mixture.SkippingRows(this.stream, this.data.skipped)
     batches = loader.batches(rows_left, plan.mesh, this.data.cursor, num, plan.microbatch, config.data.num_workers)
     batches = this.goodput.waiting(batches, "data wait")
     numbers = range(this.data.step, this.num_steps)

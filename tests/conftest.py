@@ -17,6 +17,7 @@ from lm_jax import distributed  # noqa: E402
 from lm_jax.config import Config, default_config, flatten, unflatten  # noqa: E402
 from lm_jax.config_check import resolve  # noqa: E402
 from lm_jax.data import shards  # noqa: E402
+from lm_jax.data.corpus import open_corpus  # noqa: E402
 from lm_jax.experiment import shrink, without_unread  # noqa: E402
 
 distributed.configure()
@@ -85,7 +86,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="session")
 def corpus() -> shards.Corpus:
-    return shards.open_corpus(tiny().data)
+    return open_corpus(tiny().data)
 
 
 @pytest.fixture(scope="session")

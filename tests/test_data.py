@@ -10,7 +10,8 @@ import pytest
 from conftest import tiny
 
 from lm_jax.config import Mesh
-from lm_jax.data import loader, packing, shards, sources, tokenizer
+from lm_jax.data import loader, packing, shards, sources, tokenizer_files
+from lm_jax.data.corpus import open_corpus
 from lm_jax.errors import UserError
 from lm_jax.mesh import make_mesh
 
@@ -76,7 +77,7 @@ def test_bytes_per_piece_add_up(corpus):
 
 
 def test_code_takes_few_tokens():
-    corpus = shards.open_corpus(tiny(data__tokenizer="sentencepiece:2048").data)
+    corpus = open_corpus(tiny(data__tokenizer="sentencepiece:2048").data)
     count = corpus.manifest["counts"]["train"]
     assert count["bytes"] / count["tokens"] > 2.7
 
@@ -143,7 +144,7 @@ def test_segments_and_positions_restart_at_documents(stream, corpus):
 @pytest.mark.parametrize("sizes", [[5], [8], [9], [3, 4, 1, 30], [16, 1]])
 def test_held_rows_cover_every_token_once(sizes):
     split = tiny_split(sizes)
-    held = loader.Held(split, 8, document_id=9999)
+    held = loader.HeldOutRows(split, 8, document_id=9999)
     rows = [held.row(i) for i in range(held.num_rows)]
     kept = lambda name: np.concatenate([row[name][row["loss_mask"] > 0] for row in rows])
     np.testing.assert_array_equal(kept("tokens"), split.tokens)
@@ -186,7 +187,7 @@ def test_bad_input_is_left_out_and_said(folder):
         data__validation_fraction=0.0,
         data__test_fraction=0.0,
     ).data
-    corpus = shards.open_corpus(data, said.append)
+    corpus = open_corpus(data, said.append)
     names = {"not_utf8": [str(folder / "latin.txt")], "hidden": [str(folder / ".hidden")]}
     assert corpus.manifest["left_out"] == {"empty": 1, "duplicates": 1} | names
     assert corpus.splits["train"].num_documents == 7
@@ -198,22 +199,22 @@ def test_bad_input_is_left_out_and_said(folder):
 
 def test_a_corpus_is_built_once_and_checked_when_read(folder):
     data = tiny(data__sources=str(folder), data__tokenizer="sentencepiece:400").data
-    first = shards.open_corpus(data)
+    first = open_corpus(data)
     said = []
-    assert shards.open_corpus(data, said.append).fingerprint == first.fingerprint and not said
+    assert open_corpus(data, said.append).fingerprint == first.fingerprint and not said
     tokens = pathlib.Path(first.folder) / "train-00000.tokens.npy"
     raw = bytearray(tokens.read_bytes())
     raw[-1] ^= 1
     tokens.write_bytes(raw)
     with pytest.raises(UserError, match=r"train-00000.tokens.npy is changed since it was built; remove"):
-        shards.open_corpus(data)
+        open_corpus(data)
     (folder / "copy.py").write_text("something else")
-    assert shards.open_corpus(data).fingerprint != first.fingerprint
+    assert open_corpus(data).fingerprint != first.fingerprint
 
 
 def build_and_say(data, queue):
     said = []
-    queue.put((shards.open_corpus(data, said.append).fingerprint, said))
+    queue.put((open_corpus(data, said.append).fingerprint, said))
 
 
 def test_one_process_builds_and_the_others_wait(folder):
@@ -242,10 +243,10 @@ def test_one_process_builds_and_the_others_wait(folder):
 )
 def test_a_bad_tokenizer_is_refused(setting, words):
     with pytest.raises(UserError, match=words):
-        shards.open_corpus(tiny(data__tokenizer=setting).data)
+        open_corpus(tiny(data__tokenizer=setting).data)
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        tokenizer.load(str(tmp_path / "x.model"))
+        tokenizer_files.load(str(tmp_path / "x.model"))

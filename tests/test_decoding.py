@@ -8,7 +8,7 @@ from conftest import tiny
 
 from lm_jax.config import Mesh
 from lm_jax.data import objectives, shards, tokenizer
-from lm_jax.data.packing import Held
+from lm_jax.data.packing import HeldOutRows
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import continuation
 from lm_jax.evaluate import Evaluator, by_source
@@ -159,7 +159,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(name, made, tmp_path):
     """Of a whole corpus; of some of its rows only where the pieces add up to the text."""
     by, texts = made[name], ["A line\n\nand  a cat 猫, " * 9, "Once upon a time\n" * 9, "x = [1, 2]\n" * 9]
     split = corpus_of(by, texts, tmp_path / "corpus").splits["validation"]
-    held = Held(split, 64, by.document_id)
+    held = HeldOutRows(split, 64, by.document_id)
     graph, mesh = build(tiny().model, by.num_pieces, 64), make_mesh(Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         parameters = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()

@@ -17,7 +17,7 @@ from lm_jax.model.build import build
 
 
 @pytest.fixture(scope="module")
-def held(corpus) -> loader.Held:
+def held(corpus) -> loader.HeldOutRows:
     """37 documents, cut to at most 200 tokens each, so that rows start and end inside documents."""
     split = corpus.splits["train"]
     documents = [
@@ -26,7 +26,7 @@ def held(corpus) -> loader.Held:
     ]
     offsets = np.cumsum([0, *map(len, documents)])
     num_bytes = sum(corpus.tokenizer.bytes_per_piece[document].sum() for document in documents)
-    return loader.Held(
+    return loader.HeldOutRows(
         shards.Split(np.concatenate(documents), offsets, int(num_bytes)), 64, corpus.tokenizer.document_id
     )
 

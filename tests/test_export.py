@@ -22,7 +22,7 @@ from one_process import performed
 from lm_jax import load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import export, gguf, hugging_face, proof, safetensors, text_files, tokenizer_json
-from lm_jax.data import special_ids, tokenizer
+from lm_jax.data import special_ids, tokenizer, tokenizer_training
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
@@ -69,7 +69,7 @@ def tokenizer_of(kind: str) -> tokenizer.Tokenizer:
         names = ("<|im_start|>", "<|im_end|>")
         content["added_tokens"] += [tokenizer_json.special_token(400 + k, name) for k, name in enumerate(names)]
         return tokenizer.HuggingFace(json.dumps(content).encode())
-    return tokenizer.train([PAGE, pydoc_data.topics.topics["strings"]], 400, kind)
+    return tokenizer_training.train([PAGE, pydoc_data.topics.topics["strings"]], 400, kind)
 
 
 def on_one(work):

@@ -183,7 +183,7 @@ def test_an_encoder_decoder_reads_both_sides_writes_one_and_can_go_on_from_a_cac
 def test_rows_of_an_encoder_hold_two_texts():
     """[CLS] A [SEP] B [SEP]; the label stands at [CLS]; half of the second texts are another row's; nothing else is changed."""
     config, _, stream = opened(**KINDS["encoder"])
-    ids, labels, hidden, seen = stream.hide.ids, [], 0, 0
+    ids, labels, hidden, seen = stream.corruption.ids, [], 0, 0
     for i in range(200):
         row, whole = stream.row(i), stream.whole(i)
         np.testing.assert_array_equal(row["segment_ids"], whole["segment_ids"])

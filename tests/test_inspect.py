@@ -37,7 +37,7 @@ def test_a_step_is_shown_row_by_row(sources, capsys):
     titles = re.findall(r"^row (\d+): (\S+), its row (\d+)", shown, re.MULTILINE)
     assert [int(i) for i, _, _ in titles] == list(range(24, 32))  # 8 rows a step
     for i, place, j in titles:
-        source, expected = stream.shares.locate(int(i))
+        source, expected = stream.quotas.locate(int(i))
         assert (place, int(j)) == (sources[source][0], expected)
     row = stream.row(24)
     assert mixed.tokenizer.decode(row["tokens"]) in shown.replace("¦", "")

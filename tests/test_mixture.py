@@ -14,6 +14,7 @@ from test_shards import made_up, write
 from lm_jax import run_folder
 from lm_jax.config import Mesh, flatten
 from lm_jax.data import loader, mixture, packing, shards
+from lm_jax.data.corpus import open_corpus
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Totals, by_source
 from lm_jax.mesh import make_mesh
@@ -24,11 +25,11 @@ positive = st.floats(0.01, 10)
 @settings(max_examples=80, deadline=None)
 @given(st.lists(positive, min_size=1, max_size=6), st.integers(0, 10**12))
 def test_quotas_are_exact(weights, start):
-    shares = mixture.Shares(weights)
-    before = shares.counts(start)
+    quotas = mixture.Quotas(weights)
+    before = quotas.counts(start)
     for i in range(start, start + 50):
-        source, j = shares.locate(i)
-        after = shares.counts(i + 1)
+        source, j = quotas.locate(i)
+        after = quotas.counts(i + 1)
         assert j == before[source] and after == [n + (k == source) for k, n in enumerate(before)]
         assert sum(after) == i + 1
         if i < 10**9:  # beyond it the float that we compare with is coarse
@@ -41,20 +42,20 @@ def test_quotas_are_exact(weights, start):
 def test_stages_start_where_they_say(stages):
     firsts = np.cumsum([0, *(rows for rows, _, _ in stages)])[:-1].tolist()
     tables = [tuple((f, stage[1 + k]) for f, stage in zip(firsts, stages, strict=True)) for k in range(2)]
-    shares, before = mixture.Shares(tables), [0, 0]
+    quotas, before = mixture.Quotas(tables), [0, 0]
     for i in range(200):
-        source, j = shares.locate(i)
+        source, j = quotas.locate(i)
         assert j == before[source]
         before[source] += 1
-        assert shares.counts(i + 1) == before
+        assert quotas.counts(i + 1) == before
     for f, (rows, a, b) in zip(firsts, stages, strict=True):
-        seen = np.subtract(shares.counts(f + rows), shares.counts(f))
+        seen = np.subtract(quotas.counts(f + rows), quotas.counts(f))
         assert abs(seen[0] - rows * a / (a + b)) <= 1
 
 
 def test_weights_hold_over_a_thousand_steps():
     weights = [0.62, 0.3, 0.08]
-    counts = mixture.Shares(weights).counts(1000 * 16)
+    counts = mixture.Quotas(weights).counts(1000 * 16)
     np.testing.assert_allclose(np.array(counts) / 16_000, weights, rtol=0.01)
 
 
@@ -77,11 +78,11 @@ def test_a_source_is_its_own_stream_and_every_token_is_seen_once_an_epoch(a, b, 
         packing.Stream(split, length, seed) if way == "split" else packing.BestFit(split, length, seed, 60_000)
     )
     streams = [one(split) for split in splits(a, b)]
-    mixed = mixture.Mixed(streams, mixture.Shares([weight, 1.0]))
+    mixed = mixture.MixedRows(streams, mixture.Quotas([weight, 1.0]))
     seen, taken = [[], []], [0, 0]
     while min(taken[s] - 3 * streams[s].rows_per_epoch for s in (0, 1)) < 0:
         i = sum(taken)
-        row, (source, j) = mixed.row(i), mixed.shares.locate(i)
+        row, (source, j) = mixed.row(i), mixed.quotas.locate(i)
         assert row["row"] == i and j == taken[source]
         seen[source].append(row["tokens"][row["loss_mask"] > 0])
         taken[source] += 1
@@ -96,10 +97,10 @@ def test_a_source_is_its_own_stream_and_every_token_is_seen_once_an_epoch(a, b, 
 @pytest.mark.parametrize("way", ["split", "best_fit"])
 def test_rows_of_two_sources_taken_together_are_the_rows_one_by_one(way):
     make = {"split": packing.Stream, "best_fit": lambda *given: packing.BestFit(*given, 9999)}[way]
-    mixed = mixture.Mixed(
-        [make(split, 8, 0) for split in splits([5, 7, 30], [11, 2, 9, 9])], mixture.Shares([0.7, 0.3])
+    mixed = mixture.MixedRows(
+        [make(split, 8, 0) for split in splits([5, 7, 30], [11, 2, 9, 9])], mixture.Quotas([0.7, 0.3])
     )
-    for rows in (mixed, mixture.Kept(mixed, ((3, 5), (20, 21)))):
+    for rows in (mixed, mixture.SkippingRows(mixed, ((3, 5), (20, 21)))):
         for indices in (list(range(32)), [40, 2, 3]):
             together = rows.rows(indices)
             for k, i in enumerate(indices):
@@ -109,14 +110,14 @@ def test_rows_of_two_sources_taken_together_are_the_rows_one_by_one(way):
 
 def test_skipped_rows_are_dropped_and_nothing_else():
     [split] = splits([50] * 40)
-    mixed = mixture.Mixed([packing.Stream(split, 10, 0)], mixture.Shares([1.0]))
-    kept = mixture.Kept(mixed, ((3, 5), (5, 6), (10, 14)))
+    mixed = mixture.MixedRows([packing.Stream(split, 10, 0)], mixture.Quotas([1.0]))
+    kept = mixture.SkippingRows(mixed, ((3, 5), (5, 6), (10, 14)))
     assert [int(kept.row(k)["row"]) for k in range(10)] == [0, 1, 2, 6, 7, 8, 9, 14, 15, 16]
 
 
 def test_row_a_billion_is_found_at_once(corpus):
     streams = [packing.Stream(corpus.splits["train"], 64, seed) for seed in (0, 1)]
-    mixed = mixture.Mixed(streams, mixture.Shares([((0, 0.3), (1000, 0.5)), 0.7]))
+    mixed = mixture.MixedRows(streams, mixture.Quotas([((0, 0.3), (1000, 0.5)), 0.7]))
     calls = []
     for stream in streams:
         real = stream.split.tokens
@@ -134,7 +135,7 @@ def test_row_a_billion_is_found_at_once(corpus):
 
 
 def test_twice_the_batch_goes_on_with_the_next_row(corpus):
-    mixed = mixture.Mixed([packing.Stream(corpus.splits["train"], 64, 0)], mixture.Shares([1.0]))
+    mixed = mixture.MixedRows([packing.Stream(corpus.splits["train"], 64, 0)], mixture.Quotas([1.0]))
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     first = [batch["row"] for batch in loader.batches(mixed, mesh, 0, 5, 4)]
     then = [batch["row"] for batch in loader.batches(mixed, mesh, 20, 5, 8)]
@@ -144,7 +145,7 @@ def test_twice_the_batch_goes_on_with_the_next_row(corpus):
 @pytest.fixture(scope="module")
 def other() -> shards.Corpus:
     """The same text by another tokenizer."""
-    return shards.open_corpus(tiny(data__tokenizer="sentencepiece:600").data)
+    return open_corpus(tiny(data__tokenizer="sentencepiece:600").data)
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_two_prepared_folders_are_one_stream(places):
     assert list(mixed.corpora) == ["books", "code"] and mixed.tokenizer.num_pieces == 512
     stream = mixed.stream(data)
     rows = [stream.row(i) for i in range(40)]
-    assert [stream.shares.locate(i)[0] for i in range(40)].count(0) == 30
+    assert [stream.quotas.locate(i)[0] for i in range(40)].count(0) == 30
     again = pickle.loads(pickle.dumps(stream))
     assert all(np.array_equal(again.row(i)[name], x) for i, row in enumerate(rows) for name, x in row.items())
 

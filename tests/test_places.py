@@ -19,6 +19,7 @@ from test_shards import made_up, write
 
 from lm_jax import metrics, remote
 from lm_jax.data import shards
+from lm_jax.data.corpus import publish
 
 sys.path.append(str(ROOT / "tools"))
 bucket_emulator = importlib.import_module("bucket_emulator")
@@ -110,7 +111,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))  # nothing was copied before
     documents = {"train": made_up(300), "validation": made_up(20, 5)}
     write(tmp_path / "text", corpus, documents, 1000)
-    shards.publish(str(tmp_path / "text"), f"{bucket}/text")
+    publish(str(tmp_path / "text"), f"{bucket}/text")
     code, said = train(tmp_path / "local", tmp_path / "text")
     assert code == 0, said
     run, source = f"{bucket}/runs/x", f"{bucket}/text"

@@ -79,7 +79,7 @@ def test_conversations_are_answered_in_the_chat_template(tmp_path):
     for sign, answer in ((1, "soon"), (-1, "never")):
         targets = row["targets"][np.sign(row["weight"]) == sign]
         assert by.decode(targets) == answer and targets[-1] == by.special["<|im_end|>"]
-    assert mixed.chat_template
+    assert mixed.task.chat_template
 
 
 def test_a_long_prompt_loses_its_start_and_an_answer_nothing(tmp_path):
@@ -164,7 +164,7 @@ def test_the_loss_is_that_of_the_paper(model):
     losses = [math.log1p(math.exp(-margin)) for margin in expected.values()]
     np.testing.assert_allclose(found.loss, sum(losses), rtol=1e-4)
     assert found.tokens == len(expected) > 3
-    scores = mixed.scores(found.results)
+    scores = mixed.task.scores(found.results)
     np.testing.assert_allclose(scores["accuracy"], np.mean([m > 0 for m in expected.values()]))
     np.testing.assert_allclose(scores["margin"], np.mean(list(expected.values())), atol=2e-4)
 

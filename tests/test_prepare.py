@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT, tiny
 from test_processes import free_port
 
-from lm_jax.data import lines, shards, sources
+from lm_jax.data import lines, sources
+from lm_jax.data.corpus import open_corpus
 from lm_jax.errors import UserError
 from lm_jax.prepare import clean, executors, overlap, readers
 from lm_jax.prepare import run as prepare
@@ -49,7 +50,7 @@ def run(*arguments, **changes):
 
 def texts_of(folder) -> list[str]:
     """All documents of a corpus, in order."""
-    corpus = shards.open_corpus(tiny(data__sources=((str(folder), 1.0),)).data)
+    corpus = open_corpus(tiny(data__sources=((str(folder), 1.0),)).data)
     found = []
     for name in sources.SPLITS:
         split = corpus.splits[name]
@@ -92,7 +93,7 @@ def test_every_document_is_in_the_corpus_or_in_the_report(raw):
 def test_splits_are_those_of_the_content(raw):
     place, _ = raw
     run(place, "raw")
-    corpus = shards.open_corpus(tiny(data__sources=((str(place / "out"), 1.0),)).data)
+    corpus = open_corpus(tiny(data__sources=((str(place / "out"), 1.0),)).data)
     for name, split in corpus.splits.items():
         for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
             assert sources.split_of(corpus.tokenizer.decode(split.tokens[start + 1 : end]), 0.1, 0.1)[0] == name

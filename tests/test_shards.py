@@ -11,6 +11,7 @@ import pytest
 
 from lm_jax import files
 from lm_jax.data import shards
+from lm_jax.data.corpus import is_prepared
 from lm_jax.errors import UserError
 
 
@@ -73,9 +74,9 @@ def test_an_unfinished_writer_leaves_no_corpus_and_the_next_one_starts_clean(cor
     writer = shards.ShardWriter(str(tmp_path / "x"), corpus.tokenizer, 50)
     for ids in made_up(40):
         writer.add("train", np.array(ids, np.int32), 1)
-    assert not shards.is_prepared(str(tmp_path / "x")) and len(list((tmp_path / "x").glob("*.npy"))) > 10
+    assert not is_prepared(str(tmp_path / "x")) and len(list((tmp_path / "x").glob("*.npy"))) > 10
     write(tmp_path / "x", corpus, made_up(2))
-    assert len(list((tmp_path / "x").glob("*.npy"))) == 2 and shards.is_prepared(str(tmp_path / "x"))
+    assert len(list((tmp_path / "x").glob("*.npy"))) == 2 and is_prepared(str(tmp_path / "x"))
 
 
 def changed(path: pathlib.Path, how: str) -> None:

@@ -8,7 +8,8 @@ import socket
 import pytest
 from conftest import tiny
 
-from lm_jax.data import shards, sources
+from lm_jax.data import sources
+from lm_jax.data.corpus import open_corpus
 from lm_jax.data.lines import KINDS
 from lm_jax.errors import UserError
 from lm_jax.prepare import run
@@ -82,7 +83,7 @@ def test_the_command_makes_the_corpus_as_it_is_pasted(tmp_path, monkeypatch):
     none = {"validation_fraction": 0.0, "test_fraction": 0.0}
     told = run.run(run.Settings(sources=(words[-1],), workers=1, **none, **settings), lambda line: None)
     assert told["in"]["documents"] == 4 and told["out"]["documents"] == 3
-    assert shards.open_corpus(tiny(data__sources="corpora/mixed").data).splits["train"].num_documents == 3
+    assert open_corpus(tiny(data__sources="corpora/mixed").data).splits["train"].num_documents == 3
 
 
 def test_prose_of_any_name_is_read_and_the_rest_is_said(tmp_path, monkeypatch):
@@ -113,7 +114,7 @@ def test_prose_of_any_name_is_read_and_the_rest_is_said(tmp_path, monkeypatch):
     assert names == expected and sorted(os.path.relpath(name, place) for name in hidden) == [".DS_Store", ".git"]
     said: list[str] = []
     given = dict(data__tokenizer="bytes", data__validation_fraction=0.0, data__test_fraction=0.0)
-    corpus = shards.open_corpus(tiny(data__sources=place, **given).data, said.append)
+    corpus = open_corpus(tiny(data__sources=place, **given).data, said.append)
     assert "6 documents" in said[0] and "1 empty, 1 duplicates, 1 not UTF-8, 2 hidden" in said[0]
     assert {"hidden, left out: " + os.path.join(place, ".git"), f"not UTF-8, left out: {place}/latin.txt"} <= set(said)
     assert corpus.manifest["left_out"]["hidden"] == hidden

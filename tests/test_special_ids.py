@@ -15,7 +15,7 @@ from etils import epath
 from lm_jax import load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import gguf, hugging_face, run
-from lm_jax.data import objectives, shards, special_ids, tokenizer
+from lm_jax.data import objectives, shards, special_ids, tokenizer, tokenizer_files
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.errors import UserError
 from lm_jax.generate import beam_search, chat_template, decoding
@@ -30,7 +30,7 @@ RECORDED = (
 
 
 def read(folder: pathlib.Path) -> SpecialIds:
-    return special_ids.read(epath.Path(folder), tokenizer.load(str(folder)))
+    return special_ids.read(epath.Path(folder), tokenizer_files.load(str(folder)))
 
 
 ENDS = {  # generation_config.json, what else config.json says -> the ends of the shape "llama3", whose ids are 420 to 423
@@ -58,9 +58,11 @@ def test_where_nothing_says_an_end_a_text_is_as_long_as_it_may_be(tmp_path):
     """It loads, and is told only where a mark between documents is needed."""
     folder = shapes.write(tmp_path, "any name")
     (folder / "tokenizer_config.json").unlink()
-    assert read(folder) == SpecialIds((), (), -1, ()) and objectives.specials(tokenizer.load(str(folder)), "causal")
+    assert read(folder) == SpecialIds((), (), -1, ()) and objectives.specials(
+        tokenizer_files.load(str(folder)), "causal"
+    )
     with pytest.raises(UserError, match="nothing says which piece ends a text"):
-        tokenizer.load(str(folder)).document_id  # noqa: B018
+        tokenizer_files.load(str(folder)).document_id  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["<~stop here~>", "</s>", "[END]", "終", "<|im_end|>"])
@@ -69,7 +71,7 @@ def test_an_end_token_may_have_any_name(name, tmp_path):
     (tmp_path / "tokenizer.json").write_text(found.to_str())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 500}))
-    made = tokenizer.load(str(tmp_path))
+    made = tokenizer_files.load(str(tmp_path))
     assert made.document_id == 420 and read(tmp_path).ends == (420,)
     with shards_of(made, tmp_path / "corpus") as corpus:
         assert corpus.tokenizer.document_id == 420 and corpus.splits["train"].tokens[0] == 420
@@ -94,7 +96,7 @@ class shards_of:
 def test_the_richer_tokenizer_is_taken_where_there_are_two(tmp_path):
     folder = shapes.write(tmp_path, "mistral")
     (folder / "tokenizer.model").write_bytes(shapes.content("llama's model")[1])
-    assert isinstance(tokenizer.load(str(folder)), tokenizer.HuggingFace) and read(folder).first == (1,)
+    assert isinstance(tokenizer_files.load(str(folder)), tokenizer.HuggingFace) and read(folder).first == (1,)
 
 
 TEXT = "The king is here"
@@ -105,7 +107,7 @@ def test_a_text_starts_as_transformers_starts_it(name, tmp_path):
     """By the names of what `transformers` puts around a text, as they were recorded; which ids they have, training decides."""
     recorded = json.loads(RECORDED.read_text())[name]
     folder = shapes.write(tmp_path, name)
-    found, made = read(folder), tokenizer.load(str(folder))
+    found, made = read(folder), tokenizer_files.load(str(folder))
     assert [found.first, found.last] == [tuple(map(made.id_of, recorded[part])) for part in ("first", "last")]
     assert made.decode([*found.first, *made.encode(TEXT), *found.last]) == recorded["text"]
 
@@ -118,7 +120,7 @@ def test_what_is_recorded_is_what_transformers_says(name, tmp_path):
     folder = shapes.write(tmp_path, name)
     theirs, made, found = (
         transformers.AutoTokenizer.from_pretrained(str(folder)),
-        tokenizer.load(str(folder)),
+        tokenizer_files.load(str(folder)),
         read(folder),
     )
     ids, bare = theirs(TEXT).input_ids, theirs(TEXT, add_special_tokens=False).input_ids
@@ -159,7 +161,7 @@ def test_published_tokenizers_are_read_as_transformers_reads_them(package, tmp_p
     folder = real_folder(package, tmp_path)
     theirs, made, found = (
         transformers.AutoTokenizer.from_pretrained(str(folder)),
-        tokenizer.load(str(folder)),
+        tokenizer_files.load(str(folder)),
         read(folder),
     )
     for text in ("The capital of France is", "def f(x):\n\treturn  x", "naïve café 猫🙂", " a ▁b"):

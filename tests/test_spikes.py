@@ -158,7 +158,7 @@ def recovered(tmp_path_factory):
 
     def listed(stream, *given):
         read: list[int] = []
-        if isinstance(stream, mixture.Kept):  # not those of an evaluation
+        if isinstance(stream, mixture.SkippingRows):  # not those of an evaluation
             rows.append(read)
         for batch in plain(stream, *given):
             read.extend(np.asarray(batch["row"]).tolist())

@@ -13,8 +13,8 @@ from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.prepare import readers
 from lm_jax.tasks.regression import Regression
+from lm_jax.tasks.results import Result
 from lm_jax.tasks.tables import rows
-from lm_jax.tasks.task import Result
 
 RECORDS = [{"text": f'row {i}, "quoted"\nand a second line', "label": "bad" if i % 3 else "good"} for i in range(30)]
 DECODER = dict(

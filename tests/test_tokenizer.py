@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lm_jax import checkpoint, run_folder
-from lm_jax.data import special_ids, tokenizer
+from lm_jax.data import special_ids, tokenizer, tokenizer_files, tokenizer_training
 from lm_jax.errors import UserError
 
 CHINESE = """\
@@ -62,9 +62,9 @@ def byte_level() -> bytes:
 def made():
     texts = [*library(), CHINESE]
     return {
-        "bpe": tokenizer.make("sentencepiece:600", texts),
-        "unigram": tokenizer.make("unigram:600", texts),
-        "bytes": tokenizer.make("bytes", []),
+        "bpe": tokenizer_training.make("sentencepiece:600", texts),
+        "unigram": tokenizer_training.make("unigram:600", texts),
+        "bytes": tokenizer_training.make("bytes", []),
     }
 
 
@@ -141,19 +141,19 @@ def test_a_name_in_the_words_of_a_unigram_model_is_taken_apart():
 def test_the_sample_is_the_smallest_hashes_whatever_the_order():
     texts = [f"{i} " * (i % 50 + 1) for i in range(500)]
     ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    kept = tokenizer.sample(iter(texts), 5000)
-    assert kept == ordered[: len(kept)] == tokenizer.sample(reversed(texts), 5000)
+    kept = tokenizer_training.sample(iter(texts), 5000)
+    assert kept == ordered[: len(kept)] == tokenizer_training.sample(reversed(texts), 5000)
     assert sum(map(len, kept)) > 5000 >= sum(map(len, kept[:-1]))
 
 
 def test_long_lines_are_trained_on_in_pieces():
     line = CHINESE.replace("\n", "") * 100
-    pieces = list(tokenizer.lines([line + "\n\nshort"]))
+    pieces = list(tokenizer_training.lines([line + "\n\nshort"]))
     assert "".join(pieces) == line + "short" and max(len(piece.encode()) for piece in pieces) <= 4192
 
 
 def test_training_is_a_function_of_the_texts(made):
-    again = tokenizer.make("unigram:600", [CHINESE, *reversed(library())])
+    again = tokenizer_training.make("unigram:600", [CHINESE, *reversed(library())])
     assert again.fingerprint == made["unigram"].fingerprint != made["bpe"].fingerprint
 
 
@@ -161,10 +161,10 @@ def test_a_run_and_a_corpus_keep_the_file_under_its_name(one, tmp_path):
     place = checkpoint.epath.Path(tmp_path)
     for name, content in special_ids.files(one, special_ids.of_documents(one)).items():
         run_folder.write_run_file(place, name, content, print)
-    assert {path.name for path in place.iterdir()} == {one.file_name, tokenizer.BESIDE}
-    found = tokenizer.load(str(tmp_path))
+    assert {path.name for path in place.iterdir()} == {one.file_name, tokenizer_files.BESIDE}
+    found = tokenizer_files.load(str(tmp_path))
     assert type(found) is type(one) and found.fingerprint == one.fingerprint
-    assert tokenizer.load(str(place / one.file_name)).model == one.model
+    assert tokenizer_files.load(str(place / one.file_name)).model == one.model
 
 
 @pytest.mark.parametrize(
@@ -185,5 +185,5 @@ def test_what_is_no_tokenizer_is_refused_by_its_place(tmp_path, name, content, w
     (tmp_path / name).write_bytes(content)
     place = str(tmp_path / name.removesuffix("/readme"))
     with pytest.raises(UserError, match=words) as error:
-        tokenizer.load(place)
+        tokenizer_files.load(place)
     assert place in str(error.value)

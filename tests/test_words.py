@@ -18,8 +18,8 @@ from lm_jax.mesh import make_mesh
 from lm_jax.model import task_heads
 from lm_jax.model.build import build
 from lm_jax.tasks.questions import QuestionAnswering, best_span, windows
+from lm_jax.tasks.results import Result
 from lm_jax.tasks.tags import TokenClassification
-from lm_jax.tasks.task import Result
 from lm_jax.tasks.words import pieces_of, spaced, units
 
 END = 256  # of the byte tokenizer, before and after a text
@@ -251,7 +251,7 @@ def learnt(config, data, steps: int = 60, rate: float = 3e-3) -> tuple[tuple, di
             parameters, state = step(parameters, state, batch)
         ((_, held),) = data.held(config.data, "validation").items()
         totals = Evaluator(graph, mesh, Bytes(), 4)(parameters, held)
-    return totals.results, data.scores(totals.results)
+    return totals.results, data.task.scores(totals.results)
 
 
 def sentences(num: int) -> list[list[str]]:

@@ -16,7 +16,8 @@ from lm_jax import cli, experiment
 from lm_jax.errors import UserError
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.records import read_splits
-from lm_jax.tasks.task import Result, Task
+from lm_jax.tasks.results import Result
+from lm_jax.tasks.task import Task
 
 Guesses = dict[str, list[Any]]  # by baseline: a prediction for each record
 

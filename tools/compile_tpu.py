@@ -22,12 +22,9 @@ os.environ |= {
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from lm_jax import (
-    cli,  # noqa: E402
-    experiment,
-)
-from lm_jax.data.tokenizer import num_pieces  # noqa: E402
-from lm_jax.errors import UserError
+from lm_jax import cli, experiment  # noqa: E402
+from lm_jax.data.tokenizer_files import num_pieces  # noqa: E402
+from lm_jax.errors import UserError  # noqa: E402
 from lm_jax.model import attention  # noqa: E402
 from lm_jax.run_plan import make_plan  # noqa: E402
 from lm_jax.train_step import compile_step  # noqa: E402

@@ -43,13 +43,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def show(mixed: mixture.Mixture, stream: mixture.Mixed, i: int, colours: bool) -> list[str]:
+def show(mixed: mixture.Mixture, stream: mixture.MixedRows, i: int, colours: bool) -> list[str]:
     """A row as a line on what it is and its text. Without colours, what is not trained on stands in [brackets]."""
-    row, (source, j) = stream.row(i), stream.shares.locate(i)
+    row, (source, j) = stream.row(i), stream.quotas.locate(i)
     epoch = j / stream.streams[source].rows_per_epoch
     used, segments = int((row["segment_ids"] > 0).sum()), int(row["segment_ids"].max())
     title = f"row {i:,}: {mixed.places[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
-    if mixed.answers:
+    if mixed.task and (mixed.task.writes or mixed.task.compares):
         return [title, *show_answers(mixed.tokenizer, row, colours), ""]
     starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0))
     text, first = [], 0
@@ -99,16 +99,16 @@ def spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray, start:
     return "".join(text(a, b) for a, b in itertools.pairwise(borders) if a < b)
 
 
-def statistics(mixed: mixture.Mixture, stream: mixture.Mixed, first: int, last: int) -> list[str]:
+def statistics(mixed: mixture.Mixture, stream: mixture.MixedRows, first: int, last: int) -> list[str]:
     """A table by source: its weight at the first of the rows, and what the rows [first, last) are made of, read one by one."""
     names = list(mixed.corpora)
     rows, trained, documents = (dict.fromkeys(names, 0) for _ in range(3))
     for i in range(first, last):
-        row, name = stream.row(i), names[stream.shares.locate(i)[0]]
+        row, name = stream.row(i), names[stream.quotas.locate(i)[0]]
         rows[name] += 1
         trained[name] += int(row["loss_mask"].sum())
         documents[name] += int(row["segment_ids"].max())
-    stage = stream.shares.weights[max(k for k, row in enumerate(stream.shares.firsts) if row <= first)]
+    stage = stream.quotas.weights[max(k for k, row in enumerate(stream.quotas.firsts) if row <= first)]
     lines = [f"rows {first:,} to {last:,}", f"{'source':<20}  weight    rows  off by  targets  segments a row"]
     for k, name in enumerate(names):
         weight, share = float(stage[k] / sum(stage)), rows[name] / (last - first)

@@ -23,7 +23,7 @@ import numpy as np
 from lm_jax import distributed
 from lm_jax.config import Config, Mesh, default_config
 from lm_jax.config_check import resolve
-from lm_jax.data import shards
+from lm_jax.data.corpus import open_corpus
 from lm_jax.mesh import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
@@ -47,7 +47,7 @@ def recipe(dtype: str = "float32", num_steps: int = STEPS, seed: int = 0) -> Con
 def corpus_rows(split: str, num: int) -> np.ndarray:
     """The first rows of the embedded corpus, [num, LENGTH + 1]: each continues the one before."""
     data = dataclasses.replace(recipe().data, tokenizer=f"sentencepiece:{PIECES}")
-    tokens = np.asarray(shards.open_corpus(data).splits[split].tokens[: num * LENGTH + 1], np.int32)
+    tokens = np.asarray(open_corpus(data).splits[split].tokens[: num * LENGTH + 1], np.int32)
     return np.stack([tokens[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(num)])
 
 

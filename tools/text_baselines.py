@@ -14,9 +14,8 @@ import re
 from lm_jax import cli, experiment
 from lm_jax.errors import UserError
 from lm_jax.tasks import TASKS
-from lm_jax.tasks.generate_answers import scores
 from lm_jax.tasks.records import read_splits
-from lm_jax.tasks.task import Result
+from lm_jax.tasks.results import Result, scores_of
 
 WORD = re.compile(r"[\u2e80-\uffff]|\w+|[^\w\s]")  # of a script without spaces, a character
 ROUNDS = 5  # of expectation and maximisation
@@ -51,7 +50,7 @@ def main(arguments: list[str]) -> int:
         print(
             json.dumps(
                 {"baseline": name, "split": flags.split, "records": len(held)}
-                | scores(config.evaluate.metrics, results)
+                | scores_of(config.evaluate.metrics, results)
             )
         )
     return 0

@@ -19,13 +19,13 @@ from jax.sharding import NamedSharding
 
 from lm_jax import stop
 from lm_jax.config import Config
-from lm_jax.data.mixture import Kept, Mixed
+from lm_jax.data.mixture import MixedRows, RecordRows, SkippingRows
 from lm_jax.data.objectives import example
-from lm_jax.data.packing import Batch, BestFit, Held, Stream
+from lm_jax.data.packing import Batch, BestFit, HeldOutRows, Stream
 from lm_jax.sharding import computed
 
 SOON = 10.0  # seconds after SIGTERM that a worker is over
-Rows = Stream | BestFit | Mixed | Kept | Held
+Rows = Stream | BestFit | MixedRows | SkippingRows | HeldOutRows | RecordRows
 
 
 class Batches:

@@ -1,6 +1,7 @@
-"""Several sources as one stream: which source row i is of, and which of its rows, in closed form; nothing is drawn.
+"""Several sources as one stream: from which source row i comes, and which row of that source it is, in closed form.
 
-The weights of a stage are exact fractions; the rows of a source are its own stream, in its own epochs.
+Nothing is drawn at random: the number of rows of each source follows its weight exactly (`Quotas`). Each source is a stream of
+its own, with its own epochs.
 """
 
 import dataclasses
@@ -8,24 +9,30 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from lm_jax.config import Data
-from lm_jax.data import shards, special_ids, tokenizer
-from lm_jax.data.objectives import make_hide
-from lm_jax.data.packing import Batch, BestFit, Held, Hide, Stream, as_it_is, stacked
+from lm_jax.data import shards, special_ids, tokenizer_files
+from lm_jax.data.corpus import is_prepared, open_corpus
+from lm_jax.data.objectives import make_corruption
+from lm_jax.data.packing import Batch, BestFit, Corruption, HeldOutRows, Stream, identity, stacked
+from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.knob import Weight
 
 
-class Shares:
-    """How the rows are shared out. Of rows [0, i) of a stage, the first source has round(i * its weight), of those that
-    remain the second has round(that * its share of the remaining weight), and so on: counts never fall, none is off by a row
-    more than its neighbours make it, and row i is found without looking at any other."""
+class Quotas:
+    """How many of rows [0, i) come from each source.
+
+    Source 0 has round(i * w0 / (w0 + w1 + ...)) of them. Of the i' rows that are left, source 1 has
+    round(i' * w1 / (w1 + w2 + ...)), and so on. No count falls when i grows, so that row i is found without looking at any
+    other. A weight is the exact fraction of its decimal text, or a table of (first row, weight): at each first row a stage
+    begins, in which the weights are constant and rows are counted anew.
+    """
 
     def __init__(self, weights: list[Weight]):
         tables = [((0, weight),) if isinstance(weight, float) else weight for weight in weights]
@@ -39,13 +46,13 @@ class Shares:
 
     @staticmethod
     def _ratio(stage: list[Fraction], k: int) -> tuple[int, int]:
-        """The weight of source k over that of sources k, k + 1, ..., doubled for rounding: floor((2 n p + q) / 2 q)."""
+        """(p, q): the weight of source k over that of sources k, k + 1, ... is p / q; round(n p / q) is (2 n p + q) // (2 q)."""
         rest = sum(stage[k:], Fraction(0))
         ratio = stage[k] / rest if rest else Fraction(0)
         return ratio.numerator, ratio.denominator
 
     def _stage(self, i: int) -> int:
-        """The stage of row i; a row at which a stage starts is counted from the stage before while that is built."""
+        """The stage of row i. While `__init__` builds stage s, its first row still counts as the end of stage s - 1."""
         known = len(self._before)
         return next(stage for stage in reversed(range(known)) if self.firsts[stage] <= i)
 
@@ -71,26 +78,26 @@ class Shares:
         raise AssertionError(i)
 
 
-class Mixed:
-    """The training stream: row i is the next row of the source whose turn it is."""
+class MixedRows:
+    """The training stream: row i is the next row of the source that `quotas` gives for it, then corrupted."""
 
-    def __init__(self, streams: list[Stream | BestFit], shares: Shares, hide: Hide = as_it_is):
-        self.streams, self.shares, self.sequence_length = streams, shares, streams[0].sequence_length
-        self.rows_per_epoch, self.hide = sum(stream.rows_per_epoch for stream in streams), hide
+    def __init__(self, streams: list[Stream | BestFit], quotas: Quotas, corruption: Corruption = identity):
+        self.streams, self.quotas, self.sequence_length = streams, quotas, streams[0].sequence_length
+        self.rows_per_epoch, self.corruption = sum(stream.rows_per_epoch for stream in streams), corruption
 
     def row(self, i: int) -> Batch:
-        return self.hide(self.whole, i, 0)
+        return self.corruption(self.whole, i, 0)
 
     def whole(self, i: int) -> Batch:
-        """Row i with nothing hidden."""
-        source, j = self.shares.locate(i)
+        """Row i as it was before the corruption."""
+        source, j = self.quotas.locate(i)
         return self.streams[source].row(j) | {"row": np.uint32(i)}
 
     def rows(self, indices: list[int]) -> Batch:
-        """These rows as [rows, T] arrays, taken together from each source where nothing is hidden in them."""
-        if self.hide is not as_it_is:
+        """These rows as [rows, T] arrays; where nothing is corrupted, those of a source are taken in one call."""
+        if self.corruption is not identity:
             return stacked([self.row(i) for i in indices])
-        found = np.array([self.shares.locate(i) for i in indices])
+        found = np.array([self.quotas.locate(i) for i in indices])
         given = np.array(indices, np.uint32)
         parts = [np.flatnonzero(found[:, 0] == source) for source in range(len(self.streams))]
         taken = [stream.rows(found[at, 1].tolist()) for stream, at in zip(self.streams, parts, strict=True) if len(at)]
@@ -100,10 +107,10 @@ class Mixed:
         return {name: np.concatenate([part[name] for part in taken])[back] for name in taken[0]} | {"row": given}
 
 
-class Kept:
-    """A stream without the rows of `skipped`, sorted ranges [first, last): the cursor counts the rows that are left."""
+class SkippingRows:
+    """A stream without the rows in `skipped`, sorted ranges [first, last). The cursor counts only the rows that are left."""
 
-    def __init__(self, mixed: Mixed, skipped: tuple[tuple[int, int], ...]):
+    def __init__(self, mixed: MixedRows, skipped: tuple[tuple[int, int], ...]):
         self.mixed, self.skipped, self.sequence_length = mixed, skipped, mixed.sequence_length
 
     def row(self, cursor: int) -> Batch:
@@ -113,7 +120,7 @@ class Kept:
         return self.mixed.rows([self.row_at(cursor) for cursor in indices])
 
     def row_at(self, cursor: int) -> int:
-        """The row of the stream that stands at a cursor."""
+        """The number of the row in the whole stream that stands at a cursor."""
         i = cursor
         for first, last in self.skipped:
             if i < first:
@@ -122,38 +129,52 @@ class Kept:
         return i
 
 
+class Task(Protocol):
+    """What a run asks of the task whose records it learns; the tasks themselves stand in lm_jax/tasks."""
+
+    writes: bool  # whether its answers are texts that a model writes
+    compares: bool  # whether its loss compares a model with the first parameters
+
+    @property
+    def chat_template(self) -> object: ...  # in which it writes conversations, None where it writes none
+    def files(self, tokenizer: Tokenizer) -> dict[str, bytes]: ...  # what a run keeps of it, by file name
+    def scores(self, results: tuple) -> dict[str, float]: ...  # its metrics of what a model made of records
+    def kept(self, results: tuple) -> tuple[str, tuple]: ...  # kind of the results that are kept ("" = none), and these
+
+
+class RecordRows(Protocol):
+    """Held-out rows that hold a task's records, and say what the outputs of a model mean for them."""
+
+    split: shards.Split
+    sequence_length: int
+    num_rows: int
+
+    def first(self, num_rows: int) -> "RecordRows": ...
+    def row(self, i: int) -> Batch: ...
+    def rows(self, indices: list[int]) -> Batch: ...
+    def results(self, i: int, logits_TC: np.ndarray) -> list: ...
+    def joined(self, results: tuple) -> tuple: ...
+
+
+HeldOut = Mapping[str, HeldOutRows | RecordRows]  # the rows of a split by source
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """The corpora of a config by their short names, in its order; all tokenised by one tokenizer."""
+    """The corpora of a config by their short names, in its order, all tokenised by one tokenizer; and the task of its records,
+    None where text is learnt as it is."""
 
     corpora: dict[str, shards.Corpus]
     places: tuple[str, ...]
-
-    @property
-    def tokenizer(self) -> tokenizer.Tokenizer:
-        return next(iter(self.corpora.values())).tokenizer
-
-    @property
-    def compares(self) -> bool:
-        """Whether the loss compares a model with the first parameters, as a task may want it."""
-        return False
-
-    @property
-    def answers(self) -> bool:
-        """Whether what is learnt is what texts are answered with."""
-        return False
-
-    @property
-    def chat_template(self) -> Any:
-        """In which a task writes conversations."""
-        return None
+    tokenizer: Tokenizer
+    task: Task | None = None
 
     @property
     def special_ids(self) -> special_ids.SpecialIds:
         """What begins and ends a text that a model has learnt from."""
         return special_ids.of_documents(self.tokenizer)
 
-    def stream(self, data: Data) -> Mixed:
+    def stream(self, data: Data) -> MixedRows:
         """The rows to train on. Raises UserError where a source has none, or all of them fill no batch."""
         streams: list[Stream | BestFit] = []
         for name, corpus in self.corpora.items():
@@ -165,7 +186,9 @@ class Mixture:
             else:
                 cut, document_id = data.packing == "best_fit", corpus.tokenizer.document_id
                 streams.append(BestFit(split, data.sequence_length, data.seed, document_id, cut))
-        mixed = Mixed(streams, Shares([weight for _, weight in data.sources]), make_hide(data, self.tokenizer))
+        mixed = MixedRows(
+            streams, Quotas([weight for _, weight in data.sources]), make_corruption(data, self.tokenizer)
+        )
         if mixed.rows_per_epoch < data.global_batch_size:
             raise UserError(
                 f"config.data.sources hold {mixed.rows_per_epoch:,.1f} rows of {data.sequence_length} tokens, less than a batch "
@@ -173,25 +196,17 @@ class Mixture:
             )
         return mixed
 
-    def held(self, data: Data, split: str) -> dict[str, Held]:
+    def held(self, data: Data, split: str) -> HeldOut:
         """Rows of a held-out split by source, without the sources that have none. Raises UserError where nobody has."""
-        document_id, hide = self.tokenizer.document_id, make_hide(data, self.tokenizer)
+        document_id, corruption = self.tokenizer.document_id, make_corruption(data, self.tokenizer)
         found = {
-            name: Held(corpus.splits[split], data.sequence_length, document_id, hide)
+            name: HeldOutRows(corpus.splits[split], data.sequence_length, document_id, corruption)
             for name, corpus in self.corpora.items()
             if corpus.splits[split].num_documents
         }
         if not found:
             raise UserError(f"the {split} split is empty: raise config.data.{split}_fraction, or give more documents")
         return found
-
-    def kept(self, results: tuple) -> tuple[str, tuple]:
-        """The kind of results that are kept record by record, and these; of a text there are none."""
-        return "", ()
-
-    def scores(self, results: tuple) -> dict[str, float]:
-        """Metrics of what a task's head made of records; a text has none."""
-        return {}
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -218,7 +233,7 @@ class Mixture:
 
 def pieces_expected(data: Data) -> int:
     """Pieces of the tokenizer that will be trained, 0 where one is given and must be opened to know."""
-    return 0 if any(shards.is_prepared(place) for place, _ in data.sources) else tokenizer.num_pieces(data.tokenizer)
+    return 0 if any(is_prepared(place) for place, _ in data.sources) else tokenizer_files.num_pieces(data.tokenizer)
 
 
 def open_mixture(data: Data, say: Callable[[str], None] = lambda line: None) -> Mixture:
@@ -228,19 +243,19 @@ def open_mixture(data: Data, say: Callable[[str], None] = lambda line: None) -> 
     """
     places = tuple(place for place, _ in data.sources)
     names = short_names(places)
-    first = next((place for place in places if shards.is_prepared(place)), places[0])
-    opened = {first: shards.open_corpus(data, say, first)}
+    first = next((place for place in places if is_prepared(place)), places[0])
+    opened = {first: open_corpus(data, say, first)}
     like = opened[first].tokenizer
-    if shards.is_prepared(first) and not tokenizer.num_pieces(data.tokenizer):
-        check_same(data.tokenizer, tokenizer.load(data.tokenizer), first, like)
+    if is_prepared(first) and not tokenizer_files.num_pieces(data.tokenizer):
+        check_same(data.tokenizer, tokenizer_files.load(data.tokenizer), first, like)
     for place in places:
         if place not in opened:
-            opened[place] = shards.open_corpus(data, say, place, like)
+            opened[place] = open_corpus(data, say, place, like)
             check_same(first, like, place, opened[place].tokenizer)
-    return Mixture({name: opened[place] for name, place in zip(names, places, strict=True)}, places)
+    return Mixture({name: opened[place] for name, place in zip(names, places, strict=True)}, places, like)
 
 
-def check_same(first: str, a: tokenizer.Tokenizer, second: str, b: tokenizer.Tokenizer) -> None:
+def check_same(first: str, a: Tokenizer, second: str, b: Tokenizer) -> None:
     if a.fingerprint != b.fingerprint:
         raise UserError(
             f"config.data.sources: {second} was made by another tokenizer ({b.num_pieces:,} pieces, {b.fingerprint}) than\n"

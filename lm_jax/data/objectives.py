@@ -1,7 +1,7 @@
-"""What a row asks for instead of its next tokens: masked tokens (BERT) or spans (T5), as pure functions of (row, key).
+"""Objectives other than the next token: masked tokens (BERT) and corrupted spans (T5), as pure functions of (row, key).
 
-A key is a Philox counter of (objective, seed, row) on the host: neither step, batch, mesh nor worker enters, so that a row is
-hidden in the same way wherever and whenever it is made. Segments of a packed row are treated each for itself.
+The key is a Philox generator seeded by (objective, seed, row number), on the host. Step, batch, mesh and worker do not enter,
+so that row i is corrupted in the same way wherever and whenever it is made. Each segment of a packed row is treated alone.
 """
 
 import dataclasses
@@ -12,19 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from lm_jax.config import Data
-from lm_jax.data.packing import Batch, Hide, as_it_is, make_row
+from lm_jax.data.packing import Batch, Corruption, identity, lay_out, make_row
 from lm_jax.data.tokenizer import Tokenizer, continuation
 from lm_jax.model_config import NUM_SENTINELS
 
 Key = np.random.Philox
-EXTRA = {
-    "causal": 0,
-    "masked": 1,
-    "masked_words": 1,
-    "span_corruption": NUM_SENTINELS,
-}  # pieces beyond a trained tokenizer's
-SHORTEST_PAIR = 8  # tokens of a segment that is cut in two
-FARTHEST = 1000  # rows from which another second text comes
+# Ids that an objective needs beside those of a tokenizer that is trained here.
+EXTRA = {"causal": 0, "masked": 1, "masked_words": 1, "span_corruption": NUM_SENTINELS}
+SHORTEST_PAIR = 8  # tokens of the shortest segment that is cut into two texts
+FARTHEST = 1000  # rows: a false second text comes from one of so many next rows
 
 
 class Specials(NamedTuple):
@@ -51,8 +47,8 @@ def specials(tokenizer: Tokenizer, objective: str) -> Specials:
 
 
 @dataclasses.dataclass(frozen=True)
-class Hidden:
-    """`Hide` of an objective: (rows, i, how many there are or 0) -> row i of the batch contract."""
+class RowCorruption:
+    """The `Corruption` of an objective: called as (rows, i, number of rows or 0 for endless ones), it gives row i corrupted."""
 
     objective: str
     seed: int
@@ -72,16 +68,16 @@ class Hidden:
         return row
 
 
-def make_hide(data: Data, tokenizer: Tokenizer) -> Hide:
-    """What the config's objective does to rows."""
+def make_corruption(data: Data, tokenizer: Tokenizer) -> Corruption:
+    """What the config's objective does to every row."""
     if data.objective == "causal":
-        return as_it_is
+        return identity
     words = starts_of_words(tokenizer) if data.objective == "masked_words" else None
-    return Hidden(data.objective, data.seed, specials(tokenizer, data.objective), words)
+    return RowCorruption(data.objective, data.seed, specials(tokenizer, data.objective), words)
 
 
 def starts_of_words(tokenizer: Tokenizer) -> np.ndarray:
-    """bool [num_pieces and those added]: pieces that begin a word; WordPiece marks the others with ##."""
+    """Which ids begin a word, bool [tokenizer.num_pieces + the added ones]; WordPiece marks those that do not with ##."""
     texts = [tokenizer.decode([i]) for i in range(tokenizer.num_pieces)] + [""] * EXTRA["masked_words"]
     if any(text.startswith("##") and text[2:].isalpha() for text in texts):
         return np.array([not text.startswith("##") for text in texts])
@@ -91,7 +87,7 @@ def starts_of_words(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def example(objective: str, length: int, head: str = "", task: str = "") -> Batch:
-    """A row like those of an objective, of a task or its head, for its names, shapes and dtypes."""
+    """A row of zeros with the names, shapes and dtypes that rows of this objective, head and task have."""
     row = make_row([(0, np.zeros(length + 1, np.int32))], length, 0)
     if head == "value":
         row["targets"] = row["targets"].astype(np.float32)
@@ -103,20 +99,22 @@ def example(objective: str, length: int, head: str = "", task: str = "") -> Batc
 
 
 def key(name: str, seed: int, row: int) -> Key:
-    """The random words of one row of one objective; `row` below 2**32, `seed` below 2**64."""
+    """The generator of one row: 64-bit random words that depend on (name, seed, row) alone. `row` < 2**32, `seed` < 2**64."""
     return np.random.Philox(key=zlib.crc32(name.encode()) << 96 | seed << 32 | int(row))
 
 
 def _uniform(key: Key, num: int) -> np.ndarray:
-    """float64 [num] in [0, 1), from words whose bits no numpy release may change."""
+    """The next `num` numbers of a generator, float64 in [0, 1): made from its raw words, which no numpy release may change."""
     return (key.random_raw(num) >> np.uint64(11)) * 2.0**-53
 
 
 def paired(row: Batch, other: Batch, key: Key, ids: Specials) -> tuple[Batch, np.ndarray]:
-    """Two texts in each segment (Devlin et al., 3.1), and [length] the label at its first place, -1 elsewhere.
+    """The row with two texts in each segment (Devlin et al., 3.1), and the labels, int32 [length]: one at the first position
+    of each segment, -1 at all others.
 
-    A segment becomes [CLS] A [SEP] B [SEP], each of these in the place of a token, cut in its middle half; for one in two the
-    tokens of B are those that `other` has at these places (label 1: B does not follow A). Short segments stay whole, A alone.
+    A segment becomes [CLS] A [SEP] B [SEP]; the special ids replace the tokens there, so that its length stays. A ends at a
+    random position in the middle half of the segment. In half of the segments, at random, B is replaced by the tokens of the row
+    `other` at the same positions: label 1 (B does not follow A), else 0. A segment shorter than SHORTEST_PAIR gets only [CLS].
     """
     tokens, types = row["tokens"].copy(), np.zeros_like(row["tokens"])
     labels = np.full(len(tokens), -1, np.int32)
@@ -146,10 +144,11 @@ def masked(
     rate: float = 0.15,
     starts_word: np.ndarray | None = None,
 ) -> Batch:
-    """Masked language modelling (Devlin et al., arXiv:1810.04805, 3.1): `rate` of the tokens are chosen; of these 80% become
-    `mask_id`, 10% a random piece below `num_pieces`, 10% stay; each predicts what it was.
+    """Masked language modelling (Devlin et al., arXiv:1810.04805, 3.1).
 
-    `special` ids are never chosen. With `starts_word` [num_pieces] bool, the pieces of a word are chosen together.
+    Each token is chosen with probability `rate`. Of the chosen ones 80% become `mask_id`, 10% a random id below `num_pieces`,
+    10% stay as they are; each has the token that it was as its target. `special` ids are never chosen. With `starts_word`
+    (bool [num_pieces], which ids begin a word) the tokens of a word are chosen together.
     """
     tokens, num = row["tokens"], len(row["tokens"])
     first = np.arange(num)  # the position whose draw decides
@@ -176,41 +175,36 @@ def span_corruption(
     mean_span: float = 3.0,
     step: int = 1,
 ) -> Batch:
-    """Span corruption (Raffel et al., arXiv:1910.10683, 3.1.4): spans of about `mean_span` tokens are taken out, in all `rate` of
-    each segment.
+    """Span corruption (Raffel et al., arXiv:1910.10683, 3.1.4): spans of about `mean_span` tokens are taken out of each segment,
+    together `rate` of its tokens.
 
-    The encoder (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) sees sentinel k = `first_sentinel` + k * `step`
-    in the place of span k; the decoder, which starts with `start_id`, predicts each sentinel, its span, and one last sentinel.
-    Segments of fewer than three tokens stay whole and predict nothing. Nothing becomes longer than the row was.
+    The encoder (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) reads the rest, with sentinel k in the place of
+    span k; its id is `first_sentinel` + k * `step`. The decoder starts with `start_id` and predicts sentinel 0, span 0,
+    sentinel 1, ..., and one last sentinel. A segment of fewer than three tokens stays whole, and nothing is predicted for it.
+    All arrays have the length of the row.
     """
     length = len(row["tokens"])
     encoder: list[np.ndarray] = []
-    decoder: list[np.ndarray] = []
+    inputs: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
         tokens = row["tokens"][row["segment_ids"] == segment]
         kept, hidden = _corrupt(tokens, key, first_sentinel, step, rate, mean_span)
         encoder.append(kept)
-        decoder.append(hidden)
-    shifted = [np.concatenate([[start_id], part[:-1]]) if len(part) else part for part in decoder]
-    encoder_tokens, encoder_segments, encoder_positions = _lay_out(encoder, length)
-    targets, segments, positions = _lay_out(decoder, length)
-    return {
-        "encoder_tokens": encoder_tokens,
-        "encoder_segment_ids": encoder_segments,
-        "encoder_positions": encoder_positions,
-        "tokens": _lay_out(shifted, length)[0],
-        "targets": targets,
-        "loss_mask": (segments > 0).astype(np.float32),
-        "segment_ids": segments,
-        "positions": positions,
-        "row": row["row"],
-    }
+        inputs.append(np.concatenate([[start_id], hidden[:-1]]) if len(hidden) else hidden)
+        targets.append(hidden)
+    whole = lambda parts: np.concatenate([np.zeros(0, np.int32), *parts])  # a row of padding alone has no part
+    rows = [
+        lay_out(whole(parts), whole(asked), [len(part) for part in parts], length, row["row"])
+        for parts, asked in ((encoder, encoder), (inputs, targets))
+    ]
+    return rows[1] | {f"encoder_{name}": rows[0][name] for name in ("tokens", "segment_ids", "positions")}
 
 
 def _corrupt(
     tokens: np.ndarray, key: Key, sentinel: int, step: int, rate: float, mean_span: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(what the encoder sees, what the decoder predicts) of one segment; kept and hidden spans take turns, kept first."""
+    """(what the encoder reads, what the decoder predicts) of one segment: kept and hidden spans alternate, a kept one first."""
     num = len(tokens)
     if num < 3:
         return tokens, tokens[:0]
@@ -225,16 +219,6 @@ def _corrupt(
 
 
 def _split(total: int, num: int, key: Key) -> np.ndarray:
-    """Sizes of `num` parts of `total`, each at least 1, every way equally likely."""
+    """int [num]: random sizes, each at least 1, whose sum is `total`; all such lists of sizes are equally likely."""
     cuts = np.sort(np.argsort(key.random_raw(total - 1), kind="stable")[: num - 1]) + 1
     return np.diff(cuts, prepend=0, append=total)
-
-
-def _lay_out(parts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, segment ids, positions) of segments one after the other, padded to `length`; int32."""
-    out = np.zeros((3, length), np.int32)
-    start = 0
-    for segment, part in enumerate(parts, 1):
-        out[:, start : start + len(part)] = part, np.full(len(part), segment), np.arange(len(part))
-        start += len(part)
-    return out[0], out[1], out[2]

@@ -1,7 +1,7 @@
 """Documents -> rows. Row i is a pure function of (documents, seed, i): every epoch has its own keyed permutation.
 
 Three ways: concatenated and split, every token a target once an epoch (`Stream`); whole documents by best fit, short rows padded
-(`BestFit`); held-out documents in their order (`Held`). A row stands in the batch contract of `lay_out`.
+(`BestFit`); held-out documents in their order (`HeldOutRows`). A row stands in the batch contract of `lay_out`.
 """
 
 import copy
@@ -21,13 +21,12 @@ from lm_jax.errors import UserError
 from lm_jax.files import write_whole
 
 Batch = dict[str, Any]  # of numpy arrays
-Hide = Callable[
-    [Callable[[int], Batch], int, int], Batch
-]  # (rows, i, how many there are or 0) -> row i, something hidden
+# (rows, i, number of rows or 0 where they are endless) -> row i of the batch contract with other inputs and targets
+Corruption = Callable[[Callable[[int], Batch], int, int], Batch]
 
 
-def as_it_is(rows: Callable[[int], Batch], i: int, num_rows: int) -> Batch:
-    """Hides nothing: the next token is the target."""
+def identity(rows: Callable[[int], Batch], i: int, num_rows: int) -> Batch:
+    """The corruption that changes nothing: the next token is the target."""
     return rows(i)
 
 
@@ -76,9 +75,9 @@ class Stream:
         """These rows as [rows, T] arrays: one pass over the tokens for each run of neighbours, whatever its length."""
         borders = [0, *(k for k in range(1, len(indices)) if indices[k] != indices[k - 1] + 1), len(indices)]
         blocks = [self.block(indices[a], b - a) for a, b in itertools.pairwise(borders)]
-        return (
-            {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]} if blocks[1:] else blocks[0]
-        )
+        if len(blocks) == 1:
+            return blocks[0]
+        return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def block(self, first: int, num: int) -> Batch:
         """Rows [first, first + num) of the batch contract."""
@@ -223,34 +222,32 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     return rows
 
 
-class Held:
+class HeldOutRows:
     """The rows of a held-out split: documents in order, the last row padded, every token a target exactly once."""
 
-    def __init__(self, split: Split, sequence_length: int, document_id: int, hide: Hide = as_it_is):
+    def __init__(self, split: Split, sequence_length: int, document_id: int, corruption: Corruption = identity):
         self.split, self.sequence_length, self.document_id = split, sequence_length, document_id
-        self.num_rows, self.hide = -(-len(split.tokens) // sequence_length), hide
+        self.num_rows, self.corruption = -(-len(split.tokens) // sequence_length), corruption
 
-    def first(self, num_rows: int) -> "Held":
+    def first(self, num_rows: int) -> "HeldOutRows":
         """The first of the rows alone."""
         limited = copy.copy(self)
         limited.num_rows = min(num_rows, self.num_rows)
         return limited
 
     def row(self, i: int) -> Batch:
-        return self.hide(self.whole, i, self.num_rows)
+        return self.corruption(self.whole, i, self.num_rows)
 
     def whole(self, i: int) -> Batch:
-        """Row i with nothing hidden."""
+        """Row i as it was before the corruption."""
         offsets, start = self.split.offsets, i * self.sequence_length
         stop = min(start + self.sequence_length + 1, len(self.split.tokens))
-        pieces, document = [], int(np.searchsorted(offsets, start, side="right")) - 1
-        while start < stop:
-            end = min(int(offsets[document + 1]), stop)
-            pieces.append((document, self.split.tokens[start:end]))
-            start, document = end, document + 1
-        if stop == len(self.split.tokens):  # what follows the last document
-            pieces.append((document, np.array([self.document_id], self.split.tokens.dtype)))
-        return make_row(pieces, self.sequence_length, i)
+        tokens = self.split.tokens[start:stop]
+        if len(tokens) <= self.sequence_length:  # what follows the last document
+            tokens = np.append(tokens, np.array([self.document_id], tokens.dtype))
+        first, last = np.searchsorted(offsets, start, side="right"), np.searchsorted(offsets, stop)
+        sizes = np.diff([start, *offsets[first:last], start + len(tokens)])
+        return lay_out(tokens[:-1], tokens[1:], sizes.tolist(), self.sequence_length, i)
 
     def rows(self, indices: list[int]) -> Batch:
         return stacked_or_padding(self.row, self.num_rows, indices)

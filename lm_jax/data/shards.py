@@ -3,10 +3,9 @@
     <folder>/tokenizer.*  {train,validation,test}-00000.tokens.npy  ...-00000.offsets.npy  ...  manifest.json
 
 A document is its `<|endoftext|>` and its tokens. Whoever prepares text writes with `ShardWriter`; a folder that has a manifest
-is a place that a config can name. What a config names as raw text is built once into the cache, and read from there.
+is a place that a config can name (`corpus.py` opens it).
 """
 
-import contextlib
 import dataclasses
 import errno
 import functools
@@ -15,24 +14,19 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-from etils import epath
 
 from lm_jax import regular_files
-from lm_jax.config import Data
-from lm_jax.data import sources, tokenizer
+from lm_jax.data import sources, tokenizer_files
+from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError, needs
 from lm_jax.files import (
     BESIDE,
-    draft_folder,
     file_hash,
     flush,
     flush_folder,
-    locked,
     seal,
     sealed,
     unsealed,
@@ -46,11 +40,10 @@ MANIFEST = "manifest.json"
 SHARD_TOKENS = 2**27  # of a full shard
 ALWAYS_HASHED = 2**28  # bytes of a corpus that are hashed at every start, smallest files first
 HASHED_IN_TURN = 2**28  # bytes of the rest, at least one file
-TOGETHER = 32  # documents that are tokenised in one call, on all cores
 
 
-class Joined:
-    """Token arrays of several shards read as one. A slice is a view where it lies in one shard, else a copy."""
+class ShardedArray:
+    """The token arrays of several shards, read as one array. A slice is a view where it lies in one shard, else a copy."""
 
     def __init__(self, parts: list[np.ndarray]):
         self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
@@ -82,7 +75,7 @@ class Joined:
 class Split:
     """Documents d = tokens[offsets[d]:offsets[d + 1]]."""
 
-    tokens: np.ndarray | Joined  # [num_tokens] uint16 or uint32, memory-mapped
+    tokens: np.ndarray | ShardedArray  # [num_tokens] uint16 or uint32, memory-mapped
     offsets: np.ndarray  # [num_documents + 1] int64
     num_bytes: int  # of text
     place: tuple[str, str] | None = None  # (folder, name) on disk, None in memory
@@ -104,8 +97,8 @@ class Corpus:
     splits: dict[str, Split]
 
     @functools.cached_property
-    def tokenizer(self) -> tokenizer.Tokenizer:
-        return tokenizer.load(os.path.join(self.folder, self.manifest["tokenizer_file"]))
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer_files.load(os.path.join(self.folder, self.manifest["tokenizer_file"]))
 
     @property
     def fingerprint(self) -> str:
@@ -113,7 +106,7 @@ class Corpus:
         return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Growing:
+class NpyAppender:
     """A one-dimensional `.npy` file that grows: numpy's header has room for any length."""
 
     def __init__(self, path: str, dtype):
@@ -150,7 +143,7 @@ class ShardWriter:
     unfinished are removed.
     """
 
-    def __init__(self, folder: str, tokens_of: tokenizer.Tokenizer, shard_tokens: int = SHARD_TOKENS):
+    def __init__(self, folder: str, tokens_of: Tokenizer, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.tokenizer, self.shard_tokens = folder, tokens_of, shard_tokens
         os.makedirs(folder, exist_ok=True)
         assert not os.path.exists(os.path.join(folder, MANIFEST)), f"{folder} is a corpus already"
@@ -159,7 +152,7 @@ class ShardWriter:
         self.dtype = np.dtype(np.uint16 if tokens_of.num_pieces <= 2**16 else np.uint32)
         nothing = {"documents": 0, "tokens": 0, "bytes": 0, "shards": 0}
         self.counts = {split: dict(nothing) for split in sources.SPLITS}  # of what is written so far
-        self._open: dict[str, tuple[Growing, Growing]] = {}
+        self._open: dict[str, tuple[NpyAppender, NpyAppender]] = {}
 
     def add(self, split: str, ids: np.ndarray, num_bytes: int) -> None:
         """One more document: the ids of its text (`<|endoftext|>` is put before them), and its bytes of UTF-8."""
@@ -167,7 +160,10 @@ class ShardWriter:
             self._finish(split)
         if split not in self._open:
             stem = os.path.join(self.folder, f"{split}-{self.counts[split]['shards']:05}")
-            self._open[split] = Growing(f"{stem}.tokens.npy", self.dtype), Growing(f"{stem}.offsets.npy", np.int64)
+            self._open[split] = (
+                NpyAppender(f"{stem}.tokens.npy", self.dtype),
+                NpyAppender(f"{stem}.offsets.npy", np.int64),
+            )
             self.counts[split]["shards"] += 1
         tokens, offsets = self._open[split]
         offsets.append(np.array([tokens.size]))
@@ -194,7 +190,7 @@ class ShardWriter:
         """Writes what is open, the tokenizer and last the manifest, with `facts` (JSON) beside counts and hashes."""
         for split in list(self._open):
             self._finish(split)
-        kept = tokenizer.files(self.tokenizer)
+        kept = tokenizer_files.files(self.tokenizer)
         for name, content in kept.items():
             with open(os.path.join(self.folder, name), "wb") as file:
                 file.write(content)
@@ -230,9 +226,8 @@ def cache_folder() -> str:
         return given
     home = os.path.expanduser("~")
     if not os.path.isdir(home):
-        raise FileNotFoundError(
-            errno.ENOENT, "this user has no home: say LM_JAX_CACHE=FOLDER, where the cache may be", home
-        )
+        wrong = "this user has no home: say LM_JAX_CACHE=FOLDER, where the cache may be"
+        raise FileNotFoundError(errno.ENOENT, wrong, home)
     return os.path.join(home, ".cache", "lm_jax")
 
 
@@ -254,131 +249,6 @@ def check_plain(*places: str) -> None:
             if error.errno not in regular_files.NO_FILE:
                 raise  # a refusal of the machine
             raise UserError(f"{error.filename}: {error.strerror}; remove it, or name another place") from None
-
-
-def is_prepared(place: str) -> bool:
-    """Whether a place holds shards, not raw text."""
-    check_url("config.data.sources:", place)
-    return place != "python" and (epath.Path(place) / MANIFEST).exists()
-
-
-def open_corpus(
-    data: Data,
-    say: Callable[[str], None] = lambda line: None,
-    place: str = "",
-    given: tokenizer.Tokenizer | None = None,
-) -> Corpus:
-    """The corpus of a source of a config ("": the first), built on first use: one process writes, others wait.
-
-    Raw text is tokenised by `given`, where that is None as `data.tokenizer` says. Raises UserError.
-    """
-    place = place or data.sources[0][0]
-    if is_prepared(place):
-        check_plain(*[place] * (not is_url(place)))
-        return read(local_copy(place, say), "prepare it again, or restore it from a copy")
-    pieces = 0 if given else tokenizer.num_pieces(data.tokenizer)
-    given = given or (None if pieces else tokenizer.load(data.tokenizer))
-    source = place if place == "python" or is_url(place) else os.path.abspath(place)
-    by = given.fingerprint + given.beside.decode() if given else data.tokenizer
-    identity = [2, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
-    if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
-        named = lambda name: name if is_url(name) else os.path.abspath(name)
-        found = sources.documents(place, data.tokenizer)
-        identity.append([(named(name), hashlib.sha256(text).hexdigest()) for name, text in found])
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    name = "python" if place == "python" else os.path.basename(source)
-    folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
-    check_plain(folder, folder + ".lock")
-    if not os.path.exists(os.path.join(folder, MANIFEST)):
-        with writer_lock(folder + ".lock", say):
-            if not os.path.exists(os.path.join(folder, MANIFEST)):
-                build(data, place, given, folder, say)
-    return read(folder, f"remove {folder} and it is built again")
-
-
-def writer_lock(path: str, say: Callable[[str], None]) -> contextlib.AbstractContextManager:
-    """Held by the one process that builds; others say that they wait."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    return locked(path, lambda: say("another process builds this corpus: waiting"))
-
-
-def build(data: Data, place: str, given: tokenizer.Tokenizer | None, folder: str, say: Callable[[str], None]) -> None:
-    """Read, split, train the tokenizer on the training documents (or take the one given), tokenise, write."""
-    found: dict[str, dict[str, str]] = {split: {} for split in sources.SPLITS}
-    unreadable: list[str] = []
-    hidden: list[str] = []
-    duplicates, empty = 0, 0
-    for name, raw in sources.documents(place, data.tokenizer, hidden):
-        text = sources.decode(name, raw)
-        if text is None:
-            unreadable.append(name)
-            continue
-        if not text:
-            empty += 1
-            continue
-        split, digest = sources.split_of(text, data.validation_fraction, data.test_fraction)
-        duplicates += digest in found[split]
-        found[split][digest] = text
-    ordered = {split: [texts[digest] for digest in sorted(texts)] for split, texts in found.items()}
-    if not ordered["train"]:
-        raise UserError(f"config.data.sources: {place!r} holds no text (UTF-8 files that are not empty)")
-    num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
-    dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8, {len(hidden)} hidden"
-    say(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
-    for what, names in (("not UTF-8", unreadable), ("hidden", hidden)):
-        for name in names[:3]:
-            say(f"{what}, left out: {regular_files.shown(name)}")
-    if not given:
-        say(f"training a tokenizer of {tokenizer.num_pieces(data.tokenizer):,} pieces")
-    trained = given or tokenizer.make(data.tokenizer, ordered["train"])
-    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
-    with draft_folder(folder) as draft:
-        write_splits(draft, ordered, trained, num_bytes, say).close(source=place, left_out=left_out)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_splits(
-    folder: str, ordered: dict[str, list[str]], trained: tokenizer.Tokenizer, num_bytes: int, say: Callable[[str], None]
-) -> ShardWriter:
-    """The texts of each split, `num_bytes` in all, tokenised into the shards of a folder. Returns the writer, to be closed."""
-    writer, start, done = ShardWriter(folder, trained), time.monotonic(), 0
-    for split, texts in ordered.items():  # documents in the order of their hashes
-        for first in range(0, len(texts), TOGETHER):
-            group = texts[first : first + TOGETHER]
-            for text, ids in zip(group, trained.encode_batch(group), strict=True):
-                writer.add(split, ids, len(text.encode()))
-                done += len(text)
-            if time.monotonic() - start > 2:
-                start = time.monotonic()
-                say(f"tokenising: {100 * done / num_bytes:.0f}%")
-    return writer
-
-
-def local_copy(place: str, say: Callable[[str], None]) -> str:
-    """The folder itself; of a URL a copy in the cache, made once, the manifest last. `read` checks it."""
-    if not is_url(place):
-        return place
-    url = epath.Path(place)
-    manifest = (url / MANIFEST).read_bytes()
-    folder = os.path.join(cache_folder(), "copies", f"{url.name}-{hashlib.sha256(manifest).hexdigest()[:12]}")
-    with writer_lock(folder + ".lock", say):
-        if not os.path.exists(os.path.join(folder, MANIFEST)):
-            os.makedirs(folder, exist_ok=True)
-            files = json.loads(manifest)["files"]
-            say(f"copying {place}: {sum(file['bytes'] for file in files.values()) / 1e6:,.1f} MB")
-            for name in files:
-                assert os.path.basename(name) == name
-                with (url / name).open("rb") as source, open(os.path.join(folder, name), "wb") as file:
-                    shutil.copyfileobj(source, file, 1 << 22)
-            write_whole(os.path.join(folder, MANIFEST), manifest)
-    return folder
-
-
-def publish(folder: str, url: str) -> None:
-    """Copies a corpus up to a URL, the manifest last: until it is there the URL holds no corpus."""
-    for name in (*read_manifest(folder, "prepare it again")["files"], MANIFEST):
-        with open(os.path.join(folder, name), "rb") as source, (epath.Path(url) / name).open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 22)
 
 
 def read(folder: str, mend: str) -> Corpus:
@@ -470,9 +340,8 @@ def open_split(folder: str, name: str) -> Split:
     with open(os.path.join(folder, MANIFEST)) as file:
         count = json.load(file)["counts"][name]
     path = lambda k, part: os.path.join(folder, f"{name}-{k:05}.{part}.npy")
-    load = lambda k, part: np.asarray(
-        np.load(path(k, part), mmap_mode="r")
-    )  # a plain view: slices of a memmap are slow
+    # A plain view of what is mapped: slices of a memmap are slow.
+    load = lambda k, part: np.asarray(np.load(path(k, part), mmap_mode="r"))
     try:
         tokens = [load(k, "tokens") for k in range(count["shards"])] or [np.zeros(0, np.uint16)]
         offsets = [load(k, "offsets") for k in range(count["shards"])]
@@ -484,4 +353,4 @@ def open_split(folder: str, name: str) -> Split:
             raise UserError(f"{folder}: the {name} split is no tokens with the borders of documents; prepare it again")
     starts = np.cumsum([0, *map(len, tokens)])
     joined = np.concatenate([*(own[:-1] + start for own, start in zip(offsets, starts, strict=False)), starts[-1:]])
-    return Split(tokens[0] if len(tokens) == 1 else Joined(tokens), joined, count["bytes"], (folder, name))
+    return Split(tokens[0] if len(tokens) == 1 else ShardedArray(tokens), joined, count["bytes"], (folder, name))

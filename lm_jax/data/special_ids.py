@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm_jax.data.tokenizer import HuggingFace, SentencePiece, Tokenizer, stated_in, token_in
+from lm_jax.data.tokenizer import HuggingFace, SentencePiece, Tokenizer
+from lm_jax.data.tokenizer_files import stated_in, token_in
 from lm_jax.files import BESIDE
 from lm_jax.regular_files import read_object
 

@@ -1,42 +1,30 @@
 """Text <-> token ids: SentencePiece, plain bytes, or a Hugging Face `tokenizer.json`; each keeps its one file.
 
-A tokenizer is what `Tokenizer` says. `load` opens one from a file or from a folder that keeps one (a run, a corpus, a Hugging
-Face model), `train` makes one. Text is data: a special token's name that stands in a text is encoded as text. Decoding apart is
-not decoding together: what continues a text is what the whole has more than its start (`continuation`).
+Text is data: the name of a special token that stands in a text is encoded as text. Two parts of the ids do not decode to two
+parts of the text: `continuation` gives what further ids add to a text. Opened by `tokenizer_files`, trained by
+`tokenizer_training`.
 """
 
-import contextlib
 import functools
 import hashlib
-import heapq
-import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
-from etils import epath
 
-from lm_jax import regular_files
 from lm_jax.errors import UserError, needs
-from lm_jax.files import BESIDE
-from lm_jax.regular_files import read_object
 
 DOCUMENT = "<|endoftext|>"  # stands before every document, and so after every document too
 SPACE = "\u2581"  # how SentencePiece writes a space; the character itself is spelled in bytes
-SAMPLE_BYTES = 8_000_000  # characters of text that a tokenizer is trained on
 LOST = {  # by tokenizers that change a text before they read it; what each is, in a text
     "line breaks": "a\nb", "spaces beside each other": "a  b", "spaces at the ends": " a ", "tabs": "a\tb",
     "capital letters": "aB", "accents": "caf\u00e9", "full-width letters": "\uff41",
     "characters without a piece": "\u732b\U0001f642", "the character U+2581": "a\u2581b",
 }  # fmt: skip
-TRAINED = {"sentencepiece": "bpe", "unigram": "unigram"}  # kind of a setting: what SentencePiece calls it
-SETTINGS = (
-    '"bytes", "sentencepiece:PIECES" (BPE), "unigram:PIECES", a tokenizer.model or tokenizer.json, or a folder with one'
-)
 
 
 class Stated(NamedTuple):
@@ -270,10 +258,8 @@ class HuggingFace(Tokenizer):
         import tokenizers
 
         described = json.loads(self.model)
-        model, hidden = (
-            described["model"],
-            {name: f"\U0010fffe{name}\U0010fffe" for name in self.special if len(name) > 1},
-        )
+        model = described["model"]
+        hidden = {name: f"\U0010fffe{name}\U0010fffe" for name in self.special if len(name) > 1}
         if isinstance(model["vocab"], dict):
             model["vocab"] = {hidden.get(piece, piece): index for piece, index in model["vocab"].items()}
         else:
@@ -313,56 +299,6 @@ def _piece_sizes(described: dict[str, Any]):
     return lambda piece: 1 if byte.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
 
 
-KINDS: dict[str, Any] = {kind.file_name: kind for kind in (HuggingFace, SentencePiece, Bytes)}  # the richest first
-
-
-def load(setting: str) -> Tokenizer:
-    """The tokenizer of a setting that needs no training: "bytes", a file, or a folder that keeps one. Raises UserError."""
-    if setting == "bytes":
-        return Bytes()
-    path = epath.Path(setting)
-    if not path.exists():
-        raise UserError(f"config.data.tokenizer = {setting!r}: no such file; sentencepiece:2048 trains one")
-    if path.is_dir():
-        kept = [path / name for name in KINDS if (path / name).exists()]
-        if not kept:
-            raise UserError(f"config.data.tokenizer = {setting!r}: the folder has none of {', '.join(KINDS)}")
-        path = kept[0]
-    kind = {".json": HuggingFace, ".bytes": Bytes}.get(path.suffix, SentencePiece)
-    try:
-        if not (model := regular_files.read_bytes(path)):
-            raise UserError("the file is empty")
-        return kind(model, stated_in(path.parent))
-    except UserError as error:
-        raise UserError(f"config.data.tokenizer = {setting!r}: {error}") from None
-
-
-def stated_in(folder: epath.Path) -> Stated:
-    """What a folder says of its tokenizer: a run or a corpus in `special_ids.json`, Hugging Face in its three files."""
-    if kept := read_object(folder / BESIDE):
-        return Stated(kept.get("document"), kept.get("num_pieces", 0))
-    described, told = read_object(folder / "config.json"), read_object(folder / "tokenizer_config.json")
-    ends: list[int | str | None] = [token_in(told.get("eos_token"))]
-    ends += [
-        first_of(read_object(folder / name).get("eos_token_id")) for name in ("generation_config.json", "config.json")
-    ]
-    rows = described.get("vocab_size")
-    return Stated(
-        next((end for end in ends if end is not None), None), rows if isinstance(rows, int) and rows > 0 else 0
-    )
-
-
-def token_in(value: Any) -> str | None:
-    """The name of a token as tokenizer_config.json writes it: a string, or an object with its `content`."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
-
-
-def first_of(value: Any) -> int | None:
-    found = value[0] if isinstance(value, list) and value else value
-    return found if isinstance(found, int) else None
-
-
 def continuation(tokenizer: Tokenizer, before: Iterable[int], ids: Iterable[int]) -> str:
     """The text that `ids` add to the text of the ids `before`: what the whole has more than its start.
 
@@ -377,110 +313,3 @@ def tell_losses(tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
     """One line on what of a text a tokenizer loses; none where a text comes back as it was."""
     if tokenizer.losses:
         say(f"the tokenizer loses text: {', '.join(tokenizer.losses)}; what is read and written is what it leaves")
-
-
-def files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What a run or a corpus keeps of a tokenizer, by name."""
-    return {tokenizer.file_name: tokenizer.model} | ({BESIDE: tokenizer.beside} if tokenizer.beside else {})
-
-
-def num_pieces(setting: str) -> int:
-    """2048 of "sentencepiece:2048", 0 where nothing is trained. Raises UserError for what is no setting."""
-    kind, _, pieces = setting.partition(":")
-    if kind not in TRAINED or epath.Path(setting).exists():
-        known = setting == "bytes" or setting.endswith((".model", ".json", ".bytes")) or epath.Path(setting).is_dir()
-        if not known:
-            raise UserError(f"config.data.tokenizer = {setting!r}: expected {SETTINGS}")
-        return 0
-    if not pieces.isdigit() or not 300 <= int(pieces) <= 1_000_000:
-        raise UserError(f'config.data.tokenizer = {setting!r}: expected 300 to 1000000 pieces, such as "{kind}:2048"')
-    return int(pieces)
-
-
-@contextlib.contextmanager
-def named(flag: str):
-    """Mistakes about a tokenizer that a command's own flag names, not a config."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(re.sub("config.data.tokenizer( =)?", flag, str(error))) from None
-
-
-def make(setting: str, texts: Iterable[str], size: int = SAMPLE_BYTES) -> Tokenizer:
-    """The tokenizer of any setting, where it has to be trained then on `size` characters of the texts. Raises UserError."""
-    pieces = num_pieces(setting)
-    return train(sample(texts, size), pieces, TRAINED[setting.partition(":")[0]]) if pieces else load(setting)
-
-
-def sample(texts: Iterable[str], size: int = SAMPLE_BYTES) -> list[str]:
-    """The texts with the smallest content hashes, just over `size` characters: whatever their order, in bounded memory."""
-    kept: list[tuple[int, str]] = []  # a heap: the largest hash first
-    total = 0
-    for text in texts:
-        digest = -int(hashlib.sha256(text.encode()).hexdigest(), 16)
-        if total > size and digest < kept[0][0]:
-            continue
-        heapq.heappush(kept, (digest, text))
-        total += len(text)
-        while total - len(kept[0][1]) > size:
-            total -= len(heapq.heappop(kept)[1])
-    return [text for _, text in sorted(kept, reverse=True)]
-
-
-def lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of a length that SentencePiece takes (it leaves out what is longer than 4192 bytes): long ones in pieces."""
-    for text in texts:
-        for line in text.split("\n"):
-            if line and len(line) < 4096:
-                yield line
-            else:
-                yield from (line[start : start + 1000] for start in range(0, len(line), 1000))
-
-
-def train(texts: Iterable[str], pieces: int, model_type: str = "bpe") -> SentencePiece:
-    """SentencePiece with byte fallback: a newline is a piece of its own, runs of spaces may be pieces, nothing is normalised.
-
-    `model_type` is "bpe" or "unigram". Raises UserError where the text is too small for so many pieces.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(texts),
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=pieces,
-            byte_fallback=True,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            unk_id=0,
-            bos_id=-1,
-            eos_id=1,
-            eos_piece=DOCUMENT,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        largest = re.search(r"<= (\d+)", str(error))
-        hint = f"; at most {largest[1]} for this text" if largest else ""
-        raise UserError(
-            f"config.data.tokenizer: {pieces} pieces cannot be trained{hint}: {str(error).splitlines()[-1]}"
-        ) from error
-    return SentencePiece(on_grid(model.getvalue()) if model_type == "unigram" else model.getvalue())
-
-
-def on_grid(model: bytes) -> bytes:
-    """A SentencePiece model whose scores are 64ths: float32 adds them without rounding (up to 2**18, some 30,000 pieces).
-
-    Two ways to cut a run of spaces have the same sum; in float32 the order of adding would choose, and no other library could
-    give the same ids.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    message = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
-    for piece in message.pieces:
-        piece.score = round(piece.score * 64) / 64
-    return message.SerializeToString()

@@ -22,9 +22,7 @@ class Overlap:
         for document in data:
             items = {item for ngram in clean.ngrams(document.text) for item in self.index.get(ngram, ())}
             for place in sorted({place for place, _ in items}):
-                entry = self.tally.found.setdefault(place, {"documents": 0, "items": []})
-                entry["documents"] += 1
-                entry["items"] = sorted({*entry["items"], *(number for at, number in items if at == place)})
+                self.tally.find(place, 1, (number for at, number in items if at == place))
             if items and self.remove:
                 self.tally.drop(f"contaminated: {min(place for place, _ in items)}", document.id, document.text)
             else:

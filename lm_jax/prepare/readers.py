@@ -22,9 +22,7 @@ from lm_jax import regular_files
 from lm_jax.data import lines, sources
 from lm_jax.errors import UserError, needs
 
-PIECE = (
-    1_000_000  # characters of the longest document: a longer one is taken apart, so that no stage holds more at once
-)
+PIECE = 1_000_000  # characters of the longest document; a longer one is cut, so that no stage holds more at once
 HF_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")  # what is read of a data set's repository
 
 

@@ -4,6 +4,7 @@ import html
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from lm_jax.files import write_whole
@@ -28,24 +29,28 @@ class Tally:
 
     def drop(self, reason: str, name: str, text: str) -> None:
         """Counts a document that is left out. Examples are the first names, whatever the order of tasks."""
+        self._drop(reason, 1, len(text.encode("utf-8", "replace")), [[name, text[:EXAMPLE_CHARACTERS]]])
+
+    def _drop(self, reason: str, documents: int, num_bytes: int, examples: list[list[str]]) -> None:
         entry = self.dropped.setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
-        entry["documents"] += 1
-        entry["bytes"] += len(text.encode("utf-8", "replace"))
-        entry["examples"] = sorted([*entry["examples"], [name, text[:EXAMPLE_CHARACTERS]]])[:EXAMPLES]
+        entry["documents"] += documents
+        entry["bytes"] += num_bytes
+        entry["examples"] = sorted([*entry["examples"], *examples])[:EXAMPLES]
+
+    def find(self, name: str, documents: int, items: Iterable[int]) -> None:
+        """Counts documents that hold these items of an evaluation set."""
+        entry = self.found.setdefault(name, {"documents": 0, "items": []})
+        entry["documents"] += documents
+        entry["items"] = sorted({*entry["items"], *items})
 
     def merge(self, other: dict[str, Any]) -> None:
         self.documents += other["documents"]
         self.bytes += other["bytes"]
         self.pieces += other["pieces"]
         for reason, entry in other["dropped"].items():
-            mine = self.dropped.setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
-            mine["documents"] += entry["documents"]
-            mine["bytes"] += entry["bytes"]
-            mine["examples"] = sorted([*mine["examples"], *entry["examples"]])[:EXAMPLES]
+            self._drop(reason, *(entry[name] for name in ("documents", "bytes", "examples")))
         for name, entry in other["found"].items():
-            mine = self.found.setdefault(name, {"documents": 0, "items": []})
-            mine["documents"] += entry["documents"]
-            mine["items"] = sorted({*mine["items"], *entry["items"]})
+            self.find(name, entry["documents"], entry["items"])
 
     def save(self, path: str) -> None:
         write_whole(path, json.dumps(vars(self)).encode(), alone=False)

@@ -29,7 +29,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lm_jax.data import shards, sources, tokenizer
+from lm_jax.data import shards, sources, tokenizer_files
+from lm_jax.data.corpus import is_prepared, writer_lock
+from lm_jax.data.corpus import publish as publish_corpus
 from lm_jax.errors import UserError, needs
 from lm_jax.files import draft_folder, locked, write_whole
 from lm_jax.prepare import clean, overlap, readers, report, steps
@@ -83,8 +85,8 @@ class Plan:
 def make_plan(settings: Settings, say: Say = lambda line: None) -> Plan:
     """Which files each task reads. Raises UserError where a place holds none."""
     files = readers.find(settings.sources, say)
-    with tokenizer.named("--tokenizer"):
-        given = None if tokenizer.num_pieces(settings.tokenizer) else tokenizer.load(settings.tokenizer)
+    with tokenizer_files.named("--tokenizer"):
+        given = None if tokenizer_files.num_pieces(settings.tokenizer) else tokenizer_files.load(settings.tokenizer)
         tokens = given.fingerprint + given.beside.decode() if given else ""
     evaluation = [file.key for file in readers.find(settings.decontaminate)] if settings.decontaminate else []
     identity = [VERSION, shards.PIPELINE, settings.identity(), files, tokens, evaluation]
@@ -108,12 +110,12 @@ def run(settings: Settings, say: Say = print) -> dict[str, Any]:
     check(settings)
     shards.check_url("--output", settings.output)
     plan = make_plan(settings, say)
-    if shards.is_prepared(settings.output):
+    if is_prepared(settings.output):
         return already(settings, plan, say)
     if not shards.is_url(settings.output) and os.path.exists(settings.output) and os.listdir(settings.output):
         raise UserError(f"--output {settings.output} is not empty, and no corpus of ours; name another")
     folder = settings.folder
-    with shards.writer_lock(folder + ".lock", say):
+    with writer_lock(folder + ".lock", say):
         start(folder, plan, say)
         seconds = {}
         for stage in stages(settings, plan, folder):
@@ -133,7 +135,7 @@ def publish(draft: str, output: str) -> None:
     if shards.is_url(output):
         for name in ("report.json", "report.html"):
             (epath.Path(output) / name).write_text((epath.Path(draft) / name).read_text())
-        shards.publish(draft, output)
+        publish_corpus(draft, output)
         return
     target = os.path.abspath(output)
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -251,7 +253,7 @@ def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float
     """Copies the tokens into shards, writes the report beside them and the manifest last."""
     draft = os.path.join(folder, "corpus")
     shutil.rmtree(draft, ignore_errors=True)
-    made = tokenizer.load(os.path.join(folder, "tokenizer", "model"))
+    made = tokenizer_files.load(os.path.join(folder, "tokenizer", "model"))
     writer, lengths = shards.ShardWriter(draft, made), Counter[int]()
     for rank in range(plan.buckets):
         ids, index = (np.load(os.path.join(folder, "tokens", f"{rank:05}.{part}.npy")) for part in ("ids", "index"))
@@ -300,7 +302,7 @@ def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counte
 
 def texts_of(places: tuple[str, ...], text_key: str, on_bad_record: str) -> Iterator[str]:
     """The texts of raw places as they are read, and the training documents of prepared ones. Raises UserError."""
-    raw = tuple(place for place in places if not (os.path.isdir(place) and shards.is_prepared(place)))
+    raw = tuple(place for place in places if not (os.path.isdir(place) and is_prepared(place)))
     for place in sorted({*places} - {*raw}):
         corpus = shards.read(place, "prepare it again")
         split = corpus.splits["train"]

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from lm_jax.data import sources, tokenizer
+from lm_jax.data import sources, tokenizer_files, tokenizer_training
 from lm_jax.errors import UserError
 from lm_jax.files import draft, locked
 from lm_jax.prepare import clean, readers
@@ -120,10 +120,6 @@ class Normalise:
                 self.tally.drop("empty", document.id, text)
 
 
-def digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 class Deal:
     """Documents -> a file for each bucket of hashes: one JSON list [hash, name, text] a line."""
 
@@ -138,7 +134,7 @@ class Deal:
                 if not document.text.strip():  # what a scrubber or a rule left of it
                     self.tally.drop("empty", document.id, document.text)
                     continue
-                digest = digest_of(document.text)
+                digest = hashlib.sha256(document.text.encode()).hexdigest()
                 line = json.dumps([digest, document.id, document.text], ensure_ascii=False)
                 files[int(digest[:8], 16) * self.buckets >> 32].write(line + "\n")
         save_tally(self.tally, self.folder, "read", rank)
@@ -204,9 +200,9 @@ class Train:
         self.folder, self.buckets, self.setting, self.fractions = folder, buckets, setting, fractions
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> None:
-        with tokenizer.named("--tokenizer"):
-            made = tokenizer.make(self.setting, self.texts())
-        for name, content in tokenizer.files(made).items():
+        with tokenizer_files.named("--tokenizer"):
+            made = tokenizer_training.make(self.setting, self.texts())
+        for name, content in tokenizer_files.files(made).items():
             with task_file(os.path.join(self.folder, "tokenizer", "model", name), "wb") as file:
                 file.write(content)
 
@@ -221,7 +217,7 @@ class Train:
                     continue
                 yield document.text
                 taken += len(document.text)
-                if taken > tokenizer.SAMPLE_BYTES:
+                if taken > tokenizer_training.SAMPLE_BYTES:
                     return
         if not taken:
             raise UserError(
@@ -267,7 +263,7 @@ class Tokenise:
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> None:
         self.tally.clear()
-        made = tokenizer.load(os.path.join(self.folder, "tokenizer", "model"))
+        made = tokenizer_files.load(os.path.join(self.folder, "tokenizer", "model"))
         ids, index = [np.zeros(0, np.uint32)], []
         for document in data:
             encoded = made.encode(document.text)

@@ -9,8 +9,10 @@ import numpy as np
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.tasks import scores
+from lm_jax.tasks.results import Result
+from lm_jax.tasks.segments import Encoded, for_head
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import TARGET, Encoded, Result, Task, checked_text, counted, label_id
+from lm_jax.tasks.task import Task, checked_text, counted, label_id
 
 
 class OfSequence(Task):
@@ -21,16 +23,16 @@ class OfSequence(Task):
     def text(self, values: tuple) -> str:
         return "\n".join(filter(None, (values[0], values[2])))
 
-    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
+    def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
         """[CLS] text [SEP] second [SEP]; where the last token is asked, each text and the end of a document.
 
         Of two texts that are too long the second is cut, and the first where it alone has more than half of the room; every
         text keeps its start.
         """
-        ids = specials(by, self.config.data.objective)
+        ids = specials(tokenizer, self.config.data.objective)
         start = [] if self.asks_last else [ids.classifier]
-        dtype, place = TARGET.get(self.config.model.head, np.int32), -1 if self.asks_last else 0
-        firsts, seconds = (by.encode_batch([value[k] for value in values]) for k in (0, 2))
+        dtype = np.float32 if self.config.model.head == "value" else np.int32
+        firsts, seconds = (tokenizer.encode_batch([value[k] for value in values]) for k in (0, 2))
         found = []
         for first, second, value in zip(firsts, seconds, values, strict=True):
             is_pair = bool(value[2])
@@ -38,11 +40,8 @@ class OfSequence(Task):
             cut = first[: max(left // 2, left - len(second)) if is_pair else left]
             ends = np.concatenate([second[: left - len(cut)], [ids.document]]) if is_pair else np.zeros(0, np.int32)
             tokens = np.concatenate([start, cut, [ids.document], ends]).astype(np.int32)
-            targets, mask = np.zeros(len(tokens), dtype), np.zeros(len(tokens), np.float32)
-            targets[place], mask[place] = self.target(value), 1
-            segment = {"tokens": tokens, "targets": targets, "loss_mask": mask}
-            types = (np.arange(len(tokens)) >= len(tokens) - len(ends)).astype(np.int32)
-            segment |= {} if self.asks_last else {"token_type_ids": types}
+            asked, border = (-1, None) if self.asks_last else (0, len(tokens) - len(ends))
+            segment = for_head(tokens, asked, self.target(value), dtype, border)
             whole = len(start) + len(first) + 1 + (len(second) + 1 if is_pair else 0)
             found.append(Encoded(segment, whole))
         return found

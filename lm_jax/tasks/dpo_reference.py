@@ -9,7 +9,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,34 @@ import numpy as np
 from etils import epath
 
 from lm_jax.config import Config
+from lm_jax.data.mixture import Mixture
 from lm_jax.data.sources import SPLITS
 from lm_jax.distributed import agree, leads
 from lm_jax.errors import UserError
 from lm_jax.files import REFERENCE, write_whole
+from lm_jax.tasks.records import HeldOutExamples, TaskData
+from lm_jax.tasks.results import Result
+
+
+class Totals(Protocol):
+    """Of those of `evaluate`, what is read here."""
+
+    @property
+    def results(self) -> tuple[Result, ...]: ...
+
+
+Evaluator = Callable[[dict, HeldOutExamples], Totals]  # (parameters, rows) -> what a model makes of the records in them
 
 
 def settle(
-    mixed: Any, config: Config, workdir: epath.Path, parameters: dict, evaluator: Callable, resumes: bool
+    mixed: Mixture, config: Config, workdir: epath.Path, parameters: dict, evaluator: Evaluator, resumes: bool
 ) -> str:
     """Puts the reference's margin of every pair into its rows; returns what was done. `mixed` holds the records of a task,
     `parameters` are the first ones.
 
     Raises UserError where a run resumes without what it began with.
     """
+    assert isinstance(mixed, TaskData)
     of_data, kept = digest_of_data(mixed, config), read(workdir)
     if resumes:
         fill(mixed, expected(kept, of_data, workdir))
@@ -52,8 +66,9 @@ def settle(
     )
 
 
-def resume(mixed: Any, config: Config, workdir: epath.Path) -> None:
+def resume(mixed: Mixture, config: Config, workdir: epath.Path) -> None:
     """Puts what a run began with into the rows. Raises UserError where it is not there."""
+    assert isinstance(mixed, TaskData)
     fill(mixed, expected(read(workdir), digest_of_data(mixed, config), workdir))
 
 
@@ -67,7 +82,7 @@ def expected(kept: dict[str, np.ndarray] | None, of_data: str, workdir: epath.Pa
     )
 
 
-def margins(mixed: Any, config: Config, split: str, parameters: dict, evaluator: Callable) -> np.ndarray:
+def margins(mixed: TaskData, config: Config, split: str, parameters: dict, evaluator: Evaluator) -> np.ndarray:
     """float32 [N]: beta * (log pi(chosen) - log pi(rejected)) of each pair of a split."""
     records = mixed.records[split]
     if not records.where:
@@ -77,7 +92,7 @@ def margins(mixed: Any, config: Config, split: str, parameters: dict, evaluator:
     return np.array([found[where] for where in records.where], np.float32)
 
 
-def fill(mixed: Any, kept: dict[str, np.ndarray]) -> None:
+def fill(mixed: TaskData, kept: dict[str, np.ndarray]) -> None:
     for split in SPLITS:
         if len(kept[split]):
             records = mixed.records[split]
@@ -95,7 +110,7 @@ def read(workdir: epath.Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def digest_of_data(mixed: Any, config: Config) -> str:
+def digest_of_data(mixed: Mixture, config: Config) -> str:
     """A hash of what decides the pairs and their margins, but for the parameters."""
     data = mixed.facts["data"], mixed.facts["tokenizer"], config.data.sequence_length, config.train.dpo_beta
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]

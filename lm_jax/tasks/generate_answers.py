@@ -1,15 +1,16 @@
-"""The texts that a model writes for held-out records of a task, and their scores."""
+"""The texts that a model writes for held-out records of a task."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
-from etils import epath
 
+from lm_jax.data.mixture import Mixture
 from lm_jax.generate.beam_search import search
 from lm_jax.generate.decoding import complete
 from lm_jax.mesh import batch_shards
 from lm_jax.model.build import Graph
+from lm_jax.tasks.records import TaskData
+from lm_jax.tasks.results import Result
 
 TOGETHER = 16  # records of a device that are answered at the same time
 
@@ -17,22 +18,24 @@ TOGETHER = 16  # records of a device that are answered at the same time
 def written(
     graph: Graph,
     parameters: dict,
-    mixed: Any,
+    mixed: Mixture,
     split: str,
     num: int = 0,
     beams: int = 1,
-    watch: Callable = lambda done, of: None,
-) -> tuple:
+    watch: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[Result, ...]:
     """Results of the first `num` records of a split (0: all), in their order: the record's answer and the model's.
 
     Greedy, or the best of `beams`. An answer may be as long as the longest that was trained on, at most half a row where the
     question has the other half. Equally long questions are answered together, so that few programs serve all.
+    `watch(done, of)` is called after every group of records.
     """
-    task, by, records = mixed.task, mixed.tokenizer, mixed.records[split]
+    assert isinstance(mixed, TaskData)
+    task, tokenizer, records = mixed.task, mixed.tokenizer, mixed.records[split]
     values, sees = records.values[: num or None], graph.sequence_length
     reads = graph.config.kind == "encoder_decoder"
     limit = min(mixed.longest_answer, sees if reads else sees // 2)
-    questions = [task.question(value, by, sees if reads else sees - limit) for value in values]
+    questions = [task.question(value, tokenizer, sees if reads else sees - limit) for value in values]
     marks = mixed.special_ids
     found = [""] * len(values)
     order = sorted(range(len(values)), key=lambda k: len(questions[k]))
@@ -41,35 +44,11 @@ def written(
         own = order[first : first + size]
         asked = [questions[k] for k in own + own[:1] * (size - len(own) if first else 0)]
         if beams > 1:
-            completions = search(graph, parameters, by, asked, limit, beams, marks=marks)
+            completions = search(graph, parameters, tokenizer, asked, limit, beams, marks=marks)
         else:
-            completions = complete(graph, parameters, by, asked, limit, marks=marks)
+            completions = complete(graph, parameters, tokenizer, asked, limit, marks=marks)
         for k, completion in zip(own, completions, strict=False):
             found[k] = completion.text
         watch(first + len(own), len(order))
     pairs = zip(records.where, values, found, strict=False)
     return tuple(task.written(where, value, text) for where, value, text in pairs)
-
-
-def check(kind: str) -> None:
-    """Raises UserError where the package is missing that counts the scores of a kind."""
-    from lm_jax.tasks.scores import check
-
-    check(kind)
-
-
-def scores(kind: str, results: Sequence) -> dict[str, float]:
-    """The scores of a kind (config.evaluate.metrics). Raises UserError where the package that counts them is missing."""
-    from lm_jax.tasks.results import measures_of
-    from lm_jax.tasks.scores import values
-
-    return values(measures_of(kind, results), len(results))
-
-
-def keep(workdir: epath.Path, split: str, kind: str, results: Sequence, about: dict[str, Any]) -> dict[str, float]:
-    """`scores`, and beside the run every answer and the scores with their intervals (lm_jax/tasks/results.py)."""
-    from lm_jax.tasks.results import Result, write
-
-    sure = lambda result: result.confidence if kind == "labels" and result.confidence else None
-    plain = [Result(result.record, result.truth, result.prediction, sure(result)) for result in results]
-    return write(workdir, split, kind, plain, about)

@@ -14,8 +14,9 @@ from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template as chat
+from lm_jax.tasks.segments import Encoded, next_tokens
 from lm_jax.tasks.tables import Row, like
-from lm_jax.tasks.task import Encoded, Task, no_text
+from lm_jax.tasks.task import Task, no_text
 
 ROLES = ("system", "user", "assistant")
 UNREAD = ("tool_calls", "function_call", "tool_call_id")
@@ -48,14 +49,14 @@ class Instruction(Task):
     def truth(self, values: tuple) -> str:
         return values[0][self.last(values)]["content"]
 
-    def ends(self, by: Tokenizer) -> tuple[int, ...]:
-        return chat.ends_of_turn(self.chat_template, by)
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        return chat.ends_of_turn(self.chat_template, tokenizer)
 
-    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
+    def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
         found = []
         for messages, where in values:
-            ids, is_answer, unlearnt = turns(self.chat_template, messages, by, where)
-            segment = {"tokens": ids[:-1], "targets": ids[1:], "loss_mask": is_answer[1:].astype(np.float32)}
+            ids, is_answer, unlearnt = turns(self.chat_template, messages, tokenizer, where)
+            segment = next_tokens(ids, is_answer)
             if not segment["loss_mask"][:room].any():
                 raise UserError(
                     f"{where}: the assistant begins after {int(is_answer.argmax()):,} tokens, beyond a row of {room}:\n"
@@ -64,8 +65,8 @@ class Instruction(Task):
             found.append(Encoded({name: x[:room] for name, x in segment.items()}, len(ids) - 1, unlearnt=len(unlearnt)))
         return found
 
-    def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
-        return chat.encode(self.chat_template, values[0][: self.last(values)], by)[-room:]
+    def question(self, values: tuple, tokenizer: Tokenizer, room: int) -> np.ndarray:
+        return chat.encode(self.chat_template, values[0][: self.last(values)], tokenizer)[-room:]
 
 
 def find_template(config: Config) -> chat.Template | None:
@@ -85,10 +86,10 @@ def template_of(config: Config) -> chat.Template:
     )
 
 
-def turns(template: chat.Template, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
+def turns(template: chat.Template, messages: list[chat.Message], tokenizer: Tokenizer, where: str) -> chat.Turns:
     """The conversation of a record. Raises UserError that says where."""
     try:
-        return chat.encode_turns(template, messages, by)
+        return chat.encode_turns(template, messages, tokenizer)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -14,9 +14,10 @@ from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 from lm_jax.tasks.instruction import checked_messages, find_template, template_of, turns
+from lm_jax.tasks.results import Result
+from lm_jax.tasks.segments import Encoded, Segment, continued, next_tokens
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Encoded, Result, Segment, Task, checked_text
-from lm_jax.tasks.texts import continued
+from lm_jax.tasks.task import Task, checked_text
 
 
 class Preference(Task):
@@ -28,8 +29,8 @@ class Preference(Task):
         self.beta = config.train.dpo_beta
         self.chat_template, self.has_chats = find_template(config), False
 
-    def ends(self, by: Tokenizer) -> tuple[int, ...]:
-        return chat_template.ends_of_turn(self.chat_template, by) if self.has_chats else super().ends(by)
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        return chat_template.ends_of_turn(self.chat_template, tokenizer) if self.has_chats else super().ends(tokenizer)
 
     def parse(self, row: Row) -> tuple:
         is_chat = isinstance(row.content["prompt"], list)
@@ -48,11 +49,11 @@ class Preference(Task):
     def texts(self, values: tuple) -> tuple[str, ...]:
         return self.text(values), *values[1:3]
 
-    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
-        return [self._encode(value, by, room) for value in values]
+    def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
+        return [self._encode(value, tokenizer, room) for value in values]
 
-    def _encode(self, values: tuple, by: Tokenizer, room: int) -> Encoded:
-        halves = [self._half(values[0], answer, by, values[-1]) for answer in values[1:3]]
+    def _encode(self, values: tuple, tokenizer: Tokenizer, room: int) -> Encoded:
+        halves = [self._half(values[0], answer, tokenizer, values[-1]) for answer in values[1:3]]
         whole = sum(len(half["tokens"]) for half in halves)
         cut = max(0, -(-(whole - room) // 2))
         if cut > min(int(half["loss_mask"].argmax()) for half in halves):
@@ -68,21 +69,17 @@ class Preference(Task):
         segment = joined | {"loss_mask": mask, "weight": weight, "reference": nothing}
         return Encoded(segment, whole, first=len(first["tokens"]))
 
-    def _half(self, prompt, answer: str, by: Tokenizer, where: str) -> Segment:
+    def _half(self, prompt, answer: str, tokenizer: Tokenizer, where: str) -> Segment:
         if isinstance(prompt, str):
-            before = np.append([by.document_id], by.encode(prompt))
-            return continued(before, by.encode(answer), by.document_id)
+            before = np.append([tokenizer.document_id], tokenizer.encode(prompt))
+            return continued(before, tokenizer.encode(answer), tokenizer.document_id)
         said = {"role": "assistant", "content": answer}
-        ids, is_answer, unlearnt = turns(self.chat_template, [*prompt, said], by, where)
+        ids, is_answer, unlearnt = turns(self.chat_template, [*prompt, said], tokenizer, where)
         if len(prompt) in unlearnt:
             raise UserError(f"{where}: the chat template writes an answer in another way than it lets it begin")
         stop = int(np.flatnonzero(is_answer)[-1]) + 1
-        start = (
-            int(np.flatnonzero(~is_answer[:stop])[-1]) + 1
-        )  # of the last answer: those before it belong to the prompt
-        mask = np.zeros(len(ids), np.float32)
-        mask[start:stop] = 1
-        return {"tokens": ids[: stop - 1], "targets": ids[1:stop], "loss_mask": mask[1:stop]}
+        start = int(np.flatnonzero(~is_answer[:stop])[-1]) + 1  # of the last answer; earlier ones belong to the prompt
+        return next_tokens(ids[:stop], np.arange(stop) >= start)
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
         """The prediction is the margin, beta (log pi(chosen) / pi(rejected) less that of the reference): right above 0."""

@@ -20,8 +20,10 @@ from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.model.task_heads import ENDS, MAY_END, MAY_START, STARTS
 from lm_jax.tasks import scores
+from lm_jax.tasks.results import Result
+from lm_jax.tasks.segments import Encoded, for_head
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Encoded, Result, Task, checked_number, checked_text, no_text
+from lm_jax.tasks.task import Task, checked_number, checked_text, no_text
 from lm_jax.tasks.words import Unit, pieces_of, units
 
 LONGEST = 64  # pieces of an answer
@@ -77,8 +79,8 @@ class QuestionAnswering(Task):
         without = sum(not value.answers for value in values)
         return f" ({without:,} without an answer)" if without else ""
 
-    def spread(self, found: list, by: Tokenizer, room: int) -> list:
-        asked, contexts = self._pieces([value for _, value in found], by, room)
+    def spread(self, found: list, tokenizer: Tokenizer, room: int) -> list:
+        asked, contexts = self._pieces([value for _, value in found], tokenizer, room)
         spread = []
         for (where, value), question, pieces in zip(found, asked, contexts, strict=True):
             left = room - 3 - min(len(question), room // 4)
@@ -90,19 +92,18 @@ class QuestionAnswering(Task):
             spread += [(where, window) for window in seen]
         return spread
 
-    def encode(self, values: list, by: Tokenizer, room: int) -> list[Encoded]:
+    def encode(self, values: list, tokenizer: Tokenizer, room: int) -> list[Encoded]:
         """[CLS] question [SEP] window [SEP]; a question keeps its start, up to a quarter of a row."""
-        ids = specials(by, self.config.data.objective)
+        ids = specials(tokenizer, self.config.data.objective)
         found = []
-        for value, question, pieces in zip(values, *self._pieces(values, by, room), strict=True):
+        for value, question, pieces in zip(values, *self._pieces(values, tokenizer, room), strict=True):
             kept, sizes = question[: room // 4], [len(each) for each in pieces[value.first : value.last]]
             seen = np.concatenate(pieces[value.first : value.last])[: room - 3 - len(kept)]
             tokens = np.concatenate([[ids.classifier], kept, [ids.document], seen, [ids.document]]).astype(np.int32)
             stops = np.minimum(np.cumsum(sizes), len(seen)) + len(kept) + 2
             starts = np.concatenate([[len(kept) + 2], stops[:-1]])
-            targets, mask = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
-            mask[0] = 1
-            targets[0] = MAY_START | MAY_END
+            segment = for_head(tokens, 0, MAY_START | MAY_END, second=len(kept) + 2)
+            targets = segment["targets"]
             targets[starts] |= MAY_START
             targets[stops - 1] |= MAY_END
             begin, end = (
@@ -110,15 +111,13 @@ class QuestionAnswering(Task):
             )
             targets[begin] |= STARTS
             targets[end] |= ENDS
-            types = (np.arange(len(tokens)) >= len(kept) + 2).astype(np.int32)
-            segment = {"tokens": tokens, "targets": targets, "loss_mask": mask, "token_type_ids": types}
             found.append(Encoded(segment, len(tokens) + len(question) - len(kept)))
         return found
 
-    def _pieces(self, values: list, by: Tokenizer, room: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    def _pieces(self, values: list, tokenizer: Tokenizer, room: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
         """Pieces of each question, and of each unit of each context."""
         texts = [[unit.text for unit in units(value.context)] for value in values]
-        return by.encode_batch([value.question for value in values]), pieces_of(texts, by)
+        return tokenizer.encode_batch([value.question for value in values]), pieces_of(texts, tokenizer)
 
     def result(self, where: str, values, segment, logits_NC: np.ndarray) -> Result:
         """The best answer in a window, and how probable it is beside none."""

@@ -9,19 +9,20 @@ from collections.abc import Callable
 import numpy as np
 
 from lm_jax.config import Config, Data
-from lm_jax.data import tokenizer
 from lm_jax.data.lines import listed
-from lm_jax.data.mixture import Mixed, Mixture, Shares, short_names
+from lm_jax.data.mixture import MixedRows, Mixture, Quotas, short_names
 from lm_jax.data.packing import Batch, BestFit, lay_out, stacked_or_padding
 from lm_jax.data.shards import Corpus, Split, file_hash
 from lm_jax.data.sources import SPLITS, split_of
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.data.tokenizer_training import make
 from lm_jax.errors import UserError
-from lm_jax.generate.chat_template import Template
 from lm_jax.tasks import TASKS
+from lm_jax.tasks.results import Result
+from lm_jax.tasks.segments import Segment, with_two_lengths
 from lm_jax.tasks.tables import Row, files_of, left_over, rows
-from lm_jax.tasks.task import Result, Segment, Task
+from lm_jax.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,28 +68,16 @@ class Examples(BestFit):
         return with_two_lengths(row) if "encoder_tokens" in row else row
 
 
-def with_two_lengths(row: Batch) -> Batch:
-    """A row whose records have a source as well: each takes as many places as the longer of its texts, in both."""
-    segments, positions = row["segment_ids"], row["positions"]
-    is_source, is_target = row["encoder_segment_ids"] > 0, row["loss_mask"] > 0
-    return row | {
-        "encoder_segment_ids": segments * is_source,
-        "encoder_positions": positions * is_source,
-        "segment_ids": segments * is_target,
-        "positions": positions * is_target,
-    }
-
-
-class HeldExamples:
+class HeldOutExamples:
     """Every record once: the rows of one epoch, and padding in the place of each beyond the last."""
 
     def __init__(self, task: Task, records: Records, examples: Examples, num_rows: int):
         self.task, self.records, self.examples, self.num_rows = task, records, examples, num_rows
         self.split, self.sequence_length = records.split, examples.sequence_length
 
-    def first(self, num_rows: int) -> "HeldExamples":
+    def first(self, num_rows: int) -> "HeldOutExamples":
         """The first of the rows alone."""
-        return HeldExamples(self.task, self.records, self.examples, min(num_rows, self.num_rows))
+        return HeldOutExamples(self.task, self.records, self.examples, min(num_rows, self.num_rows))
 
     def row(self, i: int) -> Batch:
         return self.examples.row(i)
@@ -113,25 +102,12 @@ class HeldExamples:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskData(Mixture):
     """A mixture of one source, whose documents are the records of a task."""
 
-    by: Tokenizer
     task: Task
     records: dict[str, Records]
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.by
-
-    @property
-    def compares(self) -> bool:
-        return self.task.compares
-
-    @property
-    def answers(self) -> bool:
-        return self.task.writes or self.task.compares
 
     @property
     def longest_answer(self) -> int:
@@ -140,40 +116,30 @@ class TaskData(Mixture):
         return int(np.add.reduceat(records.columns["loss_mask"], records.split.offsets[:-1]).max())
 
     @property
-    def chat_template(self) -> Template | None:
-        return self.task.chat_template
-
-    @property
     def special_ids(self) -> SpecialIds:
-        found = of_documents(self.by)
-        return found._replace(ends=self.task.ends(self.by)).also(*found.ends)
+        found = of_documents(self.tokenizer)
+        return found._replace(ends=self.task.ends(self.tokenizer)).also(*found.ends)
 
     def _examples(self, data: Data, split: str) -> Examples:
         records = self.records[split]
         return Examples(records.split, records.columns, records.firsts, data.sequence_length, data.seed)
 
-    def stream(self, data: Data) -> Mixed:
+    def stream(self, data: Data) -> MixedRows:
         examples = self._examples(data, "train")
         if examples.rows_per_epoch < data.global_batch_size:
             raise UserError(
                 f"config.data.sources: the records fill {examples.rows_per_epoch:,} rows of {data.sequence_length} tokens, less "
                 f"than a batch of {data.global_batch_size}:\ngive more records, or lower config.data.global_batch_size"
             )
-        return Mixed([examples], Shares([1.0]))
+        return MixedRows([examples], Quotas([1.0]))
 
-    def held(self, data: Data, split: str) -> dict:
+    def held(self, data: Data, split: str) -> dict[str, HeldOutExamples]:
         """{name: rows} of a held-out split. Raises UserError where it has none."""
         if not self.records[split].where:
             raise UserError(f"the {split} split is empty: give {split}.jsonl, or raise config.data.{split}_fraction")
         (name,) = self.corpora
         examples = self._examples(data, split)
-        return {name: HeldExamples(self.task, self.records[split], examples, examples.rows_per_epoch)}
-
-    def kept(self, results: tuple) -> tuple[str, tuple]:
-        return self.task.kept(results)
-
-    def scores(self, results: tuple) -> dict[str, float]:
-        return self.task.scores(results)
+        return {name: HeldOutExamples(self.task, self.records[split], examples, examples.rows_per_epoch)}
 
 
 def open_records(config: Config, say: Callable[[str], None] = lambda line: None) -> TaskData:
@@ -184,8 +150,8 @@ def open_records(config: Config, say: Callable[[str], None] = lambda line: None)
     task = TASKS[config.train.task](config)
     found = read_splits(places[0], task, data)
     task.look([values for _, values in found["train"]])
-    by = tokenizer.make(data.tokenizer, (text for _, values in found["train"] for text in task.texts(values)))
-    records = {split: tokenised(task, found[split], by, data, split, say) for split in SPLITS}
+    tokenizer = make(data.tokenizer, (text for _, values in found["train"] for text in task.texts(values)))
+    records = {split: tokenised(task, found[split], tokenizer, data, split, say) for split in SPLITS}
     for split in SPLITS:
         say(f"{split}: {len(found[split]):,} records{task.count([values for _, values in found[split]])}")
     seen = {task.text(values) for _, values in found["train"]}
@@ -197,7 +163,7 @@ def open_records(config: Config, say: Callable[[str], None] = lambda line: None)
         say(f"not read: {listed(others)} (a split is {', '.join(SPLITS)})")
     counts = {split: {"tokens": len(records[split].split.tokens)} for split in SPLITS}
     corpus = Corpus("", {"files": files, "counts": counts}, {split: records[split].split for split in SPLITS})
-    return TaskData({short_names(places)[0]: corpus}, places, by, task, records)
+    return TaskData({short_names(places)[0]: corpus}, places, tokenizer, task=task, records=records)
 
 
 def read_splits(place: str, task: Task, data: Data) -> dict[str, list[tuple[str, tuple]]]:
@@ -224,17 +190,17 @@ def read_splits(place: str, task: Task, data: Data) -> dict[str, list[tuple[str,
 
 
 def tokenised(
-    task: Task, found: list[tuple[str, tuple]], by: Tokenizer, data: Data, split: str, say: Callable[[str], None]
+    task: Task, found: list[tuple[str, tuple]], tokenizer: Tokenizer, data: Data, split: str, say: Callable[[str], None]
 ) -> Records:
     """The segments of a split; what is longer than a row is cut by its task.
 
     How many are cut is said; with `data.packing` = best_fit_whole none may be. Raises UserError.
     """
-    num, found = len(found), task.spread(found, by, data.sequence_length)
+    num, found = len(found), task.spread(found, tokenizer, data.sequence_length)
     if len(found) > num:
         say(f"{split}: {num:,} records in {len(found):,} overlapping windows of up to {data.sequence_length} tokens")
     where, values = [w for w, _ in found], [v for _, v in found]
-    encoded = task.encode(values, by, data.sequence_length)
+    encoded = task.encode(values, tokenizer, data.sequence_length)
     long = [k for k, one in enumerate(encoded) if one.whole > len(one.segment["tokens"])]
     if long and data.packing == "best_fit_whole":
         raise UserError(

@@ -10,8 +10,9 @@ import numpy as np
 
 from lm_jax.tasks import scores
 from lm_jax.tasks.classification import OfSequence, second_text
+from lm_jax.tasks.results import Result
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Result, checked_number, checked_text
+from lm_jax.tasks.task import checked_number, checked_text
 
 
 class Regression(OfSequence):

@@ -14,11 +14,11 @@ from etils import epath
 from lm_jax.errors import UserError, nearest
 from lm_jax.files import sealed, unsealed, write_whole
 from lm_jax.regular_files import read_bytes
-from lm_jax.tasks.scores import KINDS, RESAMPLES, Difference, Measure, calibration, intervals, paired
+from lm_jax.tasks.scores import KINDS, RESAMPLES, Difference, Measure, calibration, intervals, paired, values
 
 
 class Result(NamedTuple):
-    """One record. Truth and prediction are what `scores.KINDS[kind]` takes."""
+    """What a model made of one record. Truth and prediction are what `scores.KINDS[kind]` takes."""
 
     record: str  # what names it in every run: a hash of its content, or its file and line
     truth: Any
@@ -36,14 +36,21 @@ def measures_of(kind: str, results: Sequence[Result]) -> dict[str, Measure]:
     return found
 
 
+def scores_of(kind: str, results: Sequence[Result]) -> dict[str, float]:
+    """The scores of a kind. Raises UserError where the package that counts them is missing."""
+    return values(measures_of(kind, results), len(results))
+
+
 def write(
     workdir: epath.Path, split: str, kind: str, results: Sequence[Result], about: dict[str, Any], seed: int = 0
 ) -> dict[str, float]:
     """Writes the three files, and returns the scores by name; `about` says what was evaluated (model, step).
 
-    A record's `score` is the kind's first measure of it alone. Raises UserError where a measure's package is missing.
+    A record's `score` is the kind's first measure of it alone; its confidence is kept where it is one in a label.
+    Raises UserError where a measure's package is missing.
     """
     assert results, "an evaluation has records"
+    results = results if kind == "labels" else [result._replace(confidence=None) for result in results]
     measures = measures_of(kind, results)
     found = intervals(measures, len(results), seed)
     alone_N = next(iter(measures.values())).alone_N

@@ -16,8 +16,10 @@ from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.tasks import scores
+from lm_jax.tasks.results import Result
+from lm_jax.tasks.segments import Encoded, for_head
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Encoded, Result, Task, counted, label_id, no_text
+from lm_jax.tasks.task import Task, counted, label_id, no_text
 from lm_jax.tasks.words import pieces_of, spaced
 
 
@@ -39,13 +41,13 @@ class TokenClassification(Task):
     def count(self, values: list[tuple]) -> str:
         return counted(self.labels, [tag for _, tags in values for tag in tags])
 
-    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
+    def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
         """[CLS] words [SEP], or words and end of document; loss_mask is 1 at one piece of each word."""
-        ids = specials(by, self.config.data.objective)
+        ids = specials(tokenizer, self.config.data.objective)
         start = [] if self.asks_last else [ids.classifier]
         room -= len(start) + 1
         found = []
-        for pieces, (_, tags) in zip(pieces_of([spaced(words) for words, _ in values], by), values, strict=True):
+        for pieces, (_, tags) in zip(pieces_of([spaced(words) for words, _ in values], tokenizer), values, strict=True):
             ends = np.cumsum([len(each) for each in pieces])
             num = max(
                 1, int(np.searchsorted(ends, room, side="right"))
@@ -53,10 +55,8 @@ class TokenClassification(Task):
             kept = np.concatenate(pieces[:num])[:room]
             asked = np.minimum(ends[:num], room) - 1 if self.asks_last else ends[:num] - [len(p) for p in pieces[:num]]
             tokens = np.concatenate([start, kept, [ids.document]]).astype(np.int32)
-            targets, mask = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
-            targets[len(start) + asked], mask[len(start) + asked] = tags[:num], 1
-            segment = {"tokens": tokens, "targets": targets, "loss_mask": mask}
-            segment |= {} if self.asks_last else {"token_type_ids": np.zeros_like(tokens)}
+            second = None if self.asks_last else len(tokens)
+            segment = for_head(tokens, len(start) + asked, tags[:num], second=second)
             found.append(Encoded(segment, len(tokens) + int(ends[-1]) - len(kept)))
         return found
 

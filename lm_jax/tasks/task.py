@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -11,26 +11,10 @@ from lm_jax.config import Config
 from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
+from lm_jax.generate.chat_template import Template, files_of, shown
+from lm_jax.tasks.results import Result
+from lm_jax.tasks.segments import Encoded, Segment
 from lm_jax.tasks.tables import Row, like
-
-Segment = dict[str, np.ndarray]  # [n] each: tokens, targets, loss_mask, and what else a row of the task has
-TARGET = {"value": np.float32}  # other heads: int32
-
-
-class Result(NamedTuple):
-    """What a model made of one record."""
-
-    record: str  # file and line
-    truth: Any
-    prediction: Any
-    confidence: float = 0.0  # probability of the prediction, where the model has one
-
-
-class Encoded(NamedTuple):
-    segment: Segment
-    whole: int  # tokens that the record has; the segment holds fewer where it was cut
-    first: int = 0  # of its tokens, those of a segment of their own; 0 = all are one
-    unlearnt: int = 0  # of its answers, those that are read and not learnt
 
 
 class Task:
@@ -41,7 +25,7 @@ class Task:
     optional: tuple[str, ...] = ()
     kind = ""  # of its results, in lm_jax/tasks/scores.py
     writes = False  # whether its answers are texts that a model writes
-    chat_template: Any = None  # chat.Template in which it writes conversations
+    chat_template: Template | None = None  # in which it writes conversations
     compares = False  # whether its loss compares a model with the first parameters
 
     def __init__(self, config: Config):
@@ -64,7 +48,7 @@ class Task:
     def look(self, values: list[tuple]) -> None:
         """What a task has to know of the records to train on before it reads an answer."""
 
-    def spread(self, found: list[tuple[str, tuple]], by: Tokenizer, room: int) -> list[tuple[str, tuple]]:
+    def spread(self, found: list[tuple[str, tuple]], tokenizer: Tokenizer, room: int) -> list[tuple[str, tuple]]:
         """Records (file and line, values) of which one may need several segments, as one for each; `joined` undoes it."""
         return found
 
@@ -72,7 +56,7 @@ class Task:
         """All texts of a record, for a tokenizer to be trained on."""
         return (self.text(values),)
 
-    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
+    def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
         """Records -> segments of at most `room` tokens."""
         raise NotImplementedError
 
@@ -84,7 +68,7 @@ class Task:
         """Results of segments -> one of each record."""
         return results
 
-    def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
+    def question(self, values: tuple, tokenizer: Tokenizer, room: int) -> np.ndarray:
         """The ids, at most `room`, after which a model writes its answer."""
         raise NotImplementedError
 
@@ -96,9 +80,13 @@ class Task:
         """What a model wrote for a record, without the white space around it."""
         return Result(where, self.truth(values).strip(), text.strip())
 
-    def ends(self, by: Tokenizer) -> tuple[int, ...]:
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The pieces of which any ends an answer."""
-        return (by.document_id,)
+        return (tokenizer.document_id,)
+
+    def files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
+        """What a run keeps of the task, by file name: its chat template, which a conversation with the model needs."""
+        return files_of(shown(self.chat_template, tokenizer)) if self.chat_template else {}
 
     def scores(self, results: tuple) -> dict[str, float]:
         """The task's metrics, the first of which is what one looks at; none where texts are written (`generate_answers.py`)."""

@@ -14,8 +14,9 @@ import numpy as np
 from lm_jax.config import Config
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
+from lm_jax.tasks.segments import Encoded, continued, two_lengths
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Encoded, Task, checked_text
+from lm_jax.tasks.task import Task, checked_text
 
 COLUMN = re.compile(r"\{(\w+)\}")
 
@@ -50,63 +51,41 @@ class TextToText(Task):
     def truth(self, values: tuple) -> str:
         return values[-2]
 
-    def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
-        prompts = by.encode_batch([self.text(value) for value in values])
-        targets = by.encode_batch([self.truth(value) for value in values])
-        return [self._encode(*each, by, room) for each in zip(values, prompts, targets, strict=True)]
+    def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
+        prompts = tokenizer.encode_batch([self.text(value) for value in values])
+        targets = tokenizer.encode_batch([self.truth(value) for value in values])
+        return [self._encode(*each, tokenizer, room) for each in zip(values, prompts, targets, strict=True)]
 
-    def _encode(self, values: tuple, prompt: np.ndarray, target: np.ndarray, by: Tokenizer, room: int) -> Encoded:
+    def _encode(
+        self, values: tuple, prompt: np.ndarray, target: np.ndarray, tokenizer: Tokenizer, room: int
+    ) -> Encoded:
         left = room if self.reads else room - len(target)
-        read = self._cut(values, prompt, by, left - 1) if len(target) < room else None
+        read = self._cut(values, prompt, tokenizer, left - 1) if len(target) < room else None
         if read is None:
             raise UserError(
                 f"{values[-1]}: the target has {len(target):,} tokens, which leaves no room for its prompt in a row of "
                 f"{room}:\nraise config.data.sequence_length; a target is never cut"
             )
-        cut, mark = len(prompt) - len(read), np.array([by.document_id], np.int32)
+        cut, mark = len(prompt) - len(read), np.array([tokenizer.document_id], np.int32)
         if self.reads:
-            segment = two_lengths(np.concatenate([mark, read]), np.concatenate([mark, target]), by.document_id)
+            segment = two_lengths(np.concatenate([mark, read]), np.concatenate([mark, target]), tokenizer.document_id)
         else:
-            segment = continued(np.concatenate([mark, read]), target, by.document_id)
+            segment = continued(np.concatenate([mark, read]), target, tokenizer.document_id)
         return Encoded(segment, len(segment["tokens"]) + cut)
 
-    def _cut(self, values: tuple, prompt: np.ndarray, by: Tokenizer, room: int) -> np.ndarray | None:
+    def _cut(self, values: tuple, prompt: np.ndarray, tokenizer: Tokenizer, room: int) -> np.ndarray | None:
         """The prompt in at most `room` tokens, its longest column without its end; None where that cannot be."""
         longest = max(range(len(values) - 2), key=lambda k: len(values[k]))
-        kept = by.encode(values[longest]) if len(prompt) > room else prompt
+        kept = tokenizer.encode(values[longest]) if len(prompt) > room else prompt
         while len(prompt) > room:
             kept = kept[: max(0, len(kept) - (len(prompt) - room))]
             if not len(kept):
                 return None
-            text = by.decode(kept).rstrip("\ufffd")  # half a character may be at the end
-            prompt = by.encode(self.text((*values[:longest], text, *values[longest + 1 :])))
+            text = tokenizer.decode(kept).rstrip("\ufffd")  # half a character may be at the end
+            prompt = tokenizer.encode(self.text((*values[:longest], text, *values[longest + 1 :])))
         return prompt
 
-    def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
-        prompt = by.encode(self.text(values))
-        read = self._cut(values, prompt, by, room - 1)
-        return np.concatenate([[by.document_id], prompt[: room - 1] if read is None else read]).astype(np.int32)
-
-
-def continued(prompt: np.ndarray, target: np.ndarray, end: int) -> dict[str, np.ndarray]:
-    """The segment of a decoder: after the prompt's last token it predicts the target and its end."""
-    tokens = np.concatenate([prompt, target]).astype(np.int32)
-    mask = np.zeros(len(tokens), np.float32)
-    mask[len(prompt) - 1 :] = 1
-    return {"tokens": tokens, "targets": np.append(tokens[1:], end).astype(np.int32), "loss_mask": mask}
-
-
-def two_lengths(source: np.ndarray, written: np.ndarray, end: int) -> dict[str, np.ndarray]:
-    """The segment of an encoder-decoder, as long as the longer of its texts; `encoder_segment_ids` is 1 where a source is.
-
-    A row that has room for such segments has room for their sources and for their targets.
-    """
-    num = max(len(source), len(written))
-    pad = lambda x, dtype=np.int32: np.pad(np.asarray(x, dtype), (0, num - len(x)))
-    return {
-        "tokens": pad(written),
-        "targets": pad(np.append(written[1:], end)),
-        "loss_mask": pad(np.ones(len(written)), np.float32),
-        "encoder_tokens": pad(source),
-        "encoder_segment_ids": pad(np.ones(len(source))),
-    }
+    def question(self, values: tuple, tokenizer: Tokenizer, room: int) -> np.ndarray:
+        prompt = tokenizer.encode(self.text(values))
+        read = self._cut(values, prompt, tokenizer, room - 1)
+        return np.concatenate([[tokenizer.document_id], prompt[: room - 1] if read is None else read]).astype(np.int32)

@@ -32,9 +32,11 @@ def spaced(words: tuple[str, ...]) -> list[str]:
     return [word if k == 0 else f" {word}" for k, word in enumerate(words)]
 
 
-def pieces_of(texts: list[list[str]], by: Tokenizer) -> list[list[np.ndarray]]:
+def pieces_of(texts: list[list[str]], tokenizer: Tokenizer) -> list[list[np.ndarray]]:
     """Of each text the pieces of each of its words, at least one; equal words are encoded once."""
     distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
-    unknown = np.array([by.special.get("[UNK]", by.document_id)], np.int32)
-    known = {word: ids if len(ids) else unknown for word, ids in zip(distinct, by.encode_batch(distinct), strict=True)}
+    unknown = np.array([tokenizer.special.get("[UNK]", tokenizer.document_id)], np.int32)
+    known = {
+        word: ids if len(ids) else unknown for word, ids in zip(distinct, tokenizer.encode_batch(distinct), strict=True)
+    }
     return [[known[word] for word in words] for words in texts]

@@ -1,0 +1,157 @@
+"""The corpus of a source: prepared shards as they are, a copy of those behind a URL, or raw text built once into the cache."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+
+from etils import epath
+
+from lm_jax import regular_files
+from lm_jax.config import Data
+from lm_jax.data import sources, tokenizer_files, tokenizer_training
+from lm_jax.data.shards import (
+    MANIFEST,
+    PIPELINE,
+    Corpus,
+    ShardWriter,
+    cache_folder,
+    check_plain,
+    check_url,
+    read,
+    read_manifest,
+)
+from lm_jax.data.tokenizer import Tokenizer
+from lm_jax.errors import UserError
+from lm_jax.files import draft_folder, locked, write_whole
+from lm_jax.regular_files import is_url
+
+TOGETHER = 32  # documents that are tokenised in one call, on all cores
+
+
+def is_prepared(place: str) -> bool:
+    """Whether a place holds shards, not raw text."""
+    check_url("config.data.sources:", place)
+    return place != "python" and (epath.Path(place) / MANIFEST).exists()
+
+
+def open_corpus(
+    data: Data,
+    say: Callable[[str], None] = lambda line: None,
+    place: str = "",
+    given: Tokenizer | None = None,
+) -> Corpus:
+    """The corpus of a source of a config ("": the first), built on first use: one process writes, others wait.
+
+    Raw text is tokenised by `given`, where that is None as `data.tokenizer` says. Raises UserError.
+    """
+    place = place or data.sources[0][0]
+    if is_prepared(place):
+        check_plain(*[place] * (not is_url(place)))
+        return read(local_copy(place, say), "prepare it again, or restore it from a copy")
+    pieces = 0 if given else tokenizer_files.num_pieces(data.tokenizer)
+    given = given or (None if pieces else tokenizer_files.load(data.tokenizer))
+    source = place if place == "python" or is_url(place) else os.path.abspath(place)
+    by = given.fingerprint + given.beside.decode() if given else data.tokenizer
+    identity = [2, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
+    if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
+        named = lambda name: name if is_url(name) else os.path.abspath(name)
+        found = sources.documents(place, data.tokenizer)
+        identity.append([(named(name), hashlib.sha256(text).hexdigest()) for name, text in found])
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    name = "python" if place == "python" else os.path.basename(source)
+    folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
+    check_plain(folder, folder + ".lock")
+    if not os.path.exists(os.path.join(folder, MANIFEST)):
+        with writer_lock(folder + ".lock", say):
+            if not os.path.exists(os.path.join(folder, MANIFEST)):
+                build(data, place, given, folder, say)
+    return read(folder, f"remove {folder} and it is built again")
+
+
+def writer_lock(path: str, say: Callable[[str], None]) -> contextlib.AbstractContextManager:
+    """Held by the one process that builds; others say that they wait."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return locked(path, lambda: say("another process builds this corpus: waiting"))
+
+
+def build(data: Data, place: str, given: Tokenizer | None, folder: str, say: Callable[[str], None]) -> None:
+    """Read, split, train the tokenizer on the training documents (or take the one given), tokenise, write."""
+    found: dict[str, dict[str, str]] = {split: {} for split in sources.SPLITS}
+    unreadable: list[str] = []
+    hidden: list[str] = []
+    duplicates, empty = 0, 0
+    for name, raw in sources.documents(place, data.tokenizer, hidden):
+        text = sources.decode(name, raw)
+        if text is None:
+            unreadable.append(name)
+            continue
+        if not text:
+            empty += 1
+            continue
+        split, digest = sources.split_of(text, data.validation_fraction, data.test_fraction)
+        duplicates += digest in found[split]
+        found[split][digest] = text
+    ordered = {split: [texts[digest] for digest in sorted(texts)] for split, texts in found.items()}
+    if not ordered["train"]:
+        raise UserError(f"config.data.sources: {place!r} holds no text (UTF-8 files that are not empty)")
+    num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
+    dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8, {len(hidden)} hidden"
+    say(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
+    for what, names in (("not UTF-8", unreadable), ("hidden", hidden)):
+        for name in names[:3]:
+            say(f"{what}, left out: {regular_files.shown(name)}")
+    if not given:
+        say(f"training a tokenizer of {tokenizer_files.num_pieces(data.tokenizer):,} pieces")
+    trained = given or tokenizer_training.make(data.tokenizer, ordered["train"])
+    left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
+    with draft_folder(folder) as draft:
+        write_splits(draft, ordered, trained, num_bytes, say).close(source=place, left_out=left_out)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_splits(
+    folder: str, ordered: dict[str, list[str]], trained: Tokenizer, num_bytes: int, say: Callable[[str], None]
+) -> ShardWriter:
+    """The texts of each split, `num_bytes` in all, tokenised into the shards of a folder. Returns the writer, to be closed."""
+    writer, start, done = ShardWriter(folder, trained), time.monotonic(), 0
+    for split, texts in ordered.items():  # documents in the order of their hashes
+        for first in range(0, len(texts), TOGETHER):
+            group = texts[first : first + TOGETHER]
+            for text, ids in zip(group, trained.encode_batch(group), strict=True):
+                writer.add(split, ids, len(text.encode()))
+                done += len(text)
+            if time.monotonic() - start > 2:
+                start = time.monotonic()
+                say(f"tokenising: {100 * done / num_bytes:.0f}%")
+    return writer
+
+
+def local_copy(place: str, say: Callable[[str], None]) -> str:
+    """The folder itself; of a URL a copy in the cache, made once, the manifest last. `read` checks it."""
+    if not is_url(place):
+        return place
+    url = epath.Path(place)
+    manifest = (url / MANIFEST).read_bytes()
+    folder = os.path.join(cache_folder(), "copies", f"{url.name}-{hashlib.sha256(manifest).hexdigest()[:12]}")
+    with writer_lock(folder + ".lock", say):
+        if not os.path.exists(os.path.join(folder, MANIFEST)):
+            os.makedirs(folder, exist_ok=True)
+            files = json.loads(manifest)["files"]
+            say(f"copying {place}: {sum(file['bytes'] for file in files.values()) / 1e6:,.1f} MB")
+            for name in files:
+                assert os.path.basename(name) == name
+                with (url / name).open("rb") as source, open(os.path.join(folder, name), "wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 22)
+            write_whole(os.path.join(folder, MANIFEST), manifest)
+    return folder
+
+
+def publish(folder: str, url: str) -> None:
+    """Copies a corpus up to a URL, the manifest last: until it is there the URL holds no corpus."""
+    for name in (*read_manifest(folder, "prepare it again")["files"], MANIFEST):
+        with open(os.path.join(folder, name), "rb") as source, (epath.Path(url) / name).open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 22)
