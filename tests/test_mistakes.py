@@ -209,9 +209,7 @@ def test_all_checkpoints_broken_is_said(finished, tmp_path):
 
 
 def test_no_such_platform():
-    script = (
-        "import os; os.environ['JAX_PLATFORMS'] = 'tpuu'; from lm_jax import command, main; command.door(main.main)"
-    )
+    script = "import os; os.environ['JAX_PLATFORMS'] = 'tpuu'; from lm_jax import cli, main; cli.door(main.main)"
     line = [sys.executable, "-c", script, "--config", "experiments/quickstart.py:smoke"]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     check(result.returncode, result.stderr, "no devices of JAX_PLATFORMS='tpuu'")

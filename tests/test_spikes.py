@@ -224,7 +224,7 @@ def test_a_run_that_is_killed_while_it_goes_back_is_the_one_that_was_not(recover
 KILLING = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from lm_jax import checkpoint, command, main, spikes
+from lm_jax import checkpoint, cli, main, spikes
 import test_spikes
 vars(spikes).update(test_spikes.SMALL)
 test_spikes.poison(240, 264)
@@ -234,7 +234,7 @@ def removed(folder, step):
     if step == 30:
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.remove_step = removed
-command.door(main.main)
+cli.door(main.main)
 """
 
 
