@@ -12,16 +12,18 @@ from conftest import ROOT
 ORDER = """
 stop config fault_points regular_files files batch_ramp spikes sharding model.task_heads data.lines data.sources
 data.tokenizer data.special_ids convert.word_vectors data.shards data.packing data.objectives data.mixture
-generate.jinja_process generate.chat_template tasks.scores tasks.tables tasks.task tasks.words tasks.classification
-tasks.regression tasks.tags tasks.questions tasks.texts tasks.instruction tasks.preference tasks.records data.loader
-prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run remote faults
-tasks.results compile_cache multihost.cluster multihost.roll_call multihost.peers distributed manifest model.layers
-trainable model.lora model.attention model.language_model model.moe model.transformer model.encoder
-model.encoder_decoder model.recurrent model.build convert.safetensors convert.fields convert.rotary convert.families
-convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf loss plan.counts
-optimizer train_state train_step metrics goodput terminal checkpoint convert.run cli generate.sampling
-generate.decoding convert.proof convert.export generate.beam_search tasks.generate_answers tasks.dpo_reference
-generate.likelihood generate.command evaluate train main verify generate.lm_eval generate.__main__
+generate.jinja_process generate.chat_template generate.render_template generate.chat_words generate.chat_tokens
+tasks.scores tasks.tables tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions
+tasks.texts tasks.instruction tasks.preference tasks.records data.loader prepare.readers prepare.report prepare.clean
+prepare.overlap prepare.steps prepare.executors prepare.run remote faults tasks.results compile_cache
+multihost.cluster multihost.roll_call multihost.peers distributed manifest model.layers trainable model.lora
+model.attention model.language_model model.moe model.transformer model.encoder model.encoder_decoder model.recurrent
+model.build convert.safetensors convert.config_reader convert.rotary convert.config_fields convert.families
+convert.encoders convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json convert.text_files
+convert.gguf loss plan.counts optimizer train_state train_step metrics goodput terminal checkpoint convert.run cli
+generate.sampling generate.decoding convert.proof convert.export generate.beam_search generate.request_batches
+tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluate train main verify
+generate.lm_eval generate.__main__
 """.split()
 CONVERT = {name for name in ORDER if name.startswith("convert.") and name != "convert.word_vectors"}
 PERIPHERY = CONVERT | {

@@ -1,6 +1,6 @@
 """The texts that a model writes for held-out records of a task, and their scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ from etils import epath
 
 from lm_jax.generate.beam_search import search
 from lm_jax.generate.decoding import complete
+from lm_jax.generate.request_batches import Watch, request_batches
 from lm_jax.model.build import Graph
 from lm_jax.sharding import batch_shards
 
@@ -21,7 +22,7 @@ def written(
     split: str,
     num: int = 0,
     beams: int = 1,
-    watch: Callable = lambda done, of: None,
+    watch: Watch = lambda done, of: None,
 ) -> tuple:
     """Results of the first `num` records of a split (0: all), in their order: the record's answer and the model's.
 
@@ -36,17 +37,15 @@ def written(
     marks = mixed.special_ids
     found = [""] * len(values)
     order = sorted(range(len(values)), key=lambda k: len(questions[k]))
-    size = TOGETHER * batch_shards(dict(jax.sharding.get_mesh().shape))
-    for first in range(0, len(order), size):
-        own = order[first : first + size]
-        asked = [questions[k] for k in own + own[:1] * (size - len(own) if first else 0)]
+    size = min(len(order), TOGETHER * batch_shards(dict(jax.sharding.get_mesh().shape)))
+    for batch in request_batches(order, size, watch=watch):
+        asked = [questions[k] for k in batch.padded]
         if beams > 1:
             completions = search(graph, parameters, by, asked, limit, beams, marks=marks)
         else:
             completions = complete(graph, parameters, by, asked, limit, marks=marks)
-        for k, completion in zip(own, completions, strict=False):
+        for k, completion in zip(batch.requests, completions, strict=False):
             found[k] = completion.text
-        watch(first + len(own), len(order))
     pairs = zip(records.where, values, found, strict=False)
     return tuple(task.written(where, value, text) for where, value, text in pairs)
 

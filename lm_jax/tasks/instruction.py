@@ -2,7 +2,7 @@
 
 {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]}
 
-The loss is on the assistant's words and on the token that ends each of its turns (`generate/chat_template.py`). A long
+The loss is on the assistant's words and on the token that ends each of its turns (`generate/chat_tokens.py`). A long
 conversation keeps its start in training; where it is answered, its end.
 """
 
@@ -13,6 +13,7 @@ from lm_jax.config import Config, UserError
 from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.generate import chat_template as chat
+from lm_jax.generate import chat_tokens
 from lm_jax.tasks.tables import Row, like
 from lm_jax.tasks.task import Encoded, Task, no_text
 
@@ -48,7 +49,7 @@ class Instruction(Task):
         return values[0][self.last(values)]["content"]
 
     def ends(self, by: Tokenizer) -> tuple[int, ...]:
-        return chat.ends_of_turn(self.chat_template, by)
+        return chat_tokens.ends_of_turn(self.chat_template, by)
 
     def encode(self, values: list[tuple], by: Tokenizer, room: int) -> list[Encoded]:
         found = []
@@ -64,7 +65,7 @@ class Instruction(Task):
         return found
 
     def question(self, values: tuple, by: Tokenizer, room: int) -> np.ndarray:
-        return chat.encode(self.chat_template, values[0][: self.last(values)], by)[-room:]
+        return chat_tokens.encode(self.chat_template, values[0][: self.last(values)], by)[-room:]
 
 
 def find_template(config: Config) -> chat.Template | None:
@@ -84,10 +85,10 @@ def template_of(config: Config) -> chat.Template:
     )
 
 
-def turns(template: chat.Template, messages: list[chat.Message], by: Tokenizer, where: str) -> chat.Turns:
+def turns(template: chat.Template, messages: list[chat.Message], by: Tokenizer, where: str) -> chat_tokens.Turns:
     """The conversation of a record. Raises UserError that says where."""
     try:
-        return chat.encode_turns(template, messages, by)
+        return chat_tokens.encode_turns(template, messages, by)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

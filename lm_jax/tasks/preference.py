@@ -11,7 +11,7 @@ import numpy as np
 
 from lm_jax.config import Config, UserError
 from lm_jax.data.tokenizer import Tokenizer
-from lm_jax.generate import chat_template
+from lm_jax.generate import chat_tokens
 from lm_jax.tasks.instruction import checked_messages, find_template, template_of, turns
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Encoded, Result, Segment, Task, checked_text
@@ -28,7 +28,7 @@ class Preference(Task):
         self.chat_template, self.has_chats = find_template(config), False
 
     def ends(self, by: Tokenizer) -> tuple[int, ...]:
-        return chat_template.ends_of_turn(self.chat_template, by) if self.has_chats else super().ends(by)
+        return chat_tokens.ends_of_turn(self.chat_template, by) if self.has_chats else super().ends(by)
 
     def parse(self, row: Row) -> tuple:
         is_chat = isinstance(row.content["prompt"], list)
