@@ -15,7 +15,7 @@ from test_train import assert_same_run, lines_of
 
 from lm_jax import checkpoint, evaluate, load_model, main
 from lm_jax.config import Mesh
-from lm_jax.convert import hugging_face, run
+from lm_jax.convert import description, hugging_face, run
 from lm_jax.errors import UserError
 from lm_jax.generate import command
 from lm_jax.loss import batch_loss
@@ -381,7 +381,7 @@ def test_a_model_with_adapters_is_exported_merged(tmp_path):
     config = tiny(**FAMILIES["llama"], model__lora_rank=3)
     graph = build(config.model, PIECES, 64)
     ours = merged(graph.init(jax.random.key(0)), graph.declarations, config.model)
-    hugging_face.write(str(tmp_path / "out"), hugging_face.description_of(config, PIECES), ours, {})
+    hugging_face.write(str(tmp_path / "out"), description.description_of(config, PIECES), ours, {})
     there = hugging_face.read_parameters(str(tmp_path / "out"), hugging_face.read_description(str(tmp_path / "out")))
     assert flat(there).keys() == flat(ours).keys()
     query = "block_0/attention/query/kernel"

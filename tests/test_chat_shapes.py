@@ -14,7 +14,7 @@ from etils import epath
 
 from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.errors import UserError
-from lm_jax.generate import chat_template
+from lm_jax.generate import chat_template, chat_tokens, render_template
 
 sys.path.insert(0, str(ROOT / "tools"))
 parity = pytest.importorskip("parity_chat")
@@ -52,29 +52,29 @@ def test_a_template_is_filled_in_and_masked_as_transformers_does(shape, tmp_path
         theirs = recorded[f"{shape}/{name}"]
         if "refused" in theirs:
             with pytest.raises(UserError, match="the chat template (refuses|cannot be filled in)"):
-                chat_template.render(template, [chat_template.Job(messages, False)], chat_template.TAUGHT)
+                render_template.render(template, [render_template.Job(messages, False)], chat_tokens.TAUGHT)
             continue
-        assert chat_template.render(template, [chat_template.Job(messages, False)], chat_template.TAUGHT) == [
+        assert render_template.render(template, [render_template.Job(messages, False)], chat_tokens.TAUGHT) == [
             theirs["text"]
         ], name
         if (name, shape) in TEXT_ONLY:
             with pytest.raises(UserError, match=r"leaves out or rewrites a part of message 1 \(user\): 'What is it\?'"):
-                chat_template.encode(template, messages, known, chat_template.TAUGHT)
+                chat_tokens.encode(template, messages, known, chat_tokens.TAUGHT)
             continue
-        assert chat_template.encode(template, messages, known, chat_template.TAUGHT).tolist() == theirs["prompt"], name
+        assert chat_tokens.encode(template, messages, known, chat_tokens.TAUGHT).tolist() == theirs["prompt"], name
         if (name, shape) in THOUGHTLESS:
             with pytest.raises(UserError, match=r"leaves out or rewrites a part of message 4 \(assistant\): 'Yes"):
-                chat_template.encode_turns(tagged, messages, known)
+                chat_tokens.encode_turns(tagged, messages, known)
             continue
-        found = chat_template.encode_turns(tagged, messages, known)
+        found = chat_tokens.encode_turns(tagged, messages, known)
         assert found.ids.tolist() == theirs["ids"] and found.is_answer.astype(int).tolist() == theirs["mask"], name
         counted["masks"] += 1
         if name != "tools":  # what an assistant calls is learnt where a template marks it
-            check_own_mask(shape, name, chat_template.encode_turns(template, messages, known), theirs)
+            check_own_mask(shape, name, chat_tokens.encode_turns(template, messages, known), theirs)
     assert counted["masks"] >= 7
 
 
-def check_own_mask(shape: str, name: str, found: chat_template.Turns, theirs: dict) -> None:
+def check_own_mask(shape: str, name: str, found: chat_tokens.Turns, theirs: dict) -> None:
     """Without {% generation %} the same is learnt, except in turns that are only read, and where a token was parted."""
     if (shape, name) in PARTED:
         assert not found.unlearnt and 0 < found.is_answer.sum() < len(found.ids)
@@ -97,7 +97,7 @@ ENDS |= {shape: "<|endoftext|>" for shape in ("olmo2", "deepseek", "granite", "f
 @pytest.mark.parametrize("shape", parity.SHAPES)
 def test_what_ends_a_turn_is_read_from_the_template(shape, tmp_path):
     template, known = ours(shape, tmp_path)
-    assert chat_template.ends_of_turn(template, known) == (known.special[ENDS[shape]],)
+    assert chat_tokens.ends_of_turn(template, known) == (known.special[ENDS[shape]],)
 
 
 @pytest.mark.proof
@@ -122,5 +122,5 @@ def test_names_that_somebody_spells_are_encoded_as_transformers_does(tmp_path):
             given = theirs.apply_chat_template(
                 messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
             )
-            assert chat_template.encode(template, messages, known).tolist() == given, (shape, words)
+            assert chat_tokens.encode(template, messages, known).tolist() == given, (shape, words)
             assert "{% generation" not in template.source and tagged

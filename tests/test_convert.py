@@ -20,7 +20,7 @@ from test_processes import outputs, start
 
 from lm_jax import load_model
 from lm_jax.config import Mesh
-from lm_jax.convert import families, gguf, hugging_face, safetensors
+from lm_jax.convert import description, families, gguf, hugging_face, safetensors, tensor_map
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.generate import command
@@ -39,9 +39,9 @@ def distance(name: str, mistake=None) -> float:
     content, tensors, expected = parity.recorded(name)
     if mistake:
         mistake(content, tensors)
-    described = hugging_face.describe(content, name, "bytes")
-    graph = hugging_face.graph_of(described)
-    ours = hugging_face.parameters(described, tensors, name)
+    described = description.describe(content, name, "bytes")
+    graph = description.graph_of(described)
+    ours = tensor_map.parameters(described, tensors, name)
     tokens, lengths = parity.inputs()
     logits = parity.logits_here(graph, ours, tokens, parity.context(tokens, lengths))
     return parity.apart(logits[:, ::3], expected, -(-lengths // 3))
@@ -114,16 +114,16 @@ def test_live(name, tmp_path):
 def test_what_is_written_is_read_again_bit_by_bit(name, tmp_path):
     """In one file and in several; the config says the same in the fields of old readers and of new ones."""
     content, tensors, _ = parity.recorded(name)
-    described = hugging_face.describe(content, name, "bytes")
-    ours = hugging_face.parameters(described, tensors, name)
-    again = hugging_face.description_of(described.config, described.num_pieces, {"eos_token_id": 2})
+    described = description.describe(content, name, "bytes")
+    ours = tensor_map.parameters(described, tensors, name)
+    again = description.description_of(described.config, described.num_pieces, {"eos_token_id": 2})
     assert again.family == described.family
     for shard_bytes in (safetensors.SHARD_BYTES, 20_000):
         folder = str(tmp_path / str(shard_bytes))
         hugging_face.write(folder, again, ours, {}, shard_bytes=shard_bytes)
         assert (shard_bytes == 20_000) == os.path.exists(f"{folder}/{safetensors.INDEX}")
         found = hugging_face.read_description(folder)
-        assert hugging_face.what_it_is(found.config.model) == hugging_face.what_it_is(described.config.model)
+        assert description.what_it_is(found.config.model) == description.what_it_is(described.config.model)
         back = hugging_face.read_parameters(folder, found)
         jax.tree.map(np.testing.assert_array_equal, back, ours)
     shapes = {key: x.shape for key, x in safetensors.folder_tensors(folder).items()}
@@ -133,30 +133,30 @@ def test_what_is_written_is_read_again_bit_by_bit(name, tmp_path):
 def test_rotary_settings_stand_where_old_and_new_readers_look():
     config = tiny(model__positions="rotary", model__norm="rmsnorm", model__gated=True, model__bias=False,
                   model__activation="silu", model__rotary_base=5e5, model__rotary_scaling=(8.0, 1.0, 4.0, 8192.0))  # fmt: skip
-    content = hugging_face.description_of(config, 500).content
+    content = description.description_of(config, 500).content
     assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 5e5
     assert content["rope_scaling"]["rope_type"] == content["rope_parameters"]["rope_type"] == "llama3"
     for dropped in (("rope_parameters",), ("rope_theta", "rope_scaling")):
         left = {key: value for key, value in content.items() if key not in dropped}
-        model = hugging_face.describe(left, "config.json", "bytes").config.model
+        model = description.describe(left, "config.json", "bytes").config.model
         assert (model.rotary_base, model.rotary_scaling) == (5e5, (8.0, 1.0, 4.0, 8192.0)), dropped
 
 
 def test_a_model_that_no_family_says_is_refused_by_what_differs():
     with pytest.raises(UserError, match="nearest is gpt2, which has another config.model window"):
-        hugging_face.description_of(tiny(model__window=(0, 8)), 500)
+        description.description_of(tiny(model__window=(0, 8)), 500)
 
 
 def test_all_that_is_wrong_with_the_tensors_is_listed_at_once():
     content, tensors, _ = parity.recorded("llama")
-    described = hugging_face.describe(content, "config.json", "bytes")
+    described = description.describe(content, "config.json", "bytes")
     for layer in (0, 1):
         del tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
     del tensors["lm_head.weight"]
     tensors["model.layers.1.self_attn.q_proj.bias"] = np.zeros(36, np.float32)
     tensors["model.norm.weight"] = np.zeros(35, np.float32)
     with pytest.raises(UserError) as error:
-        hugging_face.parameters(described, tensors, "there")
+        tensor_map.parameters(described, tensors, "there")
     assert str(error.value).split("\n")[1:] == [
         "missing: lm_head.weight, layers.*.mlp.up_proj.weight (0-1)",
         "unknown: layers.1.self_attn.q_proj.bias",
@@ -167,8 +167,8 @@ def test_all_that_is_wrong_with_the_tensors_is_listed_at_once():
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
     content, tensors, _ = parity.recorded("llama")
-    described = hugging_face.describe(content, "config.json", "bytes")
-    ours = hugging_face.parameters(described, tensors, "llama")
+    described = description.describe(content, "config.json", "bytes")
+    ours = tensor_map.parameters(described, tensors, "llama")
     hugging_face.write(str(tmp_path / "model"), described, ours, {}, shard_bytes=20_000)
     return tmp_path / "model"
 
@@ -317,8 +317,8 @@ def test_mutated_folders_are_read_or_refused_and_nothing_else(folder):
 
 def test_nothing_is_left_where_writing_fails(tmp_path):
     content, tensors, _ = parity.recorded("llama")
-    described = hugging_face.describe(content, "config.json", "bytes")
-    ours = hugging_face.parameters(described, tensors, "llama")
+    described = description.describe(content, "config.json", "bytes")
+    ours = tensor_map.parameters(described, tensors, "llama")
 
     def refuse(folder, arrays):
         assert os.listdir(folder) == ["config.json"] and arrays.keys() == tensors.keys(), (
@@ -338,8 +338,8 @@ def test_nothing_is_left_where_writing_fails(tmp_path):
 
 def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     content, tensors, _ = parity.recorded("llama")
-    described = hugging_face.describe(content, "config.json", "bytes")
-    ours = hugging_face.parameters(described, tensors, "llama")
+    described = description.describe(content, "config.json", "bytes")
+    ours = tensor_map.parameters(described, tensors, "llama")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9 - 5_000, 5_000))
     with pytest.raises(UserError, match="0.00 GB are free there; name another disk"):
         hugging_face.write(str(tmp_path / "new" / "out"), described, ours, {}, lambda *given: pytest.fail("too late"))
@@ -348,8 +348,8 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkey
 
 def test_what_a_disk_gives_back_in_another_way_gets_no_name(tmp_path, monkeypatch):
     content, tensors, _ = parity.recorded("llama")
-    described = hugging_face.describe(content, "config.json", "bytes")
-    ours, write = hugging_face.parameters(described, tensors, "llama"), safetensors.write_folder
+    described = description.describe(content, "config.json", "bytes")
+    ours, write = tensor_map.parameters(described, tensors, "llama"), safetensors.write_folder
 
     def broken(folder, tensors, shard_bytes):
         write(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, shard_bytes)
@@ -399,7 +399,7 @@ def llama_of_bytes(tmp_path):
     for name, kept in (("embedding", 300), ("unembedding", 300)):
         ours[name] = {"table": np.where(np.arange(384)[:, None] < kept, ours[name]["table"], 0)}
     carried = {"tokenizer.bytes": Bytes.model, "chat_template.jinja": b"{{ messages }}"}
-    hugging_face.write(str(tmp_path / "there"), hugging_face.description_of(config, 300), ours, carried)
+    hugging_face.write(str(tmp_path / "there"), description.description_of(config, 300), ours, carried)
     return str(tmp_path / "there"), ours
 
 
@@ -471,9 +471,9 @@ def with_other_numbers(tensors: dict) -> dict:
 @pytest.mark.parametrize("name", parity.FIRST)
 @pytest.mark.parametrize("at_once", [2**24, 1], ids=["whole", "row by row"])
 def test_on_every_mesh_a_device_has_its_part_to_the_bit(name, at_once, tmp_path, monkeypatch):
-    monkeypatch.setattr(hugging_face, "AT_ONCE", at_once)
+    monkeypatch.setattr(tensor_map, "AT_ONCE", at_once)
     content, tensors, _ = parity.recorded(name)
-    described = hugging_face.describe(content, name, "bytes")
+    described = description.describe(content, name, "bytes")
     safetensors.write_folder(str(tmp_path), with_other_numbers(tensors), shard_bytes=20_000)
     whole = hugging_face.read_parameters(str(tmp_path), described)
     program = make_program(described.config, described.num_pieces)
@@ -502,10 +502,10 @@ def test_a_part_of_a_parameter_asks_for_the_tensors_of_that_part(name):
     """Of every parameter a half of each dim, as a device has it: no tensor of another layer, and each once."""
     content, tensors, _ = parity.recorded(name)
     tensors, names = with_other_numbers(tensors), []
-    described = hugging_face.describe(content, name, "bytes")
-    whole = flatten_mapping(hugging_face.parameters(described, tensors, name))
+    described = description.describe(content, name, "bytes")
+    whole = flatten_mapping(tensor_map.parameters(described, tensors, name))
     asked = {key: Asked(key, x, names) for key, x in tensors.items()}
-    for path, x in hugging_face.stored(described, asked, name).items():
+    for path, x in tensor_map.stored(described, asked, name).items():
         for bounds in ([(n // 2, n) for n in x.shape], [(0, max(1, n // 2)) for n in x.shape]):
             names.clear()
             np.testing.assert_array_equal(x.read(bounds), whole[path][tuple(slice(*both) for both in bounds)])
@@ -526,8 +526,8 @@ def test_no_process_holds_a_model_that_it_reads(num_processes, mesh, tmp_path):
         model__num_layers=11, model__model_dim=1024, model__mlp_dim=2816, model__num_heads=16, model__num_kv_heads=16
     )
     config = tiny(**LLAMA | sizes | {"data__tokenizer": "bytes"})
-    described = hugging_face.description_of(config, 4096)
-    places = hugging_face.slots(hugging_face.FAMILIES[described.family], hugging_face.graph_of(described))
+    described = description.description_of(config, 4096)
+    places = tensor_map.slots(description.FAMILIES[described.family], description.graph_of(described))
     chance = np.random.default_rng(0)
     tensors = {x.name: chance.random(x.their_shape(described.num_pieces), np.float32) for x in places}
     safetensors.write_folder(str(tmp_path), tensors, SHARD)

@@ -21,11 +21,21 @@ from one_process import performed
 
 from lm_jax import load_model
 from lm_jax.config import Mesh
-from lm_jax.convert import export, gguf, hugging_face, proof, safetensors, text_files, tokenizer_json
+from lm_jax.convert import (
+    description,
+    export,
+    gguf,
+    hugging_face,
+    proof,
+    safetensors,
+    tensor_map,
+    text_files,
+    tokenizer_json,
+)
 from lm_jax.data import special_ids, tokenizer, tokenizer_training
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.errors import UserError
-from lm_jax.generate import chat_template
+from lm_jax.generate import chat_template, chat_tokens
 from lm_jax.generate.decoding import Completion, complete
 from lm_jax.generate.sampling import Sampling
 from lm_jax.mesh import make_mesh
@@ -107,14 +117,14 @@ def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = ()
     graph = build(config.model, num, config.data.sequence_length)
     ours = jax.jit(lambda: graph.init(jax.random.key(1)))()
     fields = text_files.id_fields(ids, config.model.kind == "encoder_decoder")
-    described = hugging_face.description_of(config, num, fields, context)
+    described = description.description_of(config, num, fields, context)
     return export.Leaving(described, ours, text_files.Text(by, ids, added, template), no_chat)
 
 
 @functools.cache
 def built(config, num_pieces: int):
     """A graph is compiled by its identity: one for all mutants of the same config."""
-    return hugging_face.graph_of(hugging_face.Description("", config, num_pieces, {}))
+    return description.graph_of(description.Description("", config, num_pieces, {}))
 
 
 class Here:
@@ -127,14 +137,14 @@ class Here:
         files = {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
         tensors = {name: np.array(x) for name, x in tensors.items()}
         mistake(content, tensors, files)
-        described = hugging_face.describe(content, "a mutant", "bytes")
+        described = description.describe(content, "a mutant", "bytes")
         graph = built(described.config, described.num_pieces)
         by = tokenizer.HuggingFace(files["tokenizer.json"])
         ends = json.loads(files["generation_config.json"])["eos_token_id"]
         source = files.get("chat_template.jinja", b"").decode()
         template = chat_template.Template(source) if source else None
         ids = SpecialIds(tuple(by.around()[0]), (), ends[0], tuple(ends))
-        parameters = hugging_face.parameters(described, tensors, "a mutant")
+        parameters = tensor_map.parameters(described, tensors, "a mutant")
         self.ours = proof.Exported(described, graph, parameters, by, ids, template)
         self.ends = set(ends)
 
@@ -146,7 +156,7 @@ class Here:
         return [*self.ours.ids.first, *self.ours.tokenizer.encode(text).tolist()]
 
     def encode_chat(self, messages):
-        return chat_template.encode(self.ours.template, messages, self.ours.tokenizer).tolist()
+        return chat_tokens.encode(self.ours.template, messages, self.ours.tokenizer).tolist()
 
     def write(self, ids, limit):
         ours, prompt = self.ours, np.array(ids, np.int32)
@@ -268,7 +278,7 @@ def met(family: str) -> tuple[int]:
     described, parameters, text, _ = leaving(family, "chat")
     prompt, graph = (
         [*text.ids.first, *text.tokenizer.encode(proof.PROMPTS[1]).tolist()],
-        hugging_face.graph_of(described),
+        description.graph_of(described),
     )
     [found] = complete(
         graph, parameters, text.tokenizer, [np.array(prompt)], 12, GREEDY, marks=text.ids._replace(ends=())
@@ -378,11 +388,11 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     for text in texts:
         assert found.tokenizer.encode(text).tolist() == whole.encode(text).tolist() == by.encode(text).tolist()
         assert whole.decode(whole.encode(text)) == text
-    arrays = hugging_face.their_tensors(one.described, one.parameters)
+    arrays = tensor_map.their_tensors(one.described, one.parameters)
     jax.tree.map(
         np.testing.assert_array_equal, {k: x.read() for k, x in safetensors.folder_tensors(out).items()}, arrays
     )
-    again = hugging_face.their_tensors(found.described, load_model.load_parameters(found)[1])
+    again = tensor_map.their_tensors(found.described, load_model.load_parameters(found)[1])
     jax.tree.map(np.testing.assert_array_equal, again, arrays)
 
 
@@ -552,8 +562,8 @@ def prompts_of(name: str) -> np.ndarray:
 def recorded(name: str):
     """(the model, prompts, what transformers wrote, its ends, how far each text goes before its end) of a family."""
     content, tensors, _ = parity.recorded(name)
-    described = hugging_face.describe(content, name, "bytes")
-    ours, graph = hugging_face.parameters(described, tensors, name), hugging_face.graph_of(described)
+    described = description.describe(content, name, "bytes")
+    ours, graph = tensor_map.parameters(described, tensors, name), description.graph_of(described)
     with np.load(FIXTURE) as arrays:
         written, ends = arrays[f"{name}|written"], tuple(arrays[f"{name}|ends"].tolist())
     stops = [next((k for k, token in enumerate(row) if token in ends), NEW) for row in written.tolist()]
@@ -599,18 +609,18 @@ def test_a_t5_as_transformers_5_saves_it_is_read(name):
     assert content["tie_word_embeddings"] is True and content["scale_decoder_outputs"] is False
     assert ("lm_head.weight" in mine) == (name == "two_tables")
     tensors = {key: x.astype(np.float32) for key, x in mine.items()}
-    described = hugging_face.describe(content, name, "bytes")
-    ours = hugging_face.parameters(described, tensors, name)
-    found = proof.heads(hugging_face.graph_of(described), ours, proof.random_row(described))[0]
+    described = description.describe(content, name, "bytes")
+    ours = tensor_map.parameters(described, tensors, name)
+    found = proof.heads(description.graph_of(described), ours, proof.random_row(described))[0]
     assert proof.relative(np.asarray(found)[..., : described.num_pieces], logits) <= proof.LIMIT / 10
     published = {key: value for key, value in content.items() if key != "scale_decoder_outputs"}
-    assert hugging_face.describe(published | {"tie_word_embeddings": False}, name, "bytes").family == "t5"
+    assert description.describe(published | {"tie_word_embeddings": False}, name, "bytes").family == "t5"
     with pytest.raises(UserError, match="this is the first T5"):
-        hugging_face.describe(published, name, "bytes")
+        description.describe(published, name, "bytes")
     if name == "one_table":  # a folder that says that it has two
         with pytest.raises(UserError, match="missing: lm_head.weight"):
-            untied = hugging_face.describe(content | {"tie_word_embeddings": False}, name, "bytes")
-            hugging_face.parameters(untied, tensors, name)
+            untied = description.describe(content | {"tie_word_embeddings": False}, name, "bytes")
+            tensor_map.parameters(untied, tensors, name)
 
 
 def record() -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lm_jax.convert import fields, hugging_face
+from lm_jax.convert import description
 from lm_jax.errors import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -24,18 +24,18 @@ SUPPORTED = {
 
 def described(content: dict) -> tuple:
     """All that a config.json means here."""
-    found = hugging_face.describe(content, "config.json", "bytes")
+    found = description.describe(content, "config.json", "bytes")
     return dataclasses.asdict(found.config.model), found.num_pieces, found.config.data.sequence_length
 
 
-@pytest.mark.parametrize("kind", hugging_face.FAMILIES)
+@pytest.mark.parametrize("kind", description.FAMILIES)
 def test_a_familys_defaults_are_its_own(kind):
     """Whatever field of `transformers`' default config is not in the file, the model is the same; sizes alone must be there."""
     whole = DEFAULTS[kind] | SUPPORTED.get(kind, {})
     expected, optional = described(whole), []
     for name in whole.keys() - SUPPORTED.get(kind, {}).keys():
         left = {key: value for key, value in whole.items() if key != name}
-        if name == "model_type" or fields.DEFAULTS[kind].get(name) is ...:
+        if name == "model_type" or description.FAMILIES[kind].defaults.get(name) is ...:
             with pytest.raises(UserError):
                 described(left)
             continue
@@ -147,14 +147,16 @@ READ = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", hugging_face.FAMILIES)
+@pytest.mark.parametrize("kind", description.FAMILIES)
 def test_no_field_is_passed_over_in_silence(kind):
     """Of every family: fields that other models compute with, refused with file, field and value; null says nothing."""
     whole = DEFAULTS[kind] | SUPPORTED.get(kind, {})
     for name, value in STRANGE.items():
         if (kind, name) in READ:
             continue
-        assert described(whole | {name: None} if name not in fields.DEFAULTS[kind] else whole) == described(whole)
+        assert described(
+            whole | {name: None} if name not in description.FAMILIES[kind].defaults else whole
+        ) == described(whole)
         with pytest.raises(UserError) as error:
             described(whole | {name: value})
         assert f"config.json: {name} = {value}" in str(error.value), error.value

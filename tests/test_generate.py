@@ -15,7 +15,7 @@ from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.generate import beam_search
-from lm_jax.generate.decoding import State, complete, decode, generate, on_mesh, prefill, stream
+from lm_jax.generate.decoding import State, complete, decode, on_mesh, prefill, stream
 from lm_jax.generate.sampling import GREEDY, Sampling, keys, sample
 from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
@@ -23,6 +23,12 @@ from lm_jax.model.build import build
 
 sys.path.insert(0, str(ROOT / "tools"))
 import parity_families  # noqa: E402
+
+
+def generate(*arguments) -> list[str]:
+    """The continuation of each prompt as text."""
+    return [completion.text for completion in complete(*arguments)]
+
 
 LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))
 

@@ -8,7 +8,8 @@ from conftest import FAMILIES, tiny
 
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
-from lm_jax.generate.likelihood import PLACES, batches, likelihoods
+from lm_jax.generate.likelihood import PLACES, likelihoods, shapes
+from lm_jax.generate.request_batches import request_batches
 from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
@@ -99,7 +100,10 @@ def test_a_limit_is_a_shorter_window():
 def test_few_shapes_serve_all_lengths():
     lengths = [64, 65, 128, *RNG.integers(1, 5000, 997).tolist()]  # at a border, and behind it
     continuations = [int(RNG.integers(1, length + 1)) for length in lengths]
-    found = list(batches(lengths, continuations, 8))
+    shape = shapes(lengths, continuations)
+    order = sorted(range(1000), key=lambda i: shape[i], reverse=True)
+    batches = request_batches(order, 8, lambda i: shape[i])
+    found = [(*shape[batch.requests[0]], batch.requests) for batch in batches]
     assert sorted(i for *_, chosen in found for i in chosen) == list(range(1000))
     assert len({(length, places) for length, places, _ in found}) <= 16
     for length, places, chosen in found:

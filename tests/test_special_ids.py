@@ -14,7 +14,7 @@ from etils import epath
 
 from lm_jax import load_model
 from lm_jax.config import Mesh
-from lm_jax.convert import gguf, hugging_face, run
+from lm_jax.convert import description, gguf, hugging_face, run
 from lm_jax.data import objectives, shards, special_ids, tokenizer, tokenizer_files
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.errors import UserError
@@ -249,7 +249,7 @@ def imported(tmp_path_factory) -> dict[str, pathlib.Path]:
         with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
             initial = jax.jit(functools.partial(graph.init, sharded=True))(jax.random.key(0))
             parameters = jax.tree.map(np.asarray, initial)
-        described = hugging_face.description_of(config, rows)
+        described = description.description_of(config, rows)
         hugging_face.write(str(place / "theirs"), described, parameters, {})
         given = json.loads((place / "theirs" / "config.json").read_text())
         shapes.write(place / "theirs", name, {"eos_token_id": [2, 5]}, **given)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from lm_jax import cli, distributed, load_model
 from lm_jax.config import Mesh
-from lm_jax.convert import export, hugging_face, proof, run, text_files
+from lm_jax.convert import description, export, hugging_face, proof, run, text_files
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 from lm_jax.mesh import make_mesh
@@ -38,16 +38,16 @@ THEIR_NAMES = {
 class Transformers:
     """A folder's model in `transformers`: its small files, and arrays from memory. Raises UserError where it has to guess."""
 
-    def __init__(self, folder: str, described: hugging_face.Description, tensors: dict[str, np.ndarray]):
+    def __init__(self, folder: str, described: description.Description, tensors: dict[str, np.ndarray]):
         import torch
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         self.name, self.torch = f"transformers {transformers.__version__}", torch
-        kind = getattr(transformers, described.content["architectures"][0])
+        architecture = getattr(transformers, described.content["architectures"][0])
         config = transformers.AutoConfig.from_pretrained(folder)
         arrays = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-        self.model, told = kind.from_pretrained(
+        self.model, told = architecture.from_pretrained(
             None, config=config, state_dict=arrays, output_loading_info=True, dtype="float32"
         )
         if any(told.values()):
@@ -60,10 +60,8 @@ class Transformers:
             # For a few kinds of models AutoTokenizer cuts a text as the first of this kind did, whatever a folder says.
             self.tokenizer = plain.from_pretrained(folder)
             self.remark = f"there load its tokenizer with {named}: for {config.model_type} AutoTokenizer takes another"
-        self.reads, self.names = (
-            described.config.model.kind == "encoder_decoder",
-            THEIR_NAMES[described.config.model.kind],
-        )
+        kind = described.config.model.kind
+        self.reads, self.names = kind == "encoder_decoder", THEIR_NAMES[kind]
         self.ends: set[int] = set()
         if self.model.can_generate():
             self.model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

@@ -14,7 +14,7 @@ import tempfile
 
 import tokenizers
 
-from lm_jax.generate import chat_template
+from lm_jax.generate import chat_template, chat_tokens
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "chat.json.gz"
 A, Z, LOOP, END = "{% generation %}", "{% endgeneration %}", "{% for m in messages %}", "{% endfor %}"
@@ -480,7 +480,7 @@ def record() -> dict[str, dict]:
     class Clock(datetime.datetime):
         @classmethod
         def now(cls, tz=None):
-            return chat_template.TAUGHT
+            return chat_tokens.TAUGHT
 
     usual, found = chat_template_utils.datetime, {}
     chat_template_utils.datetime = Clock

@@ -19,7 +19,7 @@ import numpy as np
 
 from lm_jax.config import default_config
 from lm_jax.config_check import resolve
-from lm_jax.convert import hugging_face
+from lm_jax.convert import description, hugging_face, tensor_map
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 from lm_jax.model.build import Graph, build
@@ -139,9 +139,9 @@ def apart(found: dict, expected: dict, given: dict, in_one_row: bool = False) ->
     return worst
 
 
-def loaded(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[hugging_face.Description, Graph, dict]:
-    described = hugging_face.describe(content, "config.json", "bytes")
-    return described, hugging_face.graph_of(described), hugging_face.parameters(described, tensors, "there")
+def loaded(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[description.Description, Graph, dict]:
+    described = description.describe(content, "config.json", "bytes")
+    return described, description.graph_of(described), tensor_map.parameters(described, tensors, "there")
 
 
 def numpy_tensors(model) -> dict[str, np.ndarray]:
@@ -158,7 +158,7 @@ def compare(name: str) -> dict[str, float]:
         expected = {key: x.numpy() for key, x in outputs_there(model, given).items()}
     found = {"padded": apart(jax.jit(lambda p: outputs(graph, p, given))(ours), expected, given)}
     found["packed"] = apart(jax.jit(lambda p: outputs(graph, p, given, True))(ours), expected, given, True)
-    back = hugging_face.their_tensors(described, ours)
+    back = tensor_map.their_tensors(described, ours)
     there = numpy_tensors(model)
     found["back"] = max(float(np.abs(x - there[key]).max()) for key, x in back.items())
     found["gradients"] = gradients_apart(model, described, graph, ours, given)
@@ -196,8 +196,8 @@ def gradients_apart(model, described, graph: Graph, ours: dict, given: dict) -> 
         return loss
 
     gradients = jax.jit(jax.grad(loss_here))(ours)
-    kinds = {slot.name: slot for slot in hugging_face.slots(hugging_face.FAMILIES[described.family], graph)}
-    named = hugging_face.their_tensors(described, gradients)
+    kinds = {slot.name: slot for slot in tensor_map.slots(description.FAMILIES[described.family], graph)}
+    named = tensor_map.their_tensors(described, gradients)
     worst, least = 0.0, 1e-3 * max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name in named:
@@ -286,7 +286,7 @@ def minilm_folder() -> str:
 def sentence_vectors(folder: str, sentences: list[list[int]]) -> np.ndarray:
     """[sentences, D]: the mean of an encoder's states over each sentence, of length one; all packed into one row."""
     described = hugging_face.read_description(folder)
-    graph, ours = hugging_face.graph_of(described), hugging_face.read_parameters(folder, described)
+    graph, ours = description.graph_of(described), hugging_face.read_parameters(folder, described)
     lengths = np.array([len(ids) for ids in sentences])
     row = jnp.asarray(np.concatenate(sentences)[None].astype(np.int32))
     states = jax.jit(lambda parameters: graph.module(parameters)(row, packed_context(lengths))[0])(ours)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.convert import hugging_face
+from lm_jax.convert import description, hugging_face, safetensors, tensor_map
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 
@@ -204,7 +204,7 @@ def gradients_apart(model, described, ours: dict, tokens: np.ndarray) -> float:
     """The largest difference of a gradient of the mean loss over the largest gradient of its tensor, under their names."""
     import torch
 
-    graph = hugging_face.graph_of(described)
+    graph = description.graph_of(described)
     targets = torch.tensor(tokens[:, 1:]).long()
     logits = model(torch.tensor(tokens[:, :-1]).long()).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
@@ -217,10 +217,10 @@ def gradients_apart(model, described, ours: dict, tokens: np.ndarray) -> float:
         ).mean()
 
     gradients = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(ours))
-    kept = {slot.name: slot.kind for slot in hugging_face.slots(hugging_face.FAMILIES[described.family], graph)}
+    kept = {slot.name: slot.kind for slot in tensor_map.slots(description.FAMILIES[described.family], graph)}
     # A gradient goes as its tensor does, but for what is added to it on the way.
     shift = {name: 1.0 if kind == "one_more" else 0.0 for name, kind in kept.items()}
-    mine = {name: x + shift[name] for name, x in hugging_face.their_tensors(described, gradients).items()}
+    mine = {name: x + shift[name] for name, x in tensor_map.their_tensors(described, gradients).items()}
     worst = 0.0
     for name, x in mine.items():
         theirs = gradient_of(model, name)
@@ -251,12 +251,12 @@ def compare(name: str, folder: str) -> dict[str, float]:
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(f"{folder}/there")
     described = hugging_face.read_description(f"{folder}/there")
-    ours, graph = hugging_face.read_parameters(f"{folder}/there", described), hugging_face.graph_of(described)
+    ours, graph = hugging_face.read_parameters(f"{folder}/there", described), description.graph_of(described)
     expected = logits_there(model, tokens, lengths)
     found = {"padded": apart(logits_here(graph, ours, tokens, context(tokens, lengths)), expected, lengths)}
     one_row = packed(graph, ours, tokens, lengths)
     found["packed"] = apart(np.split(one_row, [lengths[0]]), expected, lengths)
-    again = hugging_face.description_of(described.config, described.num_pieces)
+    again = description.description_of(described.config, described.num_pieces)
     hugging_face.write(f"{folder}/here", again, ours, {}, shard_bytes=20_000)
     back, told = transformers.AutoModelForCausalLM.from_pretrained(
         f"{folder}/here", output_loading_info=True, attn_implementation="eager"
@@ -278,7 +278,7 @@ def record() -> None:
             for parameter in model.parameters():
                 parameter.data = parameter.data.half().float()  # weights that two bytes hold
             model.save_pretrained(folder)
-            found = hugging_face.safetensors.folder_tensors(folder)
+            found = safetensors.folder_tensors(folder)
             arrays |= {f"{name}|{key}": tensor.read().astype(np.float16) for key, tensor in found.items()}
             arrays[f"{name}|config.json"] = np.array(pathlib.Path(folder, "config.json").read_text())
             arrays[f"{name}|logits"] = logits_there(model, tokens, lengths)[:, ::3]
@@ -293,7 +293,7 @@ def defaults() -> dict[str, dict[str, Any]]:
     """What `transformers` takes where a config.json says nothing but its model_type, of every family."""
     import transformers
 
-    found = {kind: transformers.AutoConfig.for_model(kind).to_dict() for kind in hugging_face.FAMILIES}
+    found = {kind: transformers.AutoConfig.for_model(kind).to_dict() for kind in description.FAMILIES}
     return json.loads(json.dumps(found))
 
 

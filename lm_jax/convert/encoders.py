@@ -4,124 +4,94 @@ Two kinds more than there: `pieces`, a vector over the vocabulary, ours padded; 
 products with keys are not divided by the root of a head's width.
 """
 
-from typing import Any
-
-from lm_jax.config import Model
-from lm_jax.convert.families import ACTIVATIONS, Family, Row, dense, norm, their_activation
-from lm_jax.convert.fields import LARGEST, Theirs
+from lm_jax.convert import config_fields as fields
+from lm_jax.convert.config_fields import Part, Settings, always, field, must_say, only, only_written, written
+from lm_jax.convert.config_reader import HFConfigReader
+from lm_jax.convert.families import Family, Row, dense, norms
 from lm_jax.errors import UserError
 
 GATES = {"gated-gelu": "gelu", "gated-gelu_new": "gelu", "gated-silu": "silu", "gated-relu": "relu"}
+BERT_FIELDS = (
+    must_say("vocab_size", "max_position_embeddings"),
+    only(is_decoder=False, position_embedding_type="absolute"),
+    always(kind="encoder", norm_place="post"),
+    field("num_hidden_layers", "num_layers", fields.COUNT),
+    field("hidden_size", "model_dim"),
+    field("num_attention_heads", "num_heads"),
+    field("intermediate_size", "mlp_dim"),
+    field("layer_norm_eps", "norm_epsilon", fields.NUMBER, 1e-12),
+    field("hidden_act", "activation", fields.ACTIVATION, "gelu"),
+    field("tie_word_embeddings", "tie_embedding", fields.FLAG, True),
+    only_written(type_vocab_size=2),
+    written(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+)
 
 
-def read_bert(theirs: Theirs) -> dict[str, Any]:
-    theirs.only(type_vocab_size=2, is_decoder=False, position_embedding_type="absolute")
-    return {
-        **{"kind": "encoder", "norm_place": "post"},
-        "num_layers": theirs.size("num_hidden_layers", largest=LARGEST),
-        "model_dim": theirs.size("hidden_size"),
-        "num_heads": theirs.size("num_attention_heads"),
-        "mlp_dim": theirs.size("intermediate_size"),
-        "norm_epsilon": theirs("layer_norm_eps", float),
-        "activation": theirs.choice("hidden_act", ACTIVATIONS),
-        "tie_embedding": theirs("tie_word_embeddings", bool),
-    }
-
-
-def write_bert(model: Model) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.model_dim,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.mlp_dim,
-        "layer_norm_eps": model.norm_epsilon,
-        "hidden_act": their_activation(model.activation),
-        "tie_word_embeddings": model.tie_embedding,
-        **{"type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    }
-
-
-def read_t5(theirs: Theirs) -> dict[str, Any]:
+def check_version(reader: HFConfigReader) -> Settings:
     """T5 1.1. The first version has one table, and divides what goes into the output by a root."""
-    num_layers = theirs.size("num_layers", largest=LARGEST)
-    theirs.only(relative_attention_num_buckets=32, relative_attention_max_distance=128, is_decoder=False)
-    theirs.only(is_encoder_decoder=True, num_decoder_layers=num_layers)
-    scales = theirs("scale_decoder_outputs", bool, theirs("tie_word_embeddings", bool))
-    if scales or theirs("feed_forward_proj", str) not in GATES:
-        raise UserError(f"{theirs.where}: this is the first T5 (one table, no gates); T5 1.1 is supported")
-    return {
-        **{"kind": "encoder_decoder", "positions": "relative", "norm": "rmsnorm", "bias": False},
-        **{"tie_embedding": False, "gated": True},
-        "num_layers": num_layers,
-        "model_dim": theirs.size("d_model"),
-        "num_heads": theirs.size("num_heads"),
-        "head_dim": theirs.size("d_kv"),
-        "mlp_dim": theirs.size("d_ff"),
-        "norm_epsilon": theirs("layer_norm_epsilon", float),
-        "activation": theirs.choice("feed_forward_proj", GATES),
-    }
+    reader.only(num_decoder_layers=reader.size("num_layers", largest=fields.LARGEST))
+    scales = reader("scale_decoder_outputs", bool, reader("tie_word_embeddings", bool))
+    if scales or reader("feed_forward_proj", str) not in GATES:
+        raise UserError(f"{reader.where}: this is the first T5 (one table, no gates); T5 1.1 is supported")
+    return {"tie_embedding": False}
 
 
-def write_t5(model: Model) -> dict[str, Any]:
-    known = [theirs for theirs, ours in GATES.items() if ours == model.activation]
-    return {
-        **{"num_layers": model.num_layers, "num_decoder_layers": model.num_layers},
-        "d_model": model.model_dim,
-        "num_heads": model.num_heads,
-        "d_kv": model.head_dim,
-        "d_ff": model.mlp_dim,
-        "layer_norm_epsilon": model.norm_epsilon,
-        "feed_forward_proj": known[0] if known else "gated-gelu",
-        **{"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
-        **{"tie_word_embeddings": False, "is_encoder_decoder": True, "dropout_rate": 0.0},
-    }
+T5_FIELDS = (
+    must_say("vocab_size"),
+    only(is_decoder=False),
+    always(kind="encoder_decoder", positions="relative", norm="rmsnorm", bias=False, gated=True),
+    field("num_layers", "num_layers", fields.COUNT),
+    Part({"num_decoder_layers": None}, check_version, lambda model: {"num_decoder_layers": model.num_layers}),
+    field("d_model", "model_dim"),
+    field("num_heads", "num_heads"),
+    field("d_kv", "head_dim"),
+    field("d_ff", "mlp_dim"),
+    field("layer_norm_epsilon", "norm_epsilon", fields.NUMBER, 1e-6),
+    Part({"tie_word_embeddings": True, "scale_decoder_outputs": None}),
+    field("feed_forward_proj", "activation", fields.choice(GATES), "relu"),
+    only_written(relative_attention_num_buckets=32, relative_attention_max_distance=128),
+    written(tie_word_embeddings=False),
+    only_written(is_encoder_decoder=True),
+    written(dropout_rate=0.0),
+)
 
 
+LAYER_I = "encoder.layer.{layer}"
 BERT: tuple[Row, ...] = (
     ("embedding/table", "embeddings.word_embeddings.weight", "table"),
     ("unembedding/table", "cls.predictions.decoder.weight", "table"),
     ("output_bias", "cls.predictions.bias", "pieces"),
     ("positions/table", "embeddings.position_embeddings.weight", "conv"),
     ("segments/table", "embeddings.token_type_embeddings.weight", "conv"),
-    *norm("embedding_norm", "embeddings.LayerNorm"),
-    *dense("block/attention/query", "encoder.layer.{layer}.attention.self.query"),
-    *dense("block/attention/key", "encoder.layer.{layer}.attention.self.key"),
-    *dense("block/attention/value", "encoder.layer.{layer}.attention.self.value"),
-    *dense("block/attention/output", "encoder.layer.{layer}.attention.output.dense"),
-    *norm("block/attention_norm", "encoder.layer.{layer}.attention.output.LayerNorm"),
-    *dense("block/mlp/up", "encoder.layer.{layer}.intermediate.dense"),
-    *dense("block/mlp/down", "encoder.layer.{layer}.output.dense"),
-    *norm("block/mlp_norm", "encoder.layer.{layer}.output.LayerNorm"),
-    *dense("pooler", "pooler.dense"),
-    *dense("transform", "cls.predictions.transform.dense"),
-    *norm("transform_norm", "cls.predictions.transform.LayerNorm"),
-    *dense("next_sentence", "cls.seq_relationship"),
+    *norms("", "embeddings", embedding_norm="LayerNorm"),
+    *dense("block/attention", f"{LAYER_I}.attention.self", query="query", key="key", value="value"),
+    *dense("block/attention", f"{LAYER_I}.attention.output", output="dense"),
+    *norms("block", f"{LAYER_I}.attention.output", attention_norm="LayerNorm"),
+    *dense("block/mlp", LAYER_I, up="intermediate.dense", down="output.dense"),
+    *norms("block", f"{LAYER_I}.output", mlp_norm="LayerNorm"),
+    *dense("", "", pooler="pooler.dense", transform="cls.predictions.transform.dense"),
+    *norms("", "", transform_norm="cls.predictions.transform.LayerNorm"),
+    *dense("", "", next_sentence="cls.seq_relationship"),
 )
 
 
 def attention(ours: str, theirs: str) -> tuple[Row, ...]:
     """T5 does not divide the products of queries and keys: its queries are smaller."""
-    return (
-        (f"{ours}/query/kernel", f"{theirs}.q.weight", "undivided"),
-        (f"{ours}/key/kernel", f"{theirs}.k.weight", "linear"),
-        (f"{ours}/value/kernel", f"{theirs}.v.weight", "linear"),
-        (f"{ours}/output/kernel", f"{theirs}.o.weight", "linear"),
-    )
+    names = {"query": "q", "key": "k", "value": "v", "output": "o"}
+    kind = lambda own: "undivided" if own == "query" else "linear"
+    return tuple((f"{ours}/{own}/kernel", f"{theirs}.{its}.weight", kind(own)) for own, its in names.items())
 
 
 def stack(name: str, mlp: int) -> tuple[Row, ...]:
     """The encoder or the decoder; `mlp` is the place of the MLP in a block."""
-    layer = f"{name}.block.{{layer}}.layer"
-    bias = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    layer, ours = f"{name}.block.{{layer}}.layer", f"{name}_layers"
     return (
-        (f"{name}_bias/table", bias, "conv"),
-        *norm(f"{name}_layers/attention_norm", f"{layer}.0.layer_norm"),
-        *attention(f"{name}_layers/attention", f"{layer}.0.SelfAttention"),
-        *norm(f"{name}_layers/mlp_norm", f"{layer}.{mlp}.layer_norm"),
-        *dense(f"{name}_layers/mlp/gate", f"{layer}.{mlp}.DenseReluDense.wi_0"),
-        *dense(f"{name}_layers/mlp/up", f"{layer}.{mlp}.DenseReluDense.wi_1"),
-        *dense(f"{name}_layers/mlp/down", f"{layer}.{mlp}.DenseReluDense.wo"),
-        *norm(f"{name}_norm", f"{name}.final_layer_norm"),
+        (f"{name}_bias/table", f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "conv"),
+        *norms(ours, f"{layer}.0", attention_norm="layer_norm"),
+        *attention(f"{ours}/attention", f"{layer}.0.SelfAttention"),
+        *norms(ours, f"{layer}.{mlp}", mlp_norm="layer_norm"),
+        *dense(f"{ours}/mlp", f"{layer}.{mlp}.DenseReluDense", gate="wi_0", up="wi_1", down="wo"),
+        *norms("", name, **{f"{name}_norm": "final_layer_norm"}),
     )
 
 
@@ -130,13 +100,20 @@ T5: tuple[Row, ...] = (
     ("unembedding/table", "lm_head.weight", "table"),
     *stack("encoder", 1),
     *stack("decoder", 2),
-    *norm("decoder_layers/cross_norm", "decoder.block.{layer}.layer.1.layer_norm"),
+    *norms("decoder_layers", "decoder.block.{layer}.layer.1", cross_norm="layer_norm"),
     *attention("decoder_layers/cross", "decoder.block.{layer}.layer.1.EncDecAttention"),
 )
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(
-        "BertForPreTraining", "bert.", BERT, read_bert, write_bert, kind="encoder", optional=("cls.", "pooler.")
+        *("BertForPreTraining", "bert.", BERT, BERT_FIELDS),
+        idle="directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type",
+        kind="encoder",
+        optional=("cls.", "pooler."),
     ),
-    "t5": Family("T5ForConditionalGeneration", "", T5, read_t5, write_t5, "n_positions", "encoder_decoder"),
+    "t5": Family(
+        *("T5ForConditionalGeneration", "", T5, T5_FIELDS, {"n_positions": 512}, "dense_act_fn is_gated_act"),
+        length="n_positions",
+        kind="encoder_decoder",
+    ),
 }

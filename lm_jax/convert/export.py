@@ -7,20 +7,20 @@ from typing import NamedTuple
 from etils import epath
 
 from lm_jax import load_model
-from lm_jax.convert import gguf, hugging_face, text_files
+from lm_jax.convert import description, gguf, hugging_face, tensor_map, text_files
 from lm_jax.convert.proof import Exported
 from lm_jax.convert.text_files import Text
 from lm_jax.data.objectives import specials
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import HuggingFace, Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.generate import chat_template
+from lm_jax.generate import chat_template, chat_tokens
 
 Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, the arrays, and the model as it is here
 
 
 class Leaving(NamedTuple):
-    described: hugging_face.Description
+    described: description.Description
     parameters: dict
     text: Text
     no_chat: str = ""  # why conversations cannot be compared here, though there is a template
@@ -31,7 +31,7 @@ def of_model(found: load_model.Located) -> Leaving:
     text, no_chat = text_of(found)
     reads = found.config.model.kind == "encoder_decoder"
     fields, context = text_files.id_fields(text.ids, reads), load_model.context_of(found)
-    described = hugging_face.description_of(found.config, found.num_pieces, fields, context)
+    described = description.description_of(found.config, found.num_pieces, fields, context)
     return Leaving(described, load_model.load_parameters(found)[1], text, no_chat)
 
 
@@ -41,8 +41,8 @@ def of_gguf(path: str) -> Leaving:
     tokenizer = HuggingFace(contents.files[HuggingFace.file_name])
     template = contents.files.get(text_files.TEMPLATE, b"").decode()
     ids, no_chat = with_turns(contents.ids, chat_template.Template(template) if template else None, tokenizer)
-    described = hugging_face.describe(contents.config | text_files.id_fields(ids, False), path, "bytes")
-    parameters = hugging_face.parameters(described, contents.tensors, path)
+    described = description.describe(contents.config | text_files.id_fields(ids, False), path, "bytes")
+    parameters = tensor_map.parameters(described, contents.tensors, path)
     return Leaving(described, parameters, Text(tokenizer, ids, template=template), no_chat)
 
 
@@ -67,7 +67,7 @@ def with_turns(
     if not template:
         return ids, ""
     try:
-        ends = chat_template.ends_of_turn(template, tokenizer)
+        ends = chat_tokens.ends_of_turn(template, tokenizer)
     except UserError as error:
         return ids, str(error)
     return ids.also(*ends), "" if ends else "the chat template writes no control token behind an answer, or takes none"
@@ -90,7 +90,7 @@ def write_folder(folder: str, leaving: Leaving, prove: Prove, say: Callable[[str
         if text.ids.ends and (ids.first, set(ids.ends)) != (text.ids.first, set(text.ids.ends)):
             raise UserError(f"not written: texts begin and end with {text.ids} here, and read again with {ids}")
         graph, template = (
-            hugging_face.graph_of(described),
+            description.graph_of(described),
             None if no_chat else chat_template.find_template(epath.Path(small)),
         )
         prove(small, tensors, Exported(described, graph, parameters, again.tokenizer, ids, template))
@@ -103,6 +103,6 @@ def write_gguf(path: str, leaving: Leaving) -> None:
     if os.path.exists(path):
         raise UserError(f"{path} is there; name another file")
     described, parameters, text, _ = leaving
-    tensors = hugging_face.their_tensors(described, parameters)
+    tensors = tensor_map.their_tensors(described, parameters)
     hugging_face.check_room(os.path.dirname(os.path.abspath(path)), path, sum(x.nbytes for x in tensors.values()))
     gguf.write(path, described.content, tensors, text)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm_jax.convert.text_files import TEMPLATE, Text
-from lm_jax.convert.tokenizer_json import special_token, vocab_of
+from lm_jax.convert.tokenizer_json import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, pairs_model, special_token, vocab_of
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.errors import UserError, needs
@@ -29,7 +29,6 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 HEADER, MOST_TENSORS = 2**27, 2**20  # bytes before the tensors, and how many of these, that a file may have
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # a token's type; a control is a mark, no text
 # How a text is cut before byte-pair merges, by `tokenizer.ggml.pre`.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CUTS: dict[str, list[dict[str, Any]]] = {
@@ -176,12 +175,7 @@ def tokenizer(path: str, value) -> bytes:
         "added_tokens": marks,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": CUTS[cut]},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            **{"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None},
-            **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
-            "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": value("tokenizer.ggml.merges"),
-        },
+        "model": pairs_model({piece: i for i, piece in enumerate(pieces)}, value("tokenizer.ggml.merges")),
     }
     return json.dumps(content, ensure_ascii=False).encode()
 

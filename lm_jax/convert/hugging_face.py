@@ -1,207 +1,22 @@
-"""A Hugging Face folder (config.json and safetensors) <-> our config and parameters, by the tables of families.py.
+"""A Hugging Face folder, config.json and safetensors: read onto the mesh, and written whole or not at all.
 
-Everything is checked before anything is made: names, shapes, and that a config says all that a model is.
+What its config.json says is in description.py, what its tensors are in tensor_map.py.
 """
 
-import dataclasses
-import functools
 import json
-import math
 import os
-import re
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lm_jax import regular_files
-from lm_jax.config import Config, Model, default_config
-from lm_jax.config_check import resolve_found
-from lm_jax.convert import encoders, families, safetensors
-from lm_jax.convert.families import EXPERT, LAYER, Family
-from lm_jax.convert.fields import theirs_of
+from lm_jax.convert import safetensors
+from lm_jax.convert.description import Description, describe, what_it_is
+from lm_jax.convert.tensor_map import listed, parameters, stored, their_tensors
 from lm_jax.errors import UserError
 from lm_jax.files import MODEL_FILES, draft_folder
-from lm_jax.model.build import Graph, build
-from lm_jax.model_config import OBJECTIVES
-
-FAMILIES = families.FAMILIES | encoders.FAMILIES
-AT_ONCE = 2**24  # bytes of a parameter that the host holds on their way to a device
-# Not parameters: masks and frequencies that older versions saved as well.
-IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
-# The same arrays under other names, where the tables are one.
-TWICE = ("cls.predictions.decoder.bias", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-WITHOUT_TABLE = ("rotary", "relative")  # positions that any length has
-HEADS = ("lm_head.", "cls.")  # their names have no prefix
-# What a model is, beside how it is trained and computed: this a config.json must say.
-TRAINING = {"dropout", "init_scale", "attention", "remat", "unroll", "compute_dtype"}
-TRAINING |= {"lora_rank", "lora_alpha", "lora_pattern"}  # what is written has its adapters merged
-
-
-class Description(NamedTuple):
-    """A model without its arrays: what config.json says."""
-
-    family: str
-    config: Config
-    num_pieces: int
-    content: dict[str, Any]
-
-
-class Slot(NamedTuple):
-    """One of their tensors, or a part of it, and the place of ours that it fills."""
-
-    path: tuple[str, ...]
-    at: tuple[int, ...]  # of the layer, and of the expert, in what we keep stacked
-    shape: tuple[int, ...]  # ours, at that index
-    num_inputs: int  # dims of ours that a product maps from
-    name: str
-    kind: str
-
-    @property
-    def num_outputs(self) -> int:
-        return self.matrix[1]
-
-    @property
-    def output_axis(self) -> int:
-        """Of their tensor, along which it may have parts."""
-        return 0 if self.kind in ("linear", "undivided") else -1
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        return math.prod(self.shape[: self.num_inputs]), math.prod(self.shape[self.num_inputs :])
-
-    def their_shape(self, num_pieces: int) -> tuple[int, ...]:
-        inputs, outputs = self.matrix
-        shapes: dict[str, tuple[int, ...]] = {"linear": (outputs, inputs), "conv": (inputs, outputs)}
-        shapes |= {"undivided": (outputs, inputs), "table": (num_pieces, self.shape[-1]), "pieces": (num_pieces,)}
-        return shapes.get(self.kind, (inputs * outputs,))
-
-    def to_ours(self, x: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarray:
-        """What of ours lies between `bounds`, float32: of `x` no more is read than that."""
-        if self.kind in ("linear", "undivided"):
-            inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
-            axes = (*range(len(outputs), len(self.shape)), *range(len(outputs)))
-            x = x.reshape(*outputs, *inputs).transpose(axes)  # a view, as dims are split and not joined
-        elif self.kind not in ("table", "pieces"):
-            x = x.reshape(self.shape)
-        part = np.array(x[tuple(slice(*both) for both in bounds)], np.float32)
-        if self.kind in ("table", "pieces"):  # ours is padded
-            lacking = bounds[0][1] - bounds[0][0] - len(part)
-            return np.pad(part, ((0, lacking), *[(0, 0)] * (part.ndim - 1))) if lacking else part
-        if self.kind == "undivided":
-            return part * np.float32(math.sqrt(self.shape[-1]))
-        return 1 + part if self.kind == "one_more" else part
-
-    def to_theirs(self, x: np.ndarray, num_pieces: int) -> np.ndarray:
-        if self.kind in ("table", "pieces"):
-            return x[:num_pieces]
-        if self.kind == "undivided":
-            return x.reshape(self.matrix).T / np.float32(math.sqrt(self.shape[-1]))
-        if self.kind == "one_more":
-            return x - 1
-        return x.reshape(self.matrix).T if self.kind == "linear" else x.reshape(self.their_shape(num_pieces))
-
-
-class Stored(NamedTuple):
-    """One of our parameters as it stands in their tensors, which are arrays, or `safetensors.Tensor` that are not read yet."""
-
-    shape: tuple[int, ...]
-    # By place in the stack: the slot, their tensor, and which of its outputs.
-    parts: dict[tuple[int, ...], tuple[Slot, Any, slice]]
-
-    def read(self, bounds: list[tuple[int, int]]) -> np.ndarray:
-        """What lies between (first, end) of each dim, float32: of their tensors one after the other, mapped while it is read."""
-        num_stacked = len(next(iter(self.parts)))
-        ours = np.empty([end - first for first, end in bounds], np.float32)
-        for at in np.ndindex(ours.shape[:num_stacked]):
-            slot, x, outputs = self.parts[tuple(i + first for i, (first, _) in zip(at, bounds, strict=False))]
-            x = x.read() if isinstance(x, safetensors.Tensor) else np.asarray(x)
-            x = x[outputs] if slot.output_axis == 0 else x[..., outputs]
-            ours[at] = slot.to_ours(x, bounds[num_stacked:])
-        return ours
-
-    def on_mesh(self, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """Laid out like `like`: a device has its part, of which AT_ONCE bytes are on the host at a time."""
-        assert like.shape == self.shape and isinstance(like.sharding, jax.sharding.Sharding)
-        found: dict[tuple, jax.Array] = {}
-        arrays = []
-        for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
-            bounds = [part.indices(size)[:2] for part, size in zip(index or (), like.shape, strict=True)]
-            if tuple(bounds) not in found:
-                found[tuple(bounds)] = self._on_device(bounds, device)
-            arrays.append(jax.device_put(found[tuple(bounds)], device))
-        return jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
-
-    def _on_device(self, bounds: list[tuple[int, int]], device: jax.Device) -> jax.Array:
-        shape = [end - first for first, end in bounds]
-        if 4 * math.prod(shape) <= AT_ONCE:
-            return jax.device_put(self.read(bounds), device)
-        (first, end), rows = bounds[0], max(1, AT_ONCE // (4 * math.prod(shape[1:])))
-        with jax.set_mesh(
-            jax.sharding.Mesh(np.array([device]), ("alone",))
-        ):  # a program of one device under no larger mesh
-            whole = jnp.zeros(shape, jnp.float32, device=device)
-            for start in range(first, end, rows):
-                part = jax.device_put(self.read([(start, min(start + rows, end)), *bounds[1:]]), device)
-                whole = _filled(whole, part, start - first)
-        return whole
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _filled(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-    """`whole` with `part` in its rows from `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
-
-
-def slots(family: Family, graph: Graph) -> list[Slot]:
-    """Every tensor that a model of this family has. Raises UserError where the family has no place for a parameter."""
-    period, found, covered = len(graph.config.window), [], set()
-    for path, name, kind in family.rows:
-        for layer in range(graph.config.num_layers) if LAYER in name else (0,):
-            ours = tuple(path.replace("block/", f"block_{layer % period}/").split("/"))
-            declared = graph.declarations.get(ours)
-            if declared is None:
-                continue
-            covered.add(ours)
-            for expert in range(max(1, graph.config.num_experts)) if EXPERT in name else (0,):
-                num_stacked = len(declared.layers)
-                where = (layer // period, expert)[:num_stacked]
-                theirs = name.replace(LAYER, str(layer)).replace(EXPERT, str(expert))
-                prefix = "" if name.startswith(HEADS) else family.prefix
-                shape, num_inputs = declared.shape[num_stacked:], len(declared.inputs)
-                found.append(Slot(ours, where, shape, num_inputs, prefix + theirs, kind))
-    if homeless := sorted({"/".join(path) for path in graph.declarations.keys() - covered}):
-        raise UserError(f"a {family.architecture} has no place for: {', '.join(homeless)}")
-    return found
-
-
-MOST_RANGES = 20  # of numbers in a message
-
-
-def listed(names) -> str:
-    """All of them in one line: names that differ in numbers only are one, with the numbers of the first that differs."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return ", ".join(
-        group[0] if len(group) == 1 else f"{pattern} ({_numbers(group)})" for pattern, group in groups.items()
-    )
-
-
-def _numbers(names: list[str]) -> str:
-    """ "0-3, 7": the first number of each; where there are more, how many names."""
-    first = sorted({int(re.search(r"\d+", name)[0]) for name in names})  # type: ignore[index]
-    if len(first) < len(names):
-        return f"{len(names)} of them"
-    known = {*first}
-    starts, ends = [n for n in first if n - 1 not in known], [n for n in first if n + 1 not in known]
-    if len(starts) > MOST_RANGES:
-        return f"{len(names):,} of them"
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True))
 
 
 def is_folder(folder: str) -> bool:
@@ -210,30 +25,6 @@ def is_folder(folder: str) -> bool:
         return "model_type" in regular_files.read_json(os.path.join(folder, "config.json"))
     except (OSError, ValueError, RecursionError, TypeError):
         return False
-
-
-def describe(content: Any, where: str, tokenizer: str) -> Description:
-    """What a config.json says, `where` for messages. Raises UserError for what it lacks and what is not supported."""
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is no JSON object")
-    name = content.get("model_type")
-    if name == "gemma3":
-        raise UserError(f"{where}: model_type = 'gemma3' is the model with images; its text part is 'gemma3_text'")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{where}: model_type = {name!r} is not supported; known are {', '.join(FAMILIES)}")
-    if "quantization_config" in content:
-        raise UserError(f"{where}: quantised weights are not read; take the model's own weights")
-    theirs = theirs_of(name, content, where)
-    length = theirs.size(FAMILIES[name].length)
-    num_pieces = theirs.size("vocab_size", largest=2**31 - 1)
-    config = default_config()
-    config.model.update(FAMILIES[name].read(theirs))
-    config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
-    config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
-    try:
-        return Description(name, resolve_found(config), num_pieces, content)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def read_description(folder: str) -> Description:
@@ -245,78 +36,6 @@ def read_description(folder: str) -> Description:
     return describe(content, path, folder)
 
 
-def graph_of(described: Description) -> Graph:
-    return build(described.config.model, described.num_pieces, described.config.data.sequence_length)
-
-
-def stored(described: Description, tensors: dict[str, Any], where: str) -> dict[tuple[str, ...], Stored]:
-    """Our parameters as they stand in their tensors (arrays, or `safetensors.Tensor`).
-
-    Raises UserError with all that is missing, unknown or of another shape. Nothing is left as it was initialised.
-    """
-    family, num_layers = FAMILIES[described.family], described.config.model.num_layers
-    if num_layers > len(tensors):
-        raise UserError(f"{where}: config.json says {num_layers:,} layers, the files hold {len(tensors):,} tensors")
-    graph = graph_of(described)
-    bare = lambda name: name.removeprefix(family.prefix)  # a base model is saved without the prefix
-    found = {bare(name): x for name, x in tensors.items() if not IGNORED.fullmatch(name)}
-    if described.config.model.tie_embedding:
-        for name in ("lm_head.weight", "cls.predictions.decoder.weight"):
-            found.pop(name, None)
-    for name in TWICE:
-        found.pop(name, None)
-    if described.content.get("tie_word_embeddings") is True and "shared.weight" in found:
-        found.setdefault("lm_head.weight", found["shared.weight"])  # T5 1.1 with one table, as transformers 5 makes it
-    wanted: dict[str, list[Slot]] = {}
-    for slot in slots(family, graph):
-        wanted.setdefault(bare(slot.name), []).append(slot)
-    problems = []
-    found = without_heads(family, wanted, found, described.num_pieces)
-    if missing := [name for name in wanted if name not in found]:
-        problems.append(f"missing: {listed(missing)}")
-    if unknown := [name for name in found if name not in wanted]:
-        problems.append(f"unknown: {listed(unknown)}")
-    whole = {name: whole_shape(parts, described.num_pieces) for name, parts in wanted.items()}
-    wrong = [name for name in wanted if name in found and tuple(found[name].shape) != whole[name]]
-    if wrong:
-        shown = {name: f"{list(found[name].shape)} for {list(whole[name])}" for name in wrong}
-        problems.append(f"of another shape: {listed(wrong)}, such as {shown[wrong[0]]}")
-    if problems:
-        raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
-    ours = {path: Stored(declared.shape, {}) for path, declared in graph.declarations.items()}
-    for name, parts in wanted.items():
-        ends = np.cumsum([part.num_outputs for part in parts]).tolist()
-        for slot, end in zip(parts, ends, strict=True):
-            outputs = slice(end - slot.num_outputs, end) if len(parts) > 1 else slice(None)
-            ours[slot.path].parts[slot.at] = slot, found[name], outputs
-    return ours
-
-
-def parameters(described: Description, tensors: dict[str, Any], where: str) -> dict:
-    """Our parameters, float32 on the host, of their tensors. Raises UserError."""
-    flat = {path: x.read([(0, n) for n in x.shape]) for path, x in stored(described, tensors, where).items()}
-    return nnx.traversals.unflatten_mapping(flat)
-
-
-def without_heads(
-    family: Family, wanted: dict[str, list[Slot]], found: dict[str, Any], num_pieces: int
-) -> dict[str, Any]:
-    """`found`, and nought for heads of which not one tensor is there: an encoder that was saved without them."""
-    for head in family.optional:
-        if not any(name.startswith(head) for name in found):
-            empty = [name for name in wanted if name.startswith(head)]
-            found |= {name: np.zeros(whole_shape(wanted[name], num_pieces), np.float32) for name in empty}
-    return found
-
-
-def whole_shape(parts: list[Slot], num_pieces: int) -> tuple[int, ...]:
-    """Of a tensor that holds these parts side by side."""
-    shape = list(parts[0].their_shape(num_pieces))
-    if len(parts) > 1:
-        shape[parts[0].output_axis] = sum(part.num_outputs for part in parts)
-    return tuple(shape)
-
-
 def read_parameters(folder: str, described: Description) -> dict:
     """The whole of a folder, on the host."""
     return parameters(described, safetensors.folder_tensors(folder), folder)
@@ -326,74 +45,6 @@ def read_on_mesh(folder: str, described: Description, like: dict) -> dict:
     """The parameters of a folder, laid out like `like`: no process reads more of a file than its devices hold."""
     found, flat = stored(described, safetensors.folder_tensors(folder), folder), nnx.traversals.flatten_mapping(like)
     return nnx.traversals.unflatten_mapping({path: x.on_mesh(flat[path]) for path, x in found.items()})
-
-
-def what_it_is(model: Model) -> dict[str, Any]:
-    """The settings that a config.json must say."""
-    found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
-    windows = tuple(families.windows(model))
-    of_rotary = {"rotary_base", "rotary_scaling", "rotary_scaling_kind", "rotary_share", "rotary_local_base"}
-    unused = set() if model.positions == "rotary" else of_rotary
-    unused |= set() if model.num_experts else {"experts_per_token"}
-    unused |= set() if model.qk_norm else {"qk_norm_whole"}
-    unused |= set() if model.rotary_scaling[0] != 1 and model.rotary_scaling[3] else {"rotary_scaling_kind"}
-    if model.rotary_scaling[0] == 1:
-        found["rotary_scaling"] = 1
-    if model.rotary_local_base in (0.0, model.rotary_base) and model.rotary_scaling[0] == 1 or not any(windows):
-        found["rotary_local_base"] = model.rotary_base
-    found |= {
-        "window": windows,
-        "qkv_bias": model.qkv_bias or model.bias,
-        "rotary_share": tuple(families.shares(model)),
-    }
-    return {name: value for name, value in found.items() if name not in unused}
-
-
-def description_of(config: Config, num_pieces: int, ids: dict[str, Any] | None = None, context: int = 0) -> Description:
-    """The family that can say all that a model is, and its config.json, with the fields `ids` of its text.
-
-    `context` is the longest text, in tokens, of a model whose positions have no table. Raises UserError that names what the
-    nearest family cannot say.
-    """
-    reasons, kind = {}, config.model.kind
-    length = config.data.sequence_length
-    for name, family in FAMILIES.items():
-        if family.kind != kind:
-            continue
-        content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
-        content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces, **(ids or {}))
-        content[family.length] = max(length, context) if config.model.positions in WITHOUT_TABLE else length
-        if kind == "transformer":  # a family's own may be beyond this vocabulary: then no model is built
-            content.setdefault("pad_token_id", None)
-        if name == "gpt2":
-            content.update(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        content |= family.write(config.model)
-        found = describe(content, name, "bytes")
-        here, there = what_it_is(config.model), what_it_is(found.config.model)
-        differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
-        if not differing:
-            return found
-        reasons[name] = sorted(differing)
-    if not reasons:
-        raise UserError(f"no Hugging Face family is of config.model.kind = {kind}")
-    name, differing = min(reasons.items(), key=lambda item: len(item[1]))
-    keys = ", ".join(f"{key} = {getattr(config.model, key)!r}" for key in differing)
-    raise UserError(
-        f"no Hugging Face family is this model; the nearest is {name}, which has another config.model {keys}"
-    )
-
-
-def their_tensors(described: Description, ours: dict) -> dict[str, np.ndarray]:
-    """Our parameters as their tensors, float32: the vocabulary without its padding, a tied table once."""
-    parts: dict[str, list[np.ndarray]] = {}
-    axes: dict[str, int] = {}
-    for slot in slots(FAMILIES[described.family], graph_of(described)):
-        x: Any = ours
-        for name in slot.path:
-            x = x[name]
-        parts.setdefault(slot.name, []).append(slot.to_theirs(np.asarray(x)[slot.at], described.num_pieces))
-        axes[slot.name] = slot.output_axis
-    return {name: np.ascontiguousarray(np.concatenate(several, axes[name])) for name, several in parts.items()}
 
 
 Proof = Callable[[str, dict[str, np.ndarray]], None]

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from lm_jax.convert import hugging_face
+from lm_jax.convert import description
 from lm_jax.data.objectives import example
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.generate import chat_template, decoding
+from lm_jax.generate import chat_template, chat_tokens, decoding
 from lm_jax.model.build import Graph
 
 # Of the largest logit, less the mean of its place: float32 leaves about 1e-5 in SmolLM2, 30 layers deep, in either library.
@@ -66,7 +66,7 @@ class Peer(Protocol):
 class Exported(NamedTuple):
     """A model as it is here, and the text of the folder that it leaves in."""
 
-    described: hugging_face.Description
+    described: description.Description
     graph: Graph  # in float32, whatever it was trained in
     parameters: dict
     tokenizer: Tokenizer
@@ -102,9 +102,9 @@ def distance(ours: Exported, peer: Peer) -> float:
 def heads(graph: Graph, parameters: dict, batch: dict) -> list[jax.Array]:
     """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first place."""
     model = graph.module(parameters)
-    reading = model.read(batch)
-    assert reading.hidden_BTD is not None  # a model with another head than text's is in no family
-    return [model.logits(reading.hidden_BTD), *([] if reading.labels_BTC is None else [reading.labels_BTC[:, 0]])]
+    outputs = model.read(batch)
+    assert outputs.hidden_BTD is not None  # a model with another head than text's is in no family
+    return [model.logits(outputs.hidden_BTD), *([] if outputs.labels_BTC is None else [outputs.labels_BTC[:, 0]])]
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -119,7 +119,7 @@ def size(logits: np.ndarray) -> float:
     return float(max(np.abs(logits - logits.mean(-1, keepdims=True)).max(), np.finfo(np.float32).tiny))
 
 
-def random_row(described: hugging_face.Description) -> dict[str, np.ndarray]:
+def random_row(described: description.Description) -> dict[str, np.ndarray]:
     """A batch of one row that is one segment of random pieces, longer than the windows where they are not too long."""
     config, window = described.config, max(described.config.model.window)
     wanted = max(ROW, window + 32 if window <= LONGEST_WINDOW else 0)
@@ -149,7 +149,7 @@ def compared_texts(ours: Exported, peer: Peer) -> list[Compared]:
     asked: list[tuple[Any, list[int], list[int]]] = [(text, whole(text), peer.encode(text)) for text in PROMPTS]
     if ours.template:
         asked += [
-            (said, chat_template.encode(ours.template, said, ours.tokenizer).tolist(), peer.encode_chat(said))
+            (said, chat_tokens.encode(ours.template, said, ours.tokenizer).tolist(), peer.encode_chat(said))
             for said in CHATS
         ]
     other = [Compared(f"{said!r} is read as {theirs}, here as {ids}") for said, ids, theirs in asked if ids != theirs]

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from lm_jax.config import Model
-from lm_jax.convert.fields import Theirs
+from lm_jax.convert.config_reader import HFConfigReader
 from lm_jax.errors import UserError
 
 OFF = (1.0, 1.0, 4.0, 8192.0)  # model.rotary_scaling
@@ -22,7 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
 EVERY = {"rope_type": "default", "type": "default", "rope_theta": None, "partial_rotary_factor": None}
 
 
-def read_scaling(part: Theirs, longest: int, known: tuple[str, ...]) -> tuple[str, tuple]:
+def read_scaling(part: HFConfigReader, longest: int, known: tuple[str, ...]) -> tuple[str, tuple]:
     """(`model.rotary_scaling_kind`, `model.rotary_scaling`) of an object that tells of rotary positions."""
     kind = part("rope_type" if "rope_type" in part else "type", str)
     if kind not in known or part.content.get("type", kind) not in (kind, None):
@@ -46,8 +46,8 @@ def read_scaling(part: Theirs, longest: int, known: tuple[str, ...]) -> tuple[st
     return kind, (factor, part("beta_slow", float, 1.0), part("beta_fast", float, 32.0), length)
 
 
-def read_rotary(
-    theirs: Theirs,
+def read_rope(
+    reader: HFConfigReader,
     layers: str = "",
     base: str = "rope_theta",
     known: tuple[str, ...] = tuple(KINDS),
@@ -56,28 +56,28 @@ def read_rotary(
     """The settings of `config.Model` for rotary positions; what is said twice may not differ.
 
     `layers` is the kind of layers where `rope_parameters` tells kinds apart; `rope_scaling` is not of those with a window.
-    `known` are the ways to scale that a family has, `partial` whether a part of a head may be turned.
+    `known` are the ways to scale that a family has, `partial` whether rope may be on a part of a head alone.
     """
     names = ["rope_parameters"] if layers == "sliding_attention" else ["rope_parameters", "rope_scaling"]
-    parts = [part for name in names if (part := theirs.inside(name, EVERY, layers)).content]
-    scalings = {read_scaling(part, theirs.size("max_position_embeddings"), known) for part in parts}
+    parts = [part for name in names if (part := reader.inside(name, EVERY, layers)).content]
+    scalings = {read_scaling(part, reader.size("max_position_embeddings"), known) for part in parts}
     share = "partial_rotary_factor"
-    for said in () if partial else (theirs, *parts):
+    for said in () if partial else (reader, *parts):
         said.only(**{share: 1.0})
     bases = {part("rope_theta", float) for part in parts if "rope_theta" in part}
     shares = {part.positive(share) for part in parts if share in part}
-    bases |= {theirs(base, float)} if base in theirs or not bases else set()
-    shares |= {theirs.positive(share)} if share in theirs or not shares else set()
+    bases |= {reader(base, float)} if base in reader or not bases else set()
+    shares |= {reader.positive(share)} if share in reader or not shares else set()
     for what, found in ((base, bases), (share, shares), ("scaling", scalings)):
         if len(found) > 1:
             both = " and ".join(map(str, sorted(found)))
-            raise UserError(f"{theirs.where}: rotary positions are said twice, {what} is {both}; leave one of them")
+            raise UserError(f"{reader.where}: rotary positions are said twice, {what} is {both}; leave one of them")
     kind, scaling = scalings.pop() if scalings else ("llama3", OFF)
     settings = {"rotary_base": bases.pop(), "rotary_scaling": scaling, "rotary_scaling_kind": kind}
     return settings | {"rotary_share": (shares.pop(),)}
 
 
-def write_rotary(model: Model) -> dict[str, Any]:
+def write_rope(model: Model) -> dict[str, Any]:
     """In the fields that new readers look at, and those that old ones do."""
     factor, low, high, length = model.rotary_scaling
     scaling: dict[str, Any] = {"rope_type": "default"}

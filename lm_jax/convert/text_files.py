@@ -19,11 +19,8 @@ from lm_jax.model_config import NUM_SENTINELS
 
 CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, in every version of transformers
 CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
-REAL_TEXTS = (
-    "for",
-    "specialnames",
-    "strings",
-)  # pages of Python's manual on which a tokenizer.json made here has to agree
+# Pages of Python's manual on which a tokenizer.json made here has to agree.
+REAL_TEXTS = ("for", "specialnames", "strings")
 
 
 class Text(NamedTuple):

@@ -12,7 +12,14 @@ from sentencepiece import sentencepiece_model_pb2
 from lm_jax.data.tokenizer import DOCUMENT, SPACE, Bytes, HuggingFace, Tokenizer
 from lm_jax.errors import UserError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the type of a piece
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # of a piece, in GGUF too; a control is no text
 UNIGRAM, PAIRS = 1, 2  # the type of a model
 NEVER = -1e5  # the score of a piece that no text may become, by itself: far below that of any text spelled in letters
 # What is hard: runs of spaces, a piece that stands for a line's end, names of special tokens and bytes as text, other scripts.
@@ -77,7 +84,7 @@ def parsed(model: bytes):
     return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
 
 
-def pairs_model(vocab: dict[str, int], merges: list[list[str]], **more: Any) -> dict[str, Any]:
+def pairs_model(vocab: dict[str, int], merges: list, **more: Any) -> dict[str, Any]:
     plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     plain |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False} | more
     return {"type": "BPE", **plain, "vocab": vocab, "merges": merges}

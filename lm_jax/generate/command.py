@@ -12,17 +12,24 @@ from lm_jax import cli, distributed, load_model, regular_files
 from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.errors import UserError
-from lm_jax.generate import beam_search, chat_template
+from lm_jax.generate import beam_search, chat_template, chat_tokens
 from lm_jax.generate.decoding import SLICE, Completion, stream, writes
+from lm_jax.generate.request_batches import request_batches
 from lm_jax.generate.sampling import Sampling
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import Graph
 from lm_jax.terminal import Terminal
 
 TOGETHER = 16  # prompts of a file that are one batch
+BOUNDS = {
+    **{"max_new_tokens": (1, 1e6), "temperature": (0, 100), "top_k": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1)},
+    **{"repetition_penalty": (0.01, 100), "seed": (0, 2**32 - 1), "beams": (1, 64), "length_penalty": (-10, 10)},
+}
+Write = Callable[..., list[Completion]]  # what `writer` gives
 
 
-def main(arguments: list[str]) -> int:
+def parse(arguments: list[str]):
+    """The flags, each within its bounds. Raises UserError."""
     parser = cli.Parser("lm_jax.generate", __doc__)
     parser.add_argument(
         "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
@@ -51,23 +58,16 @@ def main(arguments: list[str]) -> int:
     parser.reads({"beams": ()}, "length_penalty")
     parser.reads({"chat": ()}, "system", "chat_variables")
     flags = parser.parse_args(arguments)
-    bounds = {
-        "max_new_tokens": (1, 1e6),
-        "temperature": (0, 100),
-        "top_k": (0, 1e6),
-        "top_p": (0, 1),
-        "min_p": (0, 1),
-        "repetition_penalty": (0.01, 100),
-        "seed": (0, 2**32 - 1),
-        "beams": (1, 64),
-        "length_penalty": (-10, 10),
-    }
-    for name, (low, high) in bounds.items():
+    for name, (low, high) in BOUNDS.items():
         if not low <= getattr(flags, name) <= high:
             parser.error(f"--{name} {getattr(flags, name)}: from {low} to {high:.10g}")
     if flags.prompt and flags.prompts:
         parser.error("--prompt and --prompts: one of them")
-    say = Terminal()
+    return flags
+
+
+def main(arguments: list[str]) -> int:
+    flags, say = parse(arguments), Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = load_model.locate(flags.model, say)
     if not writes(found.config.model):
@@ -80,26 +80,35 @@ def main(arguments: list[str]) -> int:
     with jax.set_mesh(make_mesh(Mesh(slices=-1), distributed.devices())):
         write = writer(*load_model.load_parameters(found), found, flags)
         if from_file:
-            for first in range(0, len(from_file), TOGETHER):
-                prompts = from_file[first : first + TOGETHER]
-                for prompt, completion in zip(prompts, write(prompts, first), strict=True):
-                    print(json.dumps({"prompt": prompt, **completion._asdict()}, ensure_ascii=False), flush=True)
-            return 0
-        if flags.prompt:
+            continue_file(write, from_file)
+        elif flags.prompt:
             completions = write(flags.prompt)
             print("\n\n".join(prompt + found.text for prompt, found in zip(flags.prompt, completions, strict=True)))
-            return 0
-        print("a prompt a line; an empty line ends", file=sys.stderr)
-        said: list[chat_template.Message] = []  # the conversation so far
-        for line in iter(lambda: cli.ask("> "), ""):
-            try:
-                print("" if flags.chat else line, end="", flush=True)
-                [answer] = write([line], show=lambda text: print(text, end="", flush=True), said=said)
-                said += [chat_template.user(line), {"role": "assistant", "content": answer.text}]
-                print()
-            except UserError as error:
-                print(error, file=sys.stderr)
+        else:
+            converse(write, flags.chat)
     return 0
+
+
+def continue_file(write: Write, prompts: list[str]) -> None:
+    """A JSON line for each prompt, as soon as its batch is done."""
+    for numbers, _ in request_batches(range(len(prompts)), TOGETHER):
+        some = [prompts[k] for k in numbers]
+        for prompt, completion in zip(some, write(some, numbers[0]), strict=True):
+            print(json.dumps({"prompt": prompt, **completion._asdict()}, ensure_ascii=False), flush=True)
+
+
+def converse(write: Write, chat: bool) -> None:
+    """Prompts from the terminal, each continued while one looks on; in a chat all that was said stands before the next."""
+    print("a prompt a line; an empty line ends", file=sys.stderr)
+    said: list[chat_template.Message] = []  # the conversation so far
+    for line in iter(lambda: cli.ask("> "), ""):
+        try:
+            print("" if chat else line, end="", flush=True)
+            [answer] = write([line], show=lambda text: print(text, end="", flush=True), said=said)
+            said += [chat_template.user(line), {"role": "assistant", "content": answer.text}]
+            print()
+        except UserError as error:
+            print(error, file=sys.stderr)
 
 
 def read_prompts(place: str) -> list[str]:
@@ -115,11 +124,11 @@ def read_prompts(place: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def writer(graph: Graph, parameters: dict, located: load_model.Located, flags) -> Callable[..., list[Completion]]:
+def writer(graph: Graph, parameters: dict, located: load_model.Located, flags) -> Write:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
     parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
     template = chat_template.read_template(located.workdir, flags.chat_variables) if flags.chat else None
-    marks = marks.also(*chat_template.ends_of_turn(template, tokenizer)) if template else marks
+    marks = marks.also(*chat_tokens.ends_of_turn(template, tokenizer)) if template else marks
     before = [{"role": "system", "content": flags.system}] if flags.system else []
 
     def write(
@@ -130,7 +139,7 @@ def writer(graph: Graph, parameters: dict, located: load_model.Located, flags) -
     ) -> list[Completion]:
         told = [*before, *said]
         turn = lambda text: (
-            chat_template.encode(template, [*told, chat_template.user(text)], tokenizer) if template else text
+            chat_tokens.encode(template, [*told, chat_template.user(text)], tokenizer) if template else text
         )
         given = [turn(prompt) for prompt in prompts]
         if flags.beams > 1:

@@ -235,8 +235,3 @@ def complete(
     """The continuations of prompts as `stream` ends with them."""
     *_, last = stream(graph, parameters, tokenizer, prompts, limit, *settings, **more)
     return last
-
-
-def generate(graph: Graph, parameters, tokenizer: Tokenizer, prompts: list[str], limit: int, sampling: Sampling):
-    """The continuation of each prompt as text, at most `limit` tokens. Raises UserError where the model sees less."""
-    return [completion.text for completion in complete(graph, parameters, tokenizer, prompts, limit, sampling)]

@@ -1,6 +1,6 @@
 """Fills in chat templates, in a process of its own with limits of memory and time: a template is a stranger's program.
 
-lm_jax/generate/chat_template.py starts it and writes it a line of JSON:
+lm_jax/generate/render_template.py starts it and writes it a line of JSON:
 {"source", "variables", "now", "jobs": [{"messages", "add_generation_prompt", "around": two characters or ""}, ...]}; it answers
 with a line {"texts": [a text for each job]}, {"refusal": the template's own words} or {"fault": what went wrong}. A template
 that takes too long ends this process. The environment is that of `transformers`, filter for filter; no module of ours is read.

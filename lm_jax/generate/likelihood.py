@@ -5,7 +5,7 @@ stand in the last places, and logits are made there alone.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from lm_jax.errors import UserError
 from lm_jax.generate.decoding import on_mesh
+from lm_jax.generate.request_batches import Watch, request_batches
 from lm_jax.loss import token_losses
 from lm_jax.mesh import batch_shards
 from lm_jax.model.attention import Context
@@ -66,7 +67,7 @@ def likelihoods(
     pairs: Sequence[Pair],
     rows: int = 8,
     limit: int = 0,
-    watch: Callable[[int, int], None] = lambda done, of: None,
+    watch: Watch = lambda done, of: None,
 ) -> list[Likelihood]:
     """Of each pair, on the mesh that is set, `rows` at a time on a device; neighbours in a batch do not enter.
 
@@ -81,7 +82,10 @@ def likelihoods(
     whole = [np.array([*context, *continuation][-(sees + 1) :], np.int32) for context, continuation in pairs]
     found: dict[int, Likelihood] = {}
     size = rows * batch_shards(dict(jax.sharding.get_mesh().shape))
-    for length, places, chosen in batches([len(x) - 1 for x in whole], [len(c) for _, c in pairs], size):
+    shape = shapes([len(x) - 1 for x in whole], [len(continuation) for _, continuation in pairs])
+    order = sorted(range(len(shape)), key=lambda i: shape[i], reverse=True)  # the longest first
+    for batch in request_batches(order, size, lambda i: shape[i], watch):
+        chosen, (length, places) = batch.requests, shape[batch.requests[0]]
         right = lambda x, width: np.pad(x, (width - len(x), 0))
         nothing = np.zeros((size - len(chosen), length), np.int32)  # rows that are all padding
         tokens_BT = np.concatenate([[right(whole[i][:-1], length) for i in chosen], nothing]).astype(np.int32)
@@ -94,18 +98,10 @@ def likelihoods(
         for row, i in enumerate(chosen):
             last = slice(-len(pairs[i][1]), None)
             found[i] = Likelihood(float(sure[row, last].sum(dtype=np.float64)), bool(best[row, last].all()))
-        watch(len(found), len(pairs))
     return [found[i] for i in range(len(pairs))]
 
 
-def batches(lengths: Sequence[int], continuations: Sequence[int], size: int) -> Iterator[tuple[int, int, list[int]]]:
-    """(length, places for continuations, at most `size` requests) that together are all requests, the longest first."""
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for i, (length, continuation) in enumerate(zip(lengths, continuations, strict=True)):
-        width = SHORTEST
-        while width < length:
-            width *= 2
-        shapes.setdefault((width, PLACES if continuation <= PLACES else width), []).append(i)
-    for (length, places), requests in sorted(shapes.items(), reverse=True):
-        for first in range(0, len(requests), size):
-            yield length, places, requests[first : first + size]
+def shapes(lengths: Sequence[int], continuations: Sequence[int]) -> list[tuple[int, int]]:
+    """Of each request the length that it is padded to, and the places for its continuation: few of both serve all."""
+    widths = [SHORTEST << max(0, (length - 1).bit_length() - SHORTEST.bit_length() + 1) for length in lengths]
+    return [(width, PLACES if num <= PLACES else width) for width, num in zip(widths, continuations, strict=True)]

@@ -19,8 +19,10 @@ from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.errors import UserError, nearest, needs
 from lm_jax.generate import chat_template as chat
+from lm_jax.generate import chat_tokens, render_template
 from lm_jax.generate.decoding import complete
 from lm_jax.generate.likelihood import likelihoods
+from lm_jax.generate.request_batches import request_batches
 from lm_jax.generate.sampling import Sampling
 from lm_jax.mesh import make_mesh
 from lm_jax.model_config import OBJECTIVES
@@ -57,7 +59,7 @@ class HarnessModel(TemplateLM):
     def in_chat(self) -> None:
         """Texts end where the chat template ends the assistant's turn, too."""
         template = chat.read_template(self.found.workdir)
-        self.marks = self.marks.also(*chat.ends_of_turn(template, self.found.tokenizer))
+        self.marks = self.marks.also(*chat_tokens.ends_of_turn(template, self.found.tokenizer))
 
     @property
     def eot_token_id(self) -> int:
@@ -112,16 +114,13 @@ class HarnessModel(TemplateLM):
         settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(encoded[i])))
         found: dict[int, str] = {}
-        size = self.rows * self.mesh.size
-        for _, group in itertools.groupby(order, key=lambda i: settings[i]):
-            same = list(group)
-            for chosen in (same[first : first + size] for first in range(0, len(same), size)):
-                padded = chosen + chosen[:1] * (size - len(chosen))  # batches of one size: few programs
-                texts = self.write([encoded[i] for i in padded], requests[chosen[0]].args[1], len(found))
-                for i, text in zip(chosen, texts, strict=False):
-                    found[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                self.say.progress(f"generated {len(found):,} of {len(requests):,}")
+        watch = lambda done, of: self.say.progress(f"generated {done:,} of {of:,}")
+        for batch in request_batches(order, self.rows * self.mesh.size, lambda i: settings[i], watch):
+            contexts = [encoded[i] for i in batch.padded]
+            texts = self.write(contexts, requests[batch.requests[0]].args[1], len(found))
+            for i, text in zip(batch.requests, texts, strict=False):
+                found[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return [found[i] for i in range(len(requests))]
 
     def write(self, contexts: Sequence[np.ndarray], settings: dict[str, Any], first: int) -> list[str]:
@@ -161,7 +160,9 @@ class HarnessModel(TemplateLM):
         if not add_generation_prompt:
             raise UserError("a task that begins the assistant's answer cannot be asked with --apply_chat_template")
         template = chat.read_template(self.found.workdir)
-        return chat.render(chat.shown(template, self.found.tokenizer), [chat.Job(chat_history, True)])[0]
+        return render_template.render(
+            chat.shown(template, self.found.tokenizer), [render_template.Job(chat_history, True)]
+        )[0]
 
 
 def run(model: HarnessModel, tasks: list[str], include_path: str = "", **settings: Any) -> dict[str, Any]:

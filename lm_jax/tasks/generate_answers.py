@@ -1,12 +1,11 @@
 """The texts that a model writes for held-out records of a task."""
 
-from collections.abc import Callable
-
 import jax
 
 from lm_jax.data.mixture import Mixture
 from lm_jax.generate.beam_search import search
 from lm_jax.generate.decoding import complete
+from lm_jax.generate.request_batches import Watch, request_batches
 from lm_jax.mesh import batch_shards
 from lm_jax.model.build import Graph
 from lm_jax.tasks.records import TaskData
@@ -22,7 +21,7 @@ def written(
     split: str,
     num: int = 0,
     beams: int = 1,
-    watch: Callable[[int, int], None] = lambda done, of: None,
+    watch: Watch = lambda done, of: None,
 ) -> tuple[Result, ...]:
     """Results of the first `num` records of a split (0: all), in their order: the record's answer and the model's.
 
@@ -39,16 +38,14 @@ def written(
     marks = mixed.special_ids
     found = [""] * len(values)
     order = sorted(range(len(values)), key=lambda k: len(questions[k]))
-    size = TOGETHER * batch_shards(dict(jax.sharding.get_mesh().shape))
-    for first in range(0, len(order), size):
-        own = order[first : first + size]
-        asked = [questions[k] for k in own + own[:1] * (size - len(own) if first else 0)]
+    size = min(len(order), TOGETHER * batch_shards(dict(jax.sharding.get_mesh().shape)))
+    for batch in request_batches(order, size, watch=watch):
+        asked = [questions[k] for k in batch.padded]
         if beams > 1:
             completions = search(graph, parameters, tokenizer, asked, limit, beams, marks=marks)
         else:
             completions = complete(graph, parameters, tokenizer, asked, limit, marks=marks)
-        for k, completion in zip(own, completions, strict=False):
+        for k, completion in zip(batch.requests, completions, strict=False):
             found[k] = completion.text
-        watch(first + len(own), len(order))
     pairs = zip(records.where, values, found, strict=False)
     return tuple(task.written(where, value, text) for where, value, text in pairs)

@@ -2,7 +2,7 @@
 
 {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]}
 
-The loss is on the assistant's words and on the token that ends each of its turns (`generate/chat_template.py`). A long
+The loss is on the assistant's words and on the token that ends each of its turns (`generate/chat_tokens.py`). A long
 conversation keeps its start in training; where it is answered, its end.
 """
 
@@ -14,6 +14,7 @@ from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template as chat
+from lm_jax.generate import chat_tokens
 from lm_jax.tasks.segments import Encoded, next_tokens
 from lm_jax.tasks.tables import Row, like
 from lm_jax.tasks.task import Task, no_text
@@ -50,7 +51,7 @@ class Instruction(Task):
         return values[0][self.last(values)]["content"]
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        return chat.ends_of_turn(self.chat_template, tokenizer)
+        return chat_tokens.ends_of_turn(self.chat_template, tokenizer)
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
         found = []
@@ -66,7 +67,7 @@ class Instruction(Task):
         return found
 
     def question(self, values: tuple, tokenizer: Tokenizer, room: int) -> np.ndarray:
-        return chat.encode(self.chat_template, values[0][: self.last(values)], tokenizer)[-room:]
+        return chat_tokens.encode(self.chat_template, values[0][: self.last(values)], tokenizer)[-room:]
 
 
 def find_template(config: Config) -> chat.Template | None:
@@ -86,10 +87,10 @@ def template_of(config: Config) -> chat.Template:
     )
 
 
-def turns(template: chat.Template, messages: list[chat.Message], tokenizer: Tokenizer, where: str) -> chat.Turns:
+def turns(template: chat.Template, messages: list[chat.Message], tokenizer: Tokenizer, where: str) -> chat_tokens.Turns:
     """The conversation of a record. Raises UserError that says where."""
     try:
-        return chat.encode_turns(template, messages, tokenizer)
+        return chat_tokens.encode_turns(template, messages, tokenizer)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -12,7 +12,7 @@ import numpy as np
 from lm_jax.config import Config
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.generate import chat_template
+from lm_jax.generate import chat_tokens
 from lm_jax.tasks.instruction import checked_messages, find_template, template_of, turns
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Encoded, Segment, continued, next_tokens
@@ -30,7 +30,7 @@ class Preference(Task):
         self.chat_template, self.has_chats = find_template(config), False
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        return chat_template.ends_of_turn(self.chat_template, tokenizer) if self.has_chats else super().ends(tokenizer)
+        return chat_tokens.ends_of_turn(self.chat_template, tokenizer) if self.has_chats else super().ends(tokenizer)
 
     def parse(self, row: Row) -> tuple:
         is_chat = isinstance(row.content["prompt"], list)
