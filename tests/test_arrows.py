@@ -2,11 +2,12 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 
-from conftest import ROOT
+from helpers import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
@@ -61,6 +62,13 @@ def test_nothing_heavy_or_forbidden_is_imported():
         roots = {(node.module or "").split(".")[0] for node in tree if isinstance(node, ast.ImportFrom)}
         roots |= {alias.name.split(".")[0] for n in tree if isinstance(n, ast.Import) for alias in n.names}
         assert not roots & {"torch", "tensorflow", "transformers", "pickle"}, path
+
+
+def test_no_test_imports_a_test():
+    """What two of them need is in a module that is none: helpers.py, chat_templates.py, task_runs.py ..."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) (?:test_|conftest)\w*", path.read_text(), re.MULTILINE)
+        assert not found, f"{path.name}: {found}"
 
 
 def test_main_runs_without_the_periphery(tmp_path):

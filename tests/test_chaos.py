@@ -8,7 +8,7 @@ import sys
 import types
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 sys.path.append(str(ROOT / "tools"))
 chaos, bucket_emulator = map(importlib.import_module, ("chaos", "bucket_emulator"))

@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from etils import epath
+from helpers import ROOT
 
 from lm_jax.config import UserError
 from lm_jax.data.tokenizer import HuggingFace

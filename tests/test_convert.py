@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, LLAMA, ROOT, tiny
 from flax.nnx.traversals import flatten_mapping
-from test_processes import outputs, start
+from helpers import FAMILIES, LLAMA, ROOT, outputs, start_processes, tiny
 
 from lm_jax import checkpoint
 from lm_jax.config import Mesh, UserError
@@ -537,7 +536,7 @@ def test_no_process_holds_a_model_that_it_reads(num_processes, mesh, tmp_path):
         str(ROOT / "tests" / "import_folder.py"),
         json.dumps({"folder": str(tmp_path), "mesh": mesh}),
     ]
-    texts = outputs(start(line, num_processes, math.prod(mesh)))
+    texts = outputs(start_processes(line, num_processes, math.prod(mesh)))
     for text in texts:
         told = json.loads(text.split("TOLD ")[1].split("\n")[0])
         beyond = told["peak"] - told["held"]

@@ -12,7 +12,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from lm_jax import checkpoint, compile_cache, config, evaluate, files, main, metrics
 from lm_jax.data import packing, shards

@@ -16,7 +16,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, ROOT, command, tiny
+from helpers import FAMILIES, ROOT, command, tiny
 from one_process import performed
 
 from lm_jax import checkpoint

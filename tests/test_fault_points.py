@@ -5,9 +5,8 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT
 from etils import epath
-from test_train import damage
+from helpers import ROOT, damage
 
 from lm_jax import checkpoint, cli, fault_points, main, remote
 from lm_jax.config import UserError

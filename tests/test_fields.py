@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from lm_jax.config import UserError
 from lm_jax.convert import fields, hugging_face

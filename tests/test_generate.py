@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, command, tiny
+from helpers import ROOT, command, tiny
 
 from lm_jax.config import Mesh, UserError
 from lm_jax.convert import hugging_face

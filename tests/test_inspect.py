@@ -5,9 +5,8 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, tiny
-from test_instruction import TEMPLATES, tokenizer_json
-from test_shards import made_up, write
+from chat_templates import TEMPLATES, tokenizer_json
+from helpers import ROOT, made_up, tiny, write_shards
 
 from lm_jax import cli
 from lm_jax.data import mixture
@@ -24,7 +23,7 @@ CONFIG = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
 @pytest.fixture
 def sources(corpus, tmp_path):
     for name, seed in (("books", 1), ("code", 2)):
-        write(tmp_path / name, corpus, made_up(300, seed))
+        write_shards(tmp_path / name, corpus, made_up(300, seed))
     return ((str(tmp_path / "books"), 0.75), (str(tmp_path / "code"), 0.25))
 
 

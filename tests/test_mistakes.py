@@ -9,7 +9,7 @@ import time
 
 import jax
 import pytest
-from conftest import ROOT, command
+from helpers import ROOT, command
 
 from lm_jax import cli as commands
 from lm_jax import evaluate, main, verify
@@ -177,10 +177,10 @@ def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeyp
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )
-    before, started = listing(tmp_path, places["tmp"], places["run"]), time.monotonic()
+    before, started = listing(tmp_path, places["tmp"], places["run"]), time.process_time()
     with pytest.raises(SystemExit) as stopped:
         commands.door(COMMANDS[name], [argument.format(**places) for argument in arguments])
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started  # of work: what others do on the machine does not count
     check(stopped.value.code, capsys.readouterr().err, words.replace("{run}", re.escape(places["run"])))
     after = listing(tmp_path, places["tmp"], places["run"])
     assert {path for path in after if "__pycache__" not in path} == set(before) and all(
@@ -209,9 +209,7 @@ def test_all_checkpoints_broken_is_said(finished, tmp_path):
 
 
 def test_no_such_platform():
-    script = (
-        "import os; os.environ['JAX_PLATFORMS'] = 'tpuu'; from lm_jax import command, main; command.door(main.main)"
-    )
+    script = "import os; os.environ['JAX_PLATFORMS'] = 'tpuu'; from lm_jax import cli, main; cli.door(main.main)"
     line = [sys.executable, "-c", script, "--config", "experiments/quickstart.py:smoke"]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     check(result.returncode, result.stderr, "no devices of JAX_PLATFORMS='tpuu'")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny
+from helpers import KERNEL, tiny
 
 from lm_jax.config import Mesh, leaves
 from lm_jax.model.build import build
@@ -16,7 +16,6 @@ from lm_jax.optimizer import averaged, is_matrix, make_optimizer, schedule
 from lm_jax.sharding import make_mesh
 
 RULES = leaves()["optimizer.name"].metadata["choices"]
-KERNEL = Declaration((1, 1), ("model", "mlp"), constant(0.0), inputs=(0,), outputs=(1,))
 SCALE = Declaration((1,), ("model",), constant(1.0))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax import config as configs
 from lm_jax.config import Config, UserError, flatten, is_read, leaves, resolve, resolve_found, unflatten

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from conftest import ROOT
+from helpers import ROOT
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "experiments")]
 import baselines  # noqa: E402

@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
 from etils import epath
+from helpers import tiny
 
 from lm_jax import checkpoint, metrics, train
 from lm_jax.config import Mesh

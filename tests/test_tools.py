@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import LIMIT, ROOT
 
 
 def tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
     line = [sys.executable, str(ROOT / "tools" / name), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
 
 
 def test_runs_are_compared_side_by_side(finished, tmp_path):

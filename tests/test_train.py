@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, ROOT, command, tiny
+from helpers import FAMILIES, LIMIT, ROOT, assert_same_run, command, damage, lines_of, tiny
 from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,30 +31,6 @@ ARGUMENTS = [
     "--config", "experiments/quickstart.py:smoke", f"--config.train.num_steps={STEPS}", "--config.train.microbatch_rows=4",
     "--config.model.dropout=0.1", "--config.checkpoint.every=3", "--config.evaluate.every=4", "--config.evaluate.prompt=",
 ]  # fmt: skip
-
-
-def lines_of(workdir) -> list[dict]:
-    """The metrics, without what depends on the clock."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith("perf/")} for line in metrics.read(workdir)
-    ]
-
-
-def final_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
-    """Every array of the last checkpoint: parameters and optimizer state."""
-    found = checkpoint.locate(str(workdir))
-    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        state, data = checkpoint.restore(
-            found.workdir, found.step, make_program(found.config, found.tokenizer.num_pieces)
-        )
-    assert data == checkpoint.DataState(found.step, found.config.data.global_batch_size * found.step)
-    return [np.asarray(x) for x in jax.tree.leaves(state)]
-
-
-def assert_same_run(workdir, reference) -> None:
-    assert lines_of(workdir) == lines_of(reference)
-    for a, b in zip(final_arrays(workdir), final_arrays(reference), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +65,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(reference, tmp_path, numbe
     process = start(workdir)
     wait_for_step(process, workdir, step=2)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 75, out
     assert "the same command goes on from there" in out and "Traceback" not in out
     saved = checkpoint.complete_steps(workdir / "checkpoints")[-1]
@@ -155,15 +131,6 @@ def test_retention_keeps_the_newest(reference):
 def copy(reference, tmp_path) -> pathlib.Path:
     subprocess.run(["cp", "-r", str(reference), str(tmp_path / "copy")], check=True)
     return tmp_path / "copy"
-
-
-def damage(step: pathlib.Path) -> pathlib.Path:
-    """Flips one bit of the largest file."""
-    path = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 4
-    path.write_bytes(raw)
-    return path
 
 
 def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(copy, reference):
