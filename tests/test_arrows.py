@@ -22,13 +22,14 @@ model.encoder_decoder model.recurrent model.build convert.safetensors convert.fi
 convert.encoders convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf loss plan.counts
 optimizer train_state train_step metrics goodput terminal checkpoint convert.run cli generate.sampling
 generate.decoding convert.proof convert.export generate.beam_search tasks.generate_answers tasks.dpo_reference
-generate.likelihood generate.command evaluate train main verify generate.lm_eval generate.__main__
+generate.likelihood generate.command evaluate train main verify generate.lm_eval generate.__main__ trust.card
 """.split()
 CONVERT = {name for name in ORDER if name.startswith("convert.") and name != "convert.word_vectors"}
 PERIPHERY = CONVERT | {
     "verify",
     "generate.likelihood",
     "generate.lm_eval",
+    "trust.card",
     *(name for name in ORDER if name.startswith("tasks.")),
     *(name for name in ORDER if name.startswith("prepare.")),
 }

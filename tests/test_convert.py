@@ -10,12 +10,14 @@ import random
 import shutil
 import sys
 
+import convert_checkpoint
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.nnx.traversals import flatten_mapping
 from helpers import FAMILIES, LLAMA, ROOT, outputs, start_processes, tiny
+from peers import families as parity
 
 from lm_jax import checkpoint
 from lm_jax.config import Mesh, UserError
@@ -26,10 +28,6 @@ from lm_jax.loss import token_losses
 from lm_jax.model.build import build
 from lm_jax.sharding import make_mesh
 from lm_jax.train_state import abstract, make_program
-
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_checkpoint  # noqa: E402
-import parity_families as parity  # noqa: E402
 
 
 def distance(name: str, mistake=None) -> float:

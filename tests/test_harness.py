@@ -21,7 +21,6 @@ from lm_jax.generate.sampling import GREEDY
 
 pytestmark = pytest.mark.proof
 TASKS = ROOT / "tools" / "lm_eval_tasks"
-sys.path.insert(0, str(ROOT / "tools"))
 
 
 @pytest.fixture(scope="module")

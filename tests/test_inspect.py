@@ -1,9 +1,9 @@
 """What is shown is what is trained on: `tools/inspect_data.py`."""
 
-import importlib.util
 import json
 import re
 
+import inspect_data
 import pytest
 from chat_templates import TEMPLATES, tokenizer_json
 from helpers import ROOT, made_up, tiny, write_shards
@@ -11,11 +11,6 @@ from helpers import ROOT, made_up, tiny, write_shards
 from lm_jax import cli
 from lm_jax.data import mixture
 from lm_jax.generate import chat_template
-
-spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools" / "inspect_data.py")
-assert spec and spec.loader
-inspect_data = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(inspect_data)
 
 CONFIG = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
 

@@ -277,7 +277,7 @@ def test_only_what_is_read_is_verified(finished, tmp_path, name, how):
 @pytest.mark.proof
 def test_memory_does_not_grow_over_fifty_saves():
     """In a process of its own, whose memory is kept as that of a run is."""
-    line = ["tools/benchmark.py", "save", "--layers", "2", "--width", "256", "--rounds", "1", "--saves", "50"]
+    line = ["tools/benchmark", "save", "--layers", "2", "--width", "256", "--rounds", "1", "--saves", "50"]
     result = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     found = json.loads(result.stdout.strip().split("\n")[-1])
     print(found)

@@ -138,14 +138,15 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
 
 
 # One process by what they are: they time it, or compare it, on one device.
-ALONE = {"benchmark_gpu.py", "benchmark_generate.py", "benchmark_save.py", "parity.py", "chaos.py"}
+ALONE = {"benchmark/gpu.py", "benchmark/generate.py", "benchmark/save.py", "tools/chaos.py"}
 
 
 def test_nobody_takes_the_first_of_all_devices():
     """Which is another process's on every host but the first."""
     first = re.compile(r"(?<!local_)devices\(\)\[|\bhere\[0\]\.(?!platform|device_kind)")
     paths = [*(ROOT / "lm_jax").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
-    assert not [str(path) for path in paths if path.name not in ALONE and first.search(path.read_text())]
+    named = {f"{path.parent.name}/{path.name}": path for path in paths}
+    assert not [name for name, path in named.items() if name not in ALONE and first.search(path.read_text())]
 
 
 def pretended_mesh(here: list[Owned]) -> SimpleNamespace:
