@@ -266,7 +266,7 @@ SAID = [  # fragments of the table of errors, which the code says
 
 @pytest.mark.parametrize("words", SAID)
 def test_errors_of_the_docs_are_those_of_the_code(words):
-    sources = [*(ROOT / "lm_jax").glob("*.py"), *LAUNCH.iterdir()]
+    sources = [*(ROOT / "lm_jax").rglob("*.py"), *LAUNCH.iterdir()]
     assert words in DOCS.read_text() and any(words in path.read_text() for path in sources if path.is_file())
 
 
