@@ -21,6 +21,16 @@ distributed.configure()
 sys.path.append(str(ROOT / "tools"))
 
 
+FAST = "--xla_backend_optimization_level=1"  # the same bits where it was looked at, compiled in two thirds of the time
+
+
+def pytest_configure(config):
+    """The default run compiles fast, here and in the processes that it starts; proofs run what XLA makes of a program with all
+    its passes. So does the default run with XLA_FLAGS set, even to nothing."""
+    if "not proof" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", FAST)
+
+
 @pytest.fixture(scope="session")
 def corpus() -> shards.Corpus:
     return shards.open_corpus(tiny().data)
