@@ -59,7 +59,7 @@ def test_a_transfer_that_nobody_asked_for_stops_the_loop(tmp_path, monkeypatch):
     """The mutant feeds the step from the host's memory."""
     whole = loader.batches
     to_host = lambda *arguments: ({name: np.asarray(x) for name, x in batch.items()} for batch in whole(*arguments))
-    monkeypatch.setattr(train.pipeline, "batches", to_host)
+    monkeypatch.setattr(train.loader, "batches", to_host)
     with pytest.raises(Exception, match="Disallowed (host-to-device|device-to-host) transfer"):
         run(tmp_path / "run")
 
