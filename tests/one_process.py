@@ -11,6 +11,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Seconds after which a process counts as one that hangs. Far above what a starved machine needs: no promise of speed.
+LIMIT = 1800
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # nothing runs long: compile fast
 
 
@@ -23,7 +25,7 @@ def performed(commands: list[list[str]], folder: pathlib.Path) -> list[dict]:
         "XLA_FLAGS": QUICK,
     }
     line = [sys.executable, str(pathlib.Path(__file__)), json.dumps(commands)]
-    result = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder, timeout=1200)
+    result = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder, timeout=LIMIT)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return json.loads(result.stdout)
 

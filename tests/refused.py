@@ -12,7 +12,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
-from one_process import QUICK, ROOT, perform
+from one_process import LIMIT, QUICK, ROOT, perform
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"}
 READS = {"os.listdir", "os.scandir"}
@@ -61,7 +61,7 @@ def refused(situations: list[dict], folder: pathlib.Path, **environment: str) ->
     }
     line = [sys.executable, str(pathlib.Path(__file__))]
     result = subprocess.run(
-        line, input=json.dumps(situations), capture_output=True, text=True, cwd=folder, timeout=1200,
+        line, input=json.dumps(situations), capture_output=True, text=True, cwd=folder, timeout=LIMIT,
         env=os.environ | given | environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

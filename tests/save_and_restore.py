@@ -12,8 +12,8 @@ import zlib
 
 import jax
 import numpy as np
-from conftest import tiny
 from etils import epath
+from helpers import tiny
 from jax.experimental import multihost_utils
 
 from lm_jax import checkpoint, distributed, files
@@ -67,6 +67,7 @@ def run_program():
 
 def main(mesh, restore: str = "", save: str = "", steps=(3,)) -> None:
     files.file_hash = counting
+    distributed.configure()
     devices = distributed.devices()
     program, said, told = run_program(), [], {}
     with jax.set_mesh(make_mesh(Mesh(*mesh), devices)):

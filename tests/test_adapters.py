@@ -7,11 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, ROOT, tiny
 from flax.nnx.traversals import flatten_mapping
-from test_golden import batch
-from test_resume import kill_once_saved
-from test_train import assert_same_run, lines_of
+from helpers import FAMILIES, ROOT, assert_same_run, batch, kill_once_saved, lines_of, tiny
 
 from lm_jax import checkpoint, evaluate, load_model, main
 from lm_jax.config import Mesh

@@ -2,11 +2,12 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 
-from conftest import ROOT
+from helpers import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
@@ -25,9 +26,9 @@ convert.description convert.tensor_map convert.hugging_face convert.tokenizer_js
 loss plan.counts optimizer train_state train_step metrics goodput run_plan terminal checkpoint run_folder load_model
 convert.run cli experiment generate.sampling generate.decoding convert.proof convert.export generate.beam_search
 generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluate run
-step_log samples closing rewind initial_state start train main verify generate.lm_eval generate.__main__
+step_log samples closing rewind initial_state start train main verify generate.lm_eval generate.__main__ trust.card
 """.split()
-WINGS = ("convert.", "generate.", "prepare.", "tasks.")
+WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}
 
 
@@ -68,6 +69,13 @@ def test_nothing_heavy_or_forbidden_is_imported():
         roots = {(node.module or "").split(".")[0] for node in tree if isinstance(node, ast.ImportFrom)}
         roots |= {alias.name.split(".")[0] for n in tree if isinstance(n, ast.Import) for alias in n.names}
         assert not roots & {"torch", "tensorflow", "transformers", "pickle"}, path
+
+
+def test_no_test_imports_a_test():
+    """What two of them need is in a module that is none: helpers.py, chat_templates.py, task_runs.py ..."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) (?:test_|conftest)\w*", path.read_text(), re.MULTILINE)
+        assert not found, f"{path.name}: {found}"
 
 
 def test_main_runs_without_the_periphery(tmp_path):

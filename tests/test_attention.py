@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError

@@ -1,17 +1,15 @@
 """Killed again and again, at named points and at any moment, a run ends as the one that nobody disturbed: to the bit."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 import types
 
+import bucket_emulator
+import chaos
 import pytest
-from conftest import ROOT
-
-sys.path.append(str(ROOT / "tools"))
-chaos, bucket_emulator = map(importlib.import_module, ("chaos", "bucket_emulator"))
+from helpers import ROOT
 
 
 def killed(*arguments: str) -> dict:

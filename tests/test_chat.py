@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from chat_templates import byte_level
 from etils import epath
-from test_tokenizer import byte_level
 
 from lm_jax.data.tokenizer import Bytes, HuggingFace
 from lm_jax.errors import UserError

@@ -1,23 +1,20 @@
 """Twenty-three shapes of chat templates give what `transformers` gives: recorded for every run, live where it is (`-m proof`).
 
-tools/parity_chat.py has the templates, the conversations, two kinds of tokenizers, and writes the fixture.
+tests/peers/chat.py has the templates, the conversations, two kinds of tokenizers, and writes the fixture.
 """
 
 import collections
 import pathlib
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from etils import epath
 
 from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens, render_template
 
-sys.path.insert(0, str(ROOT / "tools"))
-parity = pytest.importorskip("parity_chat")
+parity = pytest.importorskip("peers.chat")
 # Templates that write a list of parts as Python does, or take nothing but text, lose its words: of these conversations we say so.
 TEXT_ONLY = {("parts", shape) for shape in ("chatml", "smollm2", "llama3", "llama3.1", "gemma")}
 # What the last answer thinks is lost where a template does not write it.

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, command, tiny
+from helpers import ROOT, command, tiny
 
 from lm_jax import load_model, metrics
 from lm_jax.config import Mesh

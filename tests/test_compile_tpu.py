@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 # Twelve layers of 768, rows of 1,024 tokens, eight a device, everything recomputed: what others' numbers are given for.
 CASE = [

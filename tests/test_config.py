@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT, tiny
+from helpers import ROOT, tiny
 
 from lm_jax import experiment
 from lm_jax.batch_ramp import make_ramp, to_steps

@@ -10,13 +10,14 @@ import random
 import shutil
 import sys
 
+import convert_checkpoint
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, LLAMA, ROOT, tiny
 from flax.nnx.traversals import flatten_mapping
-from test_processes import outputs, start
+from helpers import FAMILIES, LLAMA, ROOT, outputs, start_processes, tiny
+from peers import families as parity
 
 from lm_jax import load_model
 from lm_jax.config import Mesh
@@ -28,10 +29,6 @@ from lm_jax.loss import token_losses
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.train_state import abstract, make_program
-
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_checkpoint  # noqa: E402
-import parity_families as parity  # noqa: E402
 
 
 def distance(name: str, mistake=None) -> float:
@@ -538,7 +535,7 @@ def test_no_process_holds_a_model_that_it_reads(num_processes, mesh, tmp_path):
         str(ROOT / "tests" / "import_folder.py"),
         json.dumps({"folder": str(tmp_path), "mesh": mesh}),
     ]
-    texts = outputs(start(line, num_processes, math.prod(mesh)))
+    texts = outputs(start_processes(line, num_processes, math.prod(mesh)))
     for text in texts:
         told = json.loads(text.split("TOLD ")[1].split("\n")[0])
         beyond = told["peak"] - told["held"]

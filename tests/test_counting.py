@@ -8,7 +8,7 @@ import runpy
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, tiny
+from helpers import ROOT, tiny
 
 from lm_jax import checkpoint, main, metrics
 from lm_jax.batch_ramp import DataState, Ramp, clocks, every, make_ramp, with_steps

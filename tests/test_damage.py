@@ -12,7 +12,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from lm_jax import checkpoint, compile_cache, evaluate, files, load_model, main, metrics, run_folder
 from lm_jax.config import Mesh

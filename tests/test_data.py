@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import LIMIT, tiny
 
 from lm_jax.config import Mesh
 from lm_jax.data import loader, packing, shards, sources, tokenizer_files
@@ -224,7 +224,7 @@ def test_one_process_builds_and_the_others_wait(folder):
     processes = [context.Process(target=build_and_say, args=(data, queue)) for _ in range(3)]
     for process in processes:
         process.start()
-    results = [queue.get(timeout=120) for _ in processes]
+    results = [queue.get(timeout=LIMIT) for _ in processes]
     for process in processes:
         process.join()
     assert len({fingerprint for fingerprint, _ in results}) == 1

@@ -16,10 +16,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import LIMIT, ROOT, free_port, lines_of
 from one_process import QUICK
-from test_processes import free_port
-from test_train import lines_of
 
 from lm_jax import checkpoint, manifest
 
@@ -99,14 +97,14 @@ class Job:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         for process, thread in zip(self.processes, self.threads, strict=True):
-            thread.join(5)
+            thread.join(LIMIT)
             process.stdout.close()
 
     def _read(self, k: int) -> None:
         for line in self.processes[k].stdout:
             self.said[k] += line
 
-    def until(self, what, seconds: float = 200) -> None:
+    def until(self, what, seconds: float = LIMIT) -> None:
         """Waits for words of process 0's, a pattern, or until what is called is true."""
         start = time.monotonic()
         is_so = what if callable(what) else lambda: re.search(what, self.said[0])
@@ -124,7 +122,7 @@ class Job:
             draft.write_text(what)
             draft.rename(draft.with_name("planted"))
 
-    def ends(self, seconds: float = 120, but=()) -> tuple[dict[int, int], float]:
+    def ends(self, seconds: float = LIMIT, but=()) -> tuple[dict[int, int], float]:
         """({process: exit code}, seconds until the last had ended) of all `but` some."""
         start = time.monotonic()
         waited = [k for k in range(len(self.processes)) if k not in but]
@@ -132,11 +130,11 @@ class Job:
             time.sleep(0.005)
         took = time.monotonic() - start
         for k in waited:
-            self.threads[k].join(5)
+            self.threads[k].join(LIMIT)
         return {k: self.processes[k].returncode for k in waited}, took
 
-    def left(self, but=(), seconds: float = 3) -> list[str]:
-        """Processes that belong to those that have ended, and are still there after some seconds."""
+    def left(self, but=(), seconds: float = 60) -> list[str]:
+        """Processes that belong to those that have ended, and are still there after a minute: nobody ends them."""
         until = time.monotonic() + seconds
         while (found := self._left(but)) and time.monotonic() < until:
             time.sleep(0.1)
@@ -198,7 +196,7 @@ def check_alike(name: str, folder: pathlib.Path, num: int) -> Job:
         if when:
             job.until(when)
             happens(job, k, what)
-        codes, took = job.ends(200)
+        codes, took = job.ends()
         told = f"{name}: {codes} in {took:.1f} s\n" + "\n----\n".join(job.said)
         print(told[:200], flush=True)
         assert codes == dict.fromkeys(range(num), code), told
@@ -251,7 +249,7 @@ def check_apart(name: str, folder: pathlib.Path, num: int) -> None:
     of_one = lambda value, nothing: lambda k: value if k == 1 else nothing
     words = [*LONG, "--config.data.sources=(('source', 1.0),)"] if "SOURCE" in given else LONG
     with Job(folder, num, *words, more=of_one(more, []), environment=of_one(settings, {})) as job:
-        codes, took = job.ends(200)
+        codes, took = job.ends()
         told = f"{name}: {codes} in {took:.1f} s\n" + "\n----\n".join(job.said)
         print(told[:200], flush=True)
         assert codes == dict.fromkeys(range(num), 2), told
@@ -291,7 +289,7 @@ def death(folder: pathlib.Path, num: int, phase: str, who: int, how: str) -> flo
         time.sleep(random.uniform(0, until))
         job.does(who, how)
         stopped = (who,) * (how == "SIGSTOP")
-        codes, took = job.ends(60, but=stopped)
+        codes, took = job.ends(but=stopped)
         told = f"{num} processes, {phase}, {how} of {who}: {codes} in {took:.2f} s\n" + "\n----\n".join(job.said)
         others = [k for k in range(num) if k != who]
         assert [codes[k] for k in others] == [70] * len(others), told
@@ -330,7 +328,7 @@ def test_saves_by_a_clock_and_signals_leave_what_goes_on_to_the_bit(tmp_path):
     words = ["--config.train.num_steps=60", "--config.checkpoint.every=0.05 min", "--config.evaluate.every=20"]
     (tmp_path / "whole").mkdir()
     with Job(tmp_path / "whole", 2, *words) as whole:
-        assert whole.ends(200)[0] == {0: 0, 1: 0}, whole.said
+        assert whole.ends()[0] == {0: 0, 1: 0}, whole.said
     for step, who, what, code in ((5, 1, "SIGTERM", 75), (20, 0, "SIGTERM", 75), (40, 1, "SIGKILL", 70)):
         with Job(tmp_path, 2, *words) as job:
             job.until(rf"step +{step} of")
@@ -338,5 +336,5 @@ def test_saves_by_a_clock_and_signals_leave_what_goes_on_to_the_bit(tmp_path):
             assert job.ends()[0] == {1 - who: code, who: code if what == "SIGTERM" else -9}, job.said
         assert newest(job) >= step if code == 75 else newest(job)
     with Job(tmp_path, 2, *words) as job:
-        assert job.ends(200)[0] == {0: 0, 1: 0}, job.said
+        assert job.ends()[0] == {0: 0, 1: 0}, job.said
     assert lines_of(job.workdir) == lines_of(whole.workdir) and newest(job) == 60

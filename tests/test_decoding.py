@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizer_shapes as shapes
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax.config import Mesh
 from lm_jax.data import objectives, shards, tokenizer

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import command, tiny
+from helpers import command, tiny
 
 from lm_jax.config import Mesh
 from lm_jax.data import loader, shards

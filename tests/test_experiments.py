@@ -7,7 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lm_jax import experiment

@@ -13,11 +13,13 @@ import sys
 import types
 import warnings
 
+import convert_checkpoint
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, ROOT, command, tiny
+from helpers import FAMILIES, ROOT, command, tiny
 from one_process import performed
+from peers import families as parity
 
 from lm_jax import load_model
 from lm_jax.config import Mesh
@@ -40,10 +42,6 @@ from lm_jax.generate.decoding import Completion, complete
 from lm_jax.generate.sampling import Sampling
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
-
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_checkpoint  # noqa: E402
-import parity_families as parity  # noqa: E402
 
 GREEDY = Sampling(temperature=0.0)
 GPT = ["--config.model.positions=learned", "--config.model.norm=layernorm"]

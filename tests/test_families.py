@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax import experiment, load_model, metrics, train, verify
 from lm_jax.config import Mesh

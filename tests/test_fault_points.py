@@ -5,9 +5,8 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT
 from etils import epath
-from test_train import damage
+from helpers import ROOT, damage
 
 from lm_jax import cli, fault_points, files, main, manifest, remote
 from lm_jax.errors import UserError

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import LLAMA, ROOT
 from etils import epath
+from helpers import LIMIT, LLAMA, ROOT
 from refused import refused
 
 from lm_jax import faults, files, manifest
@@ -119,7 +119,7 @@ def test_output_that_cannot_be_written_ends_in_a_line(stream):
     read, write = os.pipe()
     os.close(read)
     out = os.open("/dev/full", os.O_WRONLY) if stream == "full" else write
-    result = subprocess.run(line, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    result = subprocess.run(line, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=LIMIT)
     words = {"full": "No space left on device", "gone": "Broken pipe"}[stream]
     assert result.returncode == 74 and words in result.stderr, result.stderr
     assert len(result.stderr.strip().split("\n")) <= 5, result.stderr
@@ -226,7 +226,7 @@ def test_a_real_disk_that_is_full_or_read_only(place, size, tmp_path):
     command = " ".join([sys.executable, *run(workdir=str(tmp_path / "run"))["words"]])
     more = {"LM_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
     line = ["unshare", "-rm", "sh", "-c", f"{mount} && exec {command}"]
-    result = subprocess.run(line, capture_output=True, text=True, env=os.environ | more, timeout=300)
+    result = subprocess.run(line, capture_output=True, text=True, env=os.environ | more, timeout=LIMIT)
     print(f"{place} {size}: {result.returncode}\n{result.stderr}", flush=True)
     words = ("No space left on device" if size else "Read-only file system") + "\n.*LM_JAX_CACHE" * (place == "cache")
     check(f"{place} {size}", words, {"code": result.returncode, "output": result.stderr})
@@ -238,7 +238,7 @@ def test_a_limit_of_memory_ends_in_lines(gib, tmp_path):
     command = " ".join([sys.executable, *run(workdir=str(tmp_path / "run"))["words"]])
     line = f"ulimit -v {gib * 2**20} && exec {command}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-    result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=LIMIT)
     print(f"{gib} GiB: {result.returncode}\n{result.stderr[-1500:]}", flush=True)
     ours = (
         result.returncode != -signal.SIGABRT

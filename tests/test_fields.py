@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
+from peers import families as parity
 
 from lm_jax.convert import description
 from lm_jax.errors import UserError
-
-sys.path.insert(0, str(ROOT / "tools"))
-import parity_families as parity  # noqa: E402
 
 PUBLISHED = json.loads((ROOT / "tests" / "fixtures" / "published_configs.json").read_text())
 DEFAULTS = json.loads(parity.DEFAULTS.read_text())

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from test_shards import made_up, write
+from helpers import made_up, write_shards
 
 from lm_jax import compile_cache, files, metrics
 from lm_jax.data import packing, shards
@@ -18,7 +18,7 @@ from lm_jax.prepare.report import Tally
 def known_hashes(folder, corpus) -> None:
     """What `shards.verify` keeps of the files that it has read."""
     if not (folder / "text").exists():
-        write(folder / "text", corpus, {"train": made_up(20), "validation": made_up(5, 5)}, 1000)
+        write_shards(folder / "text", corpus, {"train": made_up(20), "validation": made_up(5, 5)}, 1000)
     shards.verify(str(folder / "text"), shards.read_manifest(str(folder / "text"), "mend"), "mend")
 
 
@@ -32,7 +32,7 @@ WRITERS = {
     "known hashes": known_hashes,
     "a plan of preparation": lambda folder, corpus: run.write_json(str(folder / "plan.json"), {"a": 1}),
     "a report": lambda folder, corpus: Tally().save(str(folder / "report.json")),
-    "a corpus": lambda folder, corpus: write(folder / "made", corpus, {"train": made_up(9)}, 1000),
+    "a corpus": lambda folder, corpus: write_shards(folder / "made", corpus, {"train": made_up(9)}, 1000),
 }
 
 

@@ -1,13 +1,13 @@
 """Sampling cuts where it says, decoding is the model's own greedy path, and a seed gives the same text."""
 
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, command, tiny
+from helpers import command, tiny
+from peers import families as parity_families
 
 from lm_jax.config import Mesh
 from lm_jax.convert import hugging_face
@@ -20,9 +20,6 @@ from lm_jax.generate.sampling import GREEDY, Sampling, keys, sample
 from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
-
-sys.path.insert(0, str(ROOT / "tools"))
-import parity_families  # noqa: E402
 
 
 def generate(*arguments) -> list[str]:

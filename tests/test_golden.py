@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from conftest import tiny
+from helpers import batch, tiny
 
 from lm_jax.config import Mesh
 from lm_jax.mesh import make_mesh
@@ -21,20 +21,6 @@ A training step no longer computes what it did. A refactor must be bit-identical
 If they were meant to change (another initialisation, key, formula), say so in the commit, with why, and write these:
 GOLDEN = {found}
 """
-
-
-def batch(step: int) -> dict[str, np.ndarray]:
-    """Four rows of 64 made-up tokens, two documents each, with holes in the mask."""
-    random = np.random.RandomState(step)  # its bits are frozen for ever
-    tokens = random.randint(0, 500, (4, 65)).astype(np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "loss_mask": (random.rand(4, 64) < 0.8).astype(np.float32),
-        "segment_ids": np.repeat([[1, 2]], [24, 40], axis=1).repeat(4, 0).astype(np.int32),
-        "positions": np.concatenate([np.arange(24), np.arange(40)])[None].repeat(4, 0).astype(np.int32),
-        "row": np.arange(4 * step, 4 * step + 4, dtype=np.uint32),
-    }
 
 
 def test_golden_step():

@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import LIMIT, ROOT
 
 from lm_jax import load_model
 from lm_jax.errors import UserError
@@ -21,7 +21,6 @@ from lm_jax.generate.sampling import GREEDY
 
 pytestmark = pytest.mark.proof
 TASKS = ROOT / "tools" / "lm_eval_tasks"
-sys.path.insert(0, str(ROOT / "tools"))
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +235,7 @@ def test_the_command_runs_local_tasks(finished, records, tmp_path):
     ]
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
     run = lambda *more: subprocess.run(
-        [*line, *more], capture_output=True, text=True, cwd=records, env=environment, timeout=600
+        [*line, *more], capture_output=True, text=True, cwd=records, env=environment, timeout=LIMIT
     )
     done = run("--tasks", "choices,texts", "--limit", "4", "--output", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr

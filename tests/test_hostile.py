@@ -13,7 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import LIMIT, ROOT
 
 from lm_jax import cli, evaluate, main
 from lm_jax.convert import safetensors
@@ -24,7 +24,6 @@ from lm_jax.generate import command as generate
 QUICKSTART = f"--config={ROOT}/experiments/quickstart.py:smoke"
 TASK = ["--config.train.task=classification", "--config.model.labels=('a', 'b')", "--config.data.packing=best_fit"]
 RECORD = b'{"text": "a", "label": "b"}\n'
-SECONDS = 60  # after which a command that does not end is said to hang; alone it has a few
 
 
 def tool(name: str):
@@ -393,7 +392,7 @@ def deadline(seconds: int):
 def ends(place: str, name: str, capfd) -> None:
     """Performs a command on what is named: it ends with exit code 2 and one to five plain lines."""
     function, arguments = PLACES[place]
-    with deadline(SECONDS), pytest.raises(SystemExit) as stopped:
+    with deadline(LIMIT), pytest.raises(SystemExit) as stopped:
         cli.run_command(function, [argument.format(name) if "{}" in argument else argument for argument in arguments])
     output, error = capfd.readouterr()
     assert stopped.value.code == 2, f"exit {stopped.value.code}\n{output[-2000:]}\n{error[-3000:]}"

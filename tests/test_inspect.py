@@ -1,22 +1,16 @@
 """What is shown is what is trained on: `tools/inspect_data.py`."""
 
-import importlib.util
 import json
 import re
 
+import inspect_data
 import pytest
-from conftest import ROOT, tiny
-from test_instruction import TEMPLATES, tokenizer_json
-from test_shards import made_up, write
+from chat_templates import TEMPLATES, tokenizer_json
+from helpers import ROOT, made_up, tiny, write_shards
 
 from lm_jax.data import mixture
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
-
-spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools" / "inspect_data.py")
-assert spec and spec.loader
-inspect_data = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(inspect_data)
 
 CONFIG = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
 
@@ -24,7 +18,7 @@ CONFIG = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
 @pytest.fixture
 def sources(corpus, tmp_path):
     for name, seed in (("books", 1), ("code", 2)):
-        write(tmp_path / name, corpus, made_up(300, seed))
+        write_shards(tmp_path / name, corpus, made_up(300, seed))
     return ((str(tmp_path / "books"), 0.75), (str(tmp_path / "code"), 0.25))
 
 

@@ -8,55 +8,14 @@ import json
 
 import numpy as np
 import pytest
-from conftest import tiny
-from test_tokenizer import byte_level
+from chat_templates import LOOP, TEMPLATES, tokenizer_json
+from helpers import tiny
 
 from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.generate import chat_template, chat_tokens
 
-CONTROL = """<|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <s> </s> <bos>
-<start_of_turn> <end_of_turn> <|system|> <|user|> <|assistant|> <|end|>""".split()
-LOOP = "{% for m in messages %}"
-# name: (the token that begins a text, template, prompt's end). A template may refuse a system.
-TEMPLATES = {
-    "chatml": (
-        "",
-        LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    ),
-    "llama3": (
-        "<|begin_of_text|>",
-        "{{ bos_token }}" + LOOP + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-    ),
-    "llama2": (
-        "<s>",
-        "{% set first = '' %}{% if messages[0].role == 'system' %}"
-        "{% set first = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' %}{% set messages = messages[1:] %}{% endif %}"
-        + LOOP
-        + "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ (first if loop.first else '') + m.content.strip() }} [/INST]"
-        "{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}",
-    ),
-    "mistral": (
-        "<s>",
-        "{{ bos_token }}" + LOOP + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate user and assistant') }}{% endif %}"
-        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
-    ),
-    "gemma": (
-        "<bos>",
-        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LOOP
-        + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-    ),
-    "zephyr": (
-        "",
-        LOOP + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-    ),
-}  # fmt: skip
 SYSTEM = {"role": "system", "content": "Be short."}
 USER = [{"role": "user", "content": words} for words in ("Name a colour.", "  人工 and two\nlines?  ", "Thanks!")]
 SAID = [{"role": "assistant", "content": words} for words in ("Blue, or blue.", " def f(x):\n\treturn 1 ", "🙂")]
@@ -93,26 +52,6 @@ def expected(name: str, messages: list) -> str:
             turn = f"«{said}</s>»\n" if role == "assistant" else f"{said}</s>\n"
             text += f"<|{role}|>\n{turn}"
     return text
-
-
-def tokenizer_json(first: str) -> bytes:
-    """A byte-level BPE with the control tokens of all six; a text begins with `first` and ends with </s>."""
-    tokenizers = pytest.importorskip("tokenizers")
-    described = json.loads(byte_level())
-    described["added_tokens"] = [t for t in described["added_tokens"] if t["content"] != "<|endoftext|>"]
-    made = tokenizers.Tokenizer.from_str(json.dumps(described))
-    made.no_truncation()
-    made.add_special_tokens(CONTROL)
-    # Llama 3's words: line breaks stay together, also before a word
-    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    parts = tokenizers.pre_tokenizers
-    split = parts.Split(tokenizers.Regex(words), "isolated")
-    made.pre_tokenizer = parts.Sequence([split, parts.ByteLevel(add_prefix_space=False, use_regex=False)])
-    around = [name for name in (first, "</s>") if name]
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{first} $A </s>".strip(), special_tokens=[(name, made.token_to_id(name)) for name in around]
-    )
-    return made.to_str().encode()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import LIMIT, ROOT
 
 from lm_jax import cli
 
@@ -30,5 +30,5 @@ def test_the_process_starts_once_more_as_itself(before, expected):
     environment = os.environ | {"GLIBC_TUNABLES": before, "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-c", SCRIPT, "--flag", "a b"]
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=LIMIT)
     assert out.split() == [str(process.pid), expected, "--flag", "a", "b"]

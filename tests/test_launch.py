@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import LIMIT, ROOT
 from schema import wrong
 
 LAUNCH = ROOT / "tools" / "launch"
@@ -22,7 +22,7 @@ POD = ["my-pod", "--zone=us-west4-a", "--type=v5litepod-16", "--spot", "--slices
 
 def launched(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
     line = [sys.executable, str(LAUNCH / name), *words]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=60)
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=LIMIT)
 
 
 def dry(name: str, step: str, *words: str) -> str:
@@ -117,11 +117,14 @@ def looped(tmp_path, codes, states=(), ends=(), *more: str) -> tuple[subprocess.
     shutil.copytree(LAUNCH, tmp_path / "clone" / "tools" / "launch")
     subprocess.run(["git", "init", "-q", str(tmp_path / "clone")], check=True)
     script = (tmp_path / "clone" / "tools" / "launch" / "tpu.py").read_text()
-    quick = script.replace("POLL_SECONDS = 30", "POLL_SECONDS = 0.1")
+    assert "POLL_SECONDS = 30" in script and "tail -n +1" in script
+    quick = script.replace("POLL_SECONDS = 30", "POLL_SECONDS = 0.1").replace("tail -n +1", "tail -s 0.1 -n +1")
     (tmp_path / "clone" / "tools" / "launch" / "tpu.py").write_text(quick)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE_HOME": str(tmp_path)}
     line = [sys.executable, "tools/launch/tpu.py", "run", "one", "--zone=z", *more, "--", "--workdir", "gs://b/a b"]
-    result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path / "clone", env=environment, timeout=100)
+    result = subprocess.run(
+        line, capture_output=True, text=True, cwd=tmp_path / "clone", env=environment, timeout=LIMIT
+    )
     return result, (tmp_path / "asked").read_text().split()
 
 
@@ -164,9 +167,9 @@ def test_a_run_that_is_asked_to_stop_leaves_its_own_code(tmp_path):
         word[10:] for word in commands(dry(*STEPS[step]))[k] if word.startswith("--command=")
     ]
     (start,), (follow,), (stop,) = on_worker("run, two slices"), on_worker("follow"), on_worker("stop")
-    subprocess.run(["sh", "-c", start], cwd=tmp_path, check=True, timeout=60)
-    subprocess.run(["sh", "-c", stop], cwd=tmp_path, check=True, timeout=60)
-    followed = subprocess.run(["sh", "-c", follow], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    subprocess.run(["sh", "-c", start], cwd=tmp_path, check=True, timeout=LIMIT)
+    subprocess.run(["sh", "-c", stop], cwd=tmp_path, check=True, timeout=LIMIT)
+    followed = subprocess.run(["sh", "-c", follow], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
     assert followed.returncode == 75 and {"begins", "saved"} <= {*followed.stdout.splitlines()}, followed
 
 
@@ -263,7 +266,7 @@ SAID = [  # fragments of the table of errors, which the code says
 
 @pytest.mark.parametrize("words", SAID)
 def test_errors_of_the_docs_are_those_of_the_code(words):
-    sources = [*(ROOT / "lm_jax").glob("*.py"), *LAUNCH.iterdir()]
+    sources = [*(ROOT / "lm_jax").rglob("*.py"), *LAUNCH.iterdir()]
     assert words in DOCS.read_text() and any(words in path.read_text() for path in sources if path.is_file())
 
 
@@ -286,7 +289,7 @@ def test_gcloud_has_every_flag_that_is_given_to_it():
                 given.setdefault(tuple(line[:length]), set()).update(flags)
     assert len(given) == 7
     for command, flags in given.items():
-        text = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120).stdout
+        text = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=LIMIT).stdout
         assert not {flag for flag in flags if f"{flag}" not in re.sub(r"\x1b\[[0-9;]*m", "", text)}, command
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax.data import packing, shards
 from lm_jax.loss import batch_loss

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, tiny
+from helpers import FAMILIES, tiny
 
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax import loss
 from lm_jax.config import Mesh

@@ -8,10 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny
-from test_golden import batch
-from test_optimizer import KERNEL
-from test_train import final_arrays, lines_of
+from helpers import KERNEL, batch, final_arrays, lines_of, tiny
 
 from lm_jax import checkpoint, cli, evaluate, load_model, main, optimizer, train
 from lm_jax.config import Mesh

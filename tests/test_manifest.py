@@ -11,11 +11,9 @@ import sys
 
 import jax
 import pytest
-from conftest import ROOT, tiny
 from etils import epath
+from helpers import LIMIT, ROOT, outputs, start_processes, tiny
 from save_and_restore import digest, run_program
-from test_places import bucket, bucket_emulator  # noqa: F401  (a fixture)
-from test_processes import outputs, start
 
 from lm_jax import checkpoint, distributed, load_model, manifest, remote
 from lm_jax.config import Mesh
@@ -31,7 +29,7 @@ def told(num_processes: int, mesh: str, **what) -> list[dict]:
         {"mesh": MESHES[mesh]} | {name: x if name == "steps" else str(x) for name, x in what.items()}
     )
     line = [sys.executable, str(ROOT / "tests" / "save_and_restore.py"), arguments]
-    texts = outputs(start(line, num_processes, 8))
+    texts = outputs(start_processes(line, num_processes, 8))
     return [json.loads(text.split("TOLD ")[1].split("\n")[0]) for text in texts]
 
 
@@ -90,8 +88,7 @@ def test_every_product_of_processes_and_meshes_is_restored_to_the_bit(tmp_path):
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(not bucket_emulator.is_here(), reason="gcp-storage-emulator is not installed")
-def test_in_a_bucket_nothing_is_read_back_and_every_damage_is_found(bucket, tmp_path):  # noqa: F811
+def test_in_a_bucket_nothing_is_read_back_and_every_damage_is_found(bucket, tmp_path):
     """Two processes save; what the manifest says is the MD5 of what is there; one process finds each of the damages."""
     place = epath.Path(f"{bucket}/runs/shares")
     saved = told(2, "2x4", save=place)
@@ -281,8 +278,8 @@ def test_only_what_is_read_is_verified(finished, tmp_path, name, how):
 @pytest.mark.proof
 def test_memory_does_not_grow_over_fifty_saves():
     """In a process of its own, whose memory is kept as that of a run is."""
-    line = ["tools/benchmark.py", "save", "--layers", "2", "--width", "256", "--rounds", "1", "--saves", "50"]
-    result = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    line = ["tools/benchmark", "save", "--layers", "2", "--width", "256", "--rounds", "1", "--saves", "50"]
+    result = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     found = json.loads(result.stdout.strip().split("\n")[-1])
     print(found)
     assert found["saves"] == 50 and found["growth"] < 0.02, found

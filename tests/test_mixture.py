@@ -6,10 +6,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import made_up, tiny, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shards import made_up, write
 
 from lm_jax import run_folder
 from lm_jax.config import Mesh, flatten
@@ -153,10 +152,10 @@ def places(corpus, other, tmp_path, monkeypatch):
     """Two prepared folders by the corpus' tokenizer, one by another; an empty cache."""
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))
     for name, seed in (("books", 1), ("code", 2)):
-        write(tmp_path / name, corpus, made_up(200, seed), 1000)
-    write(tmp_path / "other", other, made_up(20))
-    write(tmp_path / "small", corpus, made_up(2))
-    write(tmp_path / "untrained", corpus, {"test": made_up(2)})
+        write_shards(tmp_path / name, corpus, made_up(200, seed), 1000)
+    write_shards(tmp_path / "other", other, made_up(20))
+    write_shards(tmp_path / "small", corpus, made_up(2))
+    write_shards(tmp_path / "untrained", corpus, {"test": made_up(2)})
     return tmp_path
 
 
@@ -253,11 +252,11 @@ def test_other_data_is_refused_by_name_on_resume(places, corpus, other):
     without = tiny(data__sources=((str(places / "books"), 0.75),)).data
     assert f"weight of '{places}/code': 0.25 there, none here" in refused(saved, without, mixed)
     (places / "code" / "manifest.json").unlink()
-    write(places / "code", corpus, made_up(200, seed=2)[:-1] + [[5]], 1000)
+    write_shards(places / "code", corpus, made_up(200, seed=2)[:-1] + [[5]], 1000)
     words = refused(saved, data, mixture.open_mixture(data))
     assert f"{places}/code: train-0000" in words and "tokens.npy" in words and f"{places}/books" not in words
     shutil.rmtree(places / "code")
-    write(places / "code", other, made_up(200, seed=2), 1000)
+    write_shards(places / "code", other, made_up(200, seed=2), 1000)
     shutil.rmtree(places / "books")
-    write(places / "books", other, made_up(200, seed=1), 1000)
+    write_shards(places / "books", other, made_up(200, seed=1), 1000)
     assert refused(saved, data, mixture.open_mixture(data)).split("\n")[1].startswith("tokenizer '")

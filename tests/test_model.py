@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, tiny
+from helpers import FAMILIES, tiny
 
 from lm_jax.data import packing
 from lm_jax.generate.decoding import next_logits, prefill

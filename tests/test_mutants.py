@@ -9,7 +9,7 @@ import sys
 
 import jax
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from lm_jax import experiment
 from lm_jax.batch_ramp import make_ramp, with_steps

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny
+from helpers import KERNEL, tiny
 
 from lm_jax.config import Mesh, leaves
 from lm_jax.mesh import make_mesh
@@ -16,7 +16,6 @@ from lm_jax.model.layers import Declaration, constant
 from lm_jax.optimizer import averaged, is_matrix, make_optimizer, schedule
 
 RULES = leaves()["optimizer.name"].metadata["choices"]
-KERNEL = Declaration((1, 1), ("model", "mlp"), constant(0.0), inputs=(0,), outputs=(1,))
 SCALE = Declaration((1,), ("model",), constant(1.0))
 
 

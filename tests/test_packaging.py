@@ -3,7 +3,7 @@
 import importlib.metadata
 import re
 
-from conftest import ROOT
+from helpers import ROOT
 
 NAMED = re.compile(r"pip install [^\n`]*?\.\[([\w,-]+)\]|extras? `?\[([\w,-]+)\]|needs\([^()]*, \"([\w-]+)\"\)")
 FOREIGN = re.compile(r"pip install (-\S+ )*['\"]?lm[_-]jax")  # whoever takes the name on an index would be installed

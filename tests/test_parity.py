@@ -1,16 +1,11 @@
 """lm_jax learns what PyTorch learns: its recorded losses are reproduced, and every planted mistake is seen."""
 
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from peers import training as parity
 
 from lm_jax import optimizer
-
-sys.path.insert(0, str(ROOT / "tools"))
-import parity  # noqa: E402
 
 FEW = 60  # steps that show a mistake
 

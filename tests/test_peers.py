@@ -2,15 +2,11 @@
 
 import json
 import os
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-import parity_encoders as parity  # noqa: E402
+from peers import encoders as parity
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 The bucket is an emulator on localhost (`pip install gcp-storage-emulator`, extra `gcs`); without it the proof is skipped.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -13,16 +12,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from etils import epath
-from test_shards import made_up, write
+from helpers import ROOT, lines_of, made_up, write_shards
 
-from lm_jax import metrics, remote
+from lm_jax import remote
 from lm_jax.data import shards
 from lm_jax.data.corpus import publish
-
-sys.path.append(str(ROOT / "tools"))
-bucket_emulator = importlib.import_module("bucket_emulator")
 
 
 def test_the_mirror_of_a_local_run_is_its_workdir(tmp_path):
@@ -61,12 +56,6 @@ def test_a_lock_is_over_with_its_lease_or_its_process(holder, over):
     assert remote._expired(json.dumps(holder).encode()) == over
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    with bucket_emulator.bucket("lmtest") as url:
-        yield url
-
-
 STEPS = 12
 TRAIN = [
     "--config=experiments/quickstart.py:smoke", f"--config.train.num_steps={STEPS}", "--config.checkpoint.every=3",
@@ -99,18 +88,11 @@ def train(workdir, source, kill_after: int = 0) -> tuple[int, str]:
     return process.wait(), "".join(said)
 
 
-def lines_of(workdir) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith("perf/")} for line in metrics.read(epath.Path(str(workdir)))
-    ]
-
-
 @pytest.mark.proof
-@pytest.mark.skipif(not bucket_emulator.is_here(), reason="gcp-storage-emulator is not installed")
 def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))  # nothing was copied before
     documents = {"train": made_up(300), "validation": made_up(20, 5)}
-    write(tmp_path / "text", corpus, documents, 1000)
+    write_shards(tmp_path / "text", corpus, documents, 1000)
     publish(str(tmp_path / "text"), f"{bucket}/text")
     code, said = train(tmp_path / "local", tmp_path / "text")
     assert code == 0, said
@@ -136,7 +118,6 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(bucket, corpus, tmp_
 
 
 @pytest.mark.proof
-@pytest.mark.skipif(not bucket_emulator.is_here(), reason="gcp-storage-emulator is not installed")
 def test_one_run_a_bucket(bucket, monkeypatch):
     monkeypatch.setattr(remote, "LEASE", 2.0)
     workdir = epath.Path(f"{bucket}/runs/locked")

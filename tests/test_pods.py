@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from conftest import ROOT, tiny
+from helpers import LIMIT, ROOT, free_port, tiny
 from metadata_server import of_worker
 from on_tpu_vm import pretend
-from test_processes import free_port
 
 from lm_jax import distributed, run_plan, start, train
 from lm_jax.config import flatten
@@ -33,7 +32,7 @@ def metadata(attributes: dict[str, str]) -> Iterator[str]:
         server.kill()
 
 
-def started(tmp_path, workers: list[dict[str, str]], *more: str, limit: str = "100") -> list[tuple[int, str]]:
+def started(tmp_path, workers: list[dict[str, str]], *more: str, limit: str = str(LIMIT)) -> list[tuple[int, str]]:
     """(exit code, output) of a command on every worker of a pod, each with its own metadata server, cache and home."""
     pretended = pretend(tmp_path / "chips")
     shared = pretended | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1", "LM_JAX_JOIN_SECONDS": limit}
@@ -55,7 +54,7 @@ def started(tmp_path, workers: list[dict[str, str]], *more: str, limit: str = "1
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 )
             )  # fmt: skip
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
+        outputs = [process.communicate(timeout=LIMIT)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
@@ -139,14 +138,15 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
 
 
 # One process by what they are: they time it, or compare it, on one device.
-ALONE = {"benchmark_gpu.py", "benchmark_generate.py", "benchmark_save.py", "parity.py", "chaos.py"}
+ALONE = {"benchmark/gpu.py", "benchmark/generate.py", "benchmark/save.py", "tools/chaos.py"}
 
 
 def test_nobody_takes_the_first_of_all_devices():
     """Which is another process's on every host but the first."""
     first = re.compile(r"(?<!local_)devices\(\)\[|\bhere\[0\]\.(?!platform|device_kind)")
     paths = [*(ROOT / "lm_jax").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
-    assert not [str(path) for path in paths if path.name not in ALONE and first.search(path.read_text())]
+    named = {f"{path.parent.name}/{path.name}": path for path in paths}
+    assert not [name for name, path in named.items() if name not in ALONE and first.search(path.read_text())]
 
 
 def pretended_mesh(here: list[Owned]) -> SimpleNamespace:

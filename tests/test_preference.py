@@ -6,11 +6,8 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
-from test_instruction import TEMPLATES, tokenizer_json
-from test_resume import kill_once_saved
-from test_tasks import write_table
-from test_train import assert_same_run, lines_of
+from chat_templates import TEMPLATES, tokenizer_json
+from helpers import assert_same_run, kill_once_saved, lines_of, tiny, write_table
 
 from lm_jax import evaluate, files, loss, main
 from lm_jax.config import Mesh

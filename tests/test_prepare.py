@@ -13,8 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, tiny
-from test_processes import free_port
+from helpers import LIMIT, ROOT, free_port, tiny
 
 from lm_jax.data import lines, sources
 from lm_jax.data.corpus import open_corpus
@@ -554,7 +553,7 @@ def test_a_corpus_is_prepared_from_a_bucket_to_a_bucket(raw):
         "LM_JAX_CACHE": str(place / "cache"),
     }
     script = (
-        "import pathlib, sys; from etils import epath; from lm_jax.data import prepare\n"
+        "import pathlib, sys; from etils import epath; from lm_jax.prepare import run as prepare\n"
         "from_, to = sys.argv[1:]\n"
         "for path in pathlib.Path(from_).glob('**/*.jsonl'):\n"
         "    epath.Path(f'gs://b/raw/{path.name}').write_text(path.read_text())\n"
@@ -596,7 +595,7 @@ def test_killed_as_a_real_command_it_goes_on_and_leaves_no_orphan(raw):
             process.wait(pick.uniform(3, 12))
         process.kill()
         process.wait()
-    subprocess.run(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+    subprocess.run(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=LIMIT)
     assert files_of(place / "b") == files_of(place / "out")
     time.sleep(2)
     names = [path.read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if path.exists()]

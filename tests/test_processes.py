@@ -3,19 +3,15 @@
 import hashlib
 import itertools
 import json
-import os
-import socket
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from etils import epath
+from helpers import ROOT, lines_of, made_up, outputs, start_processes, write_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_shards import made_up, write
 
-from lm_jax import manifest, metrics
+from lm_jax import manifest
 
 ROWS = 8  # of a global batch
 
@@ -26,34 +22,8 @@ def sources(corpus, tmp_path_factory) -> dict[str, float]:
     folder = tmp_path_factory.mktemp("sources")
     for name, num, seed in (("books", 300, 1), ("code", 150, 2)):
         documents = {"train": made_up(num, seed), "validation": made_up(20, seed + 10)}
-        write(folder / name, corpus, documents, 3000)
+        write_shards(folder / name, corpus, documents, 3000)
     return {str(folder / "books"): 0.7, str(folder / "code"): 0.3}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def start(line: list[str], num_processes: int, devices: int) -> list[subprocess.Popen]:
-    """A command as `num_processes` processes of one `jax.distributed` job, with `devices` in all."""
-    more = {"JAX_NUM_CPU_DEVICES": str(devices // num_processes), "PYTHONPATH": str(ROOT)}
-    if num_processes > 1:
-        more |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(num_processes)}
-    return [
-        subprocess.Popen(
-            line, env=os.environ | more | {"JAX_PROCESS_ID": str(k)} if num_processes > 1 else os.environ | more,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        )
-        for k in range(num_processes)
-    ]  # fmt: skip
-
-
-def outputs(processes: list[subprocess.Popen]) -> list[str]:
-    found = [process.communicate(timeout=150)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(found)
-    return found
 
 
 def stream_hash(sources, packing, num_processes=1, mesh=(-1, 1, 1), num_workers=0, first=0, num=20, devices=8) -> str:
@@ -61,7 +31,7 @@ def stream_hash(sources, packing, num_processes=1, mesh=(-1, 1, 1), num_workers=
     arguments = json.dumps([list(sources.items()), packing, mesh, num_workers, first, num])
     rows: dict[int, str] = {}
     line = [sys.executable, str(ROOT / "tests" / "print_rows.py"), arguments]
-    for text in outputs(start(line, num_processes, devices)):
+    for text in outputs(start_processes(line, num_processes, devices)):
         mine = json.loads(text.split("ROWS ")[1].split("\n")[0])
         for row, digest in mine.items():
             assert rows.setdefault(int(row), digest) == digest, "two processes hold different rows of one place"
@@ -103,12 +73,7 @@ def train(sources, workdir, num_steps: int, num_processes: int = 1, devices: int
     given = f"--config.data.sources={tuple(sources.items())!r}"
     line = [sys.executable, "-u", "-m", "lm_jax.main", *TRAIN, given, f"--workdir={workdir}"]
     line.append(f"--config.train.num_steps={num_steps}")
-    return outputs(start(line, num_processes, devices))[0]
-
-
-def without_speeds(workdir) -> list[dict]:
-    lines = metrics.read(epath.Path(workdir))
-    return [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]
+    return outputs(start_processes(line, num_processes, devices))[0]
 
 
 def check_resume(sources, tmp_path, num_processes: int) -> None:
@@ -120,7 +85,7 @@ def check_resume(sources, tmp_path, num_processes: int) -> None:
     assert all(parts) and sum(map(len, parts)) == len(joined) and manifest.invalid_reason(epath.Path(step)) == ""
     said = train(sources, tmp_path / "run", 4)
     assert "resumed at step 2, row 16" in said
-    lines = without_speeds(tmp_path / "run")
+    lines = lines_of(tmp_path / "run")
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     last = [line for line in lines if "final/loss" in line][-1]
     assert {"final/books/loss", "final/code/bits_per_byte", "final/bits_per_byte"} <= last.keys()
@@ -138,7 +103,7 @@ def test_what_two_processes_saved_one_goes_on_with(sources, tmp_path):
 def test_what_four_processes_saved_one_goes_on_with(sources, tmp_path):
     check_resume(sources, tmp_path, 4)
     train(sources, tmp_path / "whole", 4)
-    losses = lambda place: [line["train/loss"] for line in without_speeds(place) if "train/loss" in line]
+    losses = lambda place: [line["train/loss"] for line in lines_of(place) if "train/loss" in line]
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
     expected = stream_hash(sources, "split", devices=1, first=16, num=200)
     assert stream_hash(sources, "split", 4, MESHES["2x4"], 1, first=16, num=200) == expected

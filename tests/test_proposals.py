@@ -3,13 +3,13 @@
 import shlex
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from one_process import performed
-from test_resume import line_of
+from task_runs import line_of
 
 SMOKE = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
 HARD = """it's "a" $HOME `b` \\ !"""  # a prompt that a shell would take apart
-# {kind: (case of test_resume, or "" for text; flags; lines that must be there; words that must not)}
+# {kind: (case of task_runs, or "" for text; flags; lines that must be there; words that must not)}
 KINDS = {
     "hard to quote, no test split": (
         "",

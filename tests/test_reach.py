@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax.config import Config, flatten, leaves, unflatten
 from lm_jax.config_check import check_together, resolve, resolve_found

@@ -5,7 +5,7 @@ import runpy
 
 import jax
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from lm_jax import checkpoint, evaluate, load_model, main
 from lm_jax.config import Mesh, flatten, leaves

@@ -1,19 +1,13 @@
 """Real sets as records: an answer keeps its place, what belongs together is in one split, and so many are taken."""
 
 import json
-import sys
 
-from conftest import ROOT
+import baselines
+import records_debian
+import records_of
 
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "experiments")]
-import baselines  # noqa: E402
-import finetune_entities  # noqa: E402
-import records_debian  # noqa: E402
-import records_of  # noqa: E402
-
-from lm_jax.config_check import resolve  # noqa: E402
-from lm_jax.experiment import shrink  # noqa: E402
-from lm_jax.tasks.tags import TokenClassification  # noqa: E402
+from lm_jax import experiment
+from lm_jax.tasks.tags import TokenClassification
 
 
 def test_a_story_gives_three_sentences_with_the_answer_in_its_place(tmp_path):
@@ -67,7 +61,7 @@ def test_so_many_are_taken_whatever_else_there_is():
 
 
 def test_a_word_has_the_tag_that_it_mostly_has():
-    config = resolve(shrink(finetune_entities.get_config()))
+    config, _ = experiment.load_config("experiments/finetune_entities.py:smoke", {})
     task = TokenClassification(config)
     person, nothing = config.model.labels.index("B-PER"), 0
     train = [(("Ada", "sang"), (person, nothing)), (("Ada", "Ada", "it"), (person, nothing, nothing))]

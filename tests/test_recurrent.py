@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
 from flax import nnx
+from helpers import tiny
 
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build

@@ -1,7 +1,7 @@
 """What a record has wrong is answered with what would be right: a value of the right name and the wrong type most of all."""
 
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax.errors import UserError
 from lm_jax.tasks import TASKS

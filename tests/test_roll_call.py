@@ -11,8 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
-from test_processes import free_port
+from helpers import LIMIT, ROOT, free_port
 
 from lm_jax.errors import PeerError, UserError
 from lm_jax.multihost import roll_call
@@ -48,7 +47,7 @@ def called(members: list[Cluster], delays: dict[int, float] | None = None) -> li
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(LIMIT)
     return found
 
 
@@ -58,7 +57,7 @@ ORDERS = {"at once": {}, "process 0 last": {0: 0.6}, "process 0 first": {1: 0.6,
 @pytest.fixture
 def patient(quick, monkeypatch):
     """As `quick`, where nobody is missing and nothing has to be waited for."""
-    monkeypatch.setenv(roll_call.LIMIT, "60")
+    monkeypatch.setenv(roll_call.LIMIT, str(LIMIT))
     return quick
 
 
@@ -194,17 +193,17 @@ def without_peer(seconds: str, port: int) -> subprocess.Popen:
 
 def test_a_command_whose_peers_never_come_leaves_with_70_in_plain_lines():
     process = without_peer("1", free_port())
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 70 and "Traceback" not in output
     assert "lm_jax: process 1: never came within 1 s" in output and len(output.strip().split("\n")) <= 5
 
 
 def test_a_command_that_waits_for_its_peers_can_be_stopped():
-    process = without_peer("100", port := free_port())
+    process = without_peer(str(LIMIT), port := free_port())
     with socket.socket() as tried:
         while tried.connect_ex(("127.0.0.1", port)) != 0:
             assert process.poll() is None
             time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 143 and "Traceback" not in output

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from etils import epath
+from helpers import LIMIT, ROOT
 
 from lm_jax.errors import UserError
 from lm_jax.tasks import results, scores
@@ -289,6 +289,6 @@ def test_compare_runs_adds_the_paired_test(finished, tmp_path):
         "--picture",
         str(tmp_path / "x.png"),
     ]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     assert "validation: paired bootstrap" in done.stdout and "| accuracy | 0.6250 | 0.9500 | +0.3250 |" in done.stdout

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, ROOT, tiny
+from helpers import FAMILIES, ROOT, tiny
 
 from lm_jax import verify
 from lm_jax.config import Mesh

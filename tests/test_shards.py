@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import made_up, write_shards
 
 from lm_jax import files
 from lm_jax.data import shards
@@ -20,25 +21,10 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path / "cache"))
 
 
-def write(folder, corpus, documents, shard_tokens=shards.SHARD_TOKENS) -> pathlib.Path:
-    """A prepared folder of documents given as lists of ids: to train on, or by split."""
-    writer = shards.ShardWriter(str(folder), corpus.tokenizer, shard_tokens)
-    for split, some in documents.items() if isinstance(documents, dict) else [("train", documents)]:
-        for ids in some:
-            writer.add(split, np.array(ids, np.int32), num_bytes=len(ids))
-    writer.close(source="made up")
-    return folder
-
-
-def made_up(num: int, seed: int = 0) -> list[list[int]]:
-    random = np.random.RandomState(seed)
-    return [list(random.randint(2, 500, random.randint(0, 60))) for _ in range(num)]
-
-
 @pytest.mark.parametrize("shard_tokens", [1, 50, 100, 10**6])
 def test_many_shards_read_as_one(corpus, cache, tmp_path, shard_tokens):
     documents = made_up(40)
-    found = shards.read(str(write(tmp_path / "many", corpus, documents, shard_tokens)), "")
+    found = shards.read(str(write_shards(tmp_path / "many", corpus, documents, shard_tokens)), "")
     split, whole = found.splits["train"], [i for ids in documents for i in (corpus.tokenizer.document_id, *ids)]
     assert found.manifest["counts"]["train"]["shards"] == (1 if shard_tokens == 10**6 else len(split.tokens.parts))
     np.testing.assert_array_equal(np.asarray(split.tokens), whole)
@@ -64,7 +50,7 @@ def test_a_document_may_come_in_parts(corpus, cache, tmp_path):
 
 
 def test_a_worker_maps_the_files_anew(corpus, cache, tmp_path):
-    split = shards.read(str(write(tmp_path / "many", corpus, made_up(3000), 5000)), "").splits["train"]
+    split = shards.read(str(write_shards(tmp_path / "many", corpus, made_up(3000), 5000)), "").splits["train"]
     packed = pickle.dumps(split)
     assert len(packed) < 1000
     np.testing.assert_array_equal(np.asarray(pickle.loads(packed).tokens), np.asarray(split.tokens))
@@ -75,7 +61,7 @@ def test_an_unfinished_writer_leaves_no_corpus_and_the_next_one_starts_clean(cor
     for ids in made_up(40):
         writer.add("train", np.array(ids, np.int32), 1)
     assert not is_prepared(str(tmp_path / "x")) and len(list((tmp_path / "x").glob("*.npy"))) > 10
-    write(tmp_path / "x", corpus, made_up(2))
+    write_shards(tmp_path / "x", corpus, made_up(2))
     assert len(list((tmp_path / "x").glob("*.npy"))) == 2 and is_prepared(str(tmp_path / "x"))
 
 
@@ -94,7 +80,7 @@ def changed(path: pathlib.Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["missing", "truncated", "longer", "flipped"])
 @pytest.mark.parametrize("name", ["train-00001.tokens.npy", "train-00000.offsets.npy", "tokenizer.model"])
 def test_a_shard_that_is_not_as_written_is_refused_by_name(corpus, cache, tmp_path, name, how):
-    folder = write(tmp_path / "x", corpus, made_up(40), 500)
+    folder = write_shards(tmp_path / "x", corpus, made_up(40), 500)
     shards.read(str(folder), "")  # now it is known by size and time
     changed(folder / name, how)
     with pytest.raises(UserError, match=f"{name} is (missing|changed since it was built).*; prepare it again"):
@@ -112,7 +98,7 @@ def test_a_shard_that_is_not_as_written_is_refused_by_name(corpus, cache, tmp_pa
     ],
 )
 def test_a_broken_manifest_is_refused(corpus, cache, tmp_path, content, words):
-    folder = write(tmp_path / "x", corpus, made_up(4))
+    folder = write_shards(tmp_path / "x", corpus, made_up(4))
     manifest = json.loads((folder / "manifest.json").read_text())
     if content == "FORMAT":
         manifest["format"] = 9
@@ -125,7 +111,7 @@ def test_a_broken_manifest_is_refused(corpus, cache, tmp_path, content, words):
 
 
 def test_large_files_are_known_by_size_and_time_and_one_is_hashed_in_turn(corpus, cache, tmp_path, monkeypatch):
-    folder, hashed = write(tmp_path / "x", corpus, made_up(4)), []
+    folder, hashed = write_shards(tmp_path / "x", corpus, made_up(4)), []
     real = shards.file_hash
     monkeypatch.setattr(shards, "file_hash", lambda path: hashed.append(os.path.basename(path)) or real(path))
     names = sorted(json.loads((folder / "manifest.json").read_text())["files"])

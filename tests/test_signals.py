@@ -10,8 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from test_train import lines_of
+from helpers import LIMIT, ROOT, lines_of
 
 from lm_jax import checkpoint, evaluate, main, stop
 
@@ -70,7 +69,7 @@ def signalled(words, after: str, delay: float, numbers: tuple[int, ...], **envir
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         time.sleep(0.05 * (len(numbers) > 1))
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=LIMIT)
     return process.returncode, said + rest, time.monotonic() - began
 
 
@@ -96,7 +95,7 @@ def reference(tmp_path_factory):
     """The run that nobody interrupts."""
     workdir = tmp_path_factory.mktemp("reference") / "run"
     process = start([*RUN, "--workdir", str(workdir)])
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     return workdir
 
@@ -121,7 +120,7 @@ def test_from_the_first_import_on_a_signal_ends_a_command_in_one_line(name, tmp_
         time.sleep(0.001)
     time.sleep(0.2)
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=LIMIT)
     assert (process.returncode, output) == (128 + number, "lm_jax: stopped\n")
 
 
@@ -154,7 +153,7 @@ def test_a_run_that_is_stopped_in_its_last_evaluation_has_all_its_steps_and_eval
     assert code == 75 and "saved at step 2, the same command goes on from there" in output, output
     assert not any("final/loss" in line for line in lines_of(tmp_path / "run"))
     process = start(words)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0 and "resumed at step 2" in rest and "compile" not in rest.split("start-up")[0], rest
     steps = [line["step"] for line in lines_of(tmp_path / "run") if "train/loss" in line]
     assert steps == [1, 2] and lines_of(tmp_path / "run")[-1].keys() >= {"eval/loss", "final/loss"}
@@ -231,7 +230,7 @@ def test_sixty_signals_over_all_phases(reference, tmp_path):
         )
         if code == 75:
             process = start(words)
-            rest, _ = process.communicate(timeout=300)
+            rest, _ = process.communicate(timeout=LIMIT)
             assert process.returncode == 0, rest
             assert lines_of(workdir) == lines_of(reference), phase
     print(f"{wanted} signals: exit codes {codes}, the slowest end {slowest:.1f} s", flush=True)

@@ -12,9 +12,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import ROOT
-from test_processes import free_port
-from test_train import assert_same_run
+from helpers import LIMIT, ROOT, assert_same_run, free_port
 
 SCRIPT = str(ROOT / "tools" / "launch" / "slurm.sbatch")
 TRAIN = [
@@ -82,16 +80,16 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
             )
             stack.callback(process.terminate)
             time.sleep(1)
-        wait_until(lambda: "idle" in said(environment, "sinfo", "-h"), 60)
+        wait_until(lambda: "idle" in said(environment, "sinfo", "-h"))
         yield environment
 
 
 def said(environment: dict[str, str], *line: str) -> str:
-    return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=900).stdout
+    return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT).stdout
 
 
-def wait_until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition) -> None:
+    end = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.5)
@@ -105,11 +103,11 @@ def submit(slurm: dict[str, str], log: pathlib.Path, workdir: pathlib.Path) -> s
 
 def test_a_job_that_is_queued_again_ends_as_one_that_nobody_touched(slurm, tmp_path):
     jobs = {name: submit(slurm, tmp_path / f"{name}.log", tmp_path / name) for name in ("whole", "again")}
-    wait_until(lambda: (tmp_path / "again" / "checkpoints" / "8" / "MANIFEST.json").exists(), 600)
+    wait_until(lambda: (tmp_path / "again" / "checkpoints" / "8" / "MANIFEST.json").exists())
     said(slurm, "scontrol", "requeue", jobs["again"])
-    wait_until(lambda: "PENDING" in said(slurm, "scontrol", "show", "job", jobs["again"]), 120)
+    wait_until(lambda: "PENDING" in said(slurm, "scontrol", "show", "job", jobs["again"]))
     said(slurm, "scontrol", "update", f"JobId={jobs['again']}", "StartTime=now")  # Slurm would wait two minutes
-    wait_until(lambda: not said(slurm, "squeue", "-h"), 900)
+    wait_until(lambda: not said(slurm, "squeue", "-h"))
     logs = {name: (tmp_path / f"{name}.log").read_text() for name in jobs}
     assert all(f"2 processes on 1 host, 2 devices (job {jobs[name]} of Slurm)" in log for name, log in logs.items()), (
         logs
@@ -131,13 +129,13 @@ PLACES = {  # words of Slurm -> processes of the job that a command in it belong
 @pytest.mark.parametrize("place", PLACES)
 def test_only_the_tasks_of_a_step_are_several_processes(place, slurm):
     words, expected = PLACES[place]
-    asked = "from lm_jax import cluster; f = cluster.find(); print(f.num_processes if f else 0)"
+    asked = "from lm_jax.multihost import cluster; f = cluster.find(); print(f.num_processes if f else 0)"
     assert set(said(slurm, *words, sys.executable, "-c", asked).split()) == {str(expected)}
 
 
 def test_the_script_of_sbatch_is_one_process(slurm, tmp_path):
     script = tmp_path / "script.sh"
-    script.write_text(f"#!/bin/sh\n{sys.executable} -c 'from lm_jax import cluster; print(cluster.find())'\n")
+    script.write_text(f"#!/bin/sh\n{sys.executable} -c 'from lm_jax.multihost import cluster; print(cluster.find())'\n")
     said(slurm, "sbatch", "--wait", "-n", "2", "-o", str(tmp_path / "log"), str(script))
     assert (tmp_path / "log").read_text() == "None\n"
 
@@ -154,5 +152,5 @@ def test_a_job_that_goes_on_failing_is_not_queued_for_ever(slurm, tmp_path):
         job = said(environment, "sbatch", "--parsable", "-n", "2", "-o", str(tmp_path / "log"), SCRIPT).strip()
         end = lambda job=job: not said(slurm, "squeue", "-h", "-j", job).strip()
         hurry = lambda job=job: said(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")
-        wait_until(lambda hurry=hurry, end=end: (hurry(), end())[1], 200)
+        wait_until(lambda hurry=hurry, end=end: (hurry(), end())[1])
         assert len((tmp_path / "starts.0").read_text().splitlines()) == starts, code

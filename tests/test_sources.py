@@ -6,7 +6,7 @@ import shlex
 import socket
 
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax.data import sources
 from lm_jax.data.corpus import open_corpus

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 import tokenizer_shapes as shapes
-from conftest import ROOT, tiny
 from etils import epath
+from helpers import ROOT, tiny
 
 from lm_jax import load_model
 from lm_jax.config import Mesh

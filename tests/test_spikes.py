@@ -9,8 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_train import lines_of
+from helpers import LIMIT, ROOT, lines_of, poison
 
 from lm_jax import checkpoint, cli, load_model, main, spikes
 from lm_jax.batch_ramp import DataState, Ramp
@@ -109,18 +108,6 @@ LINE = [
     "--config.log.every=4", "--config.train.num_steps=48", "--config.model.num_layers=1",
 ]  # fmt: skip
 REWIND = [*LINE, "--config.train.on_spike=rewind"]
-
-
-def poison(first: int, last: int) -> None:
-    """Gives rows [first, last) of every stream that is made from now on wrong targets."""
-    block = loader.Stream.block
-
-    def poisoned(stream, start, num):
-        found = block(stream, start, num)
-        bad = ((found["row"] >= first) & (found["row"] < last))[:, None]
-        return found | {name: np.where(bad, 7, found[name]) for name in ("tokens", "targets")}
-
-    loader.Stream.block = poisoned
 
 
 @pytest.fixture
@@ -224,10 +211,10 @@ def test_a_run_that_is_killed_while_it_goes_back_is_the_one_that_was_not(recover
 KILLING = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
+from helpers import poison
 from lm_jax import checkpoint, cli, main, spikes
-import test_spikes
-vars(spikes).update(test_spikes.SMALL)
-test_spikes.poison(240, 264)
+vars(spikes).update({SMALL})
+poison(240, 264)
 remove = checkpoint.remove_step
 def removed(folder, step):
     remove(folder, step)
@@ -241,7 +228,7 @@ cli.run_command(main.main)
 def test_sigkill_in_the_middle_of_going_back_changes_no_bit(recovered, poisoned, tmp_path):
     poisoned(240, 264)
     line, environment = [*REWIND, "--workdir", str(tmp_path / "killed")], os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", KILLING, *line], env=environment, capture_output=True, timeout=300)
+    killed = subprocess.run([sys.executable, "-c", KILLING, *line], env=environment, capture_output=True, timeout=LIMIT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert main.main(line) == 0
     same_run(tmp_path / "killed", recovered[0])

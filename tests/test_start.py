@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
 from etils import epath
+from helpers import tiny
 
 from lm_jax import checkpoint, initial_state, load_model, metrics
 from lm_jax.config import Mesh

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LLAMA, tiny
+from helpers import LLAMA, tiny
 
 from lm_jax.data.objectives import example, specials
 from lm_jax.evaluate import open_data

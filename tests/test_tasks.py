@@ -1,12 +1,11 @@
 """What tasks have in common: tables of records, columns under other names, heads on decoders, values instead of labels."""
 
-import csv
 import json
 import re
 
 import numpy as np
 import pytest
-from conftest import command, tiny
+from helpers import RECORDS, command, tiny, write_table
 
 from lm_jax import metrics
 from lm_jax.errors import UserError
@@ -16,32 +15,11 @@ from lm_jax.tasks.regression import Regression
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.tables import rows
 
-RECORDS = [{"text": f'row {i}, "quoted"\nand a second line', "label": "bad" if i % 3 else "good"} for i in range(30)]
 DECODER = dict(
     data__packing="best_fit", data__tokenizer="bytes", data__global_batch_size=2, train__microbatch_rows=2,
     data__validation_fraction=0.2, data__test_fraction=0.0,
 )  # fmt: skip
 CLASSES = dict(train__task="classification", model__labels=("bad", "good"))
-
-
-def write_table(folder, suffix: str, records: list[dict] = RECORDS) -> str:
-    path = folder / f"train{suffix}"
-    if suffix == ".jsonl":
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    elif suffix == ".parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    elif suffix == ".tsv":
-        assert not any(set("\t\n") & set(str(value)) for record in records for value in record.values())
-        path.write_text(
-            "".join("\t".join(map(str, row)) + "\n" for row in (records[0], *(r.values() for r in records)))
-        )
-    else:
-        with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, list(records[0]))
-            table.writeheader()
-            table.writerows(records)
-    return str(folder)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])

@@ -5,8 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
-from test_tasks import write_table
+from helpers import KINDS, tiny, write_table
 
 from lm_jax import evaluate, load_model, main, metrics
 from lm_jax.config import Mesh
@@ -25,8 +24,6 @@ TEXTS = dict(
     train__task="text_to_text", data__packing="best_fit", data__tokenizer="bytes", data__global_batch_size=2,
     train__microbatch_rows=2, data__validation_fraction=0.2, data__test_fraction=0.0,
 )  # fmt: skip
-READER = dict(model__kind="encoder_decoder", model__positions="relative", data__objective="span_corruption")
-KINDS = {"transformer": {}, "lstm": dict(model__kind="lstm"), "encoder_decoder": READER}
 
 
 def config_of(place, **changes):

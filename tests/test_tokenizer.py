@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
-import pathlib
 
 import numpy as np
 import pytest
+from chat_templates import CHINESE, byte_level, library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -14,11 +13,6 @@ from lm_jax import checkpoint, run_folder
 from lm_jax.data import special_ids, tokenizer, tokenizer_files, tokenizer_training
 from lm_jax.errors import UserError
 
-CHINESE = """\
-人工智能模型从文本中学习：它读到一个词，然后猜下一个词。“你好，世界！”他说（声音很轻）。
-价格是￥１２８．００；折扣为２０％——真的吗？是的……请看《说明》第３章、第【４】节。
-简体中文与繁體中文都應該完整保留，標點「全形」也一樣。
-"""
 OTHERS = (
     "日本語のテスト。한국어 문장. Привет, мир! שלום עולם. مرحبا بالعالم। नमस्ते दुनिया। Γειά σου Κόσμε· ภาษาไทย 🙂👩‍👩‍👧"
 )
@@ -37,25 +31,6 @@ AWKWARD = [
     " \n \n",
     "\u200b",
 ]
-
-
-def library() -> list[str]:
-    folder = pathlib.Path(os.__file__).parent
-    return [(folder / name).read_text() for name in ("argparse.py", "ast.py", "calendar.py", "csv.py", "difflib.py")]
-
-
-def byte_level() -> bytes:
-    """A byte-level BPE as Hugging Face keeps one, with the special tokens of a chat model."""
-    tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator([*library(), CHINESE], trainer)
-    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "</s>"])
-    made.enable_truncation(8)  # a file may ask for it; a corpus must not lose text to it
-    return made.to_str().encode()
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import LIMIT, ROOT
 
 
 def tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
     line = [sys.executable, str(ROOT / "tools" / name), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
 
 
 def test_runs_are_compared_side_by_side(finished, tmp_path):
@@ -32,12 +32,12 @@ def test_a_folder_without_metrics_is_named(finished, tmp_path):
 
 @pytest.mark.proof
 def test_every_case_of_the_gpu_table_runs_in_miniature(tmp_path):
-    result = tool("benchmark.py", "gpu", "--smoke", "--json", str(tmp_path / "gpu.json"))
+    result = tool("benchmark", "gpu", "--smoke", "--json", str(tmp_path / "gpu.json"))
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert len(found) == 8 and all("failed" not in case for case in found.values()), found
 
 
 def test_an_unknown_benchmark_is_answered_with_those_there_are():
-    result = tool("benchmark.py", "gpus")
+    result = tool("benchmark", "gpus")
     assert result.returncode == 2 and "name one of" in result.stderr and "gpu" in result.stderr

@@ -16,8 +16,8 @@ import sys
 
 import one_process
 import pytest
+from helpers import LIMIT, ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {name: (ROOT / "docs" / name).read_text() for name in ("tour.md", "tour.zh.md")}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
@@ -175,7 +175,7 @@ def test_every_command_runs_as_it_stands(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1", "PATH": path}
     for command in blocks("tour.md", "bash"):
         result = subprocess.run(
-            ["bash", "-c", command], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=900
+            ["bash", "-c", command], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=LIMIT
         )
         assert result.returncode == 0, command + result.stdout[-2000:] + result.stderr[-2000:]
 
@@ -192,7 +192,9 @@ def test_a_card_is_written_from_a_run(finished, tmp_path):
         "--output",
         str(tmp_path / "card.md"),
     ]
-    ran = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    ran = subprocess.run(
+        line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=LIMIT
+    )
     assert ran.returncode == 0, ran.stderr
     card = (tmp_path / "card.md").read_text()
     _, front, body = card.split("---\n", 2)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax import initial_state
 from lm_jax.config import Mesh

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import Bytes

@@ -1,6 +1,6 @@
 """How long a save holds up the training, how fast it is with and without hashes, and memory over many saves.
 
-python tools/benchmark.py save [--layers 8] [--rounds 5] [--saves 50]
+python tools/benchmark save [--layers 8] [--rounds 5] [--saves 50]
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The table for one GPU in one call of under ten minutes: `python tools/benchmark.py gpu [--smoke] [--json FILE]`.
+"""The table for one GPU in one call of under ten minutes: `python tools/benchmark gpu [--smoke] [--json FILE]`.
 
 Strict MFU and tokens/s of GPT-2 124M and 1.5B by attention backend, the cost of a checkpoint every 50 steps, decoding. Data
 are made up and already on the device: what is measured is the step. `--smoke` runs every case in miniature, anywhere.
@@ -134,7 +134,7 @@ def decoding(batch: int, smoke: bool) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    parser = cli.Parser("tools/benchmark_gpu.py", __doc__)
+    parser = cli.Parser("tools/benchmark/gpu.py", __doc__)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--json", default="")
     flags = parser.parse_args(arguments)

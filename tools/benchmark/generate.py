@@ -1,4 +1,4 @@
-"""Greedy tokens/s beside `transformers` generate on the same weights: `python tools/benchmark.py generate` (extra: peers).
+"""Greedy tokens/s beside `transformers` generate on the same weights: `python tools/benchmark generate` (extra: peers).
 
 Both contenders are processes of their own; rounds go A B A B, ratios are taken within a round, prefill included. By default the
 weights are random, of SmolLM2-135M's shape; `--model` names a Hugging Face folder instead.
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 
-from benchmark_train import BUSY, others
+from train import BUSY, others
 
 from lm_jax import cli
 from lm_jax.errors import UserError
@@ -141,7 +141,7 @@ def compare(folder: str, batch: int, rounds: int) -> None:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["worker"]:
         return worker(arguments[1], arguments[2], int(arguments[3]))
-    parser = cli.Parser("tools/benchmark_generate.py", __doc__)
+    parser = cli.Parser("tools/benchmark/generate.py", __doc__)
     parser.add_argument("--model", default="", help="a Hugging Face folder; default: random weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

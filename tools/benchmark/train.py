@@ -1,4 +1,4 @@
-"""Speeds beside a peer's, in one interleaved run: `python tools/benchmark.py train [--shape base]` (extra: peers).
+"""Speeds beside a peer's, in one interleaved run: `python tools/benchmark train [--shape base]` (extra: peers).
 
 Every contender is a process of its own that trains when it is told to; rounds go A B C A B C, ratios are taken within a
 round. A machine that others use is not measured: a busy one slows PyTorch far more than JAX.
@@ -21,7 +21,7 @@ BUSY = 0.15  # share of the cores that others may use
 
 
 class Contender:
-    """`python tools/benchmark_train.py worker NAME SHAPE`: says when it is ready, then answers a number of steps with seconds."""
+    """`python tools/benchmark/train.py worker NAME SHAPE`: says when it is ready, then answers a number of steps with seconds."""
 
     def __init__(self, name: str, shape: str):
         self.name = name
@@ -172,7 +172,7 @@ def torch_step(shape, name: str):
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["worker"]:
         return worker(*arguments[1:])
-    parser = cli.Parser("tools/benchmark_train.py", __doc__)
+    parser = cli.Parser("tools/benchmark/train.py", __doc__)
     parser.add_argument("--shape", default="base", choices=tuple(SHAPES))
     parser.add_argument("--rounds", type=int, default=7)
     flags = parser.parse_args(arguments)

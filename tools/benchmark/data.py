@@ -1,4 +1,4 @@
-"""Loader tokens/s beside readers that do less: `python tools/benchmark_data.py [--config experiments/quickstart.py]`.
+"""Loader tokens/s beside readers that do less: `python tools/benchmark/data.py [--config experiments/quickstart.py]`.
 
 One interleaved run over the shards of the config's first source. `window` is a bare fancy index of random windows of tokens, the
 ceiling; `per row` reads tokens and targets of random windows row by row, as nanoGPT does; `rows` makes rows of the batch contract
@@ -51,7 +51,7 @@ def rate(batches: Iterator, length: int) -> float:
 
 def data(arguments: list[str]) -> int:
     overrides, rest = experiment.split_overrides(arguments)
-    parser = cli.Parser("tools/benchmark_data.py", __doc__)
+    parser = cli.Parser("tools/benchmark/data.py", __doc__)
     parser.add_argument("--config", default="experiments/quickstart.py")
     flags = parser.parse_args(rest)
     config, _ = experiment.load_config(flags.config, overrides)

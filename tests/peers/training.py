@@ -1,9 +1,9 @@
 """Learns what the reference learns: one recipe in lm_jax and in PyTorch (`transformers` GPT-2), same weights, same batches.
 
     pip install -e '.[peers]'
-    python tools/parity.py                compares live, and with the losses recorded in tests/fixtures/parity.json
-    python tools/parity.py --record       writes them anew, with docs/parity.png
-    python tools/parity.py --seeds 3      each with its own initial weights: losses at equal tokens
+    python tests/peers/training.py                compares live, and with the losses recorded in tests/fixtures/parity.json
+    python tests/peers/training.py --record       writes them anew, with docs/parity.png
+    python tests/peers/training.py --seeds 3      each with its own initial weights: losses at equal tokens
 
 AdamW, warm-up, cosine, clipping and decay of matrices only, 200 steps of a GPT-2 of 2 layers, 64 wide, on text of the embedded
 corpus. The fixture holds the rows, so that lm_jax is held to PyTorch's losses where there is no torch (tests/test_parity.py).
@@ -28,7 +28,7 @@ from lm_jax.mesh import make_mesh
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import compile_step
 
-FIXTURE = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "parity.json"
+FIXTURE = pathlib.Path(__file__).parent.parent / "fixtures" / "parity.json"
 BATCH, LENGTH, PIECES, STEPS = 8, 64, 512, 200
 LIMITS = {"float32": 1e-4, "bfloat16": 1e-2}  # of every loss, relative
 PARAMETERS_LIMIT = 1e-3  # of the final parameters in float32, relative norm
@@ -226,7 +226,7 @@ def draw(curves: dict) -> None:
     right.legend()
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    pyplot.savefig(pathlib.Path(__file__).parent.parent / "docs" / "parity.png", dpi=80)
+    pyplot.savefig(pathlib.Path(__file__).parent.parent.parent / "docs" / "parity.png", dpi=80)
 
 
 if __name__ == "__main__":

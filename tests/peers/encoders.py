@@ -1,8 +1,8 @@
 """The same numbers in lm_jax and in PyTorch from random weights: BERT, T5 (`transformers`), `torch.nn.TransformerEncoder`.
 
     pip install -e '.[peers]'
-    python tools/parity_encoders.py              compares every config live, both ways, and gradients
-    python tools/parity_encoders.py --record     writes tests/fixtures/encoders.npz, which tests/test_peers.py is held to
+    python tests/peers/encoders.py              compares every config live, both ways, and gradients
+    python tests/peers/encoders.py --record     writes tests/fixtures/encoders.npz, which tests/test_peers.py is held to
 
 The configs are odd on purpose: heads in threes, heads wider than dim / heads, texts beyond the farthest bucket.
 """
@@ -24,7 +24,7 @@ from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 from lm_jax.model.build import Graph, build
 
-FIXTURE = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "encoders.npz"
+FIXTURE = pathlib.Path(__file__).parent.parent / "fixtures" / "encoders.npz"
 LIMIT = 1e-4  # of every logit, absolute
 PIECES = 61
 BERT = dict(

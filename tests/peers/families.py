@@ -1,8 +1,8 @@
 """The same logits and gradients in lm_jax and in PyTorch (`transformers`), for every family, from random weights.
 
     pip install -e '.[peers]'
-    python tools/parity_families.py              compares every config of the table live, both ways
-    python tools/parity_families.py --record     writes tests/fixtures/families.npz, which tests/test_convert.py is held to,
+    python tests/peers/families.py              compares every config of the table live, both ways
+    python tests/peers/families.py --record     writes tests/fixtures/families.npz, which tests/test_convert.py is held to,
                                                  and config_defaults.json, which tests/test_fields.py is
 
 The configs are odd on purpose: heads in threes, heads wider than dim / heads, windows shorter than the text, scaled positions.
@@ -22,7 +22,7 @@ from lm_jax.convert import description, hugging_face, safetensors, tensor_map
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 
-FIXTURE = pathlib.Path(__file__).parent.parent / "tests" / "fixtures" / "families.npz"
+FIXTURE = pathlib.Path(__file__).parent.parent / "fixtures" / "families.npz"
 DEFAULTS = FIXTURE.parent / "config_defaults.json"
 LIMIT = 1e-4  # of every logit, absolute
 LENGTH, PIECES = 24, 53
