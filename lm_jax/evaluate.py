@@ -1,5 +1,6 @@
 """Exact evaluation of a held-out split: every token once, whatever the batch; `python -m lm_jax.evaluate --model MODEL`."""
 
+import argparse
 import functools
 import itertools
 import json
@@ -16,6 +17,7 @@ from lm_jax.config import Config, Mesh
 from lm_jax.data import loader, mixture, packing
 from lm_jax.data.tokenizer import Tokenizer, tell_losses
 from lm_jax.distributed import settle
+from lm_jax.errors import UserError
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import batch_shards, make_mesh
 from lm_jax.model.build import Graph
@@ -127,9 +129,8 @@ def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batc
     return found.loss, mask_BT.sum(), (sizes_BT * mask_BT).sum(), None
 
 
-def main(arguments: list[str]) -> int:
-    from lm_jax.tasks import dpo_reference, generate_answers  # late: training a language model needs no tasks
-
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The flags. Raises UserError."""
     parser = cli.Parser("lm_jax.evaluate", __doc__)
     parser.add_argument(
         "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
@@ -145,7 +146,11 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--batch_size {flags.batch_size}: at least 1")
     if not 1 <= flags.beams <= 64 or flags.records < 0:
         parser.error("--beams is from 1 to 64, --records at least 0")
-    say = Terminal()
+    return flags
+
+
+def main(arguments: list[str]) -> int:
+    flags, say = parse(arguments), Terminal()
     devices = distributed.devices()  # of several processes each verifies its share of the model
     found = load_model.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
@@ -156,7 +161,7 @@ def main(arguments: list[str]) -> int:
 
         scores.check(found.config.evaluate.metrics)
     elif flags.beams > 1 or flags.records:
-        parser.error(
+        raise UserError(
             "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
         )
     mixed = open_data(found.config, say)

@@ -1,4 +1,4 @@
-"""Imports run one way, and the periphery can go."""
+"""The house: imports run one way, the wings can go, nothing outgrows its file, and the map knows every module."""
 
 import ast
 import os
@@ -90,3 +90,29 @@ def test_main_runs_without_the_periphery(tmp_path):
     result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     assert "parameters" in result.stdout
+
+
+def test_no_file_and_no_function_outgrows_what_one_reads_at_once():
+    for path in sorted((ROOT / "lm_jax").rglob("*.py")):
+        text = path.read_text()
+        assert text.count("\n") <= (250 if path.name == "train.py" else 350), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_the_map_has_every_module_once_and_every_module_that_it_has():
+    """docs/architecture.md, and the docstring of a wing its own."""
+    modules = {f"lm_jax/{name.replace('.', '/')}.py" for name in ORDER}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert sorted(re.findall(r"^\| `(lm_jax/[^`]+\.py)` \|", text, re.MULTILINE)) == sorted(modules)
+    for wing in (ROOT / "lm_jax").glob("*/__init__.py"):
+        told = ast.get_docstring(ast.parse(wing.read_text())) or ""
+        if wing.parent.name not in ("data", "model"):  # of the core
+            names = {path.name for path in wing.parent.glob("*.py")} - {"__init__.py", "__main__.py"}
+            assert {name for name in names if name not in told} == set(), wing
+
+
+def test_the_reading_list_is_short():
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## Beside the core")[0]
+    assert len(re.findall(r"^\| `lm_jax/", text, re.MULTILINE)) <= 28

@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from jax._src import cloud_tpu_init
 from metadata_server import of_worker, serve
 

@@ -32,7 +32,7 @@ from lm_jax.train_state import make_program
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EVERY = 5  # steps from one checkpoint to the next
-LIMIT = 600  # seconds until a start that neither ends nor is killed counts as one that hangs
+LIMIT = 600  # seconds without a word of any process, until a start that neither ends nor is killed counts as one that hangs
 LEFT = 20  # seconds that the others have to leave, once one is killed
 STARTING, RUNNING = "any moment of a start", "any moment after it"
 LEADING = {"save.begin", "save.manifest", "save.mark", "save.commit", "retain", "send", "quarantine"}  # process 0 alone
@@ -77,6 +77,10 @@ class Started:
         with open(self.outputs[0]) as file:
             found = re.findall(r"^(?:resumed at step|step) +([\d,]+)(?:,| of).*\n", file.read(), re.MULTILINE)
         return [int(number.replace(",", "")) for number in found]
+
+    def silence(self) -> float:
+        """Seconds since a process last said anything, or since the start."""
+        return time.time() - max(os.stat(path).st_mtime for path in self.outputs)
 
     def alive(self) -> list[subprocess.Popen]:
         return [process for process in self.all if process.poll() is None]
@@ -131,7 +135,7 @@ class Chaos:
                 if card == STARTING and now > moment * before or card == RUNNING and len(steps) > after:
                     time.sleep(0.3 * moment * (card == RUNNING))
                     started.all[victim].kill()
-                if now > LIMIT:
+                if started.silence() > LIMIT:
                     raise Wrong(f"it hangs ({card})")
                 time.sleep(0.01)
             behind = started.end(LEFT)

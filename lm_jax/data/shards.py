@@ -22,16 +22,7 @@ from lm_jax import regular_files
 from lm_jax.data import sources, tokenizer_files
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError, needs
-from lm_jax.files import (
-    BESIDE,
-    file_hash,
-    flush,
-    flush_folder,
-    seal,
-    sealed,
-    unsealed,
-    write_whole,
-)
+from lm_jax.files import BESIDE, file_hash, flush, flush_folder, seal, sealed, unsealed, write_whole
 from lm_jax.regular_files import is_url
 
 FORMAT = 3  # 2 had no seal, and is read
