@@ -5,4 +5,4 @@ from lm_jax import stop
 __version__ = "0.1.0"
 
 if stop.is_command():  # before anything heavy is imported: Ctrl-C is answered from here on
-    stop.Stop().__enter__()
+    stop.StopSignal().__enter__()

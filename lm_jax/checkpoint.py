@@ -26,7 +26,7 @@ from etils import epath
 from lm_jax import fault_points
 from lm_jax.batch_ramp import DataState
 from lm_jax.config import Config
-from lm_jax.distributed import agree, first_answer, leads, share
+from lm_jax.distributed import agree, first_answer, is_main_process, share
 from lm_jax.errors import UserError
 from lm_jax.files import check_room, sealed, write_whole
 from lm_jax.manifest import (
@@ -42,8 +42,8 @@ from lm_jax.manifest import (
 from lm_jax.optimizer import all_finite
 from lm_jax.regular_files import is_url, read_object
 from lm_jax.remote import set_aside
-from lm_jax.stop import NEVER, Stop
-from lm_jax.train_state import Program, TrainState, abstract
+from lm_jax.stop import NEVER, StopSignal
+from lm_jax.train_state import TrainSetup, TrainState, abstract
 
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder; what is called otherwise is not ours
 UNFINISHED = ".unfinished"  # `<step>.unfinished` stands beside a step while it is written, and while it is removed
@@ -80,8 +80,8 @@ class Saver:
     `poll` raises what went wrong there, `wait` returns once the manifest is on disk. `stop` learns which step is saved.
     """
 
-    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, Any], stop: Stop | None = None):
-        self.stop = stop or Stop()
+    def __init__(self, workdir: epath.Path, config: Config, facts: dict[str, Any], stop: StopSignal | None = None):
+        self.stop = stop or StopSignal()
         self.folder, self.config, self.facts = steps_folder(workdir), config, facts
         self.folder.mkdir(parents=True, exist_ok=True)
         # In a bucket an array is objects of its own: OCDBT would join them, by generations that not every store has.
@@ -108,12 +108,14 @@ class Saver:
         Raises NotFinite.
         """
         self.wait()
-        if agree(leads() and (self.folder / str(data.step) / MANIFEST).exists(), "is saved"):
+        if agree(is_main_process() and (self.folder / str(data.step) / MANIFEST).exists(), "is saved"):
             return
         if not self._is_finite(state):
             raise NotFinite(f"the state after step {data.step:,} is not finite (inf or NaN), and is not saved")
         num_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-        if problem := first_answer(lambda: self._make_way(data.step, num_bytes) if leads() else "", "room for a step"):
+        if problem := first_answer(
+            lambda: self._make_way(data.step, num_bytes) if is_main_process() else "", "room for a step"
+        ):
             raise UserError(problem)
         if jax.default_backend() == "cpu":  # a CPU array on the host is a view, which the next step would write over
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
@@ -138,7 +140,7 @@ class Saver:
         if share()[1] > 1:
             write_part(folder)
         fault_points.reach("save.part")
-        if leads():
+        if is_main_process():
             fault_points.reach("save.manifest")
             write_manifest(folder, {"step": step} | {name: self.facts[name] for name in FACTS} | also)
             fault_points.reach("save.mark")
@@ -259,7 +261,7 @@ def newest_first(folder: epath.Path) -> Iterator[int]:
     """Steps that have a manifest, as the leading process finds them; all processes ask for the next one together."""
     step = sys.maxsize
     while True:
-        earlier = [found for found in complete_steps(folder) if found < step] if leads() else []
+        earlier = [found for found in complete_steps(folder) if found < step] if is_main_process() else []
         if (step := agree(max(earlier, default=NEVER), "a step")) == NEVER:
             return
         yield step
@@ -278,7 +280,7 @@ def newest_valid(
         if not problem:
             return step
         say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
-        if quarantine and leads():
+        if quarantine and is_main_process():
             fault_points.reach("quarantine")
             set_step_aside(folder, step)
     if has_steps(workdir):
@@ -287,7 +289,7 @@ def newest_valid(
     return None
 
 
-def restore(workdir: epath.Path, step: int, program: Program) -> tuple[TrainState, DataState]:
+def restore(workdir: epath.Path, step: int, program: TrainSetup) -> tuple[TrainState, DataState]:
     """(state on the mesh that is set, data state) of a verified step."""
     target = abstract(program)
     named = by_path(target.optimizer_state)

@@ -13,7 +13,7 @@ from typing import NoReturn
 from lm_jax import fault_points, faults, stop
 from lm_jax.errors import PeerError, UserError, nearest, plain_lines, shown
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
-from lm_jax.stop import EXIT_FAULT, Stop, end_process, listening, replace_process, work_is_done
+from lm_jax.stop import EXIT_FAULT, StopSignal, end_process, listening, replace_process, work_is_done
 
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
 KEPT_MEMORY = ":".join(
@@ -95,7 +95,7 @@ def run_command(main: Callable[[list[str]], int | None], arguments: list[str] | 
     0 done, 2 user error, 70 an error of this program, 74 an error of the machine (disk, rights, memory), 75 preempted
     and saved; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved.
     """
-    with Stop():
+    with StopSignal():
         speak = quiet_threads()
         code = exit_code(main, sys.argv[1:] if arguments is None else arguments)
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out

@@ -125,7 +125,7 @@ def described(num_devices: int) -> str:
     return f"{one.num_processes} processes on {on}{slices}, {num_devices} devices ({one.where})"
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes what a run has once: log, metrics, config, and the manifest of a step."""
     return share()[0] == 0
 
@@ -153,7 +153,7 @@ def first_answer(ask: Callable[[], str], about: str) -> str:
     return next((text for _, text, _ in answers if text), "")
 
 
-def settle(tree):
+def block_on_cpu(tree):
     """Waits for `tree` where nothing may be in flight behind it: on CPU, whose fake devices deadlock in collectives.
 
     On accelerators the next step is dispatched while this one runs. This function is the one place that says so.
@@ -164,7 +164,7 @@ def settle(tree):
 @contextlib.contextmanager
 def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
     """One run a workdir: the lock, held by its leading process, dies with it. Raises UserError where another run holds it."""
-    if not leads():
+    if not is_main_process():
         yield
         return
     if is_url(workdir):
@@ -189,7 +189,7 @@ def find_together(workdir: epath.Path) -> None:
         return
     path = workdir / "lock" / "word" if is_url(workdir) else workdir / "lock"
     word = agree(secrets.token_hex(8), "a word")
-    if leads():
+    if is_main_process():
         path.write_text(word)
     agree(None, "the word is written")
     until = time.monotonic() + TOGETHER

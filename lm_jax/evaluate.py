@@ -16,11 +16,11 @@ from lm_jax import cli, distributed, load_model, run_folder
 from lm_jax.config import Config, Mesh
 from lm_jax.data import loader, mixture, packing
 from lm_jax.data.tokenizer import Tokenizer, tell_losses
-from lm_jax.distributed import settle
+from lm_jax.distributed import block_on_cpu
 from lm_jax.errors import UserError
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import batch_shards, make_mesh
-from lm_jax.model.build import Graph
+from lm_jax.model.build import ModelDef
 from lm_jax.model_config import OBJECTIVES
 from lm_jax.multihost import peers
 from lm_jax.terminal import Terminal
@@ -81,7 +81,7 @@ class Evaluator:
     tokens, where the tokenizer's add up to the text.
     """
 
-    def __init__(self, graph: Graph, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, size: int):
+    def __init__(self, graph: ModelDef, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, size: int):
         self.mesh, self.size = mesh, size
         self._reads_all = graph.config.kind not in OBJECTIVES and not graph.config.head
         sizes = tokenizer.bytes_per_piece * tokenizer.adds_up
@@ -99,7 +99,7 @@ class Evaluator:
         limited = rows.first(wanted)
         parts: list[tuple] = []
         for batch in loader.batches(limited, self.mesh, 0, -(-wanted // self.size), self.size):
-            *sums, answers_BTC = settle(self._sums(parameters, batch))
+            *sums, answers_BTC = block_on_cpu(self._sums(parameters, batch))
             results: list = []
             if answers_BTC is not None:
                 assert not isinstance(limited, packing.HeldOutRows)
@@ -116,7 +116,7 @@ class Evaluator:
 
 
 # Shape suffixes: B batch, T length, C outputs of a task's head.
-def batch_sums(graph: Graph, bytes_per_piece: np.ndarray, parameters: dict, batch: dict) -> tuple:
+def batch_sums(graph: ModelDef, bytes_per_piece: np.ndarray, parameters: dict, batch: dict) -> tuple:
     """(loss, tokens, bytes) of a batch, float32 [] each, and what a task's head answered, [B, T, C] on every process, or None."""
     found, mask_BT = batch_loss(graph, parameters, batch), batch["loss_mask"]
     if found.answers_BTC is not None:

@@ -13,12 +13,12 @@ from lm_jax.batch_ramp import START, DataState
 from lm_jax.data import mixture
 from lm_jax.distributed import agree
 from lm_jax.errors import UserError
-from lm_jax.train_state import Program, TrainState, fresh
+from lm_jax.train_state import TrainSetup, TrainState, fresh
 
-Source = load_model.Located | Any  # a MODEL, or the `WordVectors` of a file (lm_jax/convert/word_vectors.py)
+Source = load_model.ModelRef | Any  # a MODEL, or the `WordVectors` of a file (lm_jax/convert/word_vectors.py)
 
 
-def find_init(program: Program, mixed: mixture.Mixture, say: terminal.Terminal) -> Source | None:
+def find_init(program: TrainSetup, mixed: mixture.Mixture, say: terminal.Terminal) -> Source | None:
     """The model that `train.init_from` names, or the word vectors where it is a file; None where it names nothing.
 
     The one place where training looks up `convert`. Raises UserError where nothing is there, or that lists what has
@@ -60,7 +60,7 @@ def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) 
 
 
 def starting_point(
-    program: Program, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str = ""
+    program: TrainSetup, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str = ""
 ) -> tuple[TrainState, DataState]:
     """The state on the mesh that is set, and where the data stand. `source` is what `find_init` found, `run` the
     identity that the steps of the workdir must have."""
@@ -73,7 +73,7 @@ def starting_point(
         return state, data
     if source is None:
         return jax.jit(lambda: fresh(program))(), START
-    if isinstance(source, load_model.Located):
+    if isinstance(source, load_model.ModelRef):
         _, given = load_model.load_parameters(source)
         say(f"parameters from {source.workdir} step {source.step:,}")
         parameters = with_the_rest(program, given, say)
@@ -85,7 +85,7 @@ def starting_point(
     return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer_state), START
 
 
-def with_the_rest(program: Program, given: dict, say: terminal.Terminal) -> dict:
+def with_the_rest(program: TrainSetup, given: dict, say: terminal.Terminal) -> dict:
     """The parameters of the program: the given ones, and those that are missing as they are initialised; both said."""
     flat, mine = nnx.traversals.flatten_mapping(given), program.graph.declarations
     if all(path in mine and x.shape == mine[path].shape for path, x in flat.items()) and len(flat) == len(mine):

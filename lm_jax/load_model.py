@@ -28,13 +28,13 @@ from lm_jax.data.tokenizer_files import load, named
 from lm_jax.errors import UserError, nearest
 from lm_jax.files import file_hash
 from lm_jax.manifest import MANIFEST, invalid_reason
-from lm_jax.model.build import Graph, build
+from lm_jax.model.build import ModelDef, build
 from lm_jax.model.lora import merged
 from lm_jax.regular_files import read_object
 from lm_jax.run_folder import CONFIG, check_run_files, read_config
 from lm_jax.stop import NEVER
-from lm_jax.train_state import Program, abstract, make_program
-from lm_jax.trainable import joined
+from lm_jax.train_state import TrainSetup, abstract, make_program
+from lm_jax.trainable import merge_params
 
 
 def convert_modules() -> tuple[ModuleType, ModuleType]:
@@ -44,7 +44,7 @@ def convert_modules() -> tuple[ModuleType, ModuleType]:
     return hugging_face, safetensors
 
 
-class Located(NamedTuple):
+class ModelRef(NamedTuple):
     """A MODEL that was found. Its config has defaults for what concerns only the machine of its training."""
 
     workdir: epath.Path
@@ -52,14 +52,14 @@ class Located(NamedTuple):
     config: Config
     tokenizer: Tokenizer
     described: Any = None  # of a Hugging Face folder: what its config.json says (`hugging_face.Description`)
-    base: "Located | None" = None  # of a folder with the trained parameters alone: the MODEL that has the frozen ones
+    base: "ModelRef | None" = None  # of a folder with the trained parameters alone: the MODEL that has the frozen ones
 
     @property
-    def num_pieces(self) -> int:
+    def vocab_size(self) -> int:
         """The vocabulary of the model: that of its tokenizer, and the ids that its objective adds."""
         if self.described:
-            return self.described.num_pieces
-        return specials(self.tokenizer, self.config.data.objective).num_pieces
+            return self.described.vocab_size
+        return specials(self.tokenizer, self.config.data.objective).vocab_size
 
     @property
     def special_ids(self) -> special_ids.SpecialIds:
@@ -67,7 +67,7 @@ class Located(NamedTuple):
         return special_ids.read(self.workdir, self.tokenizer)
 
 
-def locate(model: str, say: Callable[[str], None] = print) -> Located:
+def locate(model: str, say: Callable[[str], None] = print) -> ModelRef:
     """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`) or a Hugging Face folder.
 
     With several processes all of them call it together. Raises UserError.
@@ -88,11 +88,11 @@ def locate(model: str, say: Callable[[str], None] = print) -> Located:
         raise UserError(f"--model {model}: the run has no checkpoint yet")
     config = resolve_found(unflatten(content["config"]))
     base = locate_base(workdir, content["base"], say) if "base" in content else None
-    found = Located(workdir, NEVER, config, load(str(workdir)), None, base)
+    found = ModelRef(workdir, NEVER, config, load(str(workdir)), None, base)
     return found._replace(step=locate_step(found, model, wanted, content.get("run", ""), say))
 
 
-def locate_step(found: Located, model: str, wanted: str, run: str, say: Callable[[str], None]) -> int:
+def locate_step(found: ModelRef, model: str, wanted: str, run: str, say: Callable[[str], None]) -> int:
     """The step `wanted` of a run, verified; "" = the newest valid one. `run` is its identity. Raises UserError."""
     folder = steps_folder(found.workdir)
     steps, items = complete_steps(folder), items_read(found)
@@ -108,19 +108,19 @@ def locate_step(found: Located, model: str, wanted: str, run: str, say: Callable
     return int(wanted)
 
 
-def items_read(located: Located) -> frozenset[str]:
+def items_read(located: ModelRef) -> frozenset[str]:
     """The Orbax items of a step that hold the model's parameters.
 
     An average (`optimizer.ema`) is in the optimizer's state; "parameters" is then read for frozen ones alone.
     """
     if not located.config.optimizer.ema or located.base:
         return frozenset({"parameters"})
-    program = make_program(located.config, located.num_pieces)
+    program = make_program(located.config, located.vocab_size)
     has_frozen = len(program.trained) < len(program.graph.declarations)
     return frozenset({"optimizer", *["parameters"] * has_frozen})
 
 
-def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], None]) -> Located:
+def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], None]) -> ModelRef:
     """The MODEL with the frozen parameters; `said` is {"place", "hash"} as in config.json. Raises UserError."""
     where = f"put it back, or write its new place into {workdir / CONFIG} (base, place)"
     try:
@@ -134,13 +134,13 @@ def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], 
     return found
 
 
-def context_of(located: Located) -> int:
+def context_of(located: ModelRef) -> int:
     """The longest text in tokens that a model can read; a run with `train.init_from` keeps that of its source."""
     kept = {} if located.described else read_config(located.workdir)
     return max(kept.get("context", 0), located.config.data.sequence_length)
 
 
-def fingerprint(located: Located) -> str:
+def fingerprint(located: ModelRef) -> str:
     """sha256 over the hashes of the files that hold a model's arrays; the folder's place does not enter."""
     if located.described:
         names = convert_modules()[1].weight_files(str(located.workdir))
@@ -151,21 +151,21 @@ def fingerprint(located: Located) -> str:
     return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
 
 
-def locate_hugging_face(folder: epath.Path) -> Located:
+def locate_hugging_face(folder: epath.Path) -> ModelRef:
     """The MODEL of a folder with config.json, safetensors and a tokenizer. Raises UserError."""
     described = convert_modules()[0].read_description(str(folder))
     with named(f"--model {folder}: its tokenizer"):
         tokenizer = load(str(folder))
-    return Located(folder, 0, described.config, tokenizer, described)
+    return ModelRef(folder, 0, described.config, tokenizer, described)
 
 
-def graph_of(located: Located) -> Graph:
+def graph_of(located: ModelRef) -> ModelDef:
     """The model without its parameters, and without LoRA adapters: those are merged into its matrices."""
     model = dataclasses.replace(located.config.model, lora_rank=0)
-    return build(model, located.num_pieces, located.config.data.sequence_length)
+    return build(model, located.vocab_size, located.config.data.sequence_length)
 
 
-def load_parameters(located: Located) -> tuple[Graph, dict]:
+def load_parameters(located: ModelRef) -> tuple[ModelDef, dict]:
     """(model, parameters on the mesh that is set): LoRA adapters merged, the average where the run keeps one."""
     program, parameters = load_as_trained(located)
     model = located.config.model
@@ -175,9 +175,9 @@ def load_parameters(located: Located) -> tuple[Graph, dict]:
     return graph_of(located), merge(parameters)
 
 
-def load_as_trained(located: Located) -> tuple[Program, dict]:
+def load_as_trained(located: ModelRef) -> tuple[TrainSetup, dict]:
     """(what trains a MODEL, its parameters on the mesh that is set), LoRA adapters as they are."""
-    program = make_program(located.config, located.num_pieces)
+    program = make_program(located.config, located.vocab_size)
     target = abstract(program)
     if located.described:
         hugging_face, _ = convert_modules()
@@ -196,11 +196,11 @@ def load_as_trained(located: Located) -> tuple[Program, dict]:
     parameters = found.parameters if "parameters" in items else {}
     if "optimizer" in items:
         average = [found.optimizer[name] for name in averages]
-        parameters = joined(parameters, jax.tree.unflatten(jax.tree.structure(trained), average))
-    return program, joined(under(located.base, frozen), parameters) if located.base else parameters
+        parameters = merge_params(parameters, jax.tree.unflatten(jax.tree.structure(trained), average))
+    return program, merge_params(frozen_from_base(located.base, frozen), parameters) if located.base else parameters
 
 
-def under(base: Located, frozen: dict) -> dict:
+def frozen_from_base(base: ModelRef, frozen: dict) -> dict:
     """The base's parameters at the paths of `frozen`, cut to its shapes (fewer positions) and laid out like it."""
     found = flatten_mapping(load_parameters(base)[1])
     wanted = flatten_mapping(frozen)

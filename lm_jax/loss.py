@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm_jax import sharding
 from lm_jax.model import task_heads
-from lm_jax.model.build import Graph
+from lm_jax.model.build import ModelDef
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
 from lm_jax.model.layers import Dropout, capped
 
@@ -42,7 +42,7 @@ class BatchLoss(NamedTuple):
 
 
 def batch_loss(
-    graph: Graph,
+    graph: ModelDef,
     parameters: dict,
     batch: dict,
     dropout: Dropout | None = None,
@@ -92,11 +92,11 @@ def routing_loss(losses: list[jax.Array], mask_BT: jax.Array, weights: tuple[flo
 
 def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float):
     """(objective, cross entropy in nats) of a model that predicts tokens: sums over the masked tokens, float32 []."""
-    num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.vocab_size // sharding.ways("vocab"))
+    num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.padded_vocab_size // sharding.ways("vocab"))
     if is_chunked(num_logits, hidden_BTD.dtype):
         hidden_BTD = model.before_table(hidden_BTD)
         arrays = hidden_BTD, model.output_table, model.bias_V, batch["targets"], batch["loss_mask"]
-        return in_chunks(model.num_pieces, z_loss, *arrays, model.softcap)
+        return in_chunks(model.vocab_size, z_loss, *arrays, model.softcap)
     logits_BTV = model.logits(hidden_BTD)
     loss = (token_losses(logits_BTV, batch["targets"]) * batch["loss_mask"]).sum()
     if not z_loss:
@@ -113,8 +113,8 @@ def preference_margins(model: LanguageModel, hidden_BTD: jax.Array, batch: dict)
     one; `reference` is the reference's part, at the first token of the pair. Logits exist for a chunk of tokens at a time, and
     are computed again for the gradient.
     """
-    length, vocab_size = hidden_BTD.shape[1], model.vocab_size
-    size = max(128, SMALL // vocab_size // max(1, len(hidden_BTD) // sharding.ways("batch")))
+    length, padded_vocab_size = hidden_BTD.shape[1], model.padded_vocab_size
+    size = max(128, SMALL // padded_vocab_size // max(1, len(hidden_BTD) // sharding.ways("batch")))
     chunk = jax.checkpoint(lambda hidden_BCD, target_BC: -token_losses(model.logits(hidden_BCD), target_BC))
     chunks = (slice(start, min(start + size, length)) for start in range(0, length, size))
     log_BT = jnp.concatenate([chunk(hidden_BTD[:, at], batch["targets"][:, at]) for at in chunks], axis=1)
@@ -124,34 +124,34 @@ def preference_margins(model: LanguageModel, hidden_BTD: jax.Array, batch: dict)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 7))
-def in_chunks(num_pieces: int, z_loss: float, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT, softcap: float = 0.0):
+def in_chunks(vocab_size: int, z_loss: float, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT, softcap: float = 0.0):
     """`vocabulary_loss` from final hidden states, output table and bias (or None) as they are stored, in chunks.
 
     Each device takes `CHUNK` of its tokens at a time. The forward pass computes the gradient of the logits beside them: three
     products a chunk, none of them twice, and float32 [B, T, V] never exists. No token leaves its device; the table is gathered
     once, and its gradient scattered once.
     """
-    settings = ChunkSettings(num_pieces, z_loss, softcap, with_gradients=False)
+    settings = ChunkSettings(vocab_size, z_loss, softcap, with_gradients=False)
     return _on_devices(settings, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT)[:2]
 
 
 class ChunkSettings(NamedTuple):
     """What `in_chunks` computes of every chunk."""
 
-    num_pieces: int
+    vocab_size: int
     z_loss: float
     softcap: float
     with_gradients: bool
 
 
-def _forward(num_pieces: int, z_loss: float, *arrays_and_softcap):
+def _forward(vocab_size: int, z_loss: float, *arrays_and_softcap):
     *arrays, softcap = arrays_and_softcap
-    settings = ChunkSettings(num_pieces, z_loss, softcap, with_gradients=True)
+    settings = ChunkSettings(vocab_size, z_loss, softcap, with_gradients=True)
     *sums, of_hidden, of_table, of_bias = _on_devices(settings, *arrays)
     return tuple(sums), (of_hidden, of_table, of_bias)
 
 
-def _backward(num_pieces: int, z_loss: float, softcap: float, gradients, cotangents):
+def _backward(vocab_size: int, z_loss: float, softcap: float, gradients, cotangents):
     of_hidden, of_table, of_bias = gradients
     scaled = of_hidden.astype(jnp.float32) * cotangents[0]  # a loss scale may be more than float16 can hold
     of_parameters = jax.tree.map(lambda gradient: gradient * cotangents[0], (of_table, of_bias))
@@ -208,7 +208,7 @@ def _chunk(settings: ChunkSettings, table_VD, bias_V, hidden_CD, target_C, mask_
     logits_CV = logits_CV if bias_V is None else logits_CV + bias_V[None]
     logits_CV = capped(logits_CV, settings.softcap) if settings.softcap else logits_CV
     of_capped_CV = 1 - jnp.square(logits_CV / settings.softcap) if settings.softcap else 1.0  # derivative of the cap
-    logits_CV = jnp.where(id_V[None] < settings.num_pieces, logits_CV, -1e9)  # padding of the vocabulary never wins
+    logits_CV = jnp.where(id_V[None] < settings.vocab_size, logits_CV, -1e9)  # padding of the vocabulary never wins
     is_target_CV = id_V[None] == target_C[:, None]
     highest_C = sharding.max_over(logits_CV.max(-1), "vocab")
     powers_CV = jnp.exp(logits_CV - highest_C[:, None])

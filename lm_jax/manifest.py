@@ -20,7 +20,7 @@ from etils import epath
 
 from lm_jax import __version__, files
 from lm_jax.data.sources import files_below
-from lm_jax.distributed import first_answer, leads, share
+from lm_jax.distributed import first_answer, is_main_process, share
 from lm_jax.files import Hash, flush_folder, sealed, unsealed, write_whole
 from lm_jax.regular_files import is_url, read_bytes
 from lm_jax.remote import listed, store_hash
@@ -139,7 +139,7 @@ def _reason_here(folder: epath.Path, run: str, items: Collection[str]) -> str:
     names = shared_out(expected, share()[1])[share()[0]]
     reasons = in_threads(lambda name: files.invalid_reason(folder / name, expected[name]), names)
     wrong = dict(zip(names, reasons, strict=True))
-    if leads():
+    if is_main_process():
         strange = {*filter(is_read, names_below(folder))} - {*expected}
         wrong |= dict.fromkeys(strange, "is not as it was written")
     return next((f"{name} {wrong[name]}" for name in sorted(wrong) if wrong[name]), "")

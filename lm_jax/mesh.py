@@ -98,7 +98,7 @@ def batch_shards(sizes: dict[str, int]) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def preflight(config: Config, vocab_size: int, sizes: dict[str, int]) -> None:
+def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> None:
     """Raises UserError, before anything compiles, where a dim does not divide over the mesh."""
     model, rows = config.model, config.train.microbatch_rows
     first = "data.batch_ramp[0]" if config.data.batch_ramp[0] else "data.global_batch_size"  # the smallest batch
@@ -108,7 +108,7 @@ def preflight(config: Config, vocab_size: int, sizes: dict[str, int]) -> None:
         ("model.num_heads", model.num_heads, "tensor", blocks),
         ("model.num_kv_heads", model.num_kv_heads, "tensor", blocks),
         ("model.mlp_dim", model.mlp_dim, "tensor", blocks),
-        ("the padded vocabulary", vocab_size, "tensor", sizes["tensor"]),
+        ("the padded vocabulary", padded_vocab_size, "tensor", sizes["tensor"]),
         ("model.model_dim", model.model_dim, "fsdp", sizes["fsdp"]),
         ("model.model_dim", model.model_dim, "tensor", 1 if model.remat == "none" else blocks),
         (first, smallest, "data x fsdp", batch_shards(sizes)),
@@ -123,13 +123,13 @@ def preflight(config: Config, vocab_size: int, sizes: dict[str, int]) -> None:
             )
 
 
-def legal_meshes(config: Config, vocab_size: int, num_devices: int) -> Iterator[dict[str, int]]:
+def legal_meshes(config: Config, padded_vocab_size: int, num_devices: int) -> Iterator[dict[str, int]]:
     """Every split of the devices into (data, fsdp, tensor) that `preflight` accepts."""
     for data in (n for n in range(num_devices, 0, -1) if num_devices % n == 0):
         for fsdp in (n for n in range(num_devices // data, 0, -1) if num_devices // data % n == 0):
             sizes = dict(zip(AXES, (data, fsdp, num_devices // data // fsdp), strict=True))
             try:
-                preflight(config, vocab_size, sizes)
+                preflight(config, padded_vocab_size, sizes)
             except UserError:
                 continue
             yield sizes

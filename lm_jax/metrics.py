@@ -128,7 +128,7 @@ class Writer:
         self._events.close()
 
 
-class Nowhere:
+class NullWriter:
     """What the processes of a run that do not lead write to."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None: ...

@@ -18,7 +18,7 @@ from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import LARGEST_LOSS_SCALE, Optimizer
 from lm_jax.model.layers import Declaration
 from lm_jax.sharding import automatic, stored_reshape
-from lm_jax.trainable import joined
+from lm_jax.trainable import merge_params
 
 STABLE_SHARE = 0.8  # of the whole length, before warmup_stable_decay decays (arXiv:2405.18392: the last fifth)
 GROW_AFTER = 2000  # finite gradients before the loss scale doubles
@@ -259,4 +259,4 @@ def make_optimizer(
 def averaged(parameters: dict, optimizer_state: optax.OptState) -> dict:
     """The parameters of the model: where the optimizer keeps an average of the trained ones, with that average."""
     average = optax.tree.get(optimizer_state, "average")
-    return parameters if average is None else joined(parameters, average)
+    return parameters if average is None else merge_params(parameters, average)

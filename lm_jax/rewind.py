@@ -5,7 +5,7 @@ import jax
 from lm_jax import checkpoint, manifest, spikes
 from lm_jax.batch_ramp import DataState
 from lm_jax.data import mixture
-from lm_jax.distributed import agree, leads
+from lm_jax.distributed import agree, is_main_process
 from lm_jax.run import Run
 from lm_jax.step_log import StepLog
 from lm_jax.stop import NEVER
@@ -22,13 +22,15 @@ def go_back(this: Run, log: StepLog, saver: checkpoint.Saver) -> str:
     if good == NEVER:
         say(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
         return ""
-    found = DataState.of_lists(agree(checkpoint.read_data_state(this.workdir, good) if leads() else None, "data state"))
+    found = DataState.of_lists(
+        agree(checkpoint.read_data_state(this.workdir, good) if is_main_process() else None, "data state")
+    )
     row_at = mixture.SkippingRows(this.stream, found.skipped).row_at
     if spikes.times_gone_back(found, row_at) >= spikes.MOST:
         return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
     data = spikes.without_rows_around(log.spike, found, this.plan.ramp, row_at)
     (first, last), *_ = set(data.skipped) - set(found.skipped)
-    if leads():
+    if is_main_process():
         checkpoint.go_back(this.workdir, data)
     agree(good, "went back")  # all wait until that is done
     jax.tree.map(lambda x: x.delete(), this.state)  # there may be no room for two

@@ -14,7 +14,7 @@ from lm_jax.goodput import Goodput
 from lm_jax.optimizer import averaged
 from lm_jax.remote import LocalMirror
 from lm_jax.run_plan import Plan
-from lm_jax.stop import Stop, Stopped
+from lm_jax.stop import Stopped, StopSignal
 from lm_jax.train_state import TrainState
 
 
@@ -33,7 +33,7 @@ class Run:
     data: DataState
     goodput: Goodput
     facts: dict[str, Any]  # what a run must find again
-    stop: Stop
+    stop: StopSignal
 
     @property
     def config(self) -> Config:

@@ -20,7 +20,7 @@ from lm_jax.mesh import batch_shards, make_mesh, mesh_shape, preflight
 from lm_jax.model import attention, build
 from lm_jax.model.language_model import padded
 from lm_jax.plan import counts
-from lm_jax.train_state import Program, program_of
+from lm_jax.train_state import TrainSetup, program_of
 
 ChooseRows = Callable[[Config, counts.Costs, dict[str, int], Ramp], int]  # -> rows of a microbatch
 
@@ -34,7 +34,7 @@ class Plan:
     sizes: dict[str, int]  # of the mesh axes
     mesh: jax.sharding.Mesh
     counted: counts.Costs
-    program: Program
+    program: TrainSetup
 
     @property
     def num_steps(self) -> int:
@@ -72,13 +72,13 @@ def check(config: Config, devices: list[jax.Device]) -> None:
 
 def make_plan(
     config: Config,
-    num_pieces: int,
+    vocab_size: int,
     devices: list[jax.Device],
     rows_per_epoch: float = 1.0,
     data: DataState = START,
     choose_rows: ChooseRows | None = None,
 ) -> Plan:
-    """The plan of a config as it is written, for a tokenizer of `num_pieces` and the devices of all processes.
+    """The plan of a config as it is written, for a tokenizer of `vocab_size` and the devices of all processes.
 
     `rows_per_epoch` of the training stream turn a length in epochs into rows, `data` is where that stream stands.
     `choose_rows` decides the rows of a microbatch where the config says "auto"; without it a microbatch is the whole
@@ -87,9 +87,9 @@ def make_plan(
     ramp = make_ramp(config).through(data.step, data.cursor)
     in_steps = with_steps(config, ramp, rows_per_epoch)
     sizes = mesh_shape(config.mesh, len(devices))
-    preflight(config, padded(num_pieces), sizes)
+    preflight(config, padded(vocab_size), sizes)
     mesh = make_mesh(config.mesh, devices)
-    model = build.build(config.model, num_pieces, config.data.sequence_length)
+    model = build.build(config.model, vocab_size, config.data.sequence_length)
     counted = counts.count(in_steps, model.declarations)
     rows = config.train.microbatch_rows
     if rows == "auto":

@@ -5,7 +5,7 @@ import jax
 from lm_jax import fault_points, metrics
 from lm_jax.config import Config
 from lm_jax.data import mixture
-from lm_jax.distributed import agree, leads
+from lm_jax.distributed import agree, is_main_process
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Evaluator, by_source
 from lm_jax.run import Run
@@ -57,11 +57,11 @@ def evaluate_now(this: Run, evaluation: Evaluation, num_rows: int, *prefixes: st
 
 def is_evaluated(this: Run) -> bool:
     """Whether the metrics have an evaluation of the step at hand: a run may have been stopped before or after it."""
-    lines = metrics.read(this.desk.folder) if leads() else []
+    lines = metrics.read(this.desk.folder) if is_main_process() else []
     return bool(agree(any("eval/loss" in line and line["step"] == this.data.step for line in lines), "is evaluated"))
 
 
-def show_sample(this: Run, writer: metrics.Writer | metrics.Nowhere) -> None:
+def show_sample(this: Run, writer: metrics.Writer | metrics.NullWriter) -> None:
     """A text that the model writes after `evaluate.prompt`, where it can write one. Raises Stopped.
 
     The one place where training looks up `generate` for a text.
@@ -112,5 +112,7 @@ def settle_reference(this: Run) -> None:
 
     evaluator, resumes = make_evaluator(this), this.data.step > 0
     with this.goodput("reference"):
-        line = dpo_reference.settle(this.mixed, this.config, this.workdir, this.state.parameters, evaluator, resumes)
+        line = dpo_reference.attach_reference(
+            this.mixed, this.config, this.workdir, this.state.parameters, evaluator, resumes
+        )
     this.say(line)

@@ -16,7 +16,7 @@ from lm_jax.data import mixture, special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import tell_losses
-from lm_jax.distributed import agree, devices, find_together, leads, own
+from lm_jax.distributed import agree, devices, find_together, is_main_process, own
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.experiment import run_name
@@ -29,7 +29,7 @@ from lm_jax.remote import LocalMirror
 from lm_jax.run import Run
 from lm_jax.run_plan import Plan
 from lm_jax.samples import check_scores, settle_reference
-from lm_jax.stop import NEVER, Stop
+from lm_jax.stop import NEVER, StopSignal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,25 +78,27 @@ def look(config: Config, experiment: str, place: str, dry_run: bool) -> Opening:
         here = devices()
     device = own(here)
     fault_points.reach("start")
-    say.silent = not leads()
+    say.silent = not is_main_process()
     peers.compare(settings(config, experiment, dry_run))
     run_plan.check(config, here)
-    saved = agree(run_folder.read_config(workdir) if leads() and checkpoint.has_steps(workdir) else {}, "config.json")
+    saved = agree(
+        run_folder.read_config(workdir) if is_main_process() and checkpoint.has_steps(workdir) else {}, "config.json"
+    )
     check_scores(config)
     with goodput("data"):
         mixed = open_data(config, say)
         tell_losses(mixed.tokenizer, say)
         stream = mixed.stream(config.data)
     peers.compare(mixed.alike)
-    expected = DataState.of_lists(agree(checkpoint.expected_data_state(workdir) if leads() else None, "data"))
-    known = specials(mixed.tokenizer, config.data.objective).num_pieces, here, stream.rows_per_epoch
+    expected = DataState.of_lists(agree(checkpoint.expected_data_state(workdir) if is_main_process() else None, "data"))
+    known = specials(mixed.tokenizer, config.data.objective).vocab_size, here, stream.rows_per_epoch
     with goodput("plan"):
         plan = run_plan.make_plan(config, *known, expected, run_plan.rows_of_microbatch(saved, device))
     plan_from = functools.partial(run_plan.make_plan, run_plan.with_microbatch(config, plan.microbatch), *known)
     changes = run_folder.check_resume(workdir, saved, plan.config, mixed.facts) if saved else []
     facts = mixed.facts | {"run": run_folder.run_identity(saved, plan.config, mixed.facts)}
     source = None if saved else find_init(plan.program, mixed, say)
-    peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.Located) else 0})
+    peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.ModelRef) else 0})
     with goodput("peak"):
         peak = counts.peak_flops(plan.mesh, config.model.compute_dtype)
     inside = workdir, desk, say, goodput, saved, expected
@@ -109,14 +111,14 @@ def settings(config: Config, experiment: str, dry_run: bool) -> dict[str, Any]:
     return given | {"experiment": experiment, "--dry_run": dry_run} | run_folder.outside() | peers.own_code()
 
 
-def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: Stop) -> Run | None:
+def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal) -> Run | None:
     """The run with its state on the mesh, which is set; None where it is over already. The lock of its workdir is held.
 
     `origins` says where the values of the config come from. Raises UserError.
     """
     workdir, desk, say = opening.workdir, opening.desk, opening.say
     find_together(workdir)
-    if leads():
+    if is_main_process():
         desk.fetch()
         say.log_to(desk.folder / "log.txt")
         peers.log_to(desk.folder / "log.txt")
@@ -128,14 +130,14 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: Stop) -> R
     newest_is_whole = data[:2] == opening.expected[:2]
     plan = opening.plan if newest_is_whole else opening.plan_from(data)
     stop.done, stop.saved = data.step, data.step if opening.saved else NEVER
-    if agree(is_over(desk, opening.mixed, plan, data.step) if leads() else None, "is over"):
+    if agree(is_over(desk, opening.mixed, plan, data.step) if is_main_process() else None, "is over"):
         return None
-    if leads():
+    if is_main_process():
         write_run_files(opening)
     given = workdir, say, desk, opening.mixed, opening.stream, opening.peak_flops
     this = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
     settle_reference(this)
-    if leads():
+    if is_main_process():
         run_folder.write_config(workdir, plan.config, origins, opening.facts | kept_context(opening))
     return this
 
@@ -148,13 +150,13 @@ def write_run_files(opening: Opening) -> None:
         run_folder.write_run_file(workdir, name, content, say)
     run_folder.check_run_files(workdir, opening.saved)
     if not opening.saved or not (workdir / BESIDE).exists():
-        inherited = opening.source.special_ids.ends if isinstance(opening.source, load_model.Located) else ()
+        inherited = opening.source.special_ids.ends if isinstance(opening.source, load_model.ModelRef) else ()
         ids = special_ids.files(mixed.tokenizer, mixed.special_ids.also(*inherited))
         run_folder.write_run_file(workdir, BESIDE, ids[BESIDE], say)
 
 
 def kept_context(opening: Opening) -> dict[str, int]:
     """{"context": tokens} for config.json: rows may be shorter than what the model that a run started from can read."""
-    if isinstance(opening.source, load_model.Located):
+    if isinstance(opening.source, load_model.ModelRef):
         return {"context": load_model.context_of(opening.source)}
     return {name: opening.saved[name] for name in ("context",) if name in opening.saved}

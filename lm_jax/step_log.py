@@ -21,7 +21,7 @@ class StepLog:
     next line, which waits for them anyway.
     """
 
-    def __init__(self, this: Run, writer: metrics.Writer | metrics.Nowhere, watch: spikes.Watch):
+    def __init__(self, this: Run, writer: metrics.Writer | metrics.NullWriter, watch: spikes.Watch):
         self.this, self.writer = this, writer
         self.watch: spikes.Watch | None = watch
         self.spike = 0  # the step from behind which all processes are to go back, once they know of it

@@ -20,7 +20,7 @@ WORKERS = ("multiprocessing", "multiprocess")  # what starts Grain's workers, an
 LAST = b"\0"  # in the place of a signal's number
 
 
-listening: list["Stop"] = []  # the last one takes what comes; in a command of ours the first is there from its start on
+listening: list["StopSignal"] = []  # the last one takes what comes; a command of ours has its first from its start on
 
 
 class Alone:
@@ -45,8 +45,8 @@ class Stopped(Exception):
     """The process was asked to stop, in the middle of what can be done again."""
 
 
-class Stop:
-    """`with Stop() as stop`: signals end the process, or set `requested` where a step is done that is not saved yet.
+class StopSignal:
+    """`with StopSignal() as stop`: signals end the process, or set `requested` where a step is done that is not saved yet.
 
     SIGINT is taken also where it was ignored when the process started, as a shell starts what stands before an `&`: who
     sends it means it. A second signal ends the process at once, whatever is lost.
@@ -57,7 +57,7 @@ class Stop:
         self.done = NEVER  # the newest step in memory
         self.saved = NEVER  # the newest step on disk, whole
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)

@@ -15,7 +15,7 @@ from lm_jax.batch_ramp import DataState
 from lm_jax.closing import already_done, compare_with_compressors, give_up, next_commands
 from lm_jax.config import Config, flatten
 from lm_jax.data import loader, mixture
-from lm_jax.distributed import agree, everyone, leads, workdir_lock
+from lm_jax.distributed import agree, everyone, is_main_process, workdir_lock
 from lm_jax.experiment import as_given, run_name
 from lm_jax.goodput import traced
 from lm_jax.knob import parse_length
@@ -24,7 +24,7 @@ from lm_jax.rewind import go_back
 from lm_jax.run import Run
 from lm_jax.samples import Evaluation, answer_now, evaluate_now, is_evaluated, make_evaluation, show_sample
 from lm_jax.step_log import MOST_IN_A_ROW, StepLog
-from lm_jax.stop import EXIT_PREEMPTED, Stop, Stopped
+from lm_jax.stop import EXIT_PREEMPTED, Stopped, StopSignal
 from lm_jax.train_step import CompiledStep, compile_step
 
 
@@ -40,7 +40,7 @@ def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str
     if dry_run:
         return 0
     opening.check_room()
-    with workdir_lock(workdir, say), contextlib.closing(say), jax.set_mesh(plan.mesh), Stop() as stop:
+    with workdir_lock(workdir, say), contextlib.closing(say), jax.set_mesh(plan.mesh), StopSignal() as stop:
         this = start.begin(opening, origins, stop)
         return train(this, as_given(experiment, config, origins)) if this else already_done(opening.desk, say)
 
@@ -97,8 +97,8 @@ def stretch(
 
     What was trained is saved, unless there is trouble or a spike (`log.spike`).
     """
-    writer = metrics.Writer(this.desk.folder, this.data.step, this.say) if leads() else metrics.Nowhere()
-    kept = checkpoint.saved_beside(this.workdir, this.data.step) if leads() else {}  # whose spikes count
+    writer = metrics.Writer(this.desk.folder, this.data.step, this.say) if is_main_process() else metrics.NullWriter()
+    kept = checkpoint.saved_beside(this.workdir, this.data.step) if is_main_process() else {}  # whose spikes count
     log = StepLog(this, writer, watch or spikes.Watch(kept))
     try:
         try:
@@ -191,7 +191,7 @@ def is_half_way(this: Run) -> bool:
     return this.data.step == this.num_steps // 2
 
 
-def look(this: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.Nowhere) -> None:
+def look(this: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
     """The evaluation that is due after a step, and half-way a sample."""
     if evaluation and is_evaluation_due(this):
         writer.scalars(this.data.step, evaluate_now(this, evaluation, this.config.evaluate.num_rows, "eval"))
@@ -208,7 +208,7 @@ def save(this: Run, saver: checkpoint.Saver, log: StepLog) -> None:
         saver.save(this.state, this.data, watched, retain=not log.skipping)
 
 
-def finish(this: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.Nowhere) -> None:
+def finish(this: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
     """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors.
 
     The line that has `final/loss` is the last that a run writes: without it the run is not over.

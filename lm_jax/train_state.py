@@ -11,7 +11,7 @@ from lm_jax.config import Config
 from lm_jax.model import build as graphs
 from lm_jax.optimizer import Guarded, make_optimizer
 from lm_jax.sharding import laid_out
-from lm_jax.trainable import rates, split, trained_paths
+from lm_jax.trainable import partition_params, rates, trained_paths
 
 
 class TrainState(NamedTuple):
@@ -20,43 +20,43 @@ class TrainState(NamedTuple):
     optimizer_state: Guarded
 
 
-class Program(NamedTuple):
+class TrainSetup(NamedTuple):
     """What does not change in a run: the model, the update rule, and the root of all random numbers."""
 
     config: Config
-    graph: graphs.Graph
+    graph: graphs.ModelDef
     optimizer: optax.GradientTransformationExtraArgs
     trained: frozenset[tuple[str, ...]]  # paths of the parameters that it updates
     clocks: Clocks = UPDATES  # of the schedule
 
     def split(self, parameters: dict) -> tuple[dict, dict]:
         """(what is trained, what keeps every bit)."""
-        return split(parameters, self.trained)
+        return partition_params(parameters, self.trained)
 
     @property
     def root(self) -> jax.Array:
         return jax.random.key(self.config.train.seed)
 
 
-def make_program(config: Config, num_pieces: int, clocks: Clocks = UPDATES) -> Program:
-    """The program of a config whose lengths are in steps, for a tokenizer of `num_pieces`."""
-    return program_of(config, graphs.build(config.model, num_pieces, config.data.sequence_length), clocks)
+def make_program(config: Config, vocab_size: int, clocks: Clocks = UPDATES) -> TrainSetup:
+    """The program of a config whose lengths are in steps, for a tokenizer of `vocab_size`."""
+    return program_of(config, graphs.build(config.model, vocab_size, config.data.sequence_length), clocks)
 
 
-def program_of(config: Config, graph: graphs.Graph, clocks: Clocks) -> Program:
+def program_of(config: Config, graph: graphs.ModelDef, clocks: Clocks) -> TrainSetup:
     """What trains a model that is built."""
     trained = trained_paths(config, graph.declarations)
-    declared, _ = split(graph.tree(lambda declared: declared), trained)
+    declared, _ = partition_params(graph.tree(lambda declared: declared), trained)
     factors = rates(config, {path: graph.declarations[path] for path in trained})
-    return Program(config, graph, make_optimizer(config.optimizer, declared, factors, clocks), trained, clocks)
+    return TrainSetup(config, graph, make_optimizer(config.optimizer, declared, factors, clocks), trained, clocks)
 
 
-def fresh(program: Program) -> TrainState:
+def fresh(program: TrainSetup) -> TrainState:
     """The state before the first step. Under `jax.set_mesh` and jit every device makes its own shards."""
     parameters = program.graph.init(program.root, sharded=not jax.sharding.get_abstract_mesh().empty)
     return TrainState(jnp.zeros((), jnp.int32), parameters, program.optimizer.init(program.split(parameters)[0]))
 
 
-def abstract(program: Program) -> TrainState:
+def abstract(program: TrainSetup) -> TrainState:
     """Shapes, dtypes and shardings of the state on the mesh that is set, without any array."""
     return laid_out(jax.eval_shape(lambda: fresh(program)))

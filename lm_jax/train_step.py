@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from lm_jax.data.loader import abstract_batch
-from lm_jax.distributed import settle
+from lm_jax.distributed import block_on_cpu
 from lm_jax.loss import batch_loss
 from lm_jax.model.layers import Dropout
 from lm_jax.optimizer import schedule
 from lm_jax.sharding import laid_out
-from lm_jax.train_state import Program, TrainState, abstract
-from lm_jax.trainable import joined
+from lm_jax.train_state import TrainSetup, TrainState, abstract
+from lm_jax.trainable import merge_params
 
 
 class Sums(NamedTuple):
@@ -30,24 +30,24 @@ class Sums(NamedTuple):
     tokens: jax.Array  # float32: exact up to 16.7M tokens a step
 
 
-def zeros(program: Program, parameters: dict) -> Sums:
+def zeros(program: TrainSetup, parameters: dict) -> Sums:
     return Sums(jax.tree.map(jnp.zeros_like, program.split(parameters)[0]), jnp.zeros(()), jnp.zeros(()))
 
 
-def accumulate(program: Program, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
+def accumulate(program: TrainSetup, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
     """`sums` with one more microbatch (None: nothing yet)."""
     drop = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
     scaled = batch | {"loss_mask": batch["loss_mask"] * state.optimizer_state.scale}
     weights = program.config.train
     routing = weights.balance_loss, weights.router_z_loss
     trained, frozen = program.split(state.parameters)
-    of = lambda part: batch_loss(program.graph, joined(frozen, part), scaled, drop, weights.z_loss, routing)[:2]
+    of = lambda part: batch_loss(program.graph, merge_params(frozen, part), scaled, drop, weights.z_loss, routing)[:2]
     (_, loss), gradients = jax.value_and_grad(of, has_aux=True)(trained)
     new = Sums(gradients, loss, batch["loss_mask"].sum())
     return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
 
-def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
+def update(program: TrainSetup, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer update on the mean gradient over the step's tokens -> the next state and float32 metrics.
 
     Where the gradient is not finite, nothing but the step and the counts of the guard changes.
@@ -56,7 +56,7 @@ def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState,
     gradients = jax.tree.map(lambda g: g / num_tokens, sums.gradients)
     trained, frozen = program.split(state.parameters)
     changes, optimizer_state = program.optimizer.update(gradients, state.optimizer_state, trained)
-    parameters = joined(frozen, optax.apply_updates(trained, changes))
+    parameters = merge_params(frozen, optax.apply_updates(trained, changes))
     rate = schedule(program.config.optimizer, program.clocks)(state.step - before.skipped)
     metrics = {
         "train/loss": sums.loss / before.scale / num_tokens,
@@ -70,7 +70,7 @@ def update(program: Program, state: TrainState, sums: Sums) -> tuple[TrainState,
     return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
 
-def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(program: TrainSetup, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
     """(state, batch) -> (state, metrics): the whole step where the batch is one microbatch."""
     return update(program, state, accumulate(program, state, None, batch))
 
@@ -90,17 +90,17 @@ class CompiledStep(NamedTuple):
         `state` is as it was.
         """
         if self.whole:
-            return settle(self.whole(state, next(batches)))
+            return block_on_cpu(self.whole(state, next(batches)))
         assert self.zeros and self.accumulate and self.update
         sums = self.zeros(state.parameters)
         for done in range(1, num_microbatches + 1):
-            sums = settle(self.accumulate(state, sums, next(batches)))
+            sums = block_on_cpu(self.accumulate(state, sums, next(batches)))
             if done < num_microbatches and watch(done):
                 return None
-        return settle(self.update(state, sums))
+        return block_on_cpu(self.update(state, sums))
 
 
-def compile_step(program: Program, mesh: jax.sharding.Mesh, one_microbatch: bool) -> CompiledStep:
+def compile_step(program: TrainSetup, mesh: jax.sharding.Mesh, one_microbatch: bool) -> CompiledStep:
     """Compiled for the microbatches of the program's config on this mesh. What comes back changed is donated."""
     config, state = program.config, abstract(program)
     batch = abstract_batch(mesh, int(config.train.microbatch_rows), config)

@@ -44,14 +44,14 @@ def trained_paths(config: Config, declarations: dict[Path, Declaration]) -> froz
     return frozenset(names[name] for name in matching("optimizer.trainable", config.optimizer.trainable, names))
 
 
-def split(parameters: dict, paths: frozenset[Path]) -> tuple[dict, dict]:
+def partition_params(parameters: dict, paths: frozenset[Path]) -> tuple[dict, dict]:
     """A nested dict -> (the parameters at `paths`, the others), two nested dicts."""
     flat = traversals.flatten_mapping(parameters)
     inside, outside = ({path: x for path, x in flat.items() if (path in paths) is want} for want in (True, False))
     return traversals.unflatten_mapping(inside), traversals.unflatten_mapping(outside)
 
 
-def joined(parameters: dict, part: dict) -> dict:
+def merge_params(parameters: dict, part: dict) -> dict:
     """The union of two nested dicts; a parameter of `part` replaces one of the same path."""
     flat = traversals.flatten_mapping(parameters) | traversals.flatten_mapping(part)
     return traversals.unflatten_mapping(flat)

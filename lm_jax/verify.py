@@ -85,18 +85,18 @@ def main(arguments: list[str]) -> int:
         say(hashed_whole(mixed))
         return 0
     stream = mixed.stream(config.data)
-    num_pieces = specials(mixed.tokenizer, config.data.objective).num_pieces
-    planned = lambda changed: make_plan(changed, num_pieces, here, stream.rows_per_epoch)
+    vocab_size = specials(mixed.tokenizer, config.data.objective).vocab_size
+    planned = lambda changed: make_plan(changed, vocab_size, here, stream.rows_per_epoch)
     if flags.show:
         plan = planned(config)
         say(parameter_table(plan.program.graph.declarations, plan.mesh))
         return 0
     exact = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
     slices = sorted({len(by_slice(here, -1)), len(by_slice(here, config.mesh.slices))})
-    legal = list(legal_meshes(exact, padded(num_pieces), len(here)))
+    legal = list(legal_meshes(exact, padded(vocab_size), len(here)))
     meshes = [Mesh(**sizes, slices=n) for n in slices for sizes in legal if sizes["data"] % n == 0]
     if not meshes:
-        preflight(exact, padded(num_pieces), sizes)
+        preflight(exact, padded(vocab_size), sizes)
         raise UserError(f"no mesh of {len(here)} devices is legal for {flags.config}")
     num_meshes = f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices"
     say(f"{num_meshes}, {flags.num_steps} steps each, float32")

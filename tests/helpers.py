@@ -219,7 +219,7 @@ def final_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
     """Every array of the last checkpoint: parameters and optimizer state."""
     found = load_model.locate(str(workdir))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        program = make_program(found.config, found.tokenizer.num_pieces)
+        program = make_program(found.config, found.tokenizer.vocab_size)
         state, data = checkpoint.restore(found.workdir, found.step, program)
     assert data == checkpoint.DataState(found.step, found.config.data.global_batch_size * found.step)
     return [np.asarray(x) for x in jax.tree.leaves(state)]

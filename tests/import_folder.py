@@ -25,7 +25,7 @@ def memory(what: str) -> int:
 def main(folder: str, mesh) -> None:
     devices = distributed.devices()
     described = hugging_face.read_description(folder)
-    program = make_program(described.config, described.num_pieces)
+    program = make_program(described.config, described.vocab_size)
     with jax.set_mesh(make_mesh(Mesh(*mesh), devices[: mesh[0] * mesh[1] * mesh[2]])):
         like = abstract(program).parameters
         with open("/proc/self/clear_refs", "w") as file:

@@ -62,7 +62,7 @@ def digest(state) -> str:
 
 def run_program():
     config = tiny(optimizer__ema=0.9, data__tokenizer="bytes")
-    return make_program(config, specials(Bytes(), config.data.objective).num_pieces)
+    return make_program(config, specials(Bytes(), config.data.objective).vocab_size)
 
 
 def main(mesh, restore: str = "", save: str = "", steps=(3,)) -> None:

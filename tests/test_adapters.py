@@ -403,8 +403,8 @@ def test_a_base_that_is_not_what_it_was_is_refused(adapted, alone, finished, one
     found, base = (load_model.locate(str(place)) for place in (adapted, finished))
     with jax.set_mesh(one_device):
         moved = lambda base, frozen: jax.tree.map(lambda x: x + 1, under(base, frozen))
-        under = load_model.under
-        monkeypatch.setattr(load_model, "under", moved)
+        under = load_model.frozen_from_base
+        monkeypatch.setattr(load_model, "frozen_from_base", moved)
         with pytest.raises(
             UserError, match=r"was not trained over .*@2: \d+ of the \d+ parameters that were not trained"
         ):

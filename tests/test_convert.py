@@ -113,7 +113,7 @@ def test_what_is_written_is_read_again_bit_by_bit(name, tmp_path):
     content, tensors, _ = parity.recorded(name)
     described = description.describe(content, name, "bytes")
     ours = tensor_map.parameters(described, tensors, name)
-    again = description.description_of(described.config, described.num_pieces, {"eos_token_id": 2})
+    again = description.description_of(described.config, described.vocab_size, {"eos_token_id": 2})
     assert again.family == described.family
     for shard_bytes in (safetensors.SHARD_BYTES, 20_000):
         folder = str(tmp_path / str(shard_bytes))
@@ -473,7 +473,7 @@ def test_on_every_mesh_a_device_has_its_part_to_the_bit(name, at_once, tmp_path,
     described = description.describe(content, name, "bytes")
     safetensors.write_folder(str(tmp_path), with_other_numbers(tensors), shard_bytes=20_000)
     whole = hugging_face.read_parameters(str(tmp_path), described)
-    program = make_program(described.config, described.num_pieces)
+    program = make_program(described.config, described.vocab_size)
     for mesh in (Mesh(2, 2, 1), Mesh(1, 2, 1)) if at_once > 1 else (Mesh(2, 2, 1),):
         with jax.set_mesh(make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])):
             like = abstract(program).parameters
@@ -526,7 +526,7 @@ def test_no_process_holds_a_model_that_it_reads(num_processes, mesh, tmp_path):
     described = description.description_of(config, 4096)
     places = tensor_map.slots(description.FAMILIES[described.family], description.graph_of(described))
     chance = np.random.default_rng(0)
-    tensors = {x.name: chance.random(x.their_shape(described.num_pieces), np.float32) for x in places}
+    tensors = {x.name: chance.random(x.their_shape(described.vocab_size), np.float32) for x in places}
     safetensors.write_folder(str(tmp_path), tensors, SHARD)
     (tmp_path / "config.json").write_text(json.dumps(described.content))
     assert len(list(tmp_path.glob("*.safetensors"))) >= 8

@@ -110,7 +110,7 @@ def test_a_stop_string_may_begin_with_the_space_that_the_first_word_brings(made)
 @pytest.fixture(scope="module")
 def model(made):
     by = made["llama's model"]
-    graph = build(tiny(model__positions="rotary", model__init_scale=0.2).model, by.num_pieces, 64)
+    graph = build(tiny(model__positions="rotary", model__init_scale=0.2).model, by.vocab_size, 64)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         yield graph, jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))(), by
 
@@ -160,7 +160,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(name, made, tmp_path):
     by, texts = made[name], ["A line\n\nand  a cat 猫, " * 9, "Once upon a time\n" * 9, "x = [1, 2]\n" * 9]
     split = corpus_of(by, texts, tmp_path / "corpus").splits["validation"]
     held = HeldOutRows(split, 64, by.document_id)
-    graph, mesh = build(tiny().model, by.num_pieces, 64), make_mesh(Mesh(), jax.devices()[:1])
+    graph, mesh = build(tiny().model, by.vocab_size, 64), make_mesh(Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         parameters = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
         evaluator = Evaluator(graph, mesh, by, 2)
@@ -177,7 +177,7 @@ def test_a_word_begins_where_its_piece_brings_the_space(name, made):
     """Whole words are hidden by the pieces that begin one; a Llama's decoder leaves the space of a lone piece out."""
     starts = objectives.starts_of_words(made[name])
     piece = made[name]._tokenizer.id_to_token if name == "mistral" else made[name]._processor.id_to_piece
-    pieces = {i: piece(i) for i in range(made[name].num_pieces)}
+    pieces = {i: piece(i) for i in range(made[name].vocab_size)}
     spaced = [i for i, text in pieces.items() if text.startswith("▁") and text[1:].isalpha()]
     inside = [i for i, text in pieces.items() if text.isalpha()]
     assert spaced and inside and starts[spaced].all() and not starts[inside].any()

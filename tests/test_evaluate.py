@@ -33,7 +33,7 @@ def held(corpus) -> loader.HeldOutRows:
 
 @pytest.fixture(scope="module")
 def graph(corpus):
-    return build(tiny().model, corpus.tokenizer.num_pieces, 64)
+    return build(tiny().model, corpus.tokenizer.vocab_size, 64)
 
 
 @pytest.fixture(scope="module")

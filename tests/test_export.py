@@ -111,7 +111,7 @@ def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = ()
     ids = SpecialIds((first,), (), first, (first, *ends))
     template, added = TEMPLATE if kind == "chat" else "", text_files.added_pieces(config.data.objective, by)
     ids, no_chat = export.with_turns(ids, chat_template.Template(template) if template else None, by)
-    num = by.num_pieces + len(added)
+    num = by.vocab_size + len(added)
     graph = build(config.model, num, config.data.sequence_length)
     ours = jax.jit(lambda: graph.init(jax.random.key(1)))()
     fields = text_files.id_fields(ids, config.model.kind == "encoder_decoder")
@@ -120,9 +120,9 @@ def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = ()
 
 
 @functools.cache
-def built(config, num_pieces: int):
+def built(config, vocab_size: int):
     """A graph is compiled by its identity: one for all mutants of the same config."""
-    return description.graph_of(description.Description("", config, num_pieces, {}))
+    return description.graph_of(description.Description("", config, vocab_size, {}))
 
 
 class Here:
@@ -136,7 +136,7 @@ class Here:
         tensors = {name: np.array(x) for name, x in tensors.items()}
         mistake(content, tensors, files)
         described = description.describe(content, "a mutant", "bytes")
-        graph = built(described.config, described.num_pieces)
+        graph = built(described.config, described.vocab_size)
         by = tokenizer.HuggingFace(files["tokenizer.json"])
         ends = json.loads(files["generation_config.json"])["eos_token_id"]
         source = files.get("chat_template.jinja", b"").decode()
@@ -148,7 +148,7 @@ class Here:
 
     def logits(self, batch):
         found = proof.heads(self.ours.graph, self.ours.parameters, batch)
-        return [np.asarray(found[0])[..., : self.ours.described.num_pieces], *map(np.asarray, found[1:])]
+        return [np.asarray(found[0])[..., : self.ours.described.vocab_size], *map(np.asarray, found[1:])]
 
     def encode(self, text):
         return [*self.ours.ids.first, *self.ours.tokenizer.encode(text).tolist()]
@@ -242,7 +242,7 @@ def small_files(family: str, kind: str, folder: str, **settings):
     def keep(small, tensors, ours):
         for path in pathlib.Path(small).iterdir():
             pathlib.Path(folder, path.name).write_bytes(path.read_bytes())
-        graph = built(ours.described.config, ours.described.num_pieces)
+        graph = built(ours.described.config, ours.described.vocab_size)
         seen.extend([folder, tensors, ours._replace(graph=graph)])
 
     export.write_folder(f"{folder}-whole", one, keep, print)
@@ -578,7 +578,7 @@ def test_greedy_texts_and_their_ends_are_those_that_transformers_wrote(name):
     whole = np.concatenate([prompts, written], axis=1)
     positions = np.broadcast_to(np.arange(whole.shape[1], dtype=np.int32), whole.shape)
     batch = {"tokens": whole, "positions": positions, "segment_ids": np.ones_like(whole)}
-    logits = np.asarray(proof.heads(one.graph, one.parameters, batch)[0])[..., : one.described.num_pieces]
+    logits = np.asarray(proof.heads(one.graph, one.parameters, batch)[0])[..., : one.described.vocab_size]
     likeliest = logits[:, prompts.shape[1] - 1 : -1].argmax(-1)
     for mine, row, stop in zip(likeliest, written, stops, strict=True):
         np.testing.assert_array_equal(mine[: stop + 1], row[: stop + 1])
@@ -610,7 +610,7 @@ def test_a_t5_as_transformers_5_saves_it_is_read(name):
     described = description.describe(content, name, "bytes")
     ours = tensor_map.parameters(described, tensors, name)
     found = proof.heads(description.graph_of(described), ours, proof.random_row(described))[0]
-    assert proof.relative(np.asarray(found)[..., : described.num_pieces], logits) <= proof.LIMIT / 10
+    assert proof.relative(np.asarray(found)[..., : described.vocab_size], logits) <= proof.LIMIT / 10
     published = {key: value for key, value in content.items() if key != "scale_decoder_outputs"}
     assert description.describe(published | {"tie_word_embeddings": False}, name, "bytes").family == "t5"
     with pytest.raises(UserError, match="this is the first T5"):
@@ -704,13 +704,13 @@ def test_an_exported_run_says_the_same_in_transformers_and_comes_back(name, tmp_
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     # transformers 5 says so of every T5 1.1: its T5Config overwrites `tie_word_embeddings`, whatever config.json says.
     assert all(name == "t5" and "shared.weight" in line and "will NOT tie them" in line for line in told), told
-    num_pieces = load_model.locate(there).num_pieces
+    vocab_size = load_model.locate(there).vocab_size
     first, second = arrays(run), arrays(back)
     assert first.keys() == second.keys()
     for path, x in first.items():
         assert x.shape == second[path].shape
         of_pieces = "embedding" in path and "table" in path or path == "['output_bias']"
-        real = num_pieces if of_pieces else None  # the padding of the vocabulary is not exported
+        real = vocab_size if of_pieces else None  # the padding of the vocabulary is not exported
         np.testing.assert_array_equal(second[path][:real], x[:real], err_msg=path)
     if theirs is None:
         return
@@ -739,7 +739,7 @@ def test_a_gguf_file_has_every_tensor_and_piece(tmp_path, capsys):
     assert value("tokenizer.ggml.model") == "llama" and value("tokenizer.ggml.eos_token_id") == by.document_id
     assert value("tokenizer.ggml.bos_token_id") == by.document_id and value("tokenizer.ggml.add_bos_token") is True
     pieces = value("tokenizer.ggml.tokens")
-    assert len(pieces) == len(set(pieces)) == by.num_pieces == len(value("tokenizer.ggml.scores"))
+    assert len(pieces) == len(set(pieces)) == by.vocab_size == len(value("tokenizer.ggml.scores"))
     spoken = "".join(pieces[i] for i in by.encode("def add(a, b):").tolist())
     assert spoken.replace("\u2581", " ") == "def add(a, b):"
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}

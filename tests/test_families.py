@@ -39,7 +39,7 @@ def opened(**changes):
     mixed = mixture.open_mixture(config.data)
     return (
         config,
-        objectives.specials(mixed.tokenizer, config.data.objective).num_pieces,
+        objectives.specials(mixed.tokenizer, config.data.objective).vocab_size,
         mixed.stream(config.data),
     )
 
@@ -50,10 +50,10 @@ def test_sharded_and_accumulated_agree(kind, eight):
     changes = dict(
         data__global_batch_size=16, optimizer__name="sgd", optimizer__learning_rate=0.05, model__unroll=False
     )
-    config, num_pieces, stream = opened(**KINDS[kind] | changes, model__dropout=0.1, train__microbatch_rows=16)
-    expected = verify.trace(make_plan(config, num_pieces, eight[:1]), stream, 2)
+    config, vocab_size, stream = opened(**KINDS[kind] | changes, model__dropout=0.1, train__microbatch_rows=16)
+    expected = verify.trace(make_plan(config, vocab_size, eight[:1]), stream, 2)
     config = dataclasses.replace(with_microbatch(config, 4), mesh=Mesh(2, 2, 2))
-    found = verify.trace(make_plan(config, num_pieces, eight), stream, 2)
+    found = verify.trace(make_plan(config, vocab_size, eight), stream, 2)
     assert found.digest == expected.digest, "initial parameters are not bitwise equal"
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(expected.parameters), strict=True):
@@ -63,11 +63,11 @@ def test_sharded_and_accumulated_agree(kind, eight):
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_rows_are_learnt_by_heart(kind):
     changes = dict(optimizer__learning_rate=RATES[kind], optimizer__warmup=10, optimizer__decay_over=150)
-    config, num_pieces, stream = opened(**KINDS[kind] | changes, optimizer__weight_decay=0.0)
+    config, vocab_size, stream = opened(**KINDS[kind] | changes, optimizer__weight_decay=0.0)
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         batch = next(loader.batches(stream, mesh, 0, 1, 8))
-        program = make_program(config, num_pieces)
+        program = make_program(config, vocab_size)
         state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=True)
         for _ in range(150):
             state, found = one_step(state, 1, iter([batch]), lambda done: False)
@@ -102,8 +102,8 @@ def test_a_run_goes_on_as_if_nothing_had_been(kind, tmp_path):
 
 def test_an_encoder_sees_both_sides_of_its_own_text_and_no_other():
     """The state of a token depends on every embedding of its segment, before and after it, and on none of the other's."""
-    config, num_pieces, stream = opened(**KINDS["encoder"])
-    program = make_program(config, num_pieces)
+    config, vocab_size, stream = opened(**KINDS["encoder"])
+    program = make_program(config, vocab_size)
     parameters = jax.jit(lambda: program.graph.init(jax.random.key(0)))()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 500, (1, 64)), jnp.int32)
     segments = jnp.where(jnp.arange(64) < 40, 1, 2)[None]
@@ -131,8 +131,8 @@ def test_an_encoder_decoder_reads_both_sides_writes_one_and_can_go_on_from_a_cac
 
     With a cache, a token at a time, it is what it was in one pass.
     """
-    config, num_pieces, _ = opened(**KINDS["encoder_decoder"] | dict(model__positions=positions))
-    program = make_program(config, num_pieces)
+    config, vocab_size, _ = opened(**KINDS["encoder_decoder"] | dict(model__positions=positions))
+    program = make_program(config, vocab_size)
     parameters = jax.jit(lambda: program.graph.init(jax.random.key(0)))()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 500, (1, 64)), jnp.int32)
     segments = jnp.where(jnp.arange(64) < 40, 1, 2)[None]

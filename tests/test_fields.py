@@ -22,7 +22,7 @@ SUPPORTED = {
 def described(content: dict) -> tuple:
     """All that a config.json means here."""
     found = description.describe(content, "config.json", "bytes")
-    return dataclasses.asdict(found.config.model), found.num_pieces, found.config.data.sequence_length
+    return dataclasses.asdict(found.config.model), found.vocab_size, found.config.data.sequence_length
 
 
 @pytest.mark.parametrize("kind", description.FAMILIES)
@@ -113,9 +113,9 @@ def test_a_default_is_said_by_nobody_else(kind, given, key, value):
 def test_published_configs_are_read(name):
     """Their sizes and fields as the models were published; nothing of them is refused."""
     content = PUBLISHED[name]
-    model, num_pieces, _ = described(content)
+    model, vocab_size, _ = described(content)
     said = lambda *names, default: next((content[name] for name in names if name in content), default)
-    assert num_pieces == content.get("vocab_size", num_pieces)
+    assert vocab_size == content.get("vocab_size", vocab_size)
     assert model["num_layers"] == content.get("num_hidden_layers", content.get("n_layer", content.get("num_layers")))
     assert model["rotary_base"] == said("rope_theta", default=1e6 if "gemma" in name else 1e4)
     assert model["norm_epsilon"] == said("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6)

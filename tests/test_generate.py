@@ -79,7 +79,7 @@ def test_each_request_has_its_own_settings():
 @pytest.fixture(scope="module")
 def model(corpus):
     config = tiny(model__positions="rotary", model__init_scale=0.2)
-    graph = build(config.model, corpus.tokenizer.num_pieces, 64)
+    graph = build(config.model, corpus.tokenizer.vocab_size, 64)
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield graph, jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))(), corpus.tokenizer
@@ -183,7 +183,7 @@ def test_no_weight_is_copied_for_a_token(model):
         return compiled.memory_analysis().temp_size_in_bytes
 
     largest = max(x[0].nbytes for x in jax.tree.leaves(stacked["block_0"]))
-    assert temporary(graph.apart(stacked)) < largest < temporary(stacked)
+    assert temporary(graph.unstacked(stacked)) < largest < temporary(stacked)
 
 
 def plain_beams(graph, parameters, tokenizer, prompt, limit, beams, penalty, ends):
@@ -266,7 +266,7 @@ def test_an_encoder_decoder_writes_what_its_full_forward_says():
     prompts = np.random.default_rng(0).integers(1, 500, (2, 20)).astype(np.int32)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         sharded = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
-        apart = graph.apart(sharded)
+        apart = graph.unstacked(sharded)
         state = prefill(graph, apart, on_mesh(prompts), on_mesh(np.array([20, 13])), 32, start=1)
         written, _, _ = decode(graph, apart, state, jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(2))), 10, 16, (1,))
     parameters, source = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), sharded), jnp.asarray(prompts)
@@ -363,7 +363,7 @@ def test_greedy_and_beam_texts_are_those_of_transformers(name, tmp_path):
     described = hugging_face.read_description(str(tmp_path))
     for ends in (tuple(frequent[:1]), tuple(frequent[:3])):
         with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-            graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
+            graph = build(described.config.model, described.vocab_size, described.config.data.sequence_length)
             parameters = jax.tree.map(jnp.asarray, hugging_face.read_parameters(str(tmp_path), described))
             arguments, marks = (graph, parameters, Bytes(), prompts, 16), SpecialIds((), (), 0, ends)
             greedy = [x.tokens for x in complete(*arguments, GREEDY, marks=marks)]

@@ -30,7 +30,7 @@ def test_golden_step():
     )  # fmt: skip
     mesh, losses = make_mesh(Mesh(), jax.devices()[:1]), []
     with jax.set_mesh(mesh):
-        program = make_program(config, num_pieces=500)
+        program = make_program(config, vocab_size=500)
         state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=False)
         for step in range(3):
             whole = batch(step)

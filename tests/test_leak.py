@@ -20,7 +20,7 @@ SIZES = [180, 300, 40]
 @functools.cache
 def model(backend: str):
     config = tiny(model__attention=backend, model__window=(0, 100), data__sequence_length=LENGTH)
-    graph = build(config.model, num_pieces=500, sequence_length=LENGTH)
+    graph = build(config.model, vocab_size=500, sequence_length=LENGTH)
     return graph, jax.jit(lambda: graph.init(jax.random.key(0)))()
 
 

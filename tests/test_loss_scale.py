@@ -105,7 +105,7 @@ def test_adapters_without_a_gradient_yet_stay_as_they_were():
     """The first gradient of one half of an adapter is zero, as the other half is: with epsilon 0 that is zero over zero."""
     config = tiny(model__lora_rank=2)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, epsilon=0.0))
-    program = make_program(config, num_pieces=500)
+    program = make_program(config, vocab_size=500)
     trained, frozen = program.split(fresh(program).parameters)
     zeros = jax.tree.map(jnp.zeros_like, trained)
     changes, state = jax.jit(program.optimizer.update)(zeros, program.optimizer.init(trained), trained)
@@ -114,7 +114,7 @@ def test_adapters_without_a_gradient_yet_stay_as_they_were():
 
 @pytest.mark.parametrize("part", ["parameters", "mu", "average", "scale"])
 def test_a_state_that_is_not_finite_is_not_saved(one_device, tmp_path, part):
-    program = make_program(tiny(optimizer__ema=0.9), num_pieces=500)
+    program = make_program(tiny(optimizer__ema=0.9), vocab_size=500)
     facts = dict.fromkeys(checkpoint.FACTS, "")
     saver = checkpoint.Saver(checkpoint.epath.Path(tmp_path), program.config, facts)
     state = jax.jit(lambda: fresh(program))()
@@ -141,7 +141,7 @@ def halves_of(whole):
 
 def test_nan_in_a_batch_leaves_the_run_without_that_update(one_device):
     """Four steps of two microbatches, NaN in the loss mask of one row of the second."""
-    program = make_program(tiny(train__microbatch_rows=2, optimizer__ema=0.9, optimizer__warmup=2), num_pieces=500)
+    program = make_program(tiny(train__microbatch_rows=2, optimizer__ema=0.9, optimizer__warmup=2), vocab_size=500)
     start, one_step = jax.jit(lambda: fresh(program)), compile_step(program, one_device, one_microbatch=False)
     whole = batch(1)
     bad = whole | {"loss_mask": np.where(whole["row"][:, None] == 7, np.nan, whole["loss_mask"])}
@@ -169,7 +169,7 @@ def test_half_precision_stays_near_float32(one_device, dtype, tolerance):
     """Loss and gradient of a batch, the latter in relative norm; the gradient comes multiplied by the loss scale."""
 
     def of(dtype, scale):
-        program = make_program(tiny(model__compute_dtype=dtype, optimizer__loss_scale=scale), num_pieces=500)
+        program = make_program(tiny(model__compute_dtype=dtype, optimizer__loss_scale=scale), vocab_size=500)
         inputs = {name: jnp.asarray(x) for name, x in batch(0).items()}
         sums = jax.jit(lambda: accumulate(program, fresh(program), None, inputs))()
         return float(sums.loss) / scale, np.concatenate([np.ravel(x) for x in jax.tree.leaves(sums.gradients)]) / scale
@@ -226,7 +226,7 @@ def test_the_average_is_the_model(halves, capsys):
     located = load_model.locate(str(halves))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         _, average = load_model.load_parameters(located)
-        program = make_program(located.config, located.tokenizer.num_pieces)
+        program = make_program(located.config, located.tokenizer.vocab_size)
         state, _ = checkpoint.restore(located.workdir, located.step, program)
     assert same_bits(average, state.optimizer_state.inner[-1].average) and not same_bits(average, state.parameters)
 

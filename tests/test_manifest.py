@@ -234,7 +234,7 @@ READ = {
 @pytest.mark.parametrize("case", READ)
 def test_what_is_read_for_a_model(case, corpus):
     changes, expected = READ[case]
-    located = load_model.Located(epath.Path("x"), 0, tiny(**changes), corpus.tokenizer)
+    located = load_model.ModelRef(epath.Path("x"), 0, tiny(**changes), corpus.tokenizer)
     assert load_model.items_read(located) == expected
     assert load_model.items_read(located._replace(base=located)) == {"parameters"}
 

@@ -166,7 +166,7 @@ def two(places, a="books", b="code", **changes):
 def test_two_prepared_folders_are_one_stream(places):
     data = two(places)
     mixed = mixture.open_mixture(data)
-    assert list(mixed.corpora) == ["books", "code"] and mixed.tokenizer.num_pieces == 512
+    assert list(mixed.corpora) == ["books", "code"] and mixed.tokenizer.vocab_size == 512
     stream = mixed.stream(data)
     rows = [stream.row(i) for i in range(40)]
     assert [stream.quotas.locate(i)[0] for i in range(40)].count(0) == 30

@@ -15,14 +15,14 @@ from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
 from lm_jax.model.layers import row_keys
-from lm_jax.model.stack import is_apart
+from lm_jax.model.stack import is_unstacked
 
 LENGTH = 64
 
 
 def make(kind: str, **changes):
     config = tiny(**FAMILIES[kind], **changes)
-    graph = build(config.model, num_pieces=500, sequence_length=config.data.sequence_length)
+    graph = build(config.model, vocab_size=500, sequence_length=config.data.sequence_length)
     return graph, jax.jit(lambda: graph.init(jax.random.key(0)))()
 
 
@@ -118,8 +118,8 @@ def test_cached_decode_equals_full_forward(kind, unroll):
     graph, parameters = make(kind, model__unroll=unroll)
     tokens, lengths = random_tokens(2, LENGTH), jnp.array([20, 33])
     full = logits(graph, parameters, tokens, whole(2))
-    parameters = graph.apart(parameters)
-    assert is_apart(parameters) == unroll
+    parameters = graph.unstacked(parameters)
+    assert is_unstacked(parameters) == unroll
 
     prompt = jnp.where(jnp.arange(40)[None] < lengths[:, None], tokens[:, :40], 499)  # padding is not zeros
     state = prefill(graph, parameters, prompt, lengths, LENGTH)

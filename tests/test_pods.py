@@ -126,8 +126,8 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
     owned = [Owned(process, 2**30 * (process + 1)) for process in range(4 if number > 1 else 2)]
     monkeypatch.setattr(jax, "process_index", lambda *_: number)
     monkeypatch.setattr(start, "devices", lambda: owned)
-    monkeypatch.setattr(distributed, "leads", lambda: True)
-    monkeypatch.setattr(start, "leads", lambda: True)
+    monkeypatch.setattr(distributed, "is_main_process", lambda: True)
+    monkeypatch.setattr(start, "is_main_process", lambda: True)
     monkeypatch.setattr(run_plan, "make_mesh", lambda mesh, here: pretended_mesh(here))
     asked = []
     monkeypatch.setattr(counts, "choose_microbatch", watched(counts.choose_microbatch, asked))

@@ -47,7 +47,7 @@ def traces(corpus, eight):
             stream = Uneven(corpus.splits["train"], 64, 0)
             config = dataclasses.replace(config, mesh=Mesh(*MESHES[mesh]))
             devices = eight[: int(np.prod(MESHES[mesh][:3]))]
-            made[key] = verify.trace(make_plan(config, corpus.tokenizer.num_pieces, devices), stream, 2)
+            made[key] = verify.trace(make_plan(config, corpus.tokenizer.vocab_size, devices), stream, 2)
         return made[key]
 
     return get
@@ -137,7 +137,7 @@ def test_state_is_made_where_it_lives(corpus, eight):
     """Every array of the fresh state has the layout of the table; the devices hold an eighth of what fsdp splits."""
     from lm_jax.train_state import fresh, make_program
 
-    program = make_program(tiny(), corpus.tokenizer.num_pieces)
+    program = make_program(tiny(), corpus.tokenizer.vocab_size)
     with jax.set_mesh(mesh_of((1, 8, 1), eight)):
         state = jax.jit(lambda: fresh(program))()
     kernel = state.parameters["block_0"]["mlp"]["up"]["kernel"]

@@ -267,7 +267,7 @@ def test_a_folder_made_a_run_keeps_its_first_token_and_its_ends(name, imported):
     place = imported[name]
     there, here = (load_model.locate(str(place / part)) for part in ("theirs", "ours"))
     assert here.special_ids == there.special_ids and here.special_ids.ends == (2, 5)
-    assert here.num_pieces == there.tokenizer.num_pieces and here.tokenizer.document_id == there.tokenizer.document_id
+    assert here.vocab_size == there.tokenizer.vocab_size and here.tokenizer.document_id == there.tokenizer.document_id
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         texts = []
         for found in (there, here):
@@ -282,7 +282,7 @@ def test_a_piece_beyond_the_table_is_refused_in_a_text_alone(imported):
     for part in ("theirs", "ours"):
         found = load_model.locate(str(imported["gemma3"] / part))
         made = found.tokenizer
-        assert made.special["<image_soft_token>"] == made.num_pieces == found.num_pieces == 420
+        assert made.special["<image_soft_token>"] == made.vocab_size == found.vocab_size == 420
         assert made.decode(made.encode("it says <image_soft_token>")) == "it says <image_soft_token>"  # as text
         with pytest.raises(UserError, match="'<image_soft_token>', whose id 420 is beyond the 420 rows"):
             made.encode_control("an image: <image_soft_token>")

@@ -123,7 +123,7 @@ def last_state(workdir):
     """What the last step of a run holds: its arrays, its data state and what the watch knows."""
     found = load_model.locate(str(workdir))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        program = make_program(found.config, found.tokenizer.num_pieces)
+        program = make_program(found.config, found.tokenizer.vocab_size)
         state, data = checkpoint.restore(found.workdir, found.step, program)
     return (
         [np.asarray(x) for x in jax.tree.leaves(state)],

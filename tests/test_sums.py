@@ -55,9 +55,9 @@ DEFAULT = ("decoder", "gru", "train moe", "train encoder_decoder", "train muon",
 some = lambda names: [pytest.param(n, marks=[pytest.mark.proof] * (n not in DEFAULT)) for n in names]
 
 
-def gradients(config, num_pieces: int, batch: dict, dtype: str) -> dict[str, np.ndarray]:
+def gradients(config, vocab_size: int, batch: dict, dtype: str) -> dict[str, np.ndarray]:
     """Of the mean loss, with z, balance and router losses, by the path of the leaf."""
-    graph = build(dataclasses.replace(config.model, compute_dtype=dtype), num_pieces, config.data.sequence_length)
+    graph = build(dataclasses.replace(config.model, compute_dtype=dtype), vocab_size, config.data.sequence_length)
     parameters = graph.init(jax.random.key(0))
     settings = None, 1e-4, (0.01, 0.001)
     of = lambda parameters: batch_loss(graph, parameters, batch, *settings).objective / batch["loss_mask"].sum()
@@ -76,9 +76,9 @@ def test_gradients_in_bfloat16_are_those_in_float32(kind):
     small = small_of(kind)
     config = tiny(**{**small, **KINDS[kind]})
     mixed = open_data(config)
-    num_pieces = specials(mixed.tokenizer, config.data.objective).num_pieces
+    vocab_size = specials(mixed.tokenizer, config.data.objective).vocab_size
     batch = mixed.stream(config.data).rows(list(range(ROWS)))
-    expected, found = (gradients(config, num_pieces, batch, dtype) for dtype in ("float32", "bfloat16"))
+    expected, found = (gradients(config, vocab_size, batch, dtype) for dtype in ("float32", "bfloat16"))
     whole = np.sqrt(sum(np.linalg.norm(x) ** 2 for x in expected.values()))
     errors = {path: apart(found[path], x, whole) for path, x in expected.items()}
     table = expected["embedding/table"]

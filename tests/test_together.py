@@ -180,7 +180,7 @@ def test_who_ends_without_a_word_is_found_and_named(quick, who, death):
         for one in mine:
             one.close()
     elif death == "does not take what it is told":
-        star.each(lambda line: line.agree("x" * 2**22, "x") if line.leads else None)
+        star.each(lambda line: line.agree("x" * 2**22, "x") if line.is_main_process else None)
     else:
         for one in mine:
             one.sendall(json.dumps({"beat": int(death == "is silent")}).encode() + b"\n")
@@ -220,7 +220,7 @@ def test_a_signal_at_many_processes_asks_once_and_two_at_one_end_all(monkeypatch
     """Schedulers signal every process of a job: what the others pass on is not a second signal of process 0's own."""
     left = []
     monkeypatch.setattr(stop, "leave", lambda number, saved: left.append(number))
-    one = stop.Stop()
+    one = stop.StopSignal()
     one.done, one.saved = 7, 4
     one.wish(15)
     one._take(15)
@@ -323,10 +323,10 @@ class Script:
     host = "here"
 
     def __init__(self, decided: list | None = None):
-        self.leads, self.decided = decided is None, [] if decided is None else [*decided]
+        self.is_main_process, self.decided = decided is None, [] if decided is None else [*decided]
 
     def agree(self, value, about: str):
-        if self.leads:
+        if self.is_main_process:
             self.decided.append((about, json.dumps(value)))
             return value
         of, found = self.decided.pop(0)
@@ -355,12 +355,12 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
     done: list[tuple] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "line", script)
-        if not script.leads:
+        if not script.is_main_process:
             patch.setattr(distributed, "TOGETHER", 0)
             patch.setattr(checkpoint, "wait_for", lambda path: None)
             patch.setattr(metrics, "read", lambda folder, say=None: [])
             for module in (train, start, samples, rewind, checkpoint, distributed):
-                patch.setattr(module, "leads", lambda: False)
+                patch.setattr(module, "is_main_process", lambda: False)
             for module, name in ((run_folder, "read_config"), (checkpoint, "expected_data_state")):
                 patch.setattr(module, name, never)
         patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
@@ -378,8 +378,8 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
         def signalled(this, *_) -> None:
             this.stop.requested |= is_stopped
 
-        spied(train, "evaluate_now", "evaluation", signalled if script.leads else lambda *_: None)
-        spied(train, "steps", "steps", lambda *_: None if script.leads else signalled(*_))
+        spied(train, "evaluate_now", "evaluation", signalled if script.is_main_process else lambda *_: None)
+        spied(train, "steps", "steps", lambda *_: None if script.is_main_process else signalled(*_))
         spied(train.CompiledStep, "__call__", "step", step=lambda _, state, *__: int(state.step))
         spied(checkpoint.Saver, "save", "save", step=lambda _, state, data, *__: data.step)
         overrides, _ = experiment.split_overrides(words)

@@ -89,7 +89,7 @@ def test_a_batch_is_encoded_as_each_text_alone(one):
 
 
 def test_pieces_beyond_the_vocabulary_and_the_mark_are_no_text(one):
-    ids = [one.document_id, *one.encode("ab"), one.num_pieces, one.num_pieces + 5]  # a padded model may draw them
+    ids = [one.document_id, *one.encode("ab"), one.vocab_size, one.vocab_size + 5]  # a padded model may draw them
     assert one.decode(ids) == "ab"
 
 

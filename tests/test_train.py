@@ -230,14 +230,14 @@ def test_one_batch_is_learnt_by_heart(corpus, family):
     stream = loader.Stream(corpus.splits["train"], 64, 0)
     with jax.set_mesh(mesh):
         batch = next(loader.batches(stream, mesh, 0, 1, 8))
-        program = make_program(config, corpus.tokenizer.num_pieces)
+        program = make_program(config, corpus.tokenizer.vocab_size)
         state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=True)
         losses = []
         for _ in range(150):
             state, found = one_step(state, 1, iter([batch]), lambda done: False)
             losses.append(float(found["train/loss"]))
-    assert abs(losses[0] - np.log(corpus.tokenizer.num_pieces)) < 0.1, "an untrained model knows nothing"
-    cap, others = config.model.logit_softcap[1], corpus.tokenizer.num_pieces - 1
+    assert abs(losses[0] - np.log(corpus.tokenizer.vocab_size)) < 0.1, "an untrained model knows nothing"
+    cap, others = config.model.logit_softcap[1], corpus.tokenizer.vocab_size - 1
     least = np.log1p(others * np.exp(-2 * cap)) if cap else 0  # where no logit is farther than `cap` from nought
     assert losses[-1] < least + 0.1
 
@@ -247,7 +247,7 @@ def test_a_given_up_step_leaves_the_state_as_it_was(corpus):
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     stream = loader.Stream(corpus.splits["train"], 64, 0)
     with jax.set_mesh(mesh):
-        program = make_program(config, corpus.tokenizer.num_pieces)
+        program = make_program(config, corpus.tokenizer.vocab_size)
         state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=False)
         before = jax.tree.map(np.asarray, state)
         assert one_step(state, 2, loader.batches(stream, mesh, 0, 2, 4), lambda done: True) is None

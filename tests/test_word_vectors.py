@@ -25,13 +25,13 @@ def test_pieces_that_are_words_take_their_vectors(first, corpus, eight, tmp_path
     path, said = tmp_path / "vectors.txt", []
     path.write_text("\n".join([*first, *lines(64)]) + "\n")
     given = word_vectors.read(str(path), corpus.tokenizer, 64)
-    program = make_program(tiny(), corpus.tokenizer.num_pieces)
+    program = make_program(tiny(), corpus.tokenizer.vocab_size)
     with jax.set_mesh(make_mesh(Mesh(2, 2, 2), eight)):
         plain = np.asarray(jax.jit(lambda: fresh(program))().parameters["embedding"]["table"])
         state, _ = initial_state.starting_point(program, tmp_path / "run", given, said.append)
         table = state.parameters["embedding"]["table"]
         assert table.sharding.spec == jax.P("tensor", "fsdp")
-    texts = [corpus.tokenizer.decode([i]).strip() for i in range(corpus.tokenizer.num_pieces)]
+    texts = [corpus.tokenizer.decode([i]).strip() for i in range(corpus.tokenizer.vocab_size)]
     rows = [i for i, text in enumerate(texts) if text in WORDS]
     assert len(rows) > len({texts[i] for i in rows}) == 3
     for i, row in enumerate(np.asarray(table)):

@@ -32,7 +32,9 @@ from lm_jax.train_state import make_program
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EVERY = 5  # steps from one checkpoint to the next
-LIMIT = 600  # seconds without a word of any process, until a start that neither ends nor is killed counts as one that hangs
+LIMIT = (
+    600  # seconds without a word of any process, until a start that neither ends nor is killed counts as one that hangs
+)
 LEFT = 20  # seconds that the others have to leave, once one is killed
 STARTING, RUNNING = "any moment of a start", "any moment after it"
 LEADING = {"save.begin", "save.manifest", "save.mark", "save.commit", "retain", "send", "quarantine"}  # process 0 alone
@@ -215,7 +217,7 @@ def outcome(workdir: str) -> dict[str, list]:
     """The log of a run, and the arrays of its newest step: parameters and the optimizer's state."""
     lines, found = metrics.read(epath.Path(workdir)), load_model.locate(workdir)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        state, _ = checkpoint.restore(found.workdir, found.step, make_program(found.config, found.num_pieces))
+        state, _ = checkpoint.restore(found.workdir, found.step, make_program(found.config, found.vocab_size))
     numbers = [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]
     return {"numbers": numbers, "arrays": [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]}
 

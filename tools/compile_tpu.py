@@ -23,7 +23,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from lm_jax import cli, experiment  # noqa: E402
-from lm_jax.data.tokenizer_files import num_pieces  # noqa: E402
+from lm_jax.data.tokenizer_files import vocab_size  # noqa: E402
 from lm_jax.errors import UserError  # noqa: E402
 from lm_jax.model import attention  # noqa: E402
 from lm_jax.run_plan import make_plan  # noqa: E402
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:8x8x16; two slices: 2*v5e:2x4")
     flags = parser.parse_args(rest)
     config, _ = experiment.load_config(flags.config, overrides)
-    plan = make_plan(config, num_pieces(config.data.tokenizer), chips(flags.topology))
+    plan = make_plan(config, vocab_size(config.data.tokenizer), chips(flags.topology))
     attention.preflight(config.model, config.data.sequence_length, "tpu")
     jax.config.update("jax_enable_compilation_cache", False)  # it is written for absent devices, but never read
     start = time.monotonic()

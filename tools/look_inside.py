@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         graph, parameters = load_model.load_parameters(found)
         model = graph.module(parameters)
         if flags.view == "embedding":
-            table = np.asarray(parameters["embedding"]["table"])[: found.num_pieces]
+            table = np.asarray(parameters["embedding"]["table"])[: found.vocab_size]
             table = table / np.linalg.norm(table, axis=1, keepdims=True)
             cosines = table @ table[tokens[-1]]
             say("\n".join(f"{cosines[k]:6.3f}  {name(k)}" for k in np.argsort(-cosines)[:SHOWN]))

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         made = tokenizer_training.make(f"{flags.kind}:{flags.pieces}", texts, flags.characters)
     write_whole(flags.output, made.model)
     say(
-        f"{flags.output}: {made.num_pieces:,} pieces, {made.fingerprint}; use it: --config.data.tokenizer={flags.output}"
+        f"{flags.output}: {made.vocab_size:,} pieces, {made.fingerprint}; use it: --config.data.tokenizer={flags.output}"
     )
     return 0
 

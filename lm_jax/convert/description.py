@@ -11,7 +11,7 @@ from lm_jax.config_check import resolve_found
 from lm_jax.convert import encoders, families
 from lm_jax.convert.config_fields import per_layer
 from lm_jax.errors import UserError
-from lm_jax.model.build import Graph, build
+from lm_jax.model.build import ModelDef, build
 from lm_jax.model_config import OBJECTIVES
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
@@ -26,7 +26,7 @@ class Description(NamedTuple):
 
     family: str
     config: Config
-    num_pieces: int
+    vocab_size: int
     content: dict[str, Any]
 
 
@@ -43,19 +43,19 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
         raise UserError(f"{where}: quantised weights are not read; take the model's own weights")
     reader = FAMILIES[name].reader(name, content, where)
     length = reader.size(FAMILIES[name].length)
-    num_pieces = reader.size("vocab_size", largest=2**31 - 1)
+    vocab_size = reader.size("vocab_size", largest=2**31 - 1)
     config = default_config()
     config.model.update(FAMILIES[name].read(reader))
     config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
     config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
     try:
-        return Description(name, resolve_found(config), num_pieces, content)
+        return Description(name, resolve_found(config), vocab_size, content)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def graph_of(described: Description) -> Graph:
-    return build(described.config.model, described.num_pieces, described.config.data.sequence_length)
+def graph_of(described: Description) -> ModelDef:
+    return build(described.config.model, described.vocab_size, described.config.data.sequence_length)
 
 
 def what_it_is(model: Model) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def what_it_is(model: Model) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in unused}
 
 
-def description_of(config: Config, num_pieces: int, ids: dict[str, Any] | None = None, context: int = 0) -> Description:
+def description_of(config: Config, vocab_size: int, ids: dict[str, Any] | None = None, context: int = 0) -> Description:
     """The family that can say all that a model is, and its config.json, with the fields `ids` of its text.
 
     `context` is the longest text, in tokens, of a model whose positions have no table. Raises UserError that names what the
@@ -91,7 +91,7 @@ def description_of(config: Config, num_pieces: int, ids: dict[str, Any] | None =
         if family.kind != kind:
             continue
         content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
-        content.update(dtype="float32", torch_dtype="float32", vocab_size=num_pieces, **(ids or {}))
+        content.update(dtype="float32", torch_dtype="float32", vocab_size=vocab_size, **(ids or {}))
         content[family.length] = max(length, context) if config.model.positions in WITHOUT_TABLE else length
         if kind == "transformer":  # a family's own may be beyond this vocabulary: then no model is built
             content.setdefault("pad_token_id", None)

@@ -26,12 +26,12 @@ class Leaving(NamedTuple):
     no_chat: str = ""  # why conversations cannot be compared here, though there is a template
 
 
-def of_model(found: load_model.Located) -> Leaving:
+def of_model(found: load_model.ModelRef) -> Leaving:
     """A run or a Hugging Face folder. Raises UserError where no family is this model."""
     text, no_chat = text_of(found)
     reads = found.config.model.kind == "encoder_decoder"
     fields, context = text_files.id_fields(text.ids, reads), load_model.context_of(found)
-    described = description.description_of(found.config, found.num_pieces, fields, context)
+    described = description.description_of(found.config, found.vocab_size, fields, context)
     return Leaving(described, load_model.load_parameters(found)[1], text, no_chat)
 
 
@@ -46,7 +46,7 @@ def of_gguf(path: str) -> Leaving:
     return Leaving(described, parameters, Text(tokenizer, ids, template=template), no_chat)
 
 
-def text_of(found: load_model.Located) -> tuple[Text, str]:
+def text_of(found: load_model.ModelRef) -> tuple[Text, str]:
     """What a MODEL knows of text, and why its conversations cannot be compared ("" = they can)."""
     tokenizer, data, no_chat = found.tokenizer, found.config.data, ""
     ids, template = found.special_ids, chat_template.find_template(found.workdir)

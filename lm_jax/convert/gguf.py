@@ -249,14 +249,14 @@ def add_ids(path: str, writer, ids: SpecialIds) -> None:
     writer.add_add_bos_token(bool(ids.first))
 
 
-def add_sentencepiece(writer, model: bytes, num_pieces: int) -> None:
+def add_sentencepiece(writer, model: bytes, vocab_size: int) -> None:
     """Pieces with their scores and types; no space is put before a text, as ours are trained."""
     import sentencepiece
 
     by = sentencepiece.SentencePieceProcessor(model_proto=model)
     kinds = ((by.is_unknown, UNKNOWN), (by.is_control, CONTROL), (by.is_byte, BYTE), (by.is_unused, UNUSED))
-    known = range(min(num_pieces, by.get_piece_size()))
-    added = [f"<unused_{i}>" for i in range(len(known), num_pieces)]
+    known = range(min(vocab_size, by.get_piece_size()))
+    added = [f"<unused_{i}>" for i in range(len(known), vocab_size)]
     writer.add_tokenizer_model("llama")
     writer.add_token_list([by.id_to_piece(i) for i in known] + added)
     writer.add_token_scores([by.get_score(i) for i in known] + [0.0] * len(added))
@@ -265,7 +265,7 @@ def add_sentencepiece(writer, model: bytes, num_pieces: int) -> None:
     writer.add_add_space_prefix(False)
 
 
-def add_byte_pairs(path: str, writer, described: dict[str, Any], num_pieces: int) -> None:
+def add_byte_pairs(path: str, writer, described: dict[str, Any], vocab_size: int) -> None:
     cut = described.get("pre_tokenizer") or {}
     cuts = cut.get("pretokenizers", [cut])
     names = [name for name, known in CUTS.items() if known == cuts]
@@ -275,8 +275,8 @@ def add_byte_pairs(path: str, writer, described: dict[str, Any], num_pieces: int
     pieces = {i: piece for piece, i in vocab_of(described).items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(names[0])
-    writer.add_token_list([pieces.get(i, f"<unused_{i}>") for i in range(num_pieces)])
+    writer.add_token_list([pieces.get(i, f"<unused_{i}>") for i in range(vocab_size)])
     kind = lambda i: UNUSED if i not in pieces else CONTROL if i in marks else NORMAL
-    writer.add_token_types([kind(i) for i in range(num_pieces)])
+    writer.add_token_types([kind(i) for i in range(vocab_size)])
     merges = described["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])

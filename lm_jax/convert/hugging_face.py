@@ -95,7 +95,7 @@ def check_read(folder: str, described: Description, tensors: dict[str, np.ndarra
     found = read_description(folder)
     here, there = what_it_is(described.config.model), what_it_is(found.config.model)
     wrong = [key for key in here if here[key] != there.get(key)]
-    if not wrong and described.num_pieces == found.num_pieces:
+    if not wrong and described.vocab_size == found.vocab_size:
         again = their_tensors(found, parameters(found, tensors, folder))
         # A scale that is kept as 1 + w, or divided by a root, may change its last bit on the way.
         wrong = [name for name, x in tensors.items() if not np.allclose(again[name], x, 1e-6, 1e-30, equal_nan=True)]

@@ -17,7 +17,7 @@ from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens, decoding
-from lm_jax.model.build import Graph
+from lm_jax.model.build import ModelDef
 
 # Of the largest logit, less the mean of its place: float32 leaves about 1e-5 in SmolLM2, 30 layers deep, in either library.
 LIMIT = 5e-5
@@ -67,7 +67,7 @@ class Exported(NamedTuple):
     """A model as it is here, and the text of the folder that it leaves in."""
 
     described: description.Description
-    graph: Graph  # in float32, whatever it was trained in
+    graph: ModelDef  # in float32, whatever it was trained in
     parameters: dict
     tokenizer: Tokenizer
     ids: SpecialIds
@@ -94,12 +94,12 @@ def distance(ours: Exported, peer: Peer) -> float:
     """The largest difference of a logit of a random row over the largest logit, that less the mean of its place."""
     batch = random_row(ours.described)
     mine = [np.asarray(x, np.float32) for x in heads(ours.graph, ours.parameters, batch)]
-    mine[0] = mine[0][..., : ours.described.num_pieces]
+    mine[0] = mine[0][..., : ours.described.vocab_size]
     return max(relative(a, b) for a, b in zip(mine, peer.logits(batch), strict=True))
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def heads(graph: Graph, parameters: dict, batch: dict) -> list[jax.Array]:
+def heads(graph: ModelDef, parameters: dict, batch: dict) -> list[jax.Array]:
     """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first place."""
     model = graph.module(parameters)
     outputs = model.read(batch)
@@ -124,7 +124,7 @@ def random_row(described: description.Description) -> dict[str, np.ndarray]:
     config, window = described.config, max(described.config.model.window)
     wanted = max(ROW, window + 32 if window <= LONGEST_WINDOW else 0)
     random, row = np.random.RandomState(0), example(config.data.objective, min(wanted, config.data.sequence_length))
-    pieces = lambda x: random.randint(0, described.num_pieces, x.shape).astype(np.int32)
+    pieces = lambda x: random.randint(0, described.vocab_size, x.shape).astype(np.int32)
     value = lambda name, x: (
         pieces(x) if name.endswith("tokens") else np.arange(len(x)) if "positions" in name else np.ones_like(x)
     )
@@ -188,7 +188,7 @@ def likeliest(ours: Exported, ids: list[int], written: list[int]) -> bool:
         place, batch = len(before), row_of(ids, "encoder_") | row_of([ours.ids.start, *before])
     else:
         place, batch = len(ids) + len(before) - 1, row_of([*ids, *before])
-    logits = np.asarray(heads(ours.graph, ours.parameters, batch)[0])[0, place, : ours.described.num_pieces]
+    logits = np.asarray(heads(ours.graph, ours.parameters, batch)[0])[0, place, : ours.described.vocab_size]
     return bool(logits.max() - logits[last] <= 2 * LIMIT * size(logits))
 
 

@@ -22,10 +22,10 @@ from lm_jax.model.build import build
 
 def write(
     workdir: epath.Path,
-    found: load_model.Located,
+    found: load_model.ModelRef,
     parameters: dict,
     carried: dict[str, bytes],
-    base: load_model.Located | None = None,
+    base: load_model.ModelRef | None = None,
 ) -> None:
     """The config, the tokenizer and what goes along with it, and the parameters; the manifest last. Raises UserError.
 
@@ -44,7 +44,7 @@ def write(
     run_folder.write_config(workdir, found.config, {}, facts | said | {"context": load_model.context_of(found)})
     graph = build(
         found.config.model,
-        specials(tokenizer, found.config.data.objective).num_pieces,
+        specials(tokenizer, found.config.data.objective).vocab_size,
         found.config.data.sequence_length,
     )
     flat = flatten_mapping(parameters).items()
@@ -55,19 +55,19 @@ def write(
     manifest.write_manifest(folder, {"step": 0} | {name: facts[name] for name in checkpoint.FACTS})
 
 
-def write_part(workdir: epath.Path, found: load_model.Located, base: load_model.Located) -> None:
+def write_part(workdir: epath.Path, found: load_model.ModelRef, base: load_model.ModelRef) -> None:
     """Only what was trained of a MODEL, with where its base lies and what it is. Raises UserError."""
     carried = hugging_face.carried_files(str(base.workdir))
     write(workdir, found, trained_part(found, base), carried, base)
 
 
-def place_of(located: load_model.Located) -> str:
+def place_of(located: load_model.ModelRef) -> str:
     """A MODEL that stays what it is: where it lies, and of a run at which step."""
     place = str(located.workdir) if is_url(located.workdir) else os.path.abspath(located.workdir)
     return place if located.described else f"{place}@{located.step}"
 
 
-def trained_part(found: load_model.Located, base: load_model.Located) -> dict:
+def trained_part(found: load_model.ModelRef, base: load_model.ModelRef) -> dict:
     """The parameters of a MODEL that were trained, if all others are the base's to the bit. Raises UserError."""
     program, parameters = load_model.load_as_trained(found)
     part, frozen = program.split(parameters)
@@ -77,7 +77,7 @@ def trained_part(found: load_model.Located, base: load_model.Located) -> dict:
     flat = flatten_mapping(frozen)
     apart = ["/".join(path) for path, x in flat.items() if path not in have or have[path].shape[1:] != x.shape[1:]]
     if not apart:
-        beneath = flatten_mapping(load_model.under(base, frozen))
+        beneath = flatten_mapping(load_model.frozen_from_base(base, frozen))
         apart = ["/".join(path) for path, x in flat.items() if not np.array_equal(x, beneath[path])]
     if apart:
         raise UserError(

@@ -19,7 +19,7 @@ from lm_jax.convert import safetensors
 from lm_jax.convert.description import FAMILIES, Description, graph_of
 from lm_jax.convert.families import EXPERT, LAYER, Family
 from lm_jax.errors import UserError
-from lm_jax.model.build import Graph
+from lm_jax.model.build import ModelDef
 
 AT_ONCE = 2**24  # bytes of a parameter that the host holds on their way to a device
 # Not parameters: masks and frequencies that older versions saved as well.
@@ -53,10 +53,10 @@ class Slot(NamedTuple):
     def matrix(self) -> tuple[int, int]:
         return math.prod(self.shape[: self.num_inputs]), math.prod(self.shape[self.num_inputs :])
 
-    def their_shape(self, num_pieces: int) -> tuple[int, ...]:
+    def their_shape(self, vocab_size: int) -> tuple[int, ...]:
         inputs, outputs = self.matrix
         shapes: dict[str, tuple[int, ...]] = {"linear": (outputs, inputs), "conv": (inputs, outputs)}
-        shapes |= {"undivided": (outputs, inputs), "table": (num_pieces, self.shape[-1]), "pieces": (num_pieces,)}
+        shapes |= {"undivided": (outputs, inputs), "table": (vocab_size, self.shape[-1]), "pieces": (vocab_size,)}
         return shapes.get(self.kind, (inputs * outputs,))
 
     def to_ours(self, x: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -75,14 +75,14 @@ class Slot(NamedTuple):
             return part * np.float32(math.sqrt(self.shape[-1]))
         return 1 + part if self.kind == "one_more" else part
 
-    def to_theirs(self, x: np.ndarray, num_pieces: int) -> np.ndarray:
+    def to_theirs(self, x: np.ndarray, vocab_size: int) -> np.ndarray:
         if self.kind in ("table", "pieces"):
-            return x[:num_pieces]
+            return x[:vocab_size]
         if self.kind == "undivided":
             return x.reshape(self.matrix).T / np.float32(math.sqrt(self.shape[-1]))
         if self.kind == "one_more":
             return x - 1
-        return x.reshape(self.matrix).T if self.kind == "linear" else x.reshape(self.their_shape(num_pieces))
+        return x.reshape(self.matrix).T if self.kind == "linear" else x.reshape(self.their_shape(vocab_size))
 
 
 class Stored(NamedTuple):
@@ -136,7 +136,7 @@ def _filled(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
 
 
-def slots(family: Family, graph: Graph) -> list[Slot]:
+def slots(family: Family, graph: ModelDef) -> list[Slot]:
     """Every tensor that a model of this family has. Raises UserError where the family has no place for a parameter."""
     period, found, covered = len(graph.config.window), [], set()
     for path, name, kind in family.rows:
@@ -202,12 +202,12 @@ def stored(described: Description, tensors: dict[str, Any], where: str) -> dict[
     for slot in slots(family, graph):
         wanted.setdefault(bare(slot.name), []).append(slot)
     problems = []
-    found = without_heads(family, wanted, found, described.num_pieces)
+    found = without_heads(family, wanted, found, described.vocab_size)
     if missing := [name for name in wanted if name not in found]:
         problems.append(f"missing: {listed(missing)}")
     if unknown := [name for name in found if name not in wanted]:
         problems.append(f"unknown: {listed(unknown)}")
-    whole = {name: whole_shape(parts, described.num_pieces) for name, parts in wanted.items()}
+    whole = {name: whole_shape(parts, described.vocab_size) for name, parts in wanted.items()}
     wrong = [name for name in wanted if name in found and tuple(found[name].shape) != whole[name]]
     if wrong:
         shown = {name: f"{list(found[name].shape)} for {list(whole[name])}" for name in wrong}
@@ -230,19 +230,19 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
 
 
 def without_heads(
-    family: Family, wanted: dict[str, list[Slot]], found: dict[str, Any], num_pieces: int
+    family: Family, wanted: dict[str, list[Slot]], found: dict[str, Any], vocab_size: int
 ) -> dict[str, Any]:
     """`found`, and nought for heads of which not one tensor is there: an encoder that was saved without them."""
     for head in family.optional:
         if not any(name.startswith(head) for name in found):
             empty = [name for name in wanted if name.startswith(head)]
-            found |= {name: np.zeros(whole_shape(wanted[name], num_pieces), np.float32) for name in empty}
+            found |= {name: np.zeros(whole_shape(wanted[name], vocab_size), np.float32) for name in empty}
     return found
 
 
-def whole_shape(parts: list[Slot], num_pieces: int) -> tuple[int, ...]:
+def whole_shape(parts: list[Slot], vocab_size: int) -> tuple[int, ...]:
     """Of a tensor that holds these parts side by side."""
-    shape = list(parts[0].their_shape(num_pieces))
+    shape = list(parts[0].their_shape(vocab_size))
     if len(parts) > 1:
         shape[parts[0].output_axis] = sum(part.num_outputs for part in parts)
     return tuple(shape)
@@ -256,6 +256,6 @@ def their_tensors(described: Description, ours: dict) -> dict[str, np.ndarray]:
         x: Any = ours
         for name in slot.path:
             x = x[name]
-        parts.setdefault(slot.name, []).append(slot.to_theirs(np.asarray(x)[slot.at], described.num_pieces))
+        parts.setdefault(slot.name, []).append(slot.to_theirs(np.asarray(x)[slot.at], described.vocab_size))
         axes[slot.name] = slot.output_axis
     return {name: np.ascontiguousarray(np.concatenate(several, axes[name])) for name, several in parts.items()}

@@ -35,7 +35,7 @@ class Text(NamedTuple):
 
 def added_pieces(objective: str, tokenizer: Tokenizer) -> tuple[tuple[int, str], ...]:
     """What an objective writes that the tokenizer has no piece for: a mask, or the sentinels of hidden spans."""
-    num = tokenizer.num_pieces
+    num = tokenizer.vocab_size
     if objective.startswith("masked") and "[MASK]" not in tokenizer.special:
         return ((num, "[MASK]"),)
     if objective == "span_corruption" and f"<extra_id_{NUM_SENTINELS - 1}>" not in tokenizer.special:

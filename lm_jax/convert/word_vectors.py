@@ -26,10 +26,10 @@ def read(place: str, tokenizer: Tokenizer, dim: int) -> WordVectors:
     for a line that is no word with numbers, and where no piece is a word of the file.
     """
     wanted: dict[str, list[int]] = {}
-    for i in range(tokenizer.num_pieces):
+    for i in range(tokenizer.vocab_size):
         if text := tokenizer.decode([i]).strip():
             wanted.setdefault(text, []).append(i)
-    table, found = np.zeros((tokenizer.num_pieces, dim), np.float32), np.zeros(tokenizer.num_pieces, bool)
+    table, found = np.zeros((tokenizer.vocab_size, dim), np.float32), np.zeros(tokenizer.vocab_size, bool)
     try:
         file = regular_files.opened(place)
     except OSError as error:

@@ -52,7 +52,7 @@ def open_corpus(
     if is_prepared(place):
         check_plain(*[place] * (not is_url(place)))
         return read(local_copy(place, say), "prepare it again, or restore it from a copy")
-    pieces = 0 if given else tokenizer_files.num_pieces(data.tokenizer)
+    pieces = 0 if given else tokenizer_files.vocab_size(data.tokenizer)
     given = given or (None if pieces else tokenizer_files.load(data.tokenizer))
     source = place if place == "python" or is_url(place) else os.path.abspath(place)
     by = given.fingerprint + given.beside.decode() if given else data.tokenizer
@@ -105,7 +105,7 @@ def build(data: Data, place: str, given: Tokenizer | None, folder: str, say: Cal
         for name in names[:3]:
             say(f"{what}, left out: {regular_files.shown(name)}")
     if not given:
-        say(f"training a tokenizer of {tokenizer_files.num_pieces(data.tokenizer):,} pieces")
+        say(f"training a tokenizer of {tokenizer_files.vocab_size(data.tokenizer):,} pieces")
     trained = given or tokenizer_training.make(data.tokenizer, ordered["train"])
     left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
     with draft_folder(folder) as draft:

@@ -233,7 +233,7 @@ class Mixture:
 
 def pieces_expected(data: Data) -> int:
     """Pieces of the tokenizer that will be trained, 0 where one is given and must be opened to know."""
-    return 0 if any(is_prepared(place) for place, _ in data.sources) else tokenizer_files.num_pieces(data.tokenizer)
+    return 0 if any(is_prepared(place) for place, _ in data.sources) else tokenizer_files.vocab_size(data.tokenizer)
 
 
 def open_mixture(data: Data, say: Callable[[str], None] = lambda line: None) -> Mixture:
@@ -246,7 +246,7 @@ def open_mixture(data: Data, say: Callable[[str], None] = lambda line: None) -> 
     first = next((place for place in places if is_prepared(place)), places[0])
     opened = {first: open_corpus(data, say, first)}
     like = opened[first].tokenizer
-    if is_prepared(first) and not tokenizer_files.num_pieces(data.tokenizer):
+    if is_prepared(first) and not tokenizer_files.vocab_size(data.tokenizer):
         check_same(data.tokenizer, tokenizer_files.load(data.tokenizer), first, like)
     for place in places:
         if place not in opened:
@@ -258,8 +258,8 @@ def open_mixture(data: Data, say: Callable[[str], None] = lambda line: None) -> 
 def check_same(first: str, a: Tokenizer, second: str, b: Tokenizer) -> None:
     if a.fingerprint != b.fingerprint:
         raise UserError(
-            f"config.data.sources: {second} was made by another tokenizer ({b.num_pieces:,} pieces, {b.fingerprint}) than\n"
-            f"{first} ({a.num_pieces:,} pieces, {a.fingerprint}); prepare one of them again with the other's tokenizer"
+            f"config.data.sources: {second} was made by another tokenizer ({b.vocab_size:,} pieces, {b.fingerprint}) than\n"
+            f"{first} ({a.vocab_size:,} pieces, {a.fingerprint}); prepare one of them again with the other's tokenizer"
         )
 
 

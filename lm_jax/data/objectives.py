@@ -31,11 +31,11 @@ class Specials(NamedTuple):
     mask: int
     first_sentinel: int
     next_sentinel: int  # what it takes from one to the next: T5's tokenizers count down
-    num_pieces: int  # with those that are added
+    vocab_size: int  # with those that are added
 
 
 def specials(tokenizer: Tokenizer, objective: str) -> Specials:
-    num, known = tokenizer.num_pieces, tokenizer.known_document
+    num, known = tokenizer.vocab_size, tokenizer.known_document
     document = -1 if known is None else known  # a model whose texts nothing ends writes, but is not trained
     last = f"<extra_id_{NUM_SENTINELS - 1}>"
     has_its_own = ("[MASK]" if objective.startswith("masked") else last) in tokenizer.special
@@ -62,7 +62,7 @@ class RowCorruption:
         far = i + 1 + int(random.random_raw()) % FARTHEST
         row, labels = paired(row, rows(far % num_rows if num_rows else far), random, self.ids)
         own = self.ids.classifier, self.ids.document
-        row = masked(row, random, self.ids.mask, self.ids.num_pieces, own, starts_word=self.starts_word)
+        row = masked(row, random, self.ids.mask, self.ids.vocab_size, own, starts_word=self.starts_word)
         asked = labels >= 0
         row["targets"][asked], row["loss_mask"][asked] = labels[asked], 1
         return row
@@ -77,12 +77,12 @@ def make_corruption(data: Data, tokenizer: Tokenizer) -> Corruption:
 
 
 def starts_of_words(tokenizer: Tokenizer) -> np.ndarray:
-    """Which ids begin a word, bool [tokenizer.num_pieces + the added ones]; WordPiece marks those that do not with ##."""
-    texts = [tokenizer.decode([i]) for i in range(tokenizer.num_pieces)] + [""] * EXTRA["masked_words"]
+    """Which ids begin a word, bool [tokenizer.vocab_size + the added ones]; WordPiece marks those that do not with ##."""
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)] + [""] * EXTRA["masked_words"]
     if any(text.startswith("##") and text[2:].isalpha() for text in texts):
         return np.array([not text.startswith("##") for text in texts])
     after = tokenizer.encode("a")  # many a decoder leaves out the space that a text's first piece begins with
-    inside = [continuation(tokenizer, after, [i]) for i in range(tokenizer.num_pieces)] + [""] * EXTRA["masked_words"]
+    inside = [continuation(tokenizer, after, [i]) for i in range(tokenizer.vocab_size)] + [""] * EXTRA["masked_words"]
     return np.array([not text[:1].isalnum() for text in inside])
 
 
@@ -139,16 +139,16 @@ def masked(
     row: Batch,
     key: Key,
     mask_id: int,
-    num_pieces: int,
+    vocab_size: int,
     special: tuple[int, ...] = (),
     rate: float = 0.15,
     starts_word: np.ndarray | None = None,
 ) -> Batch:
     """Masked language modelling (Devlin et al., arXiv:1810.04805, 3.1).
 
-    Each token is chosen with probability `rate`. Of the chosen ones 80% become `mask_id`, 10% a random id below `num_pieces`,
+    Each token is chosen with probability `rate`. Of the chosen ones 80% become `mask_id`, 10% a random id below `vocab_size`,
     10% stay as they are; each has the token that it was as its target. `special` ids are never chosen. With `starts_word`
-    (bool [num_pieces], which ids begin a word) the tokens of a word are chosen together.
+    (bool [vocab_size], which ids begin a word) the tokens of a word are chosen together.
     """
     tokens, num = row["tokens"], len(row["tokens"])
     first = np.arange(num)  # the position whose draw decides
@@ -156,7 +156,7 @@ def masked(
         begins = starts_word[tokens] | np.isin(tokens, special) | (np.diff(row["segment_ids"], prepend=0) != 0)
         first = np.maximum.accumulate(np.where(begins, first, 0))
     chance, fate = _uniform(key, num), _uniform(key, num)
-    replaced = (key.random_raw(num) % np.uint64(num_pieces)).astype(np.int32)
+    replaced = (key.random_raw(num) % np.uint64(vocab_size)).astype(np.int32)
     chosen = (chance[first] < rate) & (row["segment_ids"] > 0) & ~np.isin(tokens, special)
     seen = np.where(chosen & (fate < 0.8), mask_id, np.where(chosen & (fate >= 0.9), replaced, tokens))
     return row | {

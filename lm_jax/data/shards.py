@@ -140,7 +140,7 @@ class ShardWriter:
         assert not os.path.exists(os.path.join(folder, MANIFEST)), f"{folder} is a corpus already"
         for left in glob.glob(os.path.join(glob.escape(folder), "*.npy")):
             os.remove(left)
-        self.dtype = np.dtype(np.uint16 if tokens_of.num_pieces <= 2**16 else np.uint32)
+        self.dtype = np.dtype(np.uint16 if tokens_of.vocab_size <= 2**16 else np.uint32)
         nothing = {"documents": 0, "tokens": 0, "bytes": 0, "shards": 0}
         self.counts = {split: dict(nothing) for split in sources.SPLITS}  # of what is written so far
         self._open: dict[str, tuple[NpyAppender, NpyAppender]] = {}
@@ -166,7 +166,7 @@ class ShardWriter:
     def extend(self, split: str, ids: np.ndarray, num_bytes: int) -> None:
         """More of the document that was added to the split last, where it is too large to be encoded at once."""
         ids = np.asarray(ids)
-        assert not len(ids) or 0 <= ids.min() <= ids.max() < self.tokenizer.num_pieces
+        assert not len(ids) or 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
         self._open[split][0].append(ids)
         self.counts[split]["tokens"] += len(ids)
         self.counts[split]["bytes"] += num_bytes

@@ -63,7 +63,7 @@ def files(tokenizer: Tokenizer, ids: SpecialIds) -> dict[str, bytes]:
 def ids_in(value: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids in an int, in a list of ints or in nothing; those that the model has not are left out."""
     given: Iterable[Any] = value if isinstance(value, list) else [value]
-    known = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < tokenizer.num_pieces
+    known = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < tokenizer.vocab_size
     return tuple(dict.fromkeys(x for x in given if known(x)))
 
 

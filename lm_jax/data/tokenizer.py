@@ -31,7 +31,7 @@ class Stated(NamedTuple):
     """What the folder of a tokenizer's file says of it."""
 
     document: int | str | None = None  # what ends a text, by id or by name
-    num_pieces: int = 0  # rows of its model's table; 0 = as many as there are pieces
+    vocab_size: int = 0  # rows of its model's table; 0 = as many as there are pieces
 
 
 NOTHING = Stated()
@@ -43,8 +43,8 @@ class Tokenizer:
     file_name: str  # under which runs and corpora keep `model`
     model: bytes  # the file
     fingerprint: str
-    num_pieces: int  # that a text may have: none beyond its model's table
-    bytes_per_piece: np.ndarray  # [num_pieces] int32: bytes of text that each piece stands for
+    vocab_size: int  # that a text may have: none beyond its model's table
+    bytes_per_piece: np.ndarray  # [vocab_size] int32: bytes of text that each piece stands for
     special: dict[str, int] = {}  # ids of pieces that stand for no text, such as [MASK], by name
     beside: bytes = b""  # `special_ids.json` of its corpora: what the file alone does not say
     known_document: int | None = None
@@ -86,16 +86,16 @@ class Tokenizer:
         size = lambda text: int(self.bytes_per_piece[self.encode(text)].sum())
         return all(size(text) == len(text.encode()) for text in LOST.values())
 
-    def _take(self, stated: Stated, num_pieces: int, own: int | None, otherwise: int | None = None) -> None:
+    def _take(self, stated: Stated, vocab_size: int, own: int | None, otherwise: int | None = None) -> None:
         """Settles document and size: what the file has of `<|endoftext|>`, else what is stated, else what it hints at."""
-        self.num_pieces = min(num_pieces, stated.num_pieces or num_pieces)
+        self.vocab_size = min(vocab_size, stated.vocab_size or vocab_size)
         found = [x for x in (own, self.id_of(stated.document), otherwise) if x is not None]
         self.known_document = found[0] if found else None
         kept: dict[str, int] = {}
         if found and found[0] not in (own, otherwise):
             kept["document"] = found[0]
-        if self.num_pieces < num_pieces:
-            kept["num_pieces"] = self.num_pieces
+        if self.vocab_size < vocab_size:
+            kept["num_pieces"] = self.vocab_size
         self.beside = json.dumps(kept).encode() if kept else b""
 
 
@@ -122,7 +122,7 @@ class SentencePiece(Tokenizer):
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         eos = self.eos_id if self.eos_id >= 0 else None
         self._take(stated, self._processor.vocab_size(), self.id_of(DOCUMENT), eos)
-        self._bytes = [self._bytes_of(i) for i in range(self.num_pieces)]
+        self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         self.bytes_per_piece = np.array([len(b) for b in self._bytes], np.int32)
         self._has_bytes = all(self._processor.is_byte(i) for i in self._spelled(SPACE))
         self._has_prefix = self._processor.encode("a") != self._inner.encode("a")
@@ -159,16 +159,16 @@ class SentencePiece(Tokenizer):
         return [self.encode(text) if SPACE in text else of_one(next(of_plain)) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        found = b"".join(self._bytes[i] for i in map(int, ids) if i < self.num_pieces).decode("utf-8", errors="replace")
+        found = b"".join(self._bytes[i] for i in map(int, ids) if i < self.vocab_size).decode("utf-8", errors="replace")
         return found.removeprefix(" ") if self._has_prefix else found
 
 
 def within(ids: np.ndarray, tokenizer: Tokenizer, name: Callable[[int], str | None]) -> np.ndarray:
     """The ids. Raises UserError where one is beyond the table of the tokenizer's model, with its name."""
-    if len(ids) and ids.max() >= tokenizer.num_pieces:
+    if len(ids) and ids.max() >= tokenizer.vocab_size:
         piece = int(ids.max())
         raise UserError(
-            f"the text has the piece {name(piece)!r}, whose id {piece:,} is beyond the {tokenizer.num_pieces:,} rows of the "
+            f"the text has the piece {name(piece)!r}, whose id {piece:,} is beyond the {tokenizer.vocab_size:,} rows of the "
             "model's table:\nleave it out of the text"
         )
     return ids
@@ -183,11 +183,11 @@ class Bytes(Tokenizer):
     def __init__(self, model: bytes = model, stated: Stated = NOTHING):
         if model != Bytes.model:
             raise UserError("not the byte tokenizer of this version")
-        self.fingerprint, self.num_pieces, self.known_document = fingerprint(model), 257, 256
+        self.fingerprint, self.vocab_size, self.known_document = fingerprint(model), 257, 256
         self.bytes_per_piece = np.array([1] * 256 + [0], np.int32)
 
     def id_of(self, piece: int | str | None) -> int | None:
-        return piece if isinstance(piece, int) and 0 <= piece < self.num_pieces else None
+        return piece if isinstance(piece, int) and 0 <= piece < self.vocab_size else None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -220,11 +220,11 @@ class HuggingFace(Tokenizer):
         self.special = {content: index for index, content in self._special.items()}
         hinted = [i for ids in reversed(self.around()) for i in reversed(ids)]  # what it puts after a text, else before
         self._take(stated, max(pieces.values()) + 1, pieces.get(DOCUMENT), hinted[0] if hinted else None)
-        self.bytes_per_piece = np.zeros(self.num_pieces, np.int32)
+        self.bytes_per_piece = np.zeros(self.vocab_size, np.int32)
         self.added = {token["content"]: token["id"] for token in described["added_tokens"]}
         count = _piece_sizes(described)
         for piece, index in pieces.items():
-            if index not in self._special and index < self.num_pieces:
+            if index not in self._special and index < self.vocab_size:
                 self.bytes_per_piece[index] = len(piece.encode()) if piece in self.added else count(piece)
 
     def id_of(self, piece: int | str | None) -> int | None:
@@ -284,7 +284,7 @@ class HuggingFace(Tokenizer):
         return whole.ids[:first], whole.ids[stop:]
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = [i for i in map(int, ids) if i < self.num_pieces and i not in self._special]
+        known = [i for i in map(int, ids) if i < self.vocab_size and i not in self._special]
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
 

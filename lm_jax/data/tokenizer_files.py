@@ -71,7 +71,7 @@ def files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return {tokenizer.file_name: tokenizer.model} | ({BESIDE: tokenizer.beside} if tokenizer.beside else {})
 
 
-def num_pieces(setting: str) -> int:
+def vocab_size(setting: str) -> int:
     """2048 of "sentencepiece:2048", 0 where nothing is trained. Raises UserError for what is no setting."""
     kind, _, pieces = setting.partition(":")
     if kind not in TRAINED or epath.Path(setting).exists():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 
 from lm_jax.data.tokenizer import DOCUMENT, SentencePiece, Tokenizer
-from lm_jax.data.tokenizer_files import TRAINED, load, num_pieces
+from lm_jax.data.tokenizer_files import TRAINED, load, vocab_size
 from lm_jax.errors import UserError
 
 SAMPLE_BYTES = 8_000_000  # characters of text that a tokenizer is trained on
@@ -17,7 +17,7 @@ SAMPLE_BYTES = 8_000_000  # characters of text that a tokenizer is trained on
 
 def make(setting: str, texts: Iterable[str], size: int = SAMPLE_BYTES) -> Tokenizer:
     """The tokenizer of any setting, where it has to be trained then on `size` characters of the texts. Raises UserError."""
-    pieces = num_pieces(setting)
+    pieces = vocab_size(setting)
     return train(sample(texts, size), pieces, TRAINED[setting.partition(":")[0]]) if pieces else load(setting)
 
 

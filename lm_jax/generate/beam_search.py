@@ -18,8 +18,8 @@ import numpy as np
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.generate.decoding import Completion, Prompt, State, contexts, is_any, lay, next_logits, prefill, written_by
-from lm_jax.model.build import Graph
-from lm_jax.model.stack import Apart
+from lm_jax.model.build import ModelDef
+from lm_jax.model.stack import Unstacked
 from lm_jax.sharding import iota, reshape
 
 NEVER = -1e9
@@ -45,7 +45,7 @@ def pick(x, at_BJ: jax.Array):
 def reorder(caches, parents_BK: jax.Array):
     """Caches [L, B * K, ...], or apart [B * K, ...], whose texts go on from other texts of the same prompt."""
     batch, beams = parents_BK.shape
-    lead = () if isinstance(caches, Apart) else ("layers",)
+    lead = () if isinstance(caches, Unstacked) else ("layers",)
     pick_one = jax.vmap(pick, (0, None)) if lead else pick
 
     def one(x):
@@ -59,7 +59,7 @@ def reorder(caches, parents_BK: jax.Array):
 
 @functools.partial(jax.jit, static_argnames=("graph", "beams", "limit", "ends"))
 def decode(
-    graph: Graph, parameters, state: State, beams: int, limit: int, ends: tuple[int, ...], penalty: jax.Array
+    graph: ModelDef, parameters, state: State, beams: int, limit: int, ends: tuple[int, ...], penalty: jax.Array
 ) -> Beams:
     """The best texts of each prompt; `state` has every prompt `beams` times, one after the other."""
     batch = len(state.token_B) // beams
@@ -71,11 +71,11 @@ def decode(
     def body(carry):
         n, state, now = carry
         logits_BV, caches = next_logits(graph, parameters, state)
-        vocab_size = logits_BV.shape[-1]
-        sure = reshape(jax.nn.log_softmax(logits_BV), (batch, beams, vocab_size), "batch", None, None)
-        sums = reshape(sure + now.scores_BK[:, :, None], (batch, beams * vocab_size), "batch", None)
+        padded_vocab_size = logits_BV.shape[-1]
+        sure = reshape(jax.nn.log_softmax(logits_BV), (batch, beams, padded_vocab_size), "batch", None, None)
+        sums = reshape(sure + now.scores_BK[:, :, None], (batch, beams * padded_vocab_size), "batch", None)
         scores_BC, places_BC = jax.lax.top_k(sums, max(2, 1 + len(ends)) * beams)
-        parents_BC, ids_BC = places_BC // vocab_size, places_BC % vocab_size
+        parents_BC, ids_BC = places_BC // padded_vocab_size, places_BC % padded_vocab_size
         at_N = jnp.arange(limit)[None, None] == n
         tokens_BCN = jnp.where(at_N, ids_BC[:, :, None], pick(now.tokens_BKN, parents_BC))
         ends_BC = is_any(ids_BC, ends) | (n + 1 == limit)
@@ -101,7 +101,7 @@ def decode(
 
 
 def search(
-    graph: Graph,
+    graph: ModelDef,
     parameters,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -111,7 +111,7 @@ def search(
     marks: SpecialIds | None = None,
 ) -> list[Completion]:
     """The best text of each prompt; its one log-probability is the sum over the text and its end. Raises UserError."""
-    marks, parameters = marks or of_documents(tokenizer), graph.apart(parameters)
+    marks, parameters = marks or of_documents(tokenizer), graph.unstacked(parameters)
     laid = lay(graph, tokenizer, marks, prompts, limit, beams)
     state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, marks.start)
     found = decode(graph, parameters, state, beams, limit, marks.ends, np.float32(penalty))

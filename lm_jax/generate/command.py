@@ -17,7 +17,7 @@ from lm_jax.generate.decoding import SLICE, Completion, stream, writes
 from lm_jax.generate.request_batches import request_batches
 from lm_jax.generate.sampling import Sampling
 from lm_jax.mesh import make_mesh
-from lm_jax.model.build import Graph
+from lm_jax.model.build import ModelDef
 from lm_jax.terminal import Terminal
 
 TOGETHER = 16  # prompts of a file that are one batch
@@ -124,9 +124,9 @@ def read_prompts(place: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def writer(graph: Graph, parameters: dict, located: load_model.Located, flags) -> Write:
+def writer(graph: ModelDef, parameters: dict, located: load_model.ModelRef, flags) -> Write:
     """(prompts, number of the first) -> completions, as the flags say; `show` gets a text's new parts while it grows."""
-    parameters, tokenizer, marks = graph.apart(parameters), located.tokenizer, located.special_ids
+    parameters, tokenizer, marks = graph.unstacked(parameters), located.tokenizer, located.special_ids
     template = chat_template.read_template(located.workdir, flags.chat_variables) if flags.chat else None
     marks = marks.also(*chat_tokens.ends_of_turn(template, tokenizer)) if template else marks
     before = [{"role": "system", "content": flags.system}] if flags.system else []

@@ -19,9 +19,9 @@ from lm_jax.errors import UserError
 from lm_jax.generate.sampling import GREEDY, Sampling, draw
 from lm_jax.mesh import batch_shards
 from lm_jax.model.attention import Context
-from lm_jax.model.build import Graph
+from lm_jax.model.build import ModelDef
 from lm_jax.model.encoder_decoder import EncoderDecoder
-from lm_jax.model.stack import Apart, is_apart
+from lm_jax.model.stack import Unstacked, is_unstacked
 from lm_jax.model_config import OBJECTIVES
 from lm_jax.sharding import computed, constrain, iota, on_each_device
 
@@ -48,15 +48,15 @@ class State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("graph", "slots", "start", "penalised"))
 def prefill(
-    graph: Graph, parameters, tokens_BP, lengths_B, slots: int, start: int = -1, penalised: bool = False
+    graph: ModelDef, parameters, tokens_BP, lengths_B, slots: int, start: int = -1, penalised: bool = False
 ) -> State:
     """The state before the first new token; `slots` is what a text may have in all. An encoder reads the prompt whole."""
     model, (batch, length) = graph.module(parameters), tokens_BP.shape
     lengths_B = constrain(lengths_B, "batch")  # so that what is carried through the loop of `decode` keeps its layout
     caches, zeros_B = graph.empty_caches(batch, slots), jnp.zeros_like(lengths_B)
-    caches = Apart.of(caches) if is_apart(parameters) else caches
+    caches = Unstacked.of(caches) if is_unstacked(parameters) else caches
     ended_B, step = zeros_B > 0, jnp.int32(0)
-    seen_BV = seen(tokens_BP, lengths_B, model.vocab_size) if penalised else None
+    seen_BV = seen(tokens_BP, lengths_B, model.padded_vocab_size) if penalised else None
     positions_BP = iota((batch, length), "batch", "length")
     within = lambda num_B: Context(positions_BP, (positions_BP < num_B[:, None]).astype(jnp.int32))
     if isinstance(model, EncoderDecoder):
@@ -67,15 +67,15 @@ def prefill(
     return State(caches, last_B, lengths_B - 1, ended_B, step, seen_BV)
 
 
-def seen(tokens_BP: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:
+def seen(tokens_BP: jax.Array, lengths_B: jax.Array, padded_vocab_size: int) -> jax.Array:
     """Which pieces stand in each prompt, bool [B, V]."""
     valid_BP = iota(tokens_BP.shape, "batch", "length") < lengths_B[:, None]
-    one = lambda ids_P, valid_P: jnp.zeros(vocab_size, bool).at[ids_P].max(valid_P)
+    one = lambda ids_P, valid_P: jnp.zeros(padded_vocab_size, bool).at[ids_P].max(valid_P)
     layout = computed(("batch", None))
     return on_each_device(jax.vmap(one), (layout, layout), layout)(tokens_BP, valid_BP)
 
 
-def next_logits(graph: Graph, parameters, state: State) -> tuple[jax.Array, Any]:
+def next_logits(graph: ModelDef, parameters, state: State) -> tuple[jax.Array, Any]:
     """float32 logits [B, V] after the state's token, and the caches with it."""
     model, token_B1 = graph.module(parameters), state.token_B[:, None]
     context = Context(state.position_B[:, None], jnp.ones_like(token_B1))
@@ -93,7 +93,7 @@ def is_any(ids: jax.Array, ends: tuple[int, ...]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "num", "ends"), donate_argnames=("state",))
-def decode(graph: Graph, parameters, state: State, sampling: Sampling, until, num: int, ends: tuple[int, ...]):
+def decode(graph: ModelDef, parameters, state: State, sampling: Sampling, until, num: int, ends: tuple[int, ...]):
     """int32 [B, N] new tokens (the first of `ends` after each text), their log-probabilities [B, N], and the state after.
 
     The first `until` of the N places are written. One program: nothing returns to the host between tokens. Log-probabilities are
@@ -135,7 +135,7 @@ Prompt = str | np.ndarray  # a text, or all its ids
 
 
 def lay(
-    graph: Graph, tokenizer: Tokenizer, marks: SpecialIds, prompts: Sequence[Prompt], limit: int, copies: int = 1
+    graph: ModelDef, tokenizer: Tokenizer, marks: SpecialIds, prompts: Sequence[Prompt], limit: int, copies: int = 1
 ) -> Prompts:
     """Encodes prompts, each `copies` times. Raises UserError where `limit` more tokens are more than the model sees."""
     reads = graph.config.kind == "encoder_decoder"  # the prompt has a length of its own
@@ -173,7 +173,7 @@ class Completion(NamedTuple):
 
 
 def stream(
-    graph: Graph,
+    graph: ModelDef,
     parameters: dict,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -187,7 +187,7 @@ def stream(
 
     A text ends before the first of the strings `stop`, at any of the ends in `marks`, or after `limit` tokens. Raises UserError.
     """
-    marks, parameters = marks or of_documents(tokenizer), graph.apart(parameters)
+    marks, parameters = marks or of_documents(tokenizer), graph.unstacked(parameters)
     laid = lay(graph, tokenizer, marks, prompts, limit)
     penalised = bool(np.any(np.asarray(sampling.repetition_penalty) != 1))
     batch = len(laid.lengths_B)
@@ -212,7 +212,7 @@ def stream(
         state = state._replace(ended_B=state.ended_B | on_mesh(over))
 
 
-def contexts(graph: Graph, laid: Prompts) -> list[np.ndarray]:
+def contexts(graph: ModelDef, laid: Prompts) -> list[np.ndarray]:
     """What stands before the text that is written to each prompt: of an encoder's prompt nothing."""
     return [ids[:0] if graph.config.kind == "encoder_decoder" else ids for ids in laid.encoded]
 
@@ -230,7 +230,7 @@ def written_by(
 
 
 def complete(
-    graph: Graph, parameters: dict, tokenizer: Tokenizer, prompts: Sequence[Prompt], limit: int, *settings, **more
+    graph: ModelDef, parameters: dict, tokenizer: Tokenizer, prompts: Sequence[Prompt], limit: int, *settings, **more
 ):
     """The continuations of prompts as `stream` ends with them."""
     *_, last = stream(graph, parameters, tokenizer, prompts, limit, *settings, **more)

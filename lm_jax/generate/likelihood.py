@@ -18,7 +18,7 @@ from lm_jax.generate.request_batches import Watch, request_batches
 from lm_jax.loss import token_losses
 from lm_jax.mesh import batch_shards
 from lm_jax.model.attention import Context
-from lm_jax.model.build import Graph
+from lm_jax.model.build import ModelDef
 from lm_jax.sharding import constrain, iota, reshape
 
 SHORTEST = 64  # lengths are its doubles, so that few programs serve all
@@ -34,7 +34,7 @@ class Likelihood(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("graph", "places"))
 def of_rows(
-    graph: Graph, parameters: dict, tokens_BT: jax.Array, starts_B: jax.Array, targets_BC: jax.Array, places: int
+    graph: ModelDef, parameters: dict, tokens_BT: jax.Array, starts_B: jax.Array, targets_BC: jax.Array, places: int
 ):
     """(log-probabilities float32, whether each is the most probable), [S, B, P] each, of targets after the last C tokens.
 
@@ -62,7 +62,7 @@ def of_rows(
 
 
 def likelihoods(
-    graph: Graph,
+    graph: ModelDef,
     parameters: dict,
     pairs: Sequence[Pair],
     rows: int = 8,

@@ -41,7 +41,7 @@ class HarnessModel(TemplateLM):
 
     max_gen_toks = 256  # where a task does not say, as lm-eval's own backends have it
 
-    def __init__(self, found: load_model.Located, rows: int = 8, max_length: int = 0, devices=None, say=None):
+    def __init__(self, found: load_model.ModelRef, rows: int = 8, max_length: int = 0, devices=None, say=None):
         super().__init__()
         if found.config.model.kind in OBJECTIVES:
             raise UserError(

@@ -13,7 +13,7 @@ from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
-from lm_jax.model.stack import Apart, is_apart
+from lm_jax.model.stack import Unstacked, is_unstacked
 from lm_jax.model.transformer import Transformer
 
 KINDS: dict[str, type[LanguageModel]] = {
@@ -27,7 +27,7 @@ KINDS: dict[str, type[LanguageModel]] = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument of compiled functions
-class Graph:
+class ModelDef:
     """A model without its arrays: `declarations` says what its parameters are, `init` makes them, `module` computes with them."""
 
     config: Model
@@ -51,12 +51,12 @@ class Graph:
         assert isinstance(module, LanguageModel)
         return module
 
-    def apart(self, parameters: dict) -> dict:
-        """The parameters as generation reads them: where `config.unroll`, every stack [L, ...] as L arrays (`Apart`).
+    def unstacked(self, parameters: dict) -> dict:
+        """The parameters as generation reads them: where `config.unroll`, every stack [L, ...] as L arrays (`Unstacked`).
 
         The stacks are copied. Parameters whose layers are unstacked already come back as they are.
         """
-        return _unstacked(self, parameters) if self.config.unroll and not is_apart(parameters) else parameters
+        return _unstacked(self, parameters) if self.config.unroll and not is_unstacked(parameters) else parameters
 
     def empty_caches(self, batch: int, slots: int):
         """The caches of generation (keys and values, or recurrent states) before the first token of `batch` texts."""
@@ -69,17 +69,17 @@ class Graph:
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _unstacked(graph: Graph, parameters: dict) -> dict:
-    unstack = lambda declared, x: Apart.of(x) if "layers" in declared.axes else x
+def _unstacked(graph: ModelDef, parameters: dict) -> dict:
+    unstack = lambda declared, x: Unstacked.of(x) if "layers" in declared.axes else x
     return jax.tree.map(unstack, graph.tree(lambda declared: declared), parameters)
 
 
-def build(config: Model, num_pieces: int, sequence_length: int) -> Graph:
-    """The model of a config, for a tokenizer of `num_pieces` and rows of `sequence_length` tokens."""
-    model = KINDS[config.kind](config, num_pieces, sequence_length)
+def build(config: Model, vocab_size: int, sequence_length: int) -> ModelDef:
+    """The model of a config, for a tokenizer of `vocab_size` and rows of `sequence_length` tokens."""
+    model = KINDS[config.kind](config, vocab_size, sequence_length)
     if config.lora_rank:
         adapt(model, config)
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     declarations = {tuple(map(str, path)): variable.get_metadata("declared") for path, variable in flat}
-    return Graph(config, sequence_length, (graph, state), declarations)
+    return ModelDef(config, sequence_length, (graph, state), declarations)

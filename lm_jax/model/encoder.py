@@ -20,8 +20,8 @@ NUM_SEGMENTS = 2  # token types of BERT: a segment has two texts; the second fol
 class Encoder(Transformer):
     """A Transformer that is not causal. The first token of a segment answers for all of it, a masked token for itself."""
 
-    def __init__(self, config: Model, num_pieces: int, sequence_length: int):
-        super().__init__(config, num_pieces, sequence_length)
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int):
+        super().__init__(config, vocab_size, sequence_length)
         dense = lambda num: Dense({"model": config.model_dim}, {"features": num}, config.init_scale, config.bias)
         self.segments = Embedding(NUM_SEGMENTS, config.model_dim, "segments", config.init_scale)
         self.embedding_norm = model_norm(config)
@@ -30,7 +30,7 @@ class Encoder(Transformer):
         if config.head:
             return
         self.transform, self.transform_norm = dense(config.model_dim), model_norm(config)
-        self.output_bias = declare((self.vocab_size,), ("vocab",), constant(0.0)) if config.bias else None
+        self.output_bias = declare((self.padded_vocab_size,), ("vocab",), constant(0.0)) if config.bias else None
         self.next_sentence = dense(2)
 
     def __call__(self, tokens_BT, context: Context, dropout: Dropout | None = None, caches=None, types_BT=None):

@@ -61,8 +61,8 @@ class Layer(nnx.Module):
 class EncoderDecoder(LanguageModel):
     """`num_layers` layers that read the source, as many that write the target; one embedding for both."""
 
-    def __init__(self, config: Model, num_pieces: int, sequence_length: int):
-        super().__init__(config, num_pieces, sequence_length)
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int):
+        super().__init__(config, vocab_size, sequence_length)
         relative, post = config.positions == "relative", config.norm_place == "post"
         for name, decodes in (("encoder", False), ("decoder", True)):
             setattr(self, f"{name}_positions", learned_positions(config, sequence_length))

@@ -26,15 +26,15 @@ class ModelOutputs(NamedTuple):
 
 
 class LanguageModel(nnx.Module):
-    """Embedding and output table. `vocab_size` is padded; `num_pieces` of it are real."""
+    """Embedding and output table. `padded_vocab_size` is padded; `vocab_size` of it are real."""
 
     output_bias: nnx.Param | None = None
     softcap, divisor = 0.0, 1.0  # logits are divided by `divisor`, then bounded by `softcap` (0: not at all)
 
-    def __init__(self, config: Model, num_pieces: int, sequence_length: int):
-        self.config, self.num_pieces, self.vocab_size = config, num_pieces, padded(num_pieces)
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int):
+        self.config, self.vocab_size, self.padded_vocab_size = config, vocab_size, padded(vocab_size)
         self.sequence_length = sequence_length
-        table = lambda: Embedding(self.vocab_size, config.model_dim, "vocab", config.init_scale)
+        table = lambda: Embedding(self.padded_vocab_size, config.model_dim, "vocab", config.init_scale)
         self.embedding, self.unembedding = table(), None if config.tie_embedding or config.head else table()
         outputs = {"features": num_outputs(config.head, config.labels)}
         task_head = lambda: Dense({"model": config.model_dim}, outputs, config.init_scale, config.bias)
@@ -81,13 +81,13 @@ class LanguageModel(nnx.Module):
             logits = logits + constrain(self.bias_V, "vocab")[None]
         if self.softcap:
             logits = capped(logits, self.softcap)
-        logits_BTV = reshape(logits, (batch, length, self.vocab_size), "batch", "length", "vocab")
-        if self.vocab_size == self.num_pieces:
+        logits_BTV = reshape(logits, (batch, length, self.padded_vocab_size), "batch", "length", "vocab")
+        if self.padded_vocab_size == self.vocab_size:
             return logits_BTV
-        real_BTV = iota(logits_BTV.shape, "batch", "length", "vocab") < self.num_pieces
+        real_BTV = iota(logits_BTV.shape, "batch", "length", "vocab") < self.vocab_size
         return jnp.where(real_BTV, logits_BTV, -1e9)
 
 
-def padded(num_pieces: int) -> int:
+def padded(vocab_size: int) -> int:
     """The vocabulary rounded up to a multiple of 128: whole tiles on every accelerator, divisible over `tensor`."""
-    return math.ceil(num_pieces / 128) * 128
+    return math.ceil(vocab_size / 128) * 128

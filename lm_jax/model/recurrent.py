@@ -92,8 +92,8 @@ class Layer(nnx.Module):
 class Recurrent(LanguageModel):
     """Embedding, layers of cells, output table; dropout between layers, never over time (arXiv:1409.2329)."""
 
-    def __init__(self, config: Model, num_pieces: int, sequence_length: int):
-        super().__init__(config, num_pieces, sequence_length)
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int):
+        super().__init__(config, vocab_size, sequence_length)
         self.layers = stacked(Layer(config), config.num_layers)
 
     @staticmethod

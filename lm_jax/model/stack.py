@@ -44,7 +44,7 @@ def stacked(layer: nnx.Module, num: int) -> nnx.Module:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Apart:
+class Unstacked:
     """Unstacked layers: one array [L, ...] (or a tree of them) as L arrays, one for each layer.
 
     A loop over tokens reads each where it lies; out of a stack XLA copies every layer for every token.
@@ -53,17 +53,17 @@ class Apart:
     layers: tuple
 
     @staticmethod
-    def of(stack) -> "Apart":
+    def of(stack) -> "Unstacked":
         """From a tree of arrays [L, ...]."""
         num = len(jax.tree.leaves(stack)[0])
-        return Apart(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(num)))
+        return Unstacked(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(num)))
 
 
 def _is_node(node) -> bool:
-    return isinstance(node, Apart)
+    return isinstance(node, Unstacked)
 
 
-def is_apart(tree) -> bool:
+def is_unstacked(tree) -> bool:
     """Whether a tree has unstacked layers in it."""
     return any(map(_is_node, jax.tree.leaves(tree, is_leaf=_is_node)))
 
@@ -83,7 +83,7 @@ def run_layers(modules: Sequence[nnx.Module], apply: Callable, x, caches, remat:
 
     if remat != "none":  # unrolled, XLA would otherwise recognise the recomputed expressions, and keep them
         body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=unroll)
-    if not is_apart(parameters):
+    if not is_unstacked(parameters):
         num = len(jax.tree.leaves(parameters)[0])
         return jax.lax.scan(body, x, (jnp.arange(num), parameters, caches), unroll=num if unroll else 1)
     num, outputs = len(jax.tree.leaves(parameters, is_leaf=_is_node)[0].layers), []
@@ -91,4 +91,4 @@ def run_layers(modules: Sequence[nnx.Module], apply: Callable, x, caches, remat:
         of_layer = jax.tree.map(lambda node, i=i: node.layers[i], parameters, is_leaf=_is_node)
         x, output = body(x, (i, of_layer, caches and caches.layers[i]))
         outputs.append(output)
-    return x, Apart(tuple(outputs))
+    return x, Unstacked(tuple(outputs))

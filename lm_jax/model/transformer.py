@@ -101,8 +101,8 @@ class Block(nnx.Module):
 class Transformer(LanguageModel):
     """Embedding, blocks, final norm, output table."""
 
-    def __init__(self, config: Model, num_pieces: int, sequence_length: int):
-        super().__init__(config, num_pieces, sequence_length)
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int):
+        super().__init__(config, vocab_size, sequence_length)
         self.softcap, self.divisor = config.logit_softcap[1], config.multipliers[3]
         self.period = len(config.window)
         self.positions = learned_positions(config, sequence_length)

@@ -75,7 +75,7 @@ class Line(stop.Alone):
         self._thread.start()
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.process == 0
 
     def send(self, **message) -> None:
@@ -89,7 +89,7 @@ class Line(stop.Alone):
 
         Raises RuntimeError where process 0 is at another decision.
         """
-        if self.leads:
+        if self.is_main_process:
             self.send(decided=value, about=about)
             return value
         found, of = self._decided.get()
@@ -99,16 +99,16 @@ class Line(stop.Alone):
 
     def everyone(self, value, about: str = "") -> list:
         """[the value of process 0, of process 1, ...] on every process; all wait for all."""
-        if self.leads:
+        if self.is_main_process:
             return self.agree([value, *(self._said[other].get() for other in sorted(self._said))], about)
         self.send(said=value)
         return self.agree(None, about)
 
     def ask(self, number: int) -> bool:
         """Passes a signal on to process 0. Returns whether that is another process than this one."""
-        if not self.leads:
+        if not self.is_main_process:
             self.send(wish=number)
-        return not self.leads
+        return not self.is_main_process
 
     def end(self, code: int, words: str) -> None:
         """This process ends, and the others with it: returns once they have heard it, or do not answer."""

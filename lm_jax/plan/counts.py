@@ -46,7 +46,7 @@ class Costs:
     parameters: int
     trained: int  # of these parameters
     matrix_parameters: int
-    vocab_size: int  # padded
+    padded_vocab_size: int  # padded
     flops_per_token: float  # forward and backward, strict: causal half of attention, no recomputation
     backward: bool  # through the layers, for what is trained in them or below
 
@@ -128,7 +128,7 @@ def bytes_by_class(
         2.5 if model.kind == "encoder_decoder" else 1
     )  # attention to the source is half a layer
     squares *= 3 if model.kind == "encoder_decoder" else 1
-    width = costs.vocab_size / tensor
+    width = costs.padded_vocab_size / tensor
     in_chunks = is_chunked(tokens * width, model.compute_dtype)
     logits = 4 * (3 * min(tokens, CHUNK) * width + width * model.model_dim) if in_chunks else 4 * 3 * tokens * width
     return {

@@ -86,7 +86,7 @@ def make_plan(settings: Settings, say: Say = lambda line: None) -> Plan:
     """Which files each task reads. Raises UserError where a place holds none."""
     files = readers.find(settings.sources, say)
     with tokenizer_files.named("--tokenizer"):
-        given = None if tokenizer_files.num_pieces(settings.tokenizer) else tokenizer_files.load(settings.tokenizer)
+        given = None if tokenizer_files.vocab_size(settings.tokenizer) else tokenizer_files.load(settings.tokenizer)
         tokens = given.fingerprint + given.beside.decode() if given else ""
     evaluation = [file.key for file in readers.find(settings.decontaminate)] if settings.decontaminate else []
     identity = [VERSION, shards.PIPELINE, settings.identity(), files, tokens, evaluation]
@@ -286,7 +286,7 @@ def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counte
         "key": plan.key,
         "output": os.path.basename(settings.output.rstrip("/")),
         "settings": settings.identity(),
-        "tokenizer": f"{settings.tokenizer} ({writer.tokenizer.num_pieces:,} pieces, {writer.tokenizer.fingerprint})",
+        "tokenizer": f"{settings.tokenizer} ({writer.tokenizer.vocab_size:,} pieces, {writer.tokenizer.fingerprint})",
         "in": {name: getattr(tallies["read"], name) for name in ("documents", "bytes", "pieces")},
         "stages": [{"name": name, "dropped": tallies[name].dropped} for name in tallies],
         "out": {name: sum(counts[split][name] for split in counts) for name in ("documents", "tokens", "bytes")},

@@ -19,7 +19,7 @@ from etils import epath
 from lm_jax.config import Config
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.sources import SPLITS
-from lm_jax.distributed import agree, leads
+from lm_jax.distributed import agree, is_main_process
 from lm_jax.errors import UserError
 from lm_jax.files import REFERENCE, write_whole
 from lm_jax.tasks.records import HeldOutExamples, TaskData
@@ -36,7 +36,7 @@ class Totals(Protocol):
 Evaluator = Callable[[dict, HeldOutExamples], Totals]  # (parameters, rows) -> what a model makes of the records in them
 
 
-def settle(
+def attach_reference(
     mixed: Mixture, config: Config, workdir: epath.Path, parameters: dict, evaluator: Evaluator, resumes: bool
 ) -> str:
     """Puts the reference's margin of every pair into its rows; returns what was done. `mixed` holds the records of a task,
@@ -56,7 +56,7 @@ def settle(
     else:
         fill(mixed, {split: np.zeros(len(mixed.records[split].where), np.float32) for split in SPLITS})
         found = {split: margins(mixed, config, split, parameters, evaluator) for split in SPLITS}
-        if leads():
+        if is_main_process():
             file = io.BytesIO()
             np.savez(file, allow_pickle=False, data=of_data, parameters=of_parameters, **found)
             write_whole(workdir / REFERENCE, file.getvalue())

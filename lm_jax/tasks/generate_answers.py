@@ -7,7 +7,7 @@ from lm_jax.generate.beam_search import search
 from lm_jax.generate.decoding import complete
 from lm_jax.generate.request_batches import Watch, request_batches
 from lm_jax.mesh import batch_shards
-from lm_jax.model.build import Graph
+from lm_jax.model.build import ModelDef
 from lm_jax.tasks.records import TaskData
 from lm_jax.tasks.results import Result
 
@@ -15,7 +15,7 @@ TOGETHER = 16  # records of a device that are answered at the same time
 
 
 def written(
-    graph: Graph,
+    graph: ModelDef,
     parameters: dict,
     mixed: Mixture,
     split: str,

@@ -50,7 +50,7 @@ def evaluation(workdir, lines: list[dict]) -> str:
     )
 
 
-def training(found: load_model.Located, counted: counts.Costs, lines: list[dict]) -> str:
+def training(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict]) -> str:
     """What the steps cost, as a table."""
     config, log = found.config, found.workdir / "log.txt"
     seen = checkpoint.read_data_state(found.workdir, found.step)
@@ -68,11 +68,11 @@ def training(found: load_model.Located, counted: counts.Costs, lines: list[dict]
     return table(("", ""), facts)
 
 
-def card(found: load_model.Located) -> str:
+def card(found: load_model.ModelRef) -> str:
     """The card of a run, or of a step of it: Markdown with a head of YAML."""
     config, workdir, saved = found.config, found.workdir, run_folder.read_config(found.workdir)
     lines = [line for line in metrics.read(workdir, print) if line["step"] <= found.step]
-    counted = counts.count(config, make_program(config, found.num_pieces).graph.declarations)
+    counted = counts.count(config, make_program(config, found.vocab_size).graph.declarations)
     task, data = config.train.task, config.data
     what = TASKS.get(task) or KINDS.get(config.model.kind, "text-generation")
     size, purpose = counts.short(counted.parameters), f" for {task}" if task else ""
@@ -96,7 +96,7 @@ FILL IN: who made it, what it is for, and what it must not be used for.
 {table(("source", "weight", "files"), sources)}
 
 Split by content hash: {data.validation_fraction:.1%} validation, {data.test_fraction:.1%} test; equal texts never stand in two.
-Tokenizer {found.tokenizer.fingerprint}, {found.tokenizer.num_pieces:,} pieces; data {saved.get("data", "unknown")}.
+Tokenizer {found.tokenizer.fingerprint}, {found.tokenizer.vocab_size:,} pieces; data {saved.get("data", "unknown")}.
 
 {table(("file", "sha256, first 16"), hashes)}
 

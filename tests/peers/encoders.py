@@ -22,7 +22,7 @@ from lm_jax.config_check import resolve
 from lm_jax.convert import description, hugging_face, tensor_map
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
-from lm_jax.model.build import Graph, build
+from lm_jax.model.build import ModelDef, build
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "fixtures" / "encoders.npz"
 LIMIT = 1e-4  # of every logit, absolute
@@ -69,7 +69,9 @@ def packed_context(lengths: np.ndarray) -> Context:
     return Context(jnp.asarray(np.concatenate(positions)[None]), jnp.asarray(np.concatenate(segments)[None]))
 
 
-def outputs(graph: Graph, parameters: dict, given: dict[str, np.ndarray], in_one_row: bool = False) -> dict[str, Any]:
+def outputs(
+    graph: ModelDef, parameters: dict, given: dict[str, np.ndarray], in_one_row: bool = False
+) -> dict[str, Any]:
     """What is compared, by name: [rows, length, ...] each, or all of a batch in one row."""
     lengths, ends = given["lengths"], given["target_lengths"]
     rows = (lambda x, n: packed(x, n)) if in_one_row else (lambda x, n: x)
@@ -139,7 +141,7 @@ def apart(found: dict, expected: dict, given: dict, in_one_row: bool = False) ->
     return worst
 
 
-def loaded(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[description.Description, Graph, dict]:
+def loaded(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[description.Description, ModelDef, dict]:
     described = description.describe(content, "config.json", "bytes")
     return described, description.graph_of(described), tensor_map.parameters(described, tensors, "there")
 
@@ -165,7 +167,7 @@ def compare(name: str) -> dict[str, float]:
     return found
 
 
-def gradients_apart(model, described, graph: Graph, ours: dict, given: dict) -> float:
+def gradients_apart(model, described, graph: ModelDef, ours: dict, given: dict) -> float:
     """Largest difference of a gradient over the largest gradient of its tensor, of the mean loss of made-up targets.
 
     A tensor that has none (biases of keys move no softmax) is measured by a thousandth of the largest of all.
@@ -218,7 +220,7 @@ def simple_config(sizes: dict[str, int], num_layers: int, causal: bool):
     return resolve(config)
 
 
-def simple_parameters(weights: dict[str, np.ndarray], graph: Graph) -> dict:
+def simple_parameters(weights: dict[str, np.ndarray], graph: ModelDef) -> dict:
     """Weights of `torch.nn.TransformerEncoder` as blocks: `in_proj` holds queries, keys and values one below the other."""
     dim, num = graph.config.model_dim, graph.config.num_layers
     at = lambda name: np.stack([weights[f"layers.{i}.{name}"] for i in range(num)])

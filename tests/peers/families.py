@@ -256,7 +256,7 @@ def compare(name: str, folder: str) -> dict[str, float]:
     found = {"padded": apart(logits_here(graph, ours, tokens, context(tokens, lengths)), expected, lengths)}
     one_row = packed(graph, ours, tokens, lengths)
     found["packed"] = apart(np.split(one_row, [lengths[0]]), expected, lengths)
-    again = description.description_of(described.config, described.num_pieces)
+    again = description.description_of(described.config, described.vocab_size)
     hugging_face.write(f"{folder}/here", again, ours, {}, shard_bytes=20_000)
     back, told = transformers.AutoModelForCausalLM.from_pretrained(
         f"{folder}/here", output_loading_info=True, attn_implementation="eager"

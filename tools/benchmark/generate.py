@@ -52,9 +52,9 @@ def jax_writer(folder: str, batch: int):
 
     described = hugging_face.read_description(folder)
     mesh = make_mesh(described.config.mesh, jax.devices()[:1])
-    graph = build(described.config.model, described.num_pieces, described.config.data.sequence_length)
+    graph = build(described.config.model, described.vocab_size, described.config.data.sequence_length)
     with jax.set_mesh(mesh):
-        parameters = graph.apart(jax.tree.map(on_mesh_whole, hugging_face.read_parameters(folder, described)))
+        parameters = graph.unstacked(jax.tree.map(on_mesh_whole, hugging_face.read_parameters(folder, described)))
         tokens, lengths = on_mesh(prompts(batch)), on_mesh(np.full(batch, PROMPT, np.int32))
         greedy = jax.tree.map(on_mesh, GREEDY.of_each(np.zeros(batch)))
 
