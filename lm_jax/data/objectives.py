@@ -198,7 +198,7 @@ def span_corruption(
         lay_out(whole(parts), whole(asked), [len(part) for part in parts], length, row["row"])
         for parts, asked in ((encoder, encoder), (inputs, targets))
     ]
-    return rows[1] | {f"encoder_{name}": rows[0][name] for name in ("tokens", "segment_ids", "positions")}
+    return {f"encoder_{name}": rows[0][name] for name in ("tokens", "segment_ids", "positions")} | rows[1]
 
 
 def _corrupt(

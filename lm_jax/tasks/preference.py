@@ -30,7 +30,10 @@ class Preference(Task):
         self.chat_template, self.has_chats = find_template(config), False
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        return chat_tokens.ends_of_turn(self.chat_template, tokenizer) if self.has_chats else super().ends(tokenizer)
+        if not self.has_chats:
+            return super().ends(tokenizer)
+        assert self.chat_template
+        return chat_tokens.ends_of_turn(self.chat_template, tokenizer)
 
     def parse(self, row: Row) -> tuple:
         is_chat = isinstance(row.content["prompt"], list)
@@ -73,6 +76,7 @@ class Preference(Task):
         if isinstance(prompt, str):
             before = np.append([tokenizer.document_id], tokenizer.encode(prompt))
             return continued(before, tokenizer.encode(answer), tokenizer.document_id)
+        assert self.chat_template
         said = {"role": "assistant", "content": answer}
         ids, is_answer, unlearnt = turns(self.chat_template, [*prompt, said], tokenizer, where)
         if len(prompt) in unlearnt:

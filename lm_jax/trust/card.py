@@ -44,10 +44,10 @@ def evaluation(workdir, lines: list[dict]) -> str:
     if rows:
         return table(("split", "records", "measure", "value", "95% interval"), rows)
     last = {name: value for line in lines for name, value in line.items() if name.startswith("final/")}
-    rows = [("validation", name.removeprefix("final/"), f"{value:.4f}") for name, value in last.items()]
-    return (
-        table(("split", "measure", "value"), rows) if rows else "None yet: `python -m lm_jax.evaluate --model MODEL`."
-    )
+    if not last:
+        return "None yet: `python -m lm_jax.evaluate --model MODEL`."
+    found = [("validation", name.removeprefix("final/"), f"{value:.4f}") for name, value in last.items()]
+    return table(("split", "measure", "value"), found)
 
 
 def training(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict]) -> str:
