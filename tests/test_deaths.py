@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import LIMIT, ROOT, free_port, lines_of
+from helpers import LIMIT, ROOT, assert_same_run, free_port
 from one_process import QUICK
 
 from lm_jax import checkpoint, manifest
@@ -337,4 +337,16 @@ def test_saves_by_a_clock_and_signals_leave_what_goes_on_to_the_bit(tmp_path):
         assert newest(job) >= step if code == 75 else newest(job)
     with Job(tmp_path, 2, *words) as job:
         assert job.ends()[0] == {0: 0, 1: 0}, job.said
-    assert lines_of(job.workdir) == lines_of(whole.workdir) and newest(job) == 60
+    assert_same_run(job.workdir, whole.workdir)
+    assert newest(job) == 60
+
+
+@pytest.mark.proof
+def test_who_compiles_for_longer_is_waited_for(tmp_path):
+    """Before the first collective, which on CPUs waits 30 s for the others of the run, and then fails."""
+    fault = lambda k: {"LM_JAX_FAULT": "stop@compile#1"}
+    with Job(tmp_path, 2, "--config.train.num_steps=2", environment=fault) as job:
+        job.until(lambda: "LM_JAX_FAULT" in job.said[1])
+        time.sleep(45)
+        job.processes[1].send_signal(signal.SIGCONT)
+        assert job.ends(LIMIT)[0] == {0: 0, 1: 0}, job.said
