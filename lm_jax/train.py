@@ -5,7 +5,9 @@ What a run will be is decided in `run_plan.py`; how one is opened stands in `sta
 """
 
 import contextlib
+import itertools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -53,9 +55,6 @@ def train(this: Run, given: str) -> int:
     say = this.say
     with this.goodput("compile"):
         one_step = compiled(this) if this.data.step < this.num_steps else None
-        everyone(
-            True, "compiled"
-        )  # a compile may take any time, the first collective on CPUs waits 30 s for the others
     say(this.goodput.start_up())
     with checkpoint.Saver(this.workdir, this.config, this.facts, this.stop) as saver:
         evaluation = make_evaluation(this)
@@ -123,6 +122,13 @@ def stretch(
     return log, ""
 
 
+def together(batches: Iterator[dict]) -> Iterator[dict]:
+    """`batches`, once all processes have their first: the first collective on CPUs waits 30 s for the others, then fails."""
+    first = next(batches)
+    everyone(True, "first batch")
+    return itertools.chain([first], batches)
+
+
 def steps(
     this: Run, one_step: CompiledStep, log: StepLog, evaluation: Evaluation | None, saver: checkpoint.Saver
 ) -> None:
@@ -140,6 +146,8 @@ def steps(
     for step in traced(numbers, config.log.profile, this.desk.folder / "profile", this.say):
         rows = plan.ramp.rows(step)
         fault_points.reach("step")
+        if step == numbers.start:
+            batches = together(batches)
 
         def watch(done: int, step: int = step, rows: int = rows) -> bool:
             log.inside(step, done * plan.microbatch, rows)

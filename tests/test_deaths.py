@@ -342,9 +342,9 @@ def test_saves_by_a_clock_and_signals_leave_what_goes_on_to_the_bit(tmp_path):
 
 
 @pytest.mark.proof
-def test_who_compiles_for_longer_is_waited_for(tmp_path):
+def test_who_is_slow_to_begin_is_waited_for(tmp_path):
     """Before the first collective, which on CPUs waits 30 s for the others of the run, and then fails."""
-    fault = lambda k: {"LM_JAX_FAULT": "stop@compile#1"}
+    fault = lambda k: {"LM_JAX_FAULT": "stop@step#1"}
     with Job(tmp_path, 2, "--config.train.num_steps=2", environment=fault) as job:
         job.until(lambda: "LM_JAX_FAULT" in job.said[1])
         time.sleep(45)

@@ -43,7 +43,7 @@ DECISIONS = {
     "hopeless": "what was read of the device so far",
     "spike": "what was read of the device so far, and the history of the losses",
     "went back": "that process 0 has removed what came later",
-    "compiled": "how long a compile takes, of which each has its own",
+    "first batch": "how long each takes to have it",
     "end": "the exit code",
 }
 
