@@ -27,7 +27,7 @@ from lm_jax.terminal import Terminal
 
 
 def open_data(config: Config, say: Callable[[str], None] = lambda line: None) -> mixture.Mixture:
-    """The corpora of a config, or the records of its task. The one place where the core looks up `tasks`."""
+    """The corpora of a config, or the records of its task. Where a run of a task begins to need `tasks`."""
     if not config.train.task:
         return mixture.open_mixture(config.data, say)
     from lm_jax.tasks.records import open_records
