@@ -2,7 +2,8 @@
 
     <workdir>/checkpoints/<step>/{parameters,optimizer,data}  <workdir>/checkpoints/<step>/MANIFEST.json
 
-A step's manifest (`manifest.py`) is written last, durably, and names the run of config.json (`run_folder.py`); then the mark goes.
+A step's manifest (`manifest.py`) is written last, durably, and names the run of config.json (`run_folder.py`); then the
+mark "unfinished" goes.
 A step that was never finished is removed at the next start; a damaged one is set aside as `<step>.broken`, and said.
 Rows that were left out after a step was saved are in its manifest (`skipped`), in place of those in its data state.
 """
