@@ -13,7 +13,7 @@ from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.model.attention_layer import Attention, Cache, empty_cache, visible_keys
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
-from lm_jax.model.layers import Dropout, Norm, apply_dropout, model_norm
+from lm_jax.model.layers import Dropout, Embedding, Norm, apply_dropout, model_norm
 from lm_jax.model.positions import RelativeBias, RopeAngles, add_positions, learned_positions, rope_angles
 from lm_jax.model.stack import run_layers, stacked
 from lm_jax.model.transformer import Mlp
@@ -102,8 +102,7 @@ class EncoderDecoder(LanguageModel):
     def _through(self, stack: str, tokens_BT, context: Context, dropout, source=None, caches=None):
         """The stack "encoder" or "decoder", from tokens to final states."""
         config, part = self.config, lambda name: getattr(self, f"{stack}_{name}")
-        x_BTD = self.embedding(tokens_BT, jnp.dtype(config.compute_dtype))
-        x_BTD = add_positions(x_BTD, context.positions, config, part("positions"))
+        x_BTD = self.embed(tokens_BT, context.positions, part("positions"))
         x_BTD = apply_dropout(dropout, x_BTD, config.dropout, f"{stack}_embedding")
         visible = context if caches is None else visible_keys(context, jax.tree.leaves(caches)[0].shape[-3])
         bias_BHTS = part("bias")(context.positions, visible.positions) if part("bias") else None
@@ -119,3 +118,8 @@ class EncoderDecoder(LanguageModel):
         x_BTD, caches = run_layers([part("layers")], apply, x_BTD, caches, remat, config.unroll)
         x_BTD = part("norm")(x_BTD) if part("norm") else x_BTD
         return apply_dropout(dropout, x_BTD, config.dropout, f"{stack}_end"), caches
+
+    def embed(self, tokens_BT, positions_BT, learned: Embedding | None) -> jax.Array:
+        """int32 tokens and their positions [B, T] -> [B, T, D], in the compute dtype."""
+        x_BTD = self.embedding(tokens_BT, jnp.dtype(self.config.compute_dtype))
+        return add_positions(x_BTD, positions_BT, self.config, learned)
