@@ -35,6 +35,14 @@ def open_data(config: Config, say: Callable[[str], None] = lambda line: None) ->
     return open_records(config, say)
 
 
+def check_scores(config: Config) -> None:
+    """Raises UserError where the package is missing that counts the scores of written texts."""
+    if config.evaluate.metrics:
+        from lm_jax.tasks import scores
+
+        scores.check(config.evaluate.metrics)
+
+
 class Totals(NamedTuple):
     """Sums over the tokens of some rows, and the results of a task."""
 
@@ -155,12 +163,8 @@ def main(arguments: list[str]) -> int:
     found = load_model.locate(flags.model, say)
     tell_losses(found.tokenizer, say)
     mesh = make_mesh(Mesh(slices=-1), devices)
-
-    if found.config.evaluate.metrics:
-        from lm_jax.tasks import scores
-
-        scores.check(found.config.evaluate.metrics)
-    elif flags.beams > 1 or flags.records:
+    check_scores(found.config)
+    if not found.config.evaluate.metrics and (flags.beams > 1 or flags.records):
         raise UserError(
             "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
         )

@@ -3,7 +3,6 @@
 import jax
 
 from lm_jax import fault_points, metrics
-from lm_jax.config import Config
 from lm_jax.data import mixture
 from lm_jax.distributed import agree, is_main_process
 from lm_jax.errors import UserError
@@ -12,14 +11,6 @@ from lm_jax.run import Run
 
 SAMPLE_TOKENS = 96
 Evaluation = tuple[Evaluator, mixture.HeldOut]  # what evaluates a run, and the validation rows of each source
-
-
-def check_scores(config: Config) -> None:
-    """Raises UserError where the package is missing that counts the scores of written texts."""
-    if config.evaluate.metrics:
-        from lm_jax.tasks import scores
-
-        scores.check(config.evaluate.metrics)
 
 
 def make_evaluator(this: Run) -> Evaluator:

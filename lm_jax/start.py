@@ -18,7 +18,7 @@ from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.distributed import agree, devices, find_together, is_main_process, own
 from lm_jax.errors import UserError
-from lm_jax.evaluate import open_data
+from lm_jax.evaluate import check_scores, open_data
 from lm_jax.experiment import run_name
 from lm_jax.files import BESIDE, check_room
 from lm_jax.goodput import Goodput
@@ -28,7 +28,7 @@ from lm_jax.plan import counts
 from lm_jax.remote import LocalMirror
 from lm_jax.run import Run
 from lm_jax.run_plan import Plan
-from lm_jax.samples import check_scores, settle_reference
+from lm_jax.samples import settle_reference
 from lm_jax.stop import NEVER, StopSignal
 
 
