@@ -189,11 +189,3 @@ def ask(prompt: str) -> str:
 def as_typed(*words: str) -> str:
     """A command of this interpreter as it was called, to paste into a shell."""
     return shlex.join([sys.orig_argv[0], *words])
-
-
-def check_tokenizer(found, mixed) -> None:
-    """Raises UserError where the corpus was tokenised by another tokenizer than the model's."""
-    if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
-        raise UserError(
-            f"the corpus {', '.join(mixed.places)} was tokenised by another tokenizer than {found.workdir}'s"
-        )

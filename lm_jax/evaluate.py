@@ -43,6 +43,14 @@ def check_scores(config: Config) -> None:
         scores.check(config.evaluate.metrics)
 
 
+def check_tokenizer(found: load_model.ModelRef, mixed: mixture.Mixture) -> None:
+    """Raises UserError where the corpus was tokenised by another tokenizer than the model's."""
+    if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
+        raise UserError(
+            f"the corpus {', '.join(mixed.places)} was tokenised by another tokenizer than {found.workdir}'s"
+        )
+
+
 class Totals(NamedTuple):
     """Sums over the tokens of some rows, and the results of a task."""
 
@@ -169,7 +177,7 @@ def main(arguments: list[str]) -> int:
             "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
         )
     mixed = open_data(found.config, say)
-    cli.check_tokenizer(found, mixed)
+    check_tokenizer(found, mixed)
     peers.compare(vars(flags) | {"step": found.step} | run_folder.outside() | peers.own_code() | mixed.alike)
     if mixed.task and mixed.task.compares:
         from lm_jax.tasks import dpo_reference
