@@ -221,7 +221,7 @@ def go_back(workdir: epath.Path, data: DataState) -> None:
     write_whole(folder / str(data.step) / MANIFEST, sealed(manifest | {"skipped": data.skipped}))
 
 
-def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
+def clean(workdir: epath.Path, log: Callable[[str], None]) -> None:
     """Removes what a killed run left half-written, sets a step without manifest aside; other files stay."""
     folder = steps_folder(workdir)
     names = sorted(path.name for path in paths_inside(folder))
@@ -231,15 +231,15 @@ def clean(workdir: epath.Path, say: Callable[[str], None]) -> None:
             continue
         if rest.startswith("orbax-checkpoint-tmp"):
             (folder / name).rmtree()
-            say(f"removed {name}: a checkpoint that was never finished")
+            log(f"removed {name}: a checkpoint that was never finished")
         elif f".{rest}" == UNFINISHED:
             if step in names:
                 (folder / step).rmtree()
-                say(f"removed {step}: a checkpoint that was never finished")
+                log(f"removed {step}: a checkpoint that was never finished")
             (folder / name).unlink()
         elif not rest and f"{name}{UNFINISHED}" not in names and is_step_without_manifest(folder / name):
             to = set_step_aside(folder, int(step))
-            say(f"checkpoint {step} is broken: {MANIFEST} is missing; set aside as {to.name}")
+            log(f"checkpoint {step} is broken: {MANIFEST} is missing; set aside as {to.name}")
 
 
 def is_step_without_manifest(path: epath.Path) -> bool:
@@ -269,7 +269,7 @@ def newest_first(folder: epath.Path) -> Iterator[int]:
 
 
 def newest_valid(
-    workdir: epath.Path, say: Callable[[str], None], quarantine: bool, run: str = "", items: Collection[str] = ITEMS
+    workdir: epath.Path, log: Callable[[str], None], quarantine: bool, run: str = "", items: Collection[str] = ITEMS
 ) -> int | None:
     """The newest step whose `items` are as they were written, None where the run has no step; `run` is its identity.
 
@@ -280,7 +280,7 @@ def newest_valid(
         problem = invalid_reason(folder / str(step), run, items)
         if not problem:
             return step
-        say(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
+        log(f"checkpoint {step} is broken: {problem}" + ("; set aside, trying the one before" if quarantine else ""))
         if quarantine and is_main_process():
             fault_points.reach("quarantine")
             set_step_aside(folder, step)

@@ -36,20 +36,20 @@ def has_split(mixed: mixture.Mixture, config: Config, split: str) -> bool:
         return False
 
 
-def already_done(desk: LocalMirror, say: terminal.Terminal) -> int:
+def already_done(desk: LocalMirror, log: terminal.Terminal) -> int:
     """Says the result of a run that is over. Returns the exit code."""
-    last = [line for line in metrics.read(desk.folder, say) if "final/loss" in line][-1:]
+    last = [line for line in metrics.read(desk.folder, log) if "final/loss" in line][-1:]
     shown = lambda value: "not finite" if value is None else f"{value:.4f}"
     values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
     result = ", ".join(values) or "no result"
-    say(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
+    log(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
     return 0
 
 
-def give_up(this: Run, trouble: str) -> None:
+def give_up(run: Run, trouble: str) -> None:
     """Says it, and leaves the checkpoints as they are: those before are finite, but near what breaks them."""
-    newest = max(checkpoint.complete_steps(checkpoint.steps_folder(this.workdir)), default=0)
-    this.say(
+    newest = max(checkpoint.complete_steps(checkpoint.steps_folder(run.workdir)), default=0)
+    run.log(
         f"stopped: {trouble}\n"
         f"the same command goes on from step {newest:,} and comes here again, unless something changes: a lower\n"
         "config.optimizer.learning_rate, a smaller config.optimizer.clip_norm, or the text of the rows named above"
@@ -68,19 +68,19 @@ def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> st
     return f"{line} · gzip -9 {of(gzip.compress(text, 9)):.2f} · xz -9 {of(lzma.compress(text, preset=9)):.2f}"
 
 
-def next_commands(this: Run, given: str) -> str:
+def next_commands(run: Run, given: str) -> str:
     """What can be done with a finished run, as commands to paste; `given` is the one that trained it."""
-    mixed, model = this.mixed, ["--model", str(this.workdir)]
-    splits = [split for split in ("test", "validation") if has_split(mixed, this.config, split)]
+    mixed, model = run.mixed, ["--model", str(run.workdir)]
+    splits = [split for split in ("test", "validation") if has_split(mixed, run.config, split)]
     chats = bool(mixed.task and mixed.task.chat_template)
-    asked = ["--chat"] if chats else ["--prompt", this.config.evaluate.prompt]
-    room = this.config.data.sequence_length - len(mixed.tokenizer.encode("" if chats else asked[1])) - 1
+    asked = ["--chat"] if chats else ["--prompt", run.config.evaluate.prompt]
+    room = run.config.data.sequence_length - len(mixed.tokenizer.encode("" if chats else asked[1])) - 1
     asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
-    writes = this.config.data.objective == "causal" and (not this.config.train.task or chats)
-    longer = [f"--config.train.num_steps={4 * this.num_steps}", "--workdir", free_place(f"{this.workdir}-longer")]
-    logs = str(checkpoint.steps_folder(this.workdir).parent.parent)
+    writes = run.config.data.objective == "causal" and (not run.config.train.task or chats)
+    longer = [f"--config.train.num_steps={4 * run.num_steps}", "--workdir", free_place(f"{run.workdir}-longer")]
+    logs = str(checkpoint.steps_folder(run.workdir).parent.parent)
     lines = [
-        f"done in {counts.duration(time.monotonic() - this.goodput.start)}; next:",
+        f"done in {counts.duration(time.monotonic() - run.goodput.start)}; next:",
         f"  longer     {given} {shlex.join(longer)}",
         *[f"  generate   {cli.as_typed('-m', 'lm_jax.generate', *model, *asked)}"] * writes,
         *[f"  evaluate   {cli.as_typed('-m', 'lm_jax.evaluate', *model, '--split', split)}" for split in splits[:1]],
@@ -89,7 +89,7 @@ def next_commands(this: Run, given: str) -> str:
     return "\n".join(lines)
 
 
-def free_place(place: str) -> str:
+def free_place(path: str) -> str:
     """`place`, or where that is taken the first of place-2, place-3, ... that is not."""
-    places = itertools.chain([place], (f"{place}-{number}" for number in itertools.count(2)))
-    return next(place for place in places if not epath.Path(place).exists())
+    paths = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
+    return next(path for path in paths if not epath.Path(path).exists())

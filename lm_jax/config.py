@@ -22,7 +22,7 @@ LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
 class Data:
     sources: Sources = knob(
         (("python", 1.0),),
-        '((place, weight), ...): "python" = the interpreter\'s library and manual, a folder of text, or a prepared folder; '
+        '((path, weight), ...): "python" = the interpreter\'s library and manual, a folder of text, or a prepared folder; '
         "a weight is a share of the rows, or ((first row, weight), ...)",
     )
     tokenizer: str = knob(
@@ -62,7 +62,7 @@ class Data:
         "is both read and written a blank line after it",
         reach={"train.task": ("text_to_text",)},
     )
-    num_workers: int = knob(0, "processes that load rows; 0 = a thread", low=0, fixed=False, high=128, place=True)
+    num_workers: int = knob(0, "processes that load rows; 0 = a thread", low=0, fixed=False, high=128, machine=True)
     validation_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
     test_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
 
@@ -171,7 +171,7 @@ class Train:
         low=1,
         fixed=False,
         high=2**24,
-        place=True,
+        machine=True,
     )
     z_loss: float = knob(
         0.0,
@@ -224,13 +224,13 @@ class Mesh:
         fixed=False,
         low=-1,
         high=2**20,
-        place=True,
+        machine=True,
     )
     fsdp: int = knob(
-        1, "devices that split parameters and batch; -1 = the rest", fixed=False, low=-1, high=2**20, place=True
+        1, "devices that split parameters and batch; -1 = the rest", fixed=False, low=-1, high=2**20, machine=True
     )
     tensor: int = knob(
-        1, "devices that split heads, MLP and vocabulary; -1 = the rest", fixed=False, low=-1, high=2**20, place=True
+        1, "devices that split heads, MLP and vocabulary; -1 = the rest", fixed=False, low=-1, high=2**20, machine=True
     )
     slices: int = knob(
         1,
@@ -238,7 +238,7 @@ class Mesh:
         fixed=False,
         low=-1,
         high=2**20,
-        place=True,
+        machine=True,
     )
 
 

@@ -16,7 +16,7 @@ from lm_jax.model_config import LARGEST_HEAD, NUM_SENTINELS, OBJECTIVES, ONE_STA
 from lm_jax.reach import check_reach, is_read, unread
 
 WITH_LORA = "/lora_|^(labels|pooler)/"  # what is trained beside a frozen base; a pooler belongs to the head
-PLACE = {path: field.default for path, field in leaves().items() if field.metadata["place"]}
+OF_MACHINE = {path: field.default for path, field in leaves().items() if field.metadata["machine"]}
 
 
 def resolve(config) -> Config:
@@ -35,7 +35,7 @@ def resolve_found(config) -> Config:
     Settings that only concern the machine it was trained on (attention's backend, mesh, recomputation, workers) and
     settings that nothing reads get their defaults. Raises UserError.
     """
-    flat = _each_checked(flatten(config) | PLACE)
+    flat = _each_checked(flatten(config) | OF_MACHINE)
     return _derived(flat | {path: leaves()[path].default for path in unread(flat)})
 
 

@@ -162,13 +162,13 @@ def block_on_cpu(tree):
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
+def workdir_lock(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[None]:
     """One run a workdir: the lock, held by its leading process, dies with it. Raises UserError where another run holds it."""
     if not is_main_process():
         yield
         return
     if is_url(workdir):
-        with leased(workdir, say):
+        with leased(workdir, log):
             yield
         return
 
@@ -196,7 +196,7 @@ def find_together(workdir: epath.Path) -> None:
     while not (is_found := path.exists() and path.read_text() == word) and time.monotonic() < until:
         time.sleep(0.1)
     found = everyone([is_found, peers.line.host, os.path.abspath(workdir)], "the word is found")
-    lost = [f"process {k} (host {host}): {place}" for k, (there, host, place) in enumerate(found) if not there]
+    lost = [f"process {k} (host {host}): {path}" for k, (there, host, path) in enumerate(found) if not there]
     if lost:
         more = f" (+{len(lost) - 1} more)" * (len(lost) > 1)
         raise UserError(

@@ -26,13 +26,13 @@ from lm_jax.multihost import peers
 from lm_jax.terminal import Terminal
 
 
-def open_data(config: Config, say: Callable[[str], None] = lambda line: None) -> mixture.Mixture:
+def open_data(config: Config, log: Callable[[str], None] = lambda line: None) -> mixture.Mixture:
     """The corpora of a config, or the records of its task. Where a run of a task begins to need `tasks`."""
     if not config.train.task:
-        return mixture.open_mixture(config.data, say)
+        return mixture.open_mixture(config.data, log)
     from lm_jax.tasks.records import open_records
 
-    return open_records(config, say)
+    return open_records(config, log)
 
 
 def check_scores(config: Config) -> None:
@@ -166,17 +166,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    flags, say = parse(arguments), Terminal()
+    flags, log = parse(arguments), Terminal()
     devices = distributed.devices()  # of several processes each verifies its share of the model
-    found = load_model.locate(flags.model, say)
-    tell_losses(found.tokenizer, say)
+    found = load_model.locate(flags.model, log)
+    tell_losses(found.tokenizer, log)
     mesh = make_mesh(Mesh(slices=-1), devices)
     check_scores(found.config)
     if not found.config.evaluate.metrics and (flags.beams > 1 or flags.records):
         raise UserError(
             "--beams and --records are of the texts that a model writes, and config.evaluate.metrics says none here"
         )
-    mixed = open_data(found.config, say)
+    mixed = open_data(found.config, log)
     check_tokenizer(found, mixed)
     peers.compare(vars(flags) | {"step": found.step} | run_folder.outside() | peers.own_code() | mixed.alike)
     if mixed.task and mixed.task.compares:
@@ -188,13 +188,13 @@ def main(arguments: list[str]) -> int:
         graph, parameters = load_model.load_parameters(found)
         size = flags.batch_size * batch_shards(dict(mesh.shape))
         evaluator = Evaluator(graph, mesh, mixed.tokenizer, size)
-        watch = lambda done, of: say.progress(f"row {done} of {of}")
+        watch = lambda done, of: log.progress(f"row {done} of {of}")
         totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
         kind, kept = mixed.task.kept(added(list(totals.values())).results) if mixed.task else ("", ())
         if found.config.evaluate.metrics:
             from lm_jax.tasks import generate_answers
 
-            watch = lambda done, of: say.progress(f"writing: record {done} of {of}")
+            watch = lambda done, of: log.progress(f"writing: record {done} of {of}")
             kept = generate_answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
     documents = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
     result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": documents}
@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
         about = {"model": flags.model, "step": found.step}
         scored = results.write(found.workdir, flags.split, kind, kept, about)
         result |= {"records": len(kept)} | {f"eval/{name}": value for name, value in scored.items()}
-    say(json.dumps(result))
+    log(json.dumps(result))
     return 0
 
 

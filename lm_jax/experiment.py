@@ -55,9 +55,9 @@ def parse_value(path: str, text: str) -> Any:
         return text  # `resolve` says what was expected
 
 
-def find_experiment(place: str) -> tuple[str, str]:
+def find_experiment(experiment: str) -> tuple[str, str]:
     """(file, variant) of `x.py:variant`; a relative path that is not here may stand in the clone. Raises UserError."""
-    path, _, variant = place.partition(":")
+    path, _, variant = experiment.partition(":")
     clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for candidate in (path, os.path.join(clone, path)):
         if os.path.isfile(candidate):
@@ -67,24 +67,24 @@ def find_experiment(place: str) -> tuple[str, str]:
     names = [name for name in sorted(os.listdir(folder)) if name.endswith(".py")] if os.path.isdir(folder) else []
     near = nearest(path, [os.path.join(os.path.relpath(folder), name) for name in names])
     missing = "" if os.path.isdir(shipped) else "; experiments come with a clone of the repository"
-    raise UserError(f"--config {place}: no such file{near}{missing}")
+    raise UserError(f"--config {experiment}: no such file{near}{missing}")
 
 
-def experiment_config(place: str) -> ml_collections.ConfigDict:
+def experiment_config(experiment: str) -> ml_collections.ConfigDict:
     """What an experiment file says, `:smoke` shrunk. The file is code and is executed. Raises UserError."""
-    path, variant = find_experiment(place)
+    path, variant = find_experiment(experiment)
     folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # an experiment may import another
     spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config {place}: not a Python file")
+        raise UserError(f"--config {experiment}: not a Python file")
     if os.path.getsize(path) > LARGEST_EXPERIMENT:
-        raise UserError(f"--config {place}: a file of {os.path.getsize(path):,} bytes is no experiment")
+        raise UserError(f"--config {experiment}: a file of {os.path.getsize(path):,} bytes is no experiment")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = _config_of(module, place, variant)
+        config = _config_of(module, experiment, variant)
     except UserError:
         raise
     except Exception as error:  # whatever a user's file may raise
@@ -92,19 +92,19 @@ def experiment_config(place: str) -> ml_collections.ConfigDict:
     return shrink(config) if variant == "smoke" else config
 
 
-def _config_of(module, place: str, variant: str) -> ml_collections.ConfigDict:
+def _config_of(module, experiment: str, variant: str) -> ml_collections.ConfigDict:
     """What `get_config` of an experiment returns; for `smoke`, the full config, checked. Raises UserError."""
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config {place}: the file has no get_config()")
+        raise UserError(f"--config {experiment}: the file has no get_config()")
     variants = (*getattr(module, "VARIANTS", ()), "smoke")
     if variant and variant not in variants:
         near = nearest(variant, variants)
-        raise UserError(f"--config {place}: no variant {variant!r}; there is {', '.join(variants)}{near}")
+        raise UserError(f"--config {experiment}: no variant {variant!r}; there is {', '.join(variants)}{near}")
     takes_variant = inspect.signature(module.get_config).parameters
     config = module.get_config(variant) if takes_variant and variant != "smoke" else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
-            f"--config {place}: get_config() returned {type(config).__name__}, not a ConfigDict; return config"
+            f"--config {experiment}: get_config() returned {type(config).__name__}, not a ConfigDict; return config"
         )
     if variant == "smoke":
         resolve(config)  # a wrong value is answered by its name before it is shrunk
@@ -156,9 +156,9 @@ def without_unread(flat: dict[str, Any], given=()) -> dict[str, Any]:
     return flat | {path: leaves()[path].default for path in unread(flat) if path in SHRUNK and path not in given}
 
 
-def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str, dict[str, Any]]]:
+def load_config(experiment: str, overrides: dict[str, str]) -> tuple[Config, dict[str, dict[str, Any]]]:
     """The resolved config, and for every leaf that is not its default where it came from: {path: {from, default}}."""
-    defaults, from_file = flatten(Config()), flatten(experiment_config(place))
+    defaults, from_file = flatten(Config()), flatten(experiment_config(experiment))
     given = {path: parse_value(path, text) for path, text in overrides.items()}
     origins = {
         path: {"from": "file", "default": defaults[path]}
@@ -168,17 +168,17 @@ def load_config(place: str, overrides: dict[str, str]) -> tuple[Config, dict[str
     for path in given:
         origins[path] = {"from": "command line", "default": defaults[path], "file": from_file[path]}
     flat = from_file | given
-    return resolve(unflatten(without_unread(flat, given) if place.endswith(":smoke") else flat)), origins
+    return resolve(unflatten(without_unread(flat, given) if experiment.endswith(":smoke") else flat)), origins
 
 
-def as_given(place: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
+def as_given(experiment: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
     """The command that trains this, to paste; without its workdir and number of steps."""
     values = flatten(config)
     given = [path for path, origin in origins.items() if origin["from"] == "command line" and path != "train.num_steps"]
-    return as_typed("-m", "lm_jax.main", "--config", place, *[f"--config.{path}={values[path]}" for path in given])
+    return as_typed("-m", "lm_jax.main", "--config", experiment, *[f"--config.{path}={values[path]}" for path in given])
 
 
-def run_name(place: str) -> str:
+def run_name(experiment: str) -> str:
     """`gpt_125m` or `gpt_125m-smoke`: the experiment and its variant."""
-    path, _, variant = place.partition(":")
+    path, _, variant = experiment.partition(":")
     return os.path.basename(path).removesuffix(".py") + (f"-{variant}" if variant else "")

@@ -51,7 +51,7 @@ class Goodput:
         return "\n".join([f"goodput {100 * parts['step'] / total:.1f}%: where {total:,.0f} s went", *rows])
 
 
-def traced(steps: Iterable[int], first: int, folder: epath.Path, say: Callable[[str], None]) -> Iterator[int]:
+def traced(steps: Iterable[int], first: int, folder: epath.Path, log: Callable[[str], None]) -> Iterator[int]:
     """`steps`, of which `TRACED_STEPS` are recorded from step number `first` (counted from 1; 0: none) on, for XProf."""
     steps, recording = iter(steps), False
     try:
@@ -65,7 +65,7 @@ def traced(steps: Iterable[int], first: int, folder: epath.Path, say: Callable[[
         if recording:
             jax.profiler.stop_trace()
             recording = False
-            say(f"trace of steps {first} to {first + TRACED_STEPS - 1}: pip install xprof && xprof --logdir {folder}")
+            log(f"trace of steps {first} to {first + TRACED_STEPS - 1}: pip install xprof && xprof --logdir {folder}")
         yield from steps
     finally:
         if recording:

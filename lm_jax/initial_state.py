@@ -18,27 +18,27 @@ from lm_jax.train_state import TrainSetup, TrainState, fresh
 Source = load_model.ModelRef | Any  # a MODEL, or the `WordVectors` of a file (lm_jax/convert/word_vectors.py)
 
 
-def find_init(program: TrainSetup, mixed: mixture.Mixture, say: terminal.Terminal) -> Source | None:
+def find_init(program: TrainSetup, mixed: mixture.Mixture, log: terminal.Terminal) -> Source | None:
     """The model that `train.init_from` names, or the word vectors where it is a file; None where it names nothing.
 
     The one place where training looks up `convert`. Raises UserError where nothing is there, or that lists what has
     another shape.
     """
-    place = program.config.train.init_from
-    if not place:
+    path = program.config.train.init_from
+    if not path:
         return None
-    if epath.Path(place).is_file():
+    if epath.Path(path).is_file():
         from lm_jax.convert import word_vectors
 
-        return word_vectors.read(place, mixed.tokenizer, program.config.model.model_dim)
+        return word_vectors.read(path, mixed.tokenizer, program.config.model.model_dim)
     try:
-        found = load_model.locate(place, say)
+        found = load_model.locate(path, log)
     except UserError as error:
         raise UserError(str(error).replace("--model", "config.train.init_from")) from None
     if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
         mend = f"--config.data.tokenizer={found.workdir / found.tokenizer.file_name}"
         raise UserError(
-            f"config.train.init_from = {place!r} has another tokenizer than this corpus; take it too: {mend}"
+            f"config.train.init_from = {path!r} has another tokenizer than this corpus; take it too: {mend}"
         )
     mine, theirs = program.graph.declarations, load_model.graph_of(found).declarations
     differing = [path for path in mine.keys() & theirs.keys() if not fits(path, mine[path].shape, theirs[path].shape)]
@@ -49,7 +49,7 @@ def find_init(program: TrainSetup, mixed: mixture.Mixture, say: terminal.Termina
         differing += list((mine.keys() - new) ^ theirs.keys())
     if differing:
         names = ", ".join(sorted("/".join(path) for path in differing)[:3])
-        raise UserError(f"config.train.init_from = {place!r}: {len(differing)} parameters differ: {names}")
+        raise UserError(f"config.train.init_from = {path!r}: {len(differing)} parameters differ: {names}")
     return found
 
 
@@ -60,38 +60,38 @@ def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) 
 
 
 def starting_point(
-    program: TrainSetup, workdir: epath.Path, source: Source | None, say: terminal.Terminal, run: str = ""
+    program: TrainSetup, workdir: epath.Path, source: Source | None, log: terminal.Terminal, run: str = ""
 ) -> tuple[TrainState, DataState]:
     """The state on the mesh that is set, and where the data stand. `source` is what `find_init` found, `run` the
     identity that the steps of the workdir must have."""
-    step = checkpoint.newest_valid(workdir, say, quarantine=True, run=run)
+    step = checkpoint.newest_valid(workdir, log, quarantine=True, run=run)
     if step is not None:
         fault_points.reach("restore")
         state, data = checkpoint.restore(workdir, step, program)
         data = DataState.of_lists(agree(data, "data state"))
-        say(f"resumed at step {step:,}, row {data.cursor:,}")
+        log(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
     if source is None:
         return jax.jit(lambda: fresh(program))(), START
     if isinstance(source, load_model.ModelRef):
         _, given = load_model.load_parameters(source)
-        say(f"parameters from {source.workdir} step {source.step:,}")
-        parameters = with_the_rest(program, given, say)
+        log(f"parameters from {source.workdir} step {source.step:,}")
+        parameters = with_the_rest(program, given, log)
     else:
         num, of = int(source.found.sum()), len(source.found)
-        say(f"{num:,} of {of:,} pieces from the words of {source.place}; the other {of - num:,} are initialised")
+        log(f"{num:,} of {of:,} pieces from the words of {source.path}; the other {of - num:,} are initialised")
         parameters = with_rows(jax.jit(lambda: fresh(program))().parameters, source)
     optimizer_state = jax.jit(program.optimizer.init)(program.split(parameters)[0])
     return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer_state), START
 
 
-def with_the_rest(program: TrainSetup, given: dict, say: terminal.Terminal) -> dict:
+def with_the_rest(program: TrainSetup, given: dict, log: terminal.Terminal) -> dict:
     """The parameters of the program: the given ones, and those that are missing as they are initialised; both said."""
     flat, mine = nnx.traversals.flatten_mapping(given), program.graph.declarations
     if all(path in mine and x.shape == mine[path].shape for path, x in flat.items()) and len(flat) == len(mine):
         return given
     names = lambda paths: ", ".join("/".join(path) for path in sorted(paths)) or "nothing"
-    say(f"left behind: {names(flat.keys() - mine.keys())}; initialised: {names(mine.keys() - flat.keys())}")
+    log(f"left behind: {names(flat.keys() - mine.keys())}; initialised: {names(mine.keys() - flat.keys())}")
     start = nnx.traversals.flatten_mapping(jax.jit(lambda: fresh(program))().parameters)
     placed = {path: jax.device_put(flat.get(path, x)[: len(x)], x.sharding) for path, x in start.items()}
     return nnx.traversals.unflatten_mapping(placed)

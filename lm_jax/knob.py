@@ -18,16 +18,16 @@ LONGEST = 1e18  # tokens, epochs or minutes
 LENGTH = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)(?P<prefix>[kKMBT]?) ?(?P<unit>tokens|epochs|steps|min)")
 
 
-def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True, reach=None, idle=(), place=False):
+def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True, reach=None, idle=(), machine=False):
     """A dataclass field with its default, meaning and range; `fixed`: a run that resumes must keep the value.
 
     `reach`, {path of another setting: the values with which this one is read; () = any that is not its default and not
     off}, says where the setting is read: where all of it holds. Elsewhere it must have its default, or a value in
-    `idle`, which states what is true there anyway. `place`: it concerns the machine of the training alone, and a reader
+    `idle`, which states what is true there anyway. `machine`: it concerns the machine of the training alone, and a reader
     of the trained model ignores it.
     """
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "fixed": fixed}
-    metadata |= {"reach": reach or {}, "idle": idle, "place": place}
+    metadata |= {"reach": reach or {}, "idle": idle, "machine": machine}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -126,22 +126,22 @@ def _fault_of_number(value: float, low: float | None, high: float | None) -> str
 
 
 def checked_sources(path: str, value: Any) -> Sources:
-    """Canonical ((place, weight), ...); a bare string is one source with weight 1. Raises UserError."""
+    """Canonical ((path, weight), ...); a bare string is one source with weight 1. Raises UserError."""
     example = '(("books", 0.7), ("code", 0.3))'
     found: list[tuple[str, Weight]] = []
     for source in ((value, 1.0),) if isinstance(value, str) else value if isinstance(value, (tuple, list)) else ():
         if not isinstance(source, (tuple, list)) or len(source) != 2 or not isinstance(source[0], str):
             raise UserError(
-                f"config.{path} = {shown(value)}: expected a place, or (place, weight) pairs such as {example}"
+                f"config.{path} = {shown(value)}: expected a path, or (path, weight) pairs such as {example}"
             )
-        place, weight = source
-        if problem := _fault_of_text(place):
-            raise UserError(f"config.{path} = {shown(place)}: {problem}; expected a place, or pairs such as {example}")
-        found.append((place, _checked_weight(f"config.{path}: weight {shown(weight)} of {shown(place)}", weight)))
-    places = [place for place, _ in found]
+        name, weight = source
+        if problem := _fault_of_text(name):
+            raise UserError(f"config.{path} = {shown(name)}: {problem}; expected a path, or pairs such as {example}")
+        found.append((name, _checked_weight(f"config.{path}: weight {shown(weight)} of {shown(name)}", weight)))
+    places = [name for name, _ in found]
     if not found or len(set(places)) < len(places):
-        problem = "a place stands twice" if found else "no source"
-        raise UserError(f"config.{path} = {shown(value)}: {problem}; expected a place, or pairs such as {example}")
+        problem = "a path stands twice" if found else "no source"
+        raise UserError(f"config.{path} = {shown(value)}: {problem}; expected a path, or pairs such as {example}")
     tables = [weight if isinstance(weight, tuple) else ((0, weight),) for _, weight in found]
     for row in sorted({0} | {first for table in tables for first, _ in table}):
         if not any(next((share for first, share in reversed(table) if first <= row), 0) for table in tables):

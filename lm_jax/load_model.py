@@ -67,19 +67,19 @@ class ModelRef(NamedTuple):
         return special_ids.read(self.workdir, self.tokenizer)
 
 
-def locate(model: str, say: Callable[[str], None] = print) -> ModelRef:
+def locate(model: str, log: Callable[[str], None] = print) -> ModelRef:
     """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`) or a Hugging Face folder.
 
     With several processes all of them call it together. Raises UserError.
     """
     check_url("--model", model)
-    place, _, wanted = (model, "", "") if (epath.Path(model) / CONFIG).exists() else model.rpartition("@")
-    place, wanted = (place, wanted) if place else (wanted or model, "")
-    workdir = epath.Path(place)
+    path, _, wanted = (model, "", "") if (epath.Path(model) / CONFIG).exists() else model.rpartition("@")
+    path, wanted = (path, wanted) if path else (wanted or model, "")
+    workdir = epath.Path(path)
     check_plain(str(workdir))
     if not (workdir / CONFIG).exists():
         siblings = [str(path) for path in workdir.parent.glob("*") if (path / CONFIG).exists()]
-        raise UserError(f"--model {model}: {place} is not a run (it has no config.json){nearest(place, siblings)}")
+        raise UserError(f"--model {model}: {path} is not a run (it has no config.json){nearest(path, siblings)}")
     if "model_type" in read_object(workdir / CONFIG):
         return locate_hugging_face(workdir)
     content = read_config(workdir)
@@ -87,17 +87,17 @@ def locate(model: str, say: Callable[[str], None] = print) -> ModelRef:
     if not has_steps(workdir):
         raise UserError(f"--model {model}: the run has no checkpoint yet")
     config = resolve_found(unflatten(content["config"]))
-    base = locate_base(workdir, content["base"], say) if "base" in content else None
+    base = locate_base(workdir, content["base"], log) if "base" in content else None
     found = ModelRef(workdir, NEVER, config, load(str(workdir)), None, base)
-    return found._replace(step=locate_step(found, model, wanted, content.get("run", ""), say))
+    return found._replace(step=locate_step(found, model, wanted, content.get("run", ""), log))
 
 
-def locate_step(found: ModelRef, model: str, wanted: str, run: str, say: Callable[[str], None]) -> int:
+def locate_step(found: ModelRef, model: str, wanted: str, run: str, log: Callable[[str], None]) -> int:
     """The step `wanted` of a run, verified; "" = the newest valid one. `run` is its identity. Raises UserError."""
     folder = steps_folder(found.workdir)
     steps, items = complete_steps(folder), items_read(found)
     if not wanted:
-        step = newest_valid(found.workdir, say, quarantine=False, run=run, items=items)
+        step = newest_valid(found.workdir, log, quarantine=False, run=run, items=items)
         assert step is not None
         return step
     if not STEP.fullmatch(wanted) or int(wanted) not in steps:
@@ -120,11 +120,11 @@ def items_read(located: ModelRef) -> frozenset[str]:
     return frozenset({"optimizer", *["parameters"] * has_frozen})
 
 
-def locate_base(workdir: epath.Path, said: dict[str, str], say: Callable[[str], None]) -> ModelRef:
+def locate_base(workdir: epath.Path, said: dict[str, str], log: Callable[[str], None]) -> ModelRef:
     """The MODEL with the frozen parameters; `said` is {"place", "hash"} as in config.json. Raises UserError."""
     where = f"put it back, or write its new place into {workdir / CONFIG} (base, place)"
     try:
-        found = locate(said["place"], say)
+        found = locate(said["place"], log)
     except RecursionError:
         raise UserError(f"{workdir}: its base is itself, or leads back to it\n{where}") from None
     except UserError as error:

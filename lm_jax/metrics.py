@@ -23,7 +23,7 @@ FILE, CHECKSUMS = "metrics.jsonl", "metrics.crc32"
 MOST = 2**32  # bytes of them
 
 
-def read(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+def read(workdir: epath.Path, log: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; a last line that a kill cut short does not count.
 
     Says which lines are damaged: those that cannot be read are left out, those that do not have their checksum are kept.
@@ -41,11 +41,11 @@ def read(workdir: epath.Path, say: Callable[[str], None] = lambda line: None) ->
             altered.append(number)
         found.append(values)
     if len(raw) < len(sums):
-        say(f"{path}: the last {len(sums) - len(raw)} of its lines are lost")
+        log(f"{path}: the last {len(sums) - len(raw)} of its lines are lost")
     for numbers, what in ((lost, "lost: it cannot be read"), (altered, "altered: its numbers may be wrong")):
         more = f" (+{len(numbers) - 3} more)" * (len(numbers) > 3)
         if numbers:
-            say(f"{path}: line {', '.join(map(str, numbers[:3]))}{more} {what}")
+            log(f"{path}: line {', '.join(map(str, numbers[:3]))}{more} {what}")
     return found
 
 
@@ -72,10 +72,10 @@ def series(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 class Writer:
     """Appends one line a step, after cutting off what a lost future wrote: no hole, no step twice."""
 
-    def __init__(self, workdir: epath.Path, step: int, say: Callable[[str], None] = lambda line: None):
+    def __init__(self, workdir: epath.Path, step: int, log: Callable[[str], None] = lambda line: None):
         if step and not (workdir / FILE).exists():
-            say(f"{workdir / FILE} is missing: what it said of the steps up to {step:,} is lost")
-        kept = [json.dumps(line).encode() for line in read(workdir, say) if line["step"] <= step]
+            log(f"{workdir / FILE} is missing: what it said of the steps up to {step:,} is lost")
+        kept = [json.dumps(line).encode() for line in read(workdir, log) if line["step"] <= step]
         # The checksums first, and those of no line: a kill in between leaves lines without any, never a false alarm.
         for name, lines in ((CHECKSUMS, []), (FILE, kept), (CHECKSUMS, [checksum(line) for line in kept])):
             write_whole(workdir / name, b"".join(line + b"\n" for line in lines))

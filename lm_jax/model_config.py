@@ -175,17 +175,17 @@ class Model:
         choices=("auto", "xla", "chunked", "cudnn", "splash"),
         fixed=False,
         reach=ATTENDING,
-        place=True,
+        machine=True,
     )
     remat: str = knob(
         "none",
         "what layers compute again in the backward pass: nothing, all but products, all but attention, all",
         choices=("none", "dots", "names", "full"),
         fixed=False,
-        place=True,
+        machine=True,
     )
     unroll: bool = knob(
-        True, "layers as straight code (fast) or one scanned body (compile time flat)", fixed=False, place=True
+        True, "layers as straight code (fast) or one scanned body (compile time flat)", fixed=False, machine=True
     )
     compute_dtype: str = knob(
         "float32", "of activations and matrix products", choices=("float32", "bfloat16", "float16")

@@ -25,8 +25,8 @@ KINDS = (
 )
 
 
-def is_url(place) -> bool:
-    return "://" in str(place)
+def is_url(path) -> bool:
+    return "://" in str(path)
 
 
 def check(path) -> None:
@@ -92,12 +92,12 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
         yield where, folders, sorted(names)
 
 
-def below(place: str) -> Iterator[str]:
+def below(path: str) -> Iterator[str]:
     """The files below a folder, or the place itself where it is none. Raises OSError."""
-    if not os.path.isdir(place):
-        yield place
+    if not os.path.isdir(path):
+        yield path
         return
-    for where, _, names in walk(place):
+    for where, _, names in walk(path):
         yield from (os.path.join(where, name) for name in names)
 
 

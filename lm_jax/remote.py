@@ -131,7 +131,7 @@ class Lease:
             return False
         return bool(self._store.write(str(number), self._mine(), if_equal=missing.stamp.generation).result().generation)
 
-    def take(self, say: Callable[[str], None]) -> None:
+    def take(self, log: Callable[[str], None]) -> None:
         """Raises UserError where another run renews the lock; waits for a lease that nobody renews."""
         start, first = time.monotonic(), b""
         while True:
@@ -148,7 +148,7 @@ class Lease:
                     f"another run is at work in {self.workdir}: {holder.decode()}\n"
                     f"wait for it, stop it, or use another --workdir"
                 )
-            say(f"{self.workdir} is locked by a run that may be dead: waiting for its lease of {LEASE:.0f} s")
+            log(f"{self.workdir} is locked by a run that may be dead: waiting for its lease of {LEASE:.0f} s")
             time.sleep(LEASE / 6)
 
     def renew(self) -> None:
@@ -176,10 +176,10 @@ def _expired(value: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def leased(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[None]:
+def leased(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[None]:
     """The lock of a workdir on a URL."""
     lease = Lease(workdir)
-    lease.take(say)
+    lease.take(log)
     thread = threading.Thread(target=lease.renew, daemon=True)
     thread.start()
     try:

@@ -11,45 +11,45 @@ from lm_jax.step_log import StepLog
 from lm_jax.stop import NEVER
 
 
-def go_back(this: Run, log: StepLog, saver: checkpoint.Saver) -> str:
-    """Goes back behind `log.spike`. Returns why not, where that was done often enough.
+def go_back(run: Run, step_log: StepLog, saver: checkpoint.Saver) -> str:
+    """Goes back behind `step_log.spike`. Returns why not, where that was done often enough.
 
     Nothing but the workdir says that it was done, and `checkpoint.go_back` says it before anything goes on: a run that
     is killed goes back once more, or has gone back.
     """
     saver.wait()
-    good, say = good_step(this, log.spike), this.say
+    good, log = good_step(run, step_log.spike), run.log
     if good == NEVER:
-        say(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
+        log(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
         return ""
     found = DataState.of_lists(
-        agree(checkpoint.read_data_state(this.workdir, good) if is_main_process() else None, "data state")
+        agree(checkpoint.read_data_state(run.workdir, good) if is_main_process() else None, "data state")
     )
-    row_at = mixture.SkippingRows(this.stream, found.skipped).row_at
+    row_at = mixture.SkippingRows(run.stream, found.skipped).row_at
     if spikes.times_gone_back(found, row_at) >= spikes.MOST:
         return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
-    data = spikes.without_rows_around(log.spike, found, this.plan.ramp, row_at)
+    data = spikes.without_rows_around(step_log.spike, found, run.plan.ramp, row_at)
     (first, last), *_ = set(data.skipped) - set(found.skipped)
     if is_main_process():
-        checkpoint.go_back(this.workdir, data)
+        checkpoint.go_back(run.workdir, data)
     agree(good, "went back")  # all wait until that is done
-    jax.tree.map(lambda x: x.delete(), this.state)  # there may be no room for two
-    this.state, this.data = checkpoint.restore(this.workdir, good, this.plan.program)[0], data
-    this.stop.done = this.stop.saved = good
-    log.watch = None
-    say(f"went back to step {good:,}: from there on rows {first:,} to {last - 1:,} are left out")
+    jax.tree.map(lambda x: x.delete(), run.state)  # there may be no room for two
+    run.state, run.data = checkpoint.restore(run.workdir, good, run.plan.program)[0], data
+    run.stop.done = run.stop.saved = good
+    step_log.watch = None
+    log(f"went back to step {good:,}: from there on rows {first:,} to {last - 1:,} are left out")
     return ""
 
 
-def good_step(this: Run, spike: int) -> int:
+def good_step(run: Run, spike: int) -> int:
     """The newest saved step that is whole and MARGIN steps before a spike, NEVER where there is none.
 
     One from which other batches were taken than now would need another schedule, so another program.
     """
-    folder = checkpoint.steps_folder(this.workdir)
+    folder = checkpoint.steps_folder(run.workdir)
     is_good = lambda step: (
         step <= spike - spikes.MARGIN
         and not manifest.invalid_reason(folder / str(step))
-        and checkpoint.read_data_state(this.workdir, step).cursor == this.plan.ramp.cursor(step)
+        and checkpoint.read_data_state(run.workdir, step).cursor == run.plan.ramp.cursor(step)
     )
     return next(filter(is_good, checkpoint.newest_first(folder)), NEVER)

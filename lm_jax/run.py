@@ -24,7 +24,7 @@ class Run:
 
     plan: Plan
     workdir: epath.Path
-    say: terminal.Terminal
+    log: terminal.Terminal
     desk: LocalMirror  # where metrics and log grow
     mixed: mixture.Mixture
     stream: mixture.MixedRows
@@ -59,4 +59,4 @@ class Run:
         """Says where something long between two steps is. Raises Stopped where the run is asked to stop."""
         if self.is_asked_to_stop():
             raise Stopped
-        self.say.progress(text)
+        self.log.progress(text)

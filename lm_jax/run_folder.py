@@ -56,13 +56,13 @@ def outside() -> dict[str, Any]:
     return {name: (versions | given).get(name, getattr(jax.config, name, None)) for name in OUTSIDE}
 
 
-def write_run_file(workdir: epath.Path, name: str, content: bytes, say: Callable[[str], None]) -> None:
+def write_run_file(workdir: epath.Path, name: str, content: bytes, log: Callable[[str], None]) -> None:
     """Writes a file beside config.json, and says so where another content stood there."""
     assert name in RUN_FILES, name
     path = workdir / name
     there = path.read_bytes() if path.exists() else None
     if there is not None and there != content:
-        say(f"{name} was not as it was written: it is written again")
+        log(f"{name} was not as it was written: it is written again")
     if there != content:
         write_whole(path, content)
 
@@ -125,11 +125,11 @@ def describe(path: str, old: Any, new: Any) -> list[str]:
     """Lines that say how a config value differs; of `data.sources`, which source and which weight."""
     if path != "data.sources" or not old:
         return [f"config.{path}: {old!r} there, {new!r} here"]
-    there, here = ({place: weight for place, weight in sources} for sources in (old, new))
-    weights = {place: (there.get(place, "none"), here.get(place, "none")) for place in {**there, **here}}
+    there, here = ({source: weight for source, weight in sources} for sources in (old, new))
+    weights = {source: (there.get(source, "none"), here.get(source, "none")) for source in {**there, **here}}
     lines = [
-        f"config.{path}: weight of {place!r}: {a} there, {b} here"
-        for place, (a, b) in weights.items()
+        f"config.{path}: weight of {source!r}: {a} there, {b} here"
+        for source, (a, b) in weights.items()
         if json.dumps(a) != json.dumps(b)
     ]
     return lines or [f"config.{path}: the order of the sources"]
@@ -148,10 +148,10 @@ def other_data(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         for name in ("pipeline", "tokenizer")
         if saved.get(name) != facts[name]
     ]
-    for place, here in facts["shards"].items():
-        there = saved.get("shards", {}).get(place, {})
+    for source, here in facts["shards"].items():
+        there = saved.get("shards", {}).get(source, {})
         lines += [
-            f"{place}: {name} {there.get(name, 'none')} there, {here.get(name, 'none')} here"
+            f"{source}: {name} {there.get(name, 'none')} there, {here.get(name, 'none')} here"
             for name in sorted({*there, *here})
             if there.get(name) != here.get(name)
         ]

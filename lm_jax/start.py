@@ -38,7 +38,7 @@ class Opening:
 
     workdir: epath.Path
     desk: LocalMirror
-    say: terminal.Terminal
+    log: terminal.Terminal
     goodput: Goodput
     saved: dict[str, Any]  # config.json of a run that is gone on with, {} of a new one
     expected: DataState  # of the newest step, which is not verified yet
@@ -59,10 +59,10 @@ class Opening:
             check_room(self.workdir, self.plan.checkpoint_bytes)
 
 
-def find_workdir(place: str, name: str) -> epath.Path:
+def find_workdir(path: str, name: str) -> epath.Path:
     """The workdir that `--workdir` names ("": runs/<name>). Raises UserError where no folder can be there."""
-    check_url("--workdir", place)
-    workdir = epath.Path(place or f"runs/{name}")
+    check_url("--workdir", path)
+    workdir = epath.Path(path or f"runs/{name}")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, such as --workdir runs/{name}")
     if not is_url(workdir):
@@ -70,15 +70,15 @@ def find_workdir(place: str, name: str) -> epath.Path:
     return workdir
 
 
-def look(config: Config, experiment: str, place: str, dry_run: bool) -> Opening:
+def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     """Opens the data, makes the plan, finds what the run starts from. Raises UserError, also where processes differ."""
-    say, goodput, workdir = terminal.Terminal(), Goodput(), find_workdir(place, run_name(experiment))
+    log, goodput, workdir = terminal.Terminal(), Goodput(), find_workdir(path, run_name(experiment))
     desk = LocalMirror(workdir)
     with goodput("devices"):
         here = devices()
     device = own(here)
     fault_points.reach("start")
-    say.silent = not is_main_process()
+    log.silent = not is_main_process()
     peers.compare(settings(config, experiment, dry_run))
     run_plan.check(config, here)
     saved = agree(
@@ -86,8 +86,8 @@ def look(config: Config, experiment: str, place: str, dry_run: bool) -> Opening:
     )
     check_scores(config)
     with goodput("data"):
-        mixed = open_data(config, say)
-        tell_losses(mixed.tokenizer, say)
+        mixed = open_data(config, log)
+        tell_losses(mixed.tokenizer, log)
         stream = mixed.stream(config.data)
     peers.compare(mixed.alike)
     expected = DataState.of_lists(agree(checkpoint.expected_data_state(workdir) if is_main_process() else None, "data"))
@@ -97,11 +97,11 @@ def look(config: Config, experiment: str, place: str, dry_run: bool) -> Opening:
     plan_from = functools.partial(run_plan.make_plan, run_plan.with_microbatch(config, plan.microbatch), *known)
     changes = run_folder.check_resume(workdir, saved, plan.config, mixed.facts) if saved else []
     facts = mixed.facts | {"run": run_folder.run_identity(saved, plan.config, mixed.facts)}
-    source = None if saved else find_init(plan.program, mixed, say)
+    source = None if saved else find_init(plan.program, mixed, log)
     peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.ModelRef) else 0})
     with goodput("peak"):
         peak = counts.peak_flops(plan.mesh, config.model.compute_dtype)
-    inside = workdir, desk, say, goodput, saved, expected
+    inside = workdir, desk, log, goodput, saved, expected
     return Opening(*inside, device, mixed, stream, plan, plan_from, changes, facts, source, peak)
 
 
@@ -116,17 +116,17 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
 
     `origins` says where the values of the config come from. Raises UserError.
     """
-    workdir, desk, say = opening.workdir, opening.desk, opening.say
+    workdir, desk, log = opening.workdir, opening.desk, opening.log
     find_together(workdir)
     if is_main_process():
         desk.fetch()
-        say.log_to(desk.folder / "log.txt")
+        log.log_to(desk.folder / "log.txt")
         peers.log_to(desk.folder / "log.txt")
-        checkpoint.clean(workdir, say)
+        checkpoint.clean(workdir, log)
     for line in opening.changes:
-        say(line)
+        log(line)
     with opening.goodput("state"):
-        state, data = starting_point(opening.plan.program, workdir, opening.source, say, opening.facts["run"])
+        state, data = starting_point(opening.plan.program, workdir, opening.source, log, opening.facts["run"])
     newest_is_whole = data[:2] == opening.expected[:2]
     plan = opening.plan if newest_is_whole else opening.plan_from(data)
     stop.done, stop.saved = data.step, data.step if opening.saved else NEVER
@@ -134,25 +134,25 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
         return None
     if is_main_process():
         write_run_files(opening)
-    given = workdir, say, desk, opening.mixed, opening.stream, opening.peak_flops
-    this = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
-    settle_reference(this)
+    given = workdir, log, desk, opening.mixed, opening.stream, opening.peak_flops
+    run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
+    settle_reference(run)
     if is_main_process():
         run_folder.write_config(workdir, plan.config, origins, opening.facts | kept_context(opening))
-    return this
+    return run
 
 
 def write_run_files(opening: Opening) -> None:
     """Writes what a run consists of beside its config.json. Raises UserError where what only it has is not as written."""
-    workdir, mixed, say = opening.workdir, opening.mixed, opening.say
-    run_folder.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, say)
+    workdir, mixed, log = opening.workdir, opening.mixed, opening.log
+    run_folder.write_run_file(workdir, mixed.tokenizer.file_name, mixed.tokenizer.model, log)
     for name, content in (mixed.task.files(mixed.tokenizer) if mixed.task else {}).items():
-        run_folder.write_run_file(workdir, name, content, say)
+        run_folder.write_run_file(workdir, name, content, log)
     run_folder.check_run_files(workdir, opening.saved)
     if not opening.saved or not (workdir / BESIDE).exists():
         inherited = opening.source.special_ids.ends if isinstance(opening.source, load_model.ModelRef) else ()
         ids = special_ids.files(mixed.tokenizer, mixed.special_ids.also(*inherited))
-        run_folder.write_run_file(workdir, BESIDE, ids[BESIDE], say)
+        run_folder.write_run_file(workdir, BESIDE, ids[BESIDE], log)
 
 
 def kept_context(opening: Opening) -> dict[str, int]:

@@ -122,12 +122,12 @@ def data_lines(config: Config, mixed: Mixture, tokens: float) -> list[str]:
     """One line a source: its tokens, its share of the rows, and how often it is seen."""
     num_rows = int(tokens / config.data.sequence_length)
     counts, lines = Quotas([weight for _, weight in config.data.sources]).counts(num_rows), []
-    for place, corpus, rows in zip(mixed.places, mixed.corpora.values(), counts, strict=True):
+    for source, corpus, rows in zip(mixed.places, mixed.corpora.values(), counts, strict=True):
         size = corpus.manifest["counts"]["train"]["tokens"]
         epochs = rows * config.data.sequence_length / max(1, size)
         share = f"{100 * rows / max(1, num_rows):.1f}% of the rows, " * (len(counts) > 1)
         short_of_data = " (fine to try, not to train)" if epochs > 100 else ""
-        name = "embedded corpus" if place == "python" else place
+        name = "embedded corpus" if source == "python" else source
         lines.append(f"data: {name}, {costs.short(size)} tokens, {share}{epochs:,.1f} epochs{short_of_data}")
     return lines
 

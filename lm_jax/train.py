@@ -30,96 +30,96 @@ from lm_jax.stop import EXIT_PREEMPTED, Stopped, StopSignal
 from lm_jax.train_step import CompiledStep, compile_step
 
 
-def run(config: Config, experiment: str, place: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
+def run(config: Config, experiment: str, path: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
     """Trains to the end, from wherever the workdir is. Returns the exit code. Raises UserError before it writes there.
 
     `experiment` is what `--config` named, `place` the workdir ("": runs/<experiment>[-<variant>]). A `dry_run` ends
     where it is known what the run will be.
     """
-    opening = start.look(config, experiment, place, dry_run)
-    workdir, plan, say = opening.workdir, opening.plan, opening.say
-    say(terminal.header(plan, run_name(experiment), opening.mixed, opening.device, opening.peak_flops))
+    opening = start.look(config, experiment, path, dry_run)
+    workdir, plan, log = opening.workdir, opening.plan, opening.log
+    log(terminal.header(plan, run_name(experiment), opening.mixed, opening.device, opening.peak_flops))
     if dry_run:
         return 0
     opening.check_room()
-    with workdir_lock(workdir, say), contextlib.closing(say), jax.set_mesh(plan.mesh), StopSignal() as stop:
-        this = start.begin(opening, origins, stop)
-        return train(this, as_given(experiment, config, origins)) if this else already_done(opening.desk, say)
+    with workdir_lock(workdir, log), contextlib.closing(log), jax.set_mesh(plan.mesh), StopSignal() as stop:
+        run = start.begin(opening, origins, stop)
+        return train(run, as_given(experiment, config, origins)) if run else already_done(opening.desk, log)
 
 
-def train(this: Run, given: str) -> int:
+def train(run: Run, given: str) -> int:
     """Trains from where `this` is; `given` is the command that does it. Returns the exit code.
 
     What is trained is saved before it is evaluated; what a run that is gone on with had not evaluated, it does first.
     """
-    say = this.say
-    with this.goodput("compile"):
-        one_step = compiled(this) if this.data.step < this.num_steps else None
-    say(this.goodput.start_up())
-    with checkpoint.Saver(this.workdir, this.config, this.facts, this.stop) as saver:
-        evaluation = make_evaluation(this)
-        log, trouble = stretch(this, one_step, evaluation, saver)
-        while log.spike and not trouble:
-            trouble = go_back(this, log, saver)
-            if trouble or this.is_asked_to_stop():
+    log = run.log
+    with run.goodput("compile"):
+        one_step = compiled(run) if run.data.step < run.num_steps else None
+    log(run.goodput.start_up())
+    with checkpoint.Saver(run.workdir, run.config, run.facts, run.stop) as saver:
+        evaluation = make_evaluation(run)
+        step_log, trouble = stretch(run, one_step, evaluation, saver)
+        while step_log.spike and not trouble:
+            trouble = go_back(run, step_log, saver)
+            if trouble or run.is_asked_to_stop():
                 break
-            log.writer.close()
-            log, trouble = stretch(this, one_step, evaluation, saver, log.watch)
+            step_log.writer.close()
+            step_log, trouble = stretch(run, one_step, evaluation, saver, step_log.watch)
         saver.close()
-    finished = this.data.step == this.num_steps and not trouble and not this.is_asked_to_stop()
+    finished = run.data.step == run.num_steps and not trouble and not run.is_asked_to_stop()
     if finished:
-        finish(this, evaluation, log.writer)
-    log.writer.close()
+        finish(run, evaluation, step_log.writer)
+    step_log.writer.close()
     if not trouble:
-        say(this.goodput.table())
+        log(run.goodput.table())
     if finished:
-        say(next_commands(this, given))
+        log(next_commands(run, given))
     elif not trouble:
-        say(f"saved at step {this.data.step:,} of {this.num_steps:,}; the same command goes on from there")
+        log(f"saved at step {run.data.step:,} of {run.num_steps:,}; the same command goes on from there")
     else:
-        give_up(this, trouble)
-    this.desk.send()
+        give_up(run, trouble)
+    run.desk.send()
     return cli.EXIT_FAULT if trouble else 0 if finished else EXIT_PREEMPTED
 
 
-def compiled(this: Run) -> CompiledStep:
-    this.say.progress("compiling the step")
+def compiled(run: Run) -> CompiledStep:
+    run.log.progress("compiling the step")
     fault_points.reach("compile")
-    one_microbatch = all(rows == this.plan.microbatch for _, _, rows in this.plan.ramp.stages)
-    return compile_step(this.plan.program, this.plan.mesh, one_microbatch)
+    one_microbatch = all(rows == run.plan.microbatch for _, _, rows in run.plan.ramp.stages)
+    return compile_step(run.plan.program, run.plan.mesh, one_microbatch)
 
 
 def stretch(
-    this: Run, one_step: CompiledStep | None, evaluation: Evaluation | None, saver: checkpoint.Saver, watch=None
+    run: Run, one_step: CompiledStep | None, evaluation: Evaluation | None, saver: checkpoint.Saver, watch=None
 ) -> tuple[StepLog, str]:
     """From where `this` is to the end, to a signal, or to where it is no good to go on -> (its log, the trouble or "").
 
-    What was trained is saved, unless there is trouble or a spike (`log.spike`).
+    What was trained is saved, unless there is trouble or a spike (`step_log.spike`).
     """
-    writer = metrics.Writer(this.desk.folder, this.data.step, this.say) if is_main_process() else metrics.NullWriter()
-    kept = checkpoint.saved_beside(this.workdir, this.data.step) if is_main_process() else {}  # whose spikes count
-    log = StepLog(this, writer, watch or spikes.Watch(kept))
+    writer = metrics.Writer(run.desk.folder, run.data.step, run.log) if is_main_process() else metrics.NullWriter()
+    kept = checkpoint.saved_beside(run.workdir, run.data.step) if is_main_process() else {}  # whose spikes count
+    step_log = StepLog(run, writer, watch or spikes.Watch(kept))
     try:
         try:
-            if this.data.step == 0:
-                writer.hyper_parameters(flatten(this.config))
-                show_sample(this, writer)
+            if run.data.step == 0:
+                writer.hyper_parameters(flatten(run.config))
+                show_sample(run, writer)
             elif one_step:
-                look(this, None if is_evaluated(this) else evaluation, writer)
+                look(run, None if is_evaluated(run) else evaluation, writer)
             if one_step:
-                steps(this, one_step, log, evaluation, saver)
+                steps(run, one_step, step_log, evaluation, saver)
         except Stopped:
             pass  # after a whole step
-        log.flush()
-        log.agree_on_spike()
-        if agree(log.hopeless, "hopeless"):
-            return log, f"{MOST_IN_A_ROW} updates in a row were not finite (inf or NaN); none of them was applied"
-        if not log.spike:
-            save(this, saver, log)
+        step_log.flush()
+        step_log.agree_on_spike()
+        if agree(step_log.hopeless, "hopeless"):
+            return step_log, f"{MOST_IN_A_ROW} updates in a row were not finite (inf or NaN); none of them was applied"
+        if not step_log.spike:
+            save(run, saver, step_log)
             saver.wait()
     except checkpoint.NotFinite as error:
-        return log, str(error)
-    return log, ""
+        return step_log, str(error)
+    return step_log, ""
 
 
 def together(batches: Iterator[dict]) -> Iterator[dict]:
@@ -130,110 +130,110 @@ def together(batches: Iterator[dict]) -> Iterator[dict]:
 
 
 def steps(
-    this: Run, one_step: CompiledStep, log: StepLog, evaluation: Evaluation | None, saver: checkpoint.Saver
+    run: Run, one_step: CompiledStep, step_log: StepLog, evaluation: Evaluation | None, saver: checkpoint.Saver
 ) -> None:
     """From where `this` is to the last step, or to a signal. Raises Stopped where that came between two steps.
 
     The order: dispatch step n, then write the metrics of step n - 1, so that the device never waits for the host. What
     follows a step (checkpoint, evaluation) sees the state after it, and the lines before it are written.
     """
-    plan, config, stop = this.plan, this.config, this.stop
-    num = (plan.ramp.cursor(this.num_steps) - plan.ramp.cursor(this.data.step)) // plan.microbatch
-    rows_left = mixture.SkippingRows(this.stream, this.data.skipped)
-    batches = loader.batches(rows_left, plan.mesh, this.data.cursor, num, plan.microbatch, config.data.num_workers)
-    batches = this.goodput.waiting(batches, "data wait")
-    numbers = range(this.data.step, this.num_steps)
-    for step in traced(numbers, config.log.profile, this.desk.folder / "profile", this.say):
+    plan, config, stop = run.plan, run.config, run.stop
+    num = (plan.ramp.cursor(run.num_steps) - plan.ramp.cursor(run.data.step)) // plan.microbatch
+    rows_left = mixture.SkippingRows(run.stream, run.data.skipped)
+    batches = loader.batches(rows_left, plan.mesh, run.data.cursor, num, plan.microbatch, config.data.num_workers)
+    batches = run.goodput.waiting(batches, "data wait")
+    numbers = range(run.data.step, run.num_steps)
+    for step in traced(numbers, config.log.profile, run.desk.folder / "profile", run.log):
         rows = plan.ramp.rows(step)
         fault_points.reach("step")
         if step == numbers.start:
             batches = together(batches)
 
         def watch(done: int, step: int = step, rows: int = rows) -> bool:
-            log.inside(step, done * plan.microbatch, rows)
+            step_log.inside(step, done * plan.microbatch, rows)
             fault_points.reach("microbatch")
-            return this.is_asked_to_stop()
+            return run.is_asked_to_stop()
 
         with peers.pace(rows):
             with jax.transfer_guard("disallow"):  # the host neither feeds nor reads the device unasked while it works
-                outcome = one_step(this.state, rows // plan.microbatch, batches, watch)
+                outcome = one_step(run.state, rows // plan.microbatch, batches, watch)
             if outcome is None:
                 return
-            this.state = outcome[0]
-            this.data = DataState(step + 1, this.data.cursor + rows, this.data.skipped)
-            assert this.data.cursor == plan.ramp.cursor(this.data.step), this.data
+            run.state = outcome[0]
+            run.data = DataState(step + 1, run.data.cursor + rows, run.data.skipped)
+            assert run.data.cursor == plan.ramp.cursor(run.data.step), run.data
             stop.done = step + 1
-            log.done(step + 1, rows, outcome[1])
+            step_log.done(step + 1, rows, outcome[1])
         saver.poll()
         peers.stepped(step + 1)
-        if this.is_asked_to_stop() or log.spike:
+        if run.is_asked_to_stop() or step_log.spike:
             return
-        if step + 1 < this.num_steps:
-            with log.paused():
-                between_steps(this, log, evaluation, saver)
-        if log.spike or agree(log.hopeless, "hopeless"):
+        if step + 1 < run.num_steps:
+            with step_log.paused():
+                between_steps(run, step_log, evaluation, saver)
+        if step_log.spike or agree(step_log.hopeless, "hopeless"):
             return
 
 
-def between_steps(this: Run, log: StepLog, evaluation: Evaluation | None, saver: checkpoint.Saver) -> None:
+def between_steps(run: Run, step_log: StepLog, evaluation: Evaluation | None, saver: checkpoint.Saver) -> None:
     """What is due after a step but the last, on all processes alike: a checkpoint, then what looks at the model."""
-    number, unit = parse_length(this.config.checkpoint.every)
+    number, unit = parse_length(run.config.checkpoint.every)
     in_time = lambda: agree(time.monotonic() - saver.saved_at >= 60 * number, "time to save")
-    saves = in_time() if unit == "min" else this.is_due(this.config.checkpoint.every, this.data.step)
-    if saves or is_evaluation_due(this) or is_half_way(this):
-        log.flush()
-        log.agree_on_spike()
-    if log.spike:
+    saves = in_time() if unit == "min" else run.is_due(run.config.checkpoint.every, run.data.step)
+    if saves or is_evaluation_due(run) or is_half_way(run):
+        step_log.flush()
+        step_log.agree_on_spike()
+    if step_log.spike:
         return
     if saves:
-        save(this, saver, log)
-    look(this, evaluation, log.writer)
+        save(run, saver, step_log)
+    look(run, evaluation, step_log.writer)
 
 
-def is_evaluation_due(this: Run) -> bool:
-    return this.is_due(this.config.evaluate.every, this.data.step)
+def is_evaluation_due(run: Run) -> bool:
+    return run.is_due(run.config.evaluate.every, run.data.step)
 
 
-def is_half_way(this: Run) -> bool:
+def is_half_way(run: Run) -> bool:
     """Where a sample is shown."""
-    return this.data.step == this.num_steps // 2
+    return run.data.step == run.num_steps // 2
 
 
-def look(this: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
+def look(run: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
     """The evaluation that is due after a step, and half-way a sample."""
-    if evaluation and is_evaluation_due(this):
-        writer.scalars(this.data.step, evaluate_now(this, evaluation, this.config.evaluate.num_rows, "eval"))
-    if is_half_way(this):
-        show_sample(this, writer)
+    if evaluation and is_evaluation_due(run):
+        writer.scalars(run.data.step, evaluate_now(run, evaluation, run.config.evaluate.num_rows, "eval"))
+    if is_half_way(run):
+        show_sample(run, writer)
 
 
-def save(this: Run, saver: checkpoint.Saver, log: StepLog) -> None:
+def save(run: Run, saver: checkpoint.Saver, step_log: StepLog) -> None:
     """Every step is read by now. While updates are skipped no older step is removed: it may be the last good one."""
-    log.writer.flush()
-    with this.goodput("checkpoint"):
-        this.desk.send()
-        watched = log.watch.kept() if log.watch and this.config.train.on_spike != "off" else {}
-        saver.save(this.state, this.data, watched, retain=not log.skipping)
+    step_log.writer.flush()
+    with run.goodput("checkpoint"):
+        run.desk.send()
+        watched = step_log.watch.kept() if step_log.watch and run.config.train.on_spike != "off" else {}
+        saver.save(run.state, run.data, watched, retain=not step_log.skipping)
 
 
-def finish(this: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
+def finish(run: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
     """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors.
 
     The line that has `final/loss` is the last that a run writes: without it the run is not over.
     """
     fault_points.reach("end")
-    show_sample(this, writer)
-    lines = metrics.read(this.desk.folder)
-    this.say(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))
+    show_sample(run, writer)
+    lines = metrics.read(run.desk.folder)
+    run.log(terminal.curve(metrics.series(lines, "train/loss"), "training loss, nats per token"))
     if evaluation is None:
         return
-    num_rows = this.config.evaluate.num_rows
+    num_rows = run.config.evaluate.num_rows
     limited = 0 < num_rows < max(held.num_rows for held in evaluation[1].values())
-    if limited and not is_evaluated(this):
-        writer.scalars(this.data.step, evaluate_now(this, evaluation, num_rows, "eval"))
-    values = evaluate_now(this, evaluation, 0, *["eval"] * (not limited), "final")
-    if this.config.evaluate.metrics:
-        values |= answer_now(this)
-    writer.scalars(this.data.step, values)
-    if "final/bits_per_byte" in values and not this.config.train.task:
-        this.say(compare_with_compressors(this.mixed, values["final/bits_per_byte"]))
+    if limited and not is_evaluated(run):
+        writer.scalars(run.data.step, evaluate_now(run, evaluation, num_rows, "eval"))
+    values = evaluate_now(run, evaluation, 0, *["eval"] * (not limited), "final")
+    if run.config.evaluate.metrics:
+        values |= answer_now(run)
+    writer.scalars(run.data.step, values)
+    if "final/bits_per_byte" in values and not run.config.train.task:
+        run.log(compare_with_compressors(run.mixed, values["final/bits_per_byte"]))

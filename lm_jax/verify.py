@@ -78,18 +78,18 @@ def main(arguments: list[str]) -> int:
     if flags.num_steps < 1:
         parser.error(f"--num_steps {flags.num_steps}: at least 1")
     config, _ = experiment.load_config(flags.config, overrides)
-    say, here = Terminal(), distributed.devices()
+    log, here = Terminal(), distributed.devices()
     sizes = mesh_shape(config.mesh, len(here))
-    mixed = open_data(config, say)
+    mixed = open_data(config, log)
     if flags.files:
-        say(hashed_whole(mixed))
+        log(hashed_whole(mixed))
         return 0
     stream = mixed.stream(config.data)
     vocab_size = specials(mixed.tokenizer, config.data.objective).vocab_size
     planned = lambda changed: make_plan(changed, vocab_size, here, stream.rows_per_epoch)
     if flags.show:
         plan = planned(config)
-        say(parameter_table(plan.program.graph.declarations, plan.mesh))
+        log(parameter_table(plan.program.graph.declarations, plan.mesh))
         return 0
     exact = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
     slices = sorted({len(by_slice(here, -1)), len(by_slice(here, config.mesh.slices))})
@@ -99,14 +99,14 @@ def main(arguments: list[str]) -> int:
         preflight(exact, padded(vocab_size), sizes)
         raise UserError(f"no mesh of {len(here)} devices is legal for {flags.config}")
     num_meshes = f"{len(meshes)} legal meshes of {len(here)} {here[0].device_kind} devices"
-    say(f"{num_meshes}, {flags.num_steps} steps each, float32")
+    log(f"{num_meshes}, {flags.num_steps} steps each, float32")
     plans = (planned(dataclasses.replace(exact, mesh=mesh)) for mesh in meshes)
-    agree = compare(plans, stream, flags.num_steps, say)
-    say(f"all agree to {TOLERANCE:.0e}" if agree else "not all meshes agree")
+    agree = compare(plans, stream, flags.num_steps, log)
+    log(f"all agree to {TOLERANCE:.0e}" if agree else "not all meshes agree")
     return 0 if agree else cli.EXIT_FAULT
 
 
-def compare(plans: Iterable[Plan], stream: loader.Rows, num_steps: int, say: Terminal) -> bool:
+def compare(plans: Iterable[Plan], stream: loader.Rows, num_steps: int, log: Terminal) -> bool:
     """Whether the meshes of all plans agree with the first; a line about each is said."""
     first, agree = None, True
     for plan in plans:
@@ -118,7 +118,7 @@ def compare(plans: Iterable[Plan], stream: loader.Rows, num_steps: int, say: Ter
         axes = " ".join(f"{name} {size}" for name, size in dataclasses.asdict(plan.config.mesh).items())
         losses = " ".join(f"{loss:.6f}" for loss in found.losses)
         verdict = "agrees" if same else "DIFFERS"
-        say(f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {verdict}")
+        log(f"{axes}   initial {found.digest}   losses {losses}   apart {apart:.1e}   {verdict}")
     return agree
 
 

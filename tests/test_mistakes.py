@@ -109,7 +109,7 @@ MISTAKES = [
         "needs the package s3fs: in the clone, pip install -e '.[s3]'",
     ),
     ("main", [SMOKE, "--workdir=s3://b/runs/x"], "needs the package s3fs: in the clone, pip install -e '.[s3]'"),
-    ("main", [SMOKE, "--config.data.sources=(('x', 1), ('x', 2))"], "a place stands twice"),
+    ("main", [SMOKE, "--config.data.sources=(('x', 1), ('x', 2))"], "a path stands twice"),
     ("main", [SMOKE, "--config.data.sources=(('python', 0),)"], "no source has a weight from row 0 on"),
     ("main", [SMOKE, "--config.data.sources=(('python', -1),)"], "weight -1 of 'python': expected a number from 0 on"),
     (
@@ -117,7 +117,7 @@ MISTAKES = [
         [SMOKE, "--config.data.sources=(('python', ((5, 1), (5, 2))),)"],
         "the first rows of its stages must rise",
     ),
-    ("main", [SMOKE, "--config.data.sources=3"], "expected a place, or pairs"),
+    ("main", [SMOKE, "--config.data.sources=3"], "expected a path, or pairs"),
     ("main", [SMOKE, "--config.data.packing=bestfit"], "did you mean best_fit?"),
     ("main", [SMOKE, "--config.data.packing=best_fit_whole"], "documents are longer than a row of 64 tokens"),
     ("main", [SMOKE, "--config.data.objective=masked"], "masked needs an encoder"),

@@ -9,7 +9,7 @@ from helpers import ROOT
 
 from lm_jax import checkpoint, evaluate, load_model, main
 from lm_jax.config import Mesh, flatten, leaves
-from lm_jax.config_check import PLACE
+from lm_jax.config_check import OF_MACHINE
 from lm_jax.convert import run
 from lm_jax.errors import UserError
 from lm_jax.generate import command as generate
@@ -50,8 +50,8 @@ def elsewhere(finished, tmp_path_factory) -> str:
 
 
 def test_the_settings_are_all_that_are_of_the_place():
-    assert PLACES.keys() == PLACE.keys() == {path for path, field in leaves().items() if field.metadata["place"]}
-    assert not any(leaves()[path].metadata["fixed"] for path in PLACE)
+    assert PLACES.keys() == OF_MACHINE.keys() == {path for path, field in leaves().items() if field.metadata["machine"]}
+    assert not any(leaves()[path].metadata["fixed"] for path in OF_MACHINE)
 
 
 COMMANDS = {
@@ -88,7 +88,7 @@ def test_every_command_reads_a_run_from_elsewhere(name, elsewhere, tmp_path):
 def test_what_is_read_is_right_here(elsewhere):
     """One function reads a MODEL: what it gives has nothing of the other place in it."""
     config = load_model.locate(elsewhere, lambda line: None).config
-    assert {path: flatten(config)[path] for path in PLACE} == PLACE
+    assert {path: flatten(config)[path] for path in OF_MACHINE} == OF_MACHINE
 
 
 @pytest.mark.proof

@@ -358,14 +358,14 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
         if not script.is_main_process:
             patch.setattr(distributed, "TOGETHER", 0)
             patch.setattr(checkpoint, "wait_for", lambda path: None)
-            patch.setattr(metrics, "read", lambda folder, say=None: [])
+            patch.setattr(metrics, "read", lambda folder, log=None: [])
             for module in (train, start, samples, rewind, checkpoint, distributed):
                 patch.setattr(module, "is_main_process", lambda: False)
             for module, name in ((run_folder, "read_config"), (checkpoint, "expected_data_state")):
                 patch.setattr(module, name, never)
         patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
 
-        def spied(module, name: str, what: str, before=lambda *arguments: None, step=lambda this, *_: this.data.step):
+        def spied(module, name: str, what: str, before=lambda *arguments: None, step=lambda run, *_: run.data.step):
             real = getattr(module, name)
 
             def spy(*arguments, **named):
@@ -375,8 +375,8 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
 
             patch.setattr(module, name, spy)
 
-        def signalled(this, *_) -> None:
-            this.stop.requested |= is_stopped
+        def signalled(run, *_) -> None:
+            run.stop.requested |= is_stopped
 
         spied(train, "evaluate_now", "evaluation", signalled if script.is_main_process else lambda *_: None)
         spied(train, "steps", "steps", lambda *_: None if script.is_main_process else signalled(*_))

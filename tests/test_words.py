@@ -50,11 +50,11 @@ def write(folder, records: list, name: str = "train") -> str:
     return str(folder)
 
 
-def opened(folder, records: list, *settings: dict, say=lambda line: None):
+def opened(folder, records: list, *settings: dict, log=lambda line: None):
     """Config, task data, and the segments of the records to train on, in their order."""
     changes = functools.reduce(dict.__or__, settings, {"data__sources": write(folder, records)})
     config = tiny(**changes)
-    data = open_data(config, say)
+    data = open_data(config, log)
     return config, data, [data.records["train"].segment(k) for k in range(len(data.records["train"].where))]
 
 
@@ -94,7 +94,7 @@ def test_words_that_do_not_fit_are_cut_and_counted(tmp_path):
     said: list[str] = []
     long = {"tokens": ["xyz"] * 20, "tags": ["O"] * 19 + ["B-num"]}
     place = tmp_path / "train.jsonl"
-    _, _, segments = opened(tmp_path, [*WORDS, long], ENCODER, TAGS, say=said.append)
+    _, _, segments = opened(tmp_path, [*WORDS, long], ENCODER, TAGS, log=said.append)
     assert f"train: 1 of 3 records cut to 64 tokens, the first at {place} line 3" in said
     assert segments[2]["loss_mask"].sum() == 15 and len(segments[2]["tokens"]) == 2 + 15 * 4 - 1
 
@@ -182,7 +182,7 @@ def test_a_long_context_is_seen_through_windows_and_answered_once(tmp_path):
     context = " ".join(f"w{k:02}" for k in range(40))  # 159 characters, rows of 64
     records = [{"question": "q", "context": context, "answer": "w20 w21"}, ASKED[0]]
     said: list[str] = []
-    _, data, segments = opened(tmp_path, records, ENCODER, SPANS, say=said.append)
+    _, data, segments = opened(tmp_path, records, ENCODER, SPANS, log=said.append)
     assert f"train: 2 records in {len(segments)} overlapping windows of up to 64 tokens" in said
     assert len(segments) == 6 and not any("cut" in line for line in said)
     answered = [bool(segment["targets"][0] & task_heads.STARTS) for segment in segments[:-1]]

@@ -92,19 +92,19 @@ class Transformers:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def prover(unproven: bool, again: str, say: Terminal) -> export.Prove:
+def prover(unproven: bool, again: str, log: Terminal) -> export.Prove:
     """What compares a folder with the model as it is here, where it can and shall; `again` is the command that does not."""
 
     def prove(folder: str, tensors: dict[str, np.ndarray], ours: proof.Exported) -> None:
         if unproven:
-            return say("unproven, as asked for")
+            return log("unproven, as asked for")
         try:
             import torch  # noqa: F401
             import transformers  # noqa: F401
         except ImportError:
-            return say("unproven: transformers and torch are not installed (pip install -e '.[peers]')")
+            return log("unproven: transformers and torch are not installed (pip install -e '.[peers]')")
         try:
-            say(proof.prove(ours, Transformers(folder, ours.described, tensors)))
+            log(proof.prove(ours, Transformers(folder, ours.described, tensors)))
         except UserError as error:
             raise UserError(f"not written: {error}\nto write it all the same: {again}") from None
 
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("output", help="the folder to make, or a .gguf file")
     parser.add_argument("--unproven", action="store_true", help="write without comparing it in transformers")
     parser.add_argument("--over", default="", help="write only what was trained, over this MODEL, which has the rest")
-    flags, say = parser.parse_args(arguments), Terminal()
+    flags, log = parser.parse_args(arguments), Terminal()
     again = shlex.join(["python", "tools/convert_checkpoint.py", *arguments, "--unproven"])
     to_gguf = flags.output.endswith(".gguf")
     if not distributed.does_it_alone():
@@ -128,23 +128,23 @@ def main(arguments: list[str]) -> int:
         if flags.model.endswith(".gguf") and not flags.over:
             leaving = export.of_gguf(flags.model)
         else:
-            found = load_model.locate(flags.model, say)
+            found = load_model.locate(flags.model, log)
             if flags.over:
-                run.write_part(epath.Path(flags.output), found, load_model.locate(flags.over, say))
-                say(f"wrote {flags.output}, which needs {flags.over}")
+                run.write_part(epath.Path(flags.output), found, load_model.locate(flags.over, log))
+                log(f"wrote {flags.output}, which needs {flags.over}")
                 return 0
             if found.described and not to_gguf:
                 carried = hugging_face.carried_files(str(found.workdir))
                 run.write(epath.Path(flags.output), found, load_model.load_parameters(found)[1], carried)
-                say(f"wrote {flags.output}")
+                log(f"wrote {flags.output}")
                 return 0
             leaving = export.of_model(found)
         if to_gguf:
             export.write_gguf(flags.output, leaving)
-            say(f"wrote {flags.output}; unproven: no other reader was asked")
+            log(f"wrote {flags.output}; unproven: no other reader was asked")
             return 0
-        export.write_folder(flags.output, leaving, prover(flags.unproven, again, say), say)
-    say(f"wrote {flags.output}, a {leaving.described.content['architectures'][0]}")
+        export.write_folder(flags.output, leaving, prover(flags.unproven, again, log), log)
+    log(f"wrote {flags.output}, a {leaving.described.content['architectures'][0]}")
     return 0
 
 

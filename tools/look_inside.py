@@ -64,8 +64,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--compare", nargs="+", default=[], help="endings, each with its space before it")
     parser.reads({"view": ("attention",)}, "layer")
     parser.reads({"view": ("next",)}, "compare")
-    flags, say = parser.parse_args(arguments), Terminal()
-    found = load_model.locate(flags.model, say)
+    flags, log = parser.parse_args(arguments), Terminal()
+    found = load_model.locate(flags.model, log)
     if found.config.model.kind != "transformer":
         raise UserError(f"--model {flags.model} is of kind {found.config.model.kind}: this looks into a transformer")
     if not 0 <= flags.layer < found.config.model.num_layers:
@@ -81,21 +81,21 @@ def main(arguments: list[str]) -> int:
             table = np.asarray(parameters["embedding"]["table"])[: found.vocab_size]
             table = table / np.linalg.norm(table, axis=1, keepdims=True)
             cosines = table @ table[tokens[-1]]
-            say("\n".join(f"{cosines[k]:6.3f}  {name(k)}" for k in np.argsort(-cosines)[:SHOWN]))
+            log("\n".join(f"{cosines[k]:6.3f}  {name(k)}" for k in np.argsort(-cosines)[:SHOWN]))
         elif flags.view == "attention":
             for piece, weights_HS in zip(tokens, attention_weights(model, tokens, flags.layer), strict=True):
                 shades = [[SHADES[min(9, int(10 * weight))] for weight in weights_S] for weights_S in weights_HS]
-                say(f"{name(piece):>16} " + " ".join(f"|{''.join(line)}|" for line in shades))
+                log(f"{name(piece):>16} " + " ".join(f"|{''.join(line)}|" for line in shades))
         elif flags.compare:
             for ending in flags.compare:
                 whole = encode(flags.text + ending)  # apart it may be other pieces
                 same = next((k for k, (a, b) in enumerate(zip(tokens, whole, strict=False)) if a != b), len(tokens))
                 sure_TV = log_probabilities(model, whole)
                 total = sure_TV[np.arange(same - 1, len(whole) - 1), whole[same:]].sum()
-                say(f"{np.exp(total):8.1e}  {total:7.2f} nats  {ending!r}")
+                log(f"{np.exp(total):8.1e}  {total:7.2f} nats  {ending!r}")
         else:
             last_V = log_probabilities(model, tokens)[-1]
-            say("\n".join(f"{np.exp(last_V[k]):6.3f}  {name(k)}" for k in np.argsort(-last_V)[:SHOWN]))
+            log("\n".join(f"{np.exp(last_V[k]):6.3f}  {name(k)}" for k in np.argsort(-last_V)[:SHOWN]))
     return 0
 
 

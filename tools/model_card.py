@@ -14,8 +14,8 @@ def main(arguments: list[str]) -> int:
     parser = cli.Parser("tools/model_card.py", __doc__)
     parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
     parser.add_argument("--output", default="", help="a file; without it the card is printed")
-    flags, say = parser.parse_args(arguments), Terminal()
-    found = load_model.locate(flags.model, say)
+    flags, log = parser.parse_args(arguments), Terminal()
+    found = load_model.locate(flags.model, log)
     if found.described:
         parser.error(f"--model {flags.model} is a Hugging Face folder: the run knows what it was trained on")
     step = checkpoint.steps_folder(found.workdir) / str(found.step)
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     text = card(found)
     if flags.output:
         write_whole(checkpoint.epath.Path(flags.output), text.encode())
-    say(f"wrote {flags.output}: {text.count('FILL IN')} lines to fill in" if flags.output else text)
+    log(f"wrote {flags.output}: {text.count('FILL IN')} lines to fill in" if flags.output else text)
     return 0
 
 

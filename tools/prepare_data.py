@@ -42,12 +42,12 @@ def main(arguments: list[str]) -> int:
     if not flags["sources"]:
         raise UserError('no source: name files, folders or URLs, or "python" for the interpreter\'s own library')
     settings = run.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
-    say = Terminal()
-    told = run.run(settings, say)
+    log = Terminal()
+    told = run.run(settings, log)
     lost = sum(entry["documents"] for stage in told["stages"] for entry in stage["dropped"].values())
-    say(f"{told['in']['documents']:,} documents in, {lost:,} left out, {told['out']['documents']:,} out")
-    say(f"{told['out']['tokens']:,} tokens, {told['out']['bytes'] / max(1, told['out']['tokens']):.2f} bytes a token")
-    say(f"report: {settings.output}/report.html; train: --config.data.sources={settings.output}")
+    log(f"{told['in']['documents']:,} documents in, {lost:,} left out, {told['out']['documents']:,} out")
+    log(f"{told['out']['tokens']:,} tokens, {told['out']['bytes'] / max(1, told['out']['tokens']):.2f} bytes a token")
+    log(f"report: {settings.output}/report.html; train: --config.data.sources={settings.output}")
     return 0
 
 

@@ -29,10 +29,10 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--batch_size {flags.batch_size}: at least 1")
     from lm_jax.generate import lm_eval  # takes seconds, and says so where lm-eval is missing
 
-    say = Terminal()
-    found = load_model.locate(flags.model, say)
-    tell_losses(found.tokenizer, say)
-    model = lm_eval.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), say)
+    log = Terminal()
+    found = load_model.locate(flags.model, log)
+    tell_losses(found.tokenizer, log)
+    model = lm_eval.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), log)
     if flags.apply_chat_template:
         model.in_chat()
     results = lm_eval.run(

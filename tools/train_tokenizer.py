@@ -33,12 +33,12 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     if not flags.output.endswith(".model") or os.path.exists(flags.output):
         raise UserError(f"--output {flags.output}: name a file that is not there yet and ends in .model")
-    say = Terminal()
+    log = Terminal()
     texts = run.texts_of(tuple(flags.sources), flags.text_key, flags.on_bad_record)
     with tokenizer_files.named("--kind and --pieces"):
         made = tokenizer_training.make(f"{flags.kind}:{flags.pieces}", texts, flags.characters)
     write_whole(flags.output, made.model)
-    say(
+    log(
         f"{flags.output}: {made.vocab_size:,} pieces, {made.fingerprint}; use it: --config.data.tokenizer={flags.output}"
     )
     return 0

@@ -73,15 +73,15 @@ def with_turns(
     return ids.also(*ends), "" if ends else "the chat template writes no control token behind an answer, or takes none"
 
 
-def write_folder(folder: str, leaving: Leaving, prove: Prove, say: Callable[[str], None]) -> None:
+def write_folder(folder: str, leaving: Leaving, prove: Prove, log: Callable[[str], None]) -> None:
     """A new Hugging Face folder, proven before its arrays are written. Raises UserError."""
     described, parameters, text, no_chat = leaving
     fields = text_files.id_fields(text.ids, described.config.model.kind == "encoder_decoder")
     files, left_out = text_files.made(text, fields, described.config.data.sequence_length)
     if left_out:
-        say(left_out)
+        log(left_out)
     if no_chat:
-        say(f"conversations are not compared: {no_chat}")
+        log(f"conversations are not compared: {no_chat}")
 
     def as_read(small: str, tensors: dict) -> None:
         """The folder's own text is compared, not the run's."""

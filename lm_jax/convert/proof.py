@@ -185,10 +185,10 @@ def likeliest(ours: Exported, ids: list[int], written: list[int]) -> bool:
     """Whether the last written token has the largest logit here, to the limit."""
     *before, last = written
     if ours.described.config.model.kind == "encoder_decoder":
-        place, batch = len(before), row_of(ids, "encoder_") | row_of([ours.ids.start, *before])
+        position, batch = len(before), row_of(ids, "encoder_") | row_of([ours.ids.start, *before])
     else:
-        place, batch = len(ids) + len(before) - 1, row_of([*ids, *before])
-    logits = np.asarray(heads(ours.graph, ours.parameters, batch)[0])[0, place, : ours.described.vocab_size]
+        position, batch = len(ids) + len(before) - 1, row_of([*ids, *before])
+    logits = np.asarray(heads(ours.graph, ours.parameters, batch)[0])[0, position, : ours.described.vocab_size]
     return bool(logits.max() - logits[last] <= 2 * LIMIT * size(logits))
 
 

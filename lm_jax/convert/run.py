@@ -40,7 +40,7 @@ def write(
         (workdir / name).write_bytes(content)
     facts: dict[str, Any] = {"pipeline": 0, "tokenizer": tokenizer.fingerprint, "data": "", "shards": {}}
     facts["run"] = run_folder.run_identity({}, found.config, facts)
-    said = {"base": {"place": place_of(base), "hash": load_model.fingerprint(base)}} if base else {}
+    said = {"base": {"place": path_of(base), "hash": load_model.fingerprint(base)}} if base else {}
     run_folder.write_config(workdir, found.config, {}, facts | said | {"context": load_model.context_of(found)})
     graph = build(
         found.config.model,
@@ -61,10 +61,10 @@ def write_part(workdir: epath.Path, found: load_model.ModelRef, base: load_model
     write(workdir, found, trained_part(found, base), carried, base)
 
 
-def place_of(located: load_model.ModelRef) -> str:
+def path_of(located: load_model.ModelRef) -> str:
     """A MODEL that stays what it is: where it lies, and of a run at which step."""
-    place = str(located.workdir) if is_url(located.workdir) else os.path.abspath(located.workdir)
-    return place if located.described else f"{place}@{located.step}"
+    path = str(located.workdir) if is_url(located.workdir) else os.path.abspath(located.workdir)
+    return path if located.described else f"{path}@{located.step}"
 
 
 def trained_part(found: load_model.ModelRef, base: load_model.ModelRef) -> dict:
@@ -81,7 +81,7 @@ def trained_part(found: load_model.ModelRef, base: load_model.ModelRef) -> dict:
         apart = ["/".join(path) for path, x in flat.items() if not np.array_equal(x, beneath[path])]
     if apart:
         raise UserError(
-            f"{found.workdir} was not trained over {place_of(base)}: {len(apart)} of the {len(flat)} parameters that were not "
+            f"{found.workdir} was not trained over {path_of(base)}: {len(apart)} of the {len(flat)} parameters that were not "
             f"trained differ, such as {apart[0]}\nname the MODEL that config.train.init_from named"
         )
     return part

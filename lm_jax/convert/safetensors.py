@@ -150,10 +150,10 @@ def _weight_map(folder: str, present: list[str]) -> dict[str, str]:
 
 def write_file(path: str, tensors: dict[str, np.ndarray]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    offset = 0
     for name, x in tensors.items():
-        header[name] = {"dtype": NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [place, place + x.nbytes]}
-        place += x.nbytes
+        header[name] = {"dtype": NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [offset, offset + x.nbytes]}
+        offset += x.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as file:

@@ -40,7 +40,7 @@ def is_prepared(place: str) -> bool:
 
 def open_corpus(
     data: Data,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     place: str = "",
     given: Tokenizer | None = None,
 ) -> Corpus:
@@ -51,7 +51,7 @@ def open_corpus(
     place = place or data.sources[0][0]
     if is_prepared(place):
         check_plain(*[place] * (not is_url(place)))
-        return read(local_copy(place, say), "prepare it again, or restore it from a copy")
+        return read(local_copy(place, log), "prepare it again, or restore it from a copy")
     pieces = 0 if given else tokenizer_files.vocab_size(data.tokenizer)
     given = given or (None if pieces else tokenizer_files.load(data.tokenizer))
     source = place if place == "python" or is_url(place) else os.path.abspath(place)
@@ -66,19 +66,19 @@ def open_corpus(
     folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
     check_plain(folder, folder + ".lock")
     if not os.path.exists(os.path.join(folder, MANIFEST)):
-        with writer_lock(folder + ".lock", say):
+        with writer_lock(folder + ".lock", log):
             if not os.path.exists(os.path.join(folder, MANIFEST)):
-                build(data, place, given, folder, say)
+                build(data, place, given, folder, log)
     return read(folder, f"remove {folder} and it is built again")
 
 
-def writer_lock(path: str, say: Callable[[str], None]) -> contextlib.AbstractContextManager:
+def writer_lock(path: str, log: Callable[[str], None]) -> contextlib.AbstractContextManager:
     """Held by the one process that builds; others say that they wait."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    return locked(path, lambda: say("another process builds this corpus: waiting"))
+    return locked(path, lambda: log("another process builds this corpus: waiting"))
 
 
-def build(data: Data, place: str, given: Tokenizer | None, folder: str, say: Callable[[str], None]) -> None:
+def build(data: Data, place: str, given: Tokenizer | None, folder: str, log: Callable[[str], None]) -> None:
     """Read, split, train the tokenizer on the training documents (or take the one given), tokenise, write."""
     found: dict[str, dict[str, str]] = {split: {} for split in sources.SPLITS}
     unreadable: list[str] = []
@@ -100,21 +100,21 @@ def build(data: Data, place: str, given: Tokenizer | None, folder: str, say: Cal
         raise UserError(f"config.data.sources: {place!r} holds no text (UTF-8 files that are not empty)")
     num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
     dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8, {len(hidden)} hidden"
-    say(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
+    log(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
     for what, names in (("not UTF-8", unreadable), ("hidden", hidden)):
         for name in names[:3]:
-            say(f"{what}, left out: {regular_files.shown(name)}")
+            log(f"{what}, left out: {regular_files.shown(name)}")
     if not given:
-        say(f"training a tokenizer of {tokenizer_files.vocab_size(data.tokenizer):,} pieces")
+        log(f"training a tokenizer of {tokenizer_files.vocab_size(data.tokenizer):,} pieces")
     trained = given or tokenizer_training.make(data.tokenizer, ordered["train"])
     left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
     with draft_folder(folder) as draft:
-        write_splits(draft, ordered, trained, num_bytes, say).close(source=place, left_out=left_out)
+        write_splits(draft, ordered, trained, num_bytes, log).close(source=place, left_out=left_out)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_splits(
-    folder: str, ordered: dict[str, list[str]], trained: Tokenizer, num_bytes: int, say: Callable[[str], None]
+    folder: str, ordered: dict[str, list[str]], trained: Tokenizer, num_bytes: int, log: Callable[[str], None]
 ) -> ShardWriter:
     """The texts of each split, `num_bytes` in all, tokenised into the shards of a folder. Returns the writer, to be closed."""
     writer, start, done = ShardWriter(folder, trained), time.monotonic(), 0
@@ -126,22 +126,22 @@ def write_splits(
                 done += len(text)
             if time.monotonic() - start > 2:
                 start = time.monotonic()
-                say(f"tokenising: {100 * done / num_bytes:.0f}%")
+                log(f"tokenising: {100 * done / num_bytes:.0f}%")
     return writer
 
 
-def local_copy(place: str, say: Callable[[str], None]) -> str:
+def local_copy(place: str, log: Callable[[str], None]) -> str:
     """The folder itself; of a URL a copy in the cache, made once, the manifest last. `read` checks it."""
     if not is_url(place):
         return place
     url = epath.Path(place)
     manifest = (url / MANIFEST).read_bytes()
     folder = os.path.join(cache_folder(), "copies", f"{url.name}-{hashlib.sha256(manifest).hexdigest()[:12]}")
-    with writer_lock(folder + ".lock", say):
+    with writer_lock(folder + ".lock", log):
         if not os.path.exists(os.path.join(folder, MANIFEST)):
             os.makedirs(folder, exist_ok=True)
             files = json.loads(manifest)["files"]
-            say(f"copying {place}: {sum(file['bytes'] for file in files.values()) / 1e6:,.1f} MB")
+            log(f"copying {place}: {sum(file['bytes'] for file in files.values()) / 1e6:,.1f} MB")
             for name in files:
                 assert os.path.basename(name) == name
                 with (url / name).open("rb") as source, open(os.path.join(folder, name), "wb") as file:

@@ -236,7 +236,7 @@ def pieces_expected(data: Data) -> int:
     return 0 if any(is_prepared(place) for place, _ in data.sources) else tokenizer_files.vocab_size(data.tokenizer)
 
 
-def open_mixture(data: Data, say: Callable[[str], None] = lambda line: None) -> Mixture:
+def open_mixture(data: Data, log: Callable[[str], None] = lambda line: None) -> Mixture:
     """Opens, and where it must builds, every source of a config. Raises UserError, also for two tokenizers.
 
     The tokenizer is that of the first prepared source, else `data.tokenizer`, trained on the first source where it must be.
@@ -244,13 +244,13 @@ def open_mixture(data: Data, say: Callable[[str], None] = lambda line: None) -> 
     places = tuple(place for place, _ in data.sources)
     names = short_names(places)
     first = next((place for place in places if is_prepared(place)), places[0])
-    opened = {first: open_corpus(data, say, first)}
+    opened = {first: open_corpus(data, log, first)}
     like = opened[first].tokenizer
     if is_prepared(first) and not tokenizer_files.vocab_size(data.tokenizer):
         check_same(data.tokenizer, tokenizer_files.load(data.tokenizer), first, like)
     for place in places:
         if place not in opened:
-            opened[place] = open_corpus(data, say, place, like)
+            opened[place] = open_corpus(data, log, place, like)
             check_same(first, like, place, opened[place].tokenizer)
     return Mixture({name: opened[place] for name, place in zip(names, places, strict=True)}, places, like)
 

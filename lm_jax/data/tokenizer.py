@@ -309,7 +309,7 @@ def continuation(tokenizer: Tokenizer, before: Iterable[int], ids: Iterable[int]
     return whole[len(os.path.commonprefix([start, whole])) :]
 
 
-def tell_losses(tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+def tell_losses(tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
     """One line on what of a text a tokenizer loses; none where a text comes back as it was."""
     if tokenizer.losses:
-        say(f"the tokenizer loses text: {', '.join(tokenizer.losses)}; what is read and written is what it leaves")
+        log(f"the tokenizer loses text: {', '.join(tokenizer.losses)}; what is read and written is what it leaves")

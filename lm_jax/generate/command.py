@@ -67,16 +67,16 @@ def parse(arguments: list[str]):
 
 
 def main(arguments: list[str]) -> int:
-    flags, say = parse(arguments), Terminal()
+    flags, log = parse(arguments), Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
-    found = load_model.locate(flags.model, say)
+    found = load_model.locate(flags.model, log)
     if not writes(found.config.model):
         does = f"answers with its {found.config.model.head}" if found.config.model.head else "fills in what is hidden"
         raise UserError(
             f"--model {flags.model}, of kind {found.config.model.kind}, {does} and writes no text\n"
             f"measure it with python -m lm_jax.evaluate --model {flags.model}"
         )
-    tell_losses(found.tokenizer, say)
+    tell_losses(found.tokenizer, log)
     with jax.set_mesh(make_mesh(Mesh(slices=-1), distributed.devices())):
         write = writer(*load_model.load_parameters(found), found, flags)
         if from_file:
@@ -111,16 +111,16 @@ def converse(write: Write, chat: bool) -> None:
             print(error, file=sys.stderr)
 
 
-def read_prompts(place: str) -> list[str]:
+def read_prompts(path: str) -> list[str]:
     """The lines of a file of prompts, which end at "\\n" or "\\r\\n" and at nothing else. Raises UserError."""
     try:
-        text = regular_files.read_bytes(place).decode("utf-8-sig")
+        text = regular_files.read_bytes(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {place}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
+        raise UserError(f"--prompts {path}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
     if not text:
-        raise UserError(f"--prompts {place} is empty: a prompt a line is expected")
+        raise UserError(f"--prompts {path} is empty: a prompt a line is expected")
     if "\0" in text:
-        raise UserError(f"--prompts {place} holds a NUL character (a binary file?): a prompt a line is expected")
+        raise UserError(f"--prompts {path} holds a NUL character (a binary file?): a prompt a line is expected")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 

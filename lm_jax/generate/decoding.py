@@ -224,7 +224,7 @@ def written_by(
     places = np.flatnonzero(np.isin(tokens[:limit], ends))
     num = int(places[0]) if len(places) else min(len(tokens), limit)
     text = continuation(tokenizer, before, tokens[:num])
-    stops = [place for place in (text.find(word) for word in stop) if place >= 0]
+    stops = [position for position in (text.find(word) for word in stop) if position >= 0]
     text = text[: min(stops)] if stops else text
     return Completion(text, tokens[:num].tolist(), sure[:num].tolist()), bool(len(places) or stops or num == limit)
 

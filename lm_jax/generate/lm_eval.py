@@ -41,14 +41,14 @@ class HarnessModel(TemplateLM):
 
     max_gen_toks = 256  # where a task does not say, as lm-eval's own backends have it
 
-    def __init__(self, found: load_model.ModelRef, rows: int = 8, max_length: int = 0, devices=None, say=None):
+    def __init__(self, found: load_model.ModelRef, rows: int = 8, max_length: int = 0, devices=None, log=None):
         super().__init__()
         if found.config.model.kind in OBJECTIVES:
             raise UserError(
                 f"--model {found.workdir}: lm-eval needs a model that writes from left to right, this one is of kind "
                 f"{found.config.model.kind}"
             )
-        self.found, self.rows, self.say = found, rows, say or Terminal()
+        self.found, self.rows, self.log = found, rows, log or Terminal()
         self.mesh, self.marks = make_mesh(Mesh(slices=-1), devices), found.special_ids
         with jax.set_mesh(self.mesh):
             self.graph, self.parameters = load_model.load_parameters(found)
@@ -84,7 +84,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood, is it greedy) of lm-eval's (strings, context ids, continuation ids)."""
         pairs = [(context, continuation) for _, context, continuation in requests]
-        watch = lambda done, of: self.say.progress(f"log-likelihood {done:,} of {of:,}")
+        watch = lambda done, of: self.log.progress(f"log-likelihood {done:,} of {of:,}")
         with jax.set_mesh(self.mesh):
             scored = likelihoods(self.graph, self.parameters, pairs, self.rows, self.max_length, watch)
         answers = [(answer.log_probability, answer.greedy) for answer in scored]
@@ -114,7 +114,7 @@ class HarnessModel(TemplateLM):
         settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(encoded[i])))
         found: dict[int, str] = {}
-        watch = lambda done, of: self.say.progress(f"generated {done:,} of {of:,}")
+        watch = lambda done, of: self.log.progress(f"generated {done:,} of {of:,}")
         for batch in request_batches(order, self.rows * self.mesh.size, lambda i: settings[i], watch):
             contexts = [encoded[i] for i in batch.padded]
             texts = self.write(contexts, requests[batch.requests[0]].args[1], len(found))

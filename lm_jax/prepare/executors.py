@@ -20,7 +20,7 @@ from lm_jax.errors import UserError
 from lm_jax.prepare import clean
 from lm_jax.prepare.steps import task_file, working
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Stage:
     blocks: bool = False  # whether there are blocks of datatrove among them
 
 
-def run_stage(stage: Stage, place: str, choice: Choice, num_bytes: int, say: Say) -> None:
+def run_stage(stage: Stage, folder: str, choice: Choice, num_bytes: int, log: Log) -> None:
     """Runs the tasks that have no mark in `place` yet. Raises UserError with the first mistake that a task met."""
-    marks, mistakes = os.path.join(place, "completions"), os.path.join(place, "mistakes")
+    marks, mistakes = os.path.join(folder, "completions"), os.path.join(folder, "mistakes")
     os.makedirs(marks, exist_ok=True)
     shutil.rmtree(mistakes, ignore_errors=True)
     if len(os.listdir(marks)) == stage.tasks:
@@ -51,7 +51,7 @@ def run_stage(stage: Stage, place: str, choice: Choice, num_bytes: int, say: Say
     steps = [Mistakes(step, mistakes) for step in stage.steps()]
     workers = min(choice.workers or os.cpu_count() or 1, stage.tasks)
     alone = choice.executor == "local" and not stage.blocks and (workers == 1 or not has_datatrove())
-    with watched(stage, place, num_bytes, say), working():
+    with watched(stage, folder, num_bytes, log), working():
         if alone:
             for rank in range(stage.tasks):
                 mark = os.path.join(marks, f"{rank:05}")
@@ -59,12 +59,12 @@ def run_stage(stage: Stage, place: str, choice: Choice, num_bytes: int, say: Say
                     run_here(steps, rank, stage.tasks)
                     open(mark, "w").close()
         else:
-            execute(steps, stage, place, choice, workers, mistakes)
+            execute(steps, stage, folder, choice, workers, mistakes)
     missing = stage.tasks - len(os.listdir(marks))
     if missing:
         raise_mistake(mistakes)
         raise RuntimeError(
-            f"{missing} of {stage.tasks} tasks of {stage.name} did not end; their logs are in {place}/logs"
+            f"{missing} of {stage.tasks} tasks of {stage.name} did not end; their logs are in {folder}/logs"
         )
 
 
@@ -138,7 +138,7 @@ def end_forks_with_us() -> None:
     os.register_at_fork(after_in_child=lambda: threading.Thread(target=watch, daemon=True).start())
 
 
-def execute(steps: list, stage: Stage, place: str, choice: Choice, workers: int, mistakes: str) -> None:
+def execute(steps: list, stage: Stage, folder: str, choice: Choice, workers: int, mistakes: str) -> None:
     """Hands the tasks to datatrove's executor and waits for their marks."""
     clean.quiet()
     steps = [Quiet(), *steps]
@@ -148,16 +148,16 @@ def execute(steps: list, stage: Stage, place: str, choice: Choice, workers: int,
 
             end_forks_with_us()
             with stop.children_deaf_to_ctrl_c():
-                LocalPipelineExecutor(steps, stage.tasks, workers, place).run()
+                LocalPipelineExecutor(steps, stage.tasks, workers, folder).run()
         elif choice.executor == "ray":
             import ray
             from datatrove.executor import RayPipelineExecutor
 
             if not ray.is_initialized():
                 ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
-            RayPipelineExecutor(steps, stage.tasks, choice.workers or -1, logging_dir=place).run()
+            RayPipelineExecutor(steps, stage.tasks, choice.workers or -1, logging_dir=folder).run()
         else:
-            slurm(steps, stage, place, choice, mistakes)
+            slurm(steps, stage, folder, choice, mistakes)
     except UserError:
         raise
     except Exception:
@@ -165,7 +165,7 @@ def execute(steps: list, stage: Stage, place: str, choice: Choice, workers: int,
         raise
 
 
-def slurm(steps: list, stage: Stage, place: str, choice: Choice, mistakes: str) -> None:
+def slurm(steps: list, stage: Stage, folder: str, choice: Choice, mistakes: str) -> None:
     """Submits the stage as an array of jobs, and waits until each has left its mark or one a mistake."""
     from datatrove.executor import SlurmPipelineExecutor
 
@@ -174,7 +174,7 @@ def slurm(steps: list, stage: Stage, place: str, choice: Choice, mistakes: str) 
         stage.tasks,
         choice.slurm_time,
         choice.slurm_partition,
-        logging_dir=place,
+        logging_dir=folder,
         workers=choice.workers or -1,
         job_name=f"lm_jax-{stage.name}",
         env_command=f'export PATH="{os.path.dirname(sys.executable)}:$PATH"',
@@ -202,18 +202,18 @@ def made_quiet() -> Quiet:
 
 
 @contextlib.contextmanager
-def watched(stage: Stage, place: str, num_bytes: int, say: Say):
+def watched(stage: Stage, folder: str, num_bytes: int, log: Log):
     """Says every few seconds how far the stage is and when it will be done."""
     ended, began = threading.Event(), time.monotonic()
-    marks = os.path.join(place, "completions")
-    share = lambda: done_share(stage, place, num_bytes)
+    marks = os.path.join(folder, "completions")
+    share = lambda: done_share(stage, folder, num_bytes)
     first = share()
 
     def watch() -> None:
         while not ended.wait(5):
             now, passed = share(), time.monotonic() - began
             left = f", {passed * (1 - now) / (now - first):.0f} s left" if now > first else ""
-            say(f"{stage.name}: {100 * now:.0f}% ({len(os.listdir(marks))} of {stage.tasks} tasks){left}")
+            log(f"{stage.name}: {100 * now:.0f}% ({len(os.listdir(marks))} of {stage.tasks} tasks){left}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -224,13 +224,13 @@ def watched(stage: Stage, place: str, num_bytes: int, say: Say):
         thread.join()
 
 
-def done_share(stage: Stage, place: str, num_bytes: int) -> float:
+def done_share(stage: Stage, folder: str, num_bytes: int) -> float:
     """Of the stage's work: bytes of the files that are read, else tasks."""
-    told = glob.glob(os.path.join(glob.escape(place), "progress", "?????"))
+    told = glob.glob(os.path.join(glob.escape(folder), "progress", "?????"))
     if told and num_bytes:
         read = 0
         for path in told:
             with open(path) as file:
                 read += int(file.read() or 0)
         return min(1.0, read / num_bytes)
-    return len(os.listdir(os.path.join(place, "completions"))) / stage.tasks
+    return len(os.listdir(os.path.join(folder, "completions"))) / stage.tasks

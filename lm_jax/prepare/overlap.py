@@ -21,10 +21,10 @@ class Overlap:
         self.index = self.index or evaluation_index(self.places, self.text_key)[0]
         for document in data:
             items = {item for ngram in clean.ngrams(document.text) for item in self.index.get(ngram, ())}
-            for place in sorted({place for place, _ in items}):
-                self.tally.find(place, 1, (number for at, number in items if at == place))
+            for source in sorted({source for source, _ in items}):
+                self.tally.find(source, 1, (number for at, number in items if at == source))
             if items and self.remove:
-                self.tally.drop(f"contaminated: {min(place for place, _ in items)}", document.id, document.text)
+                self.tally.drop(f"contaminated: {min(source for source, _ in items)}", document.id, document.text)
             else:
                 yield document
 

@@ -56,36 +56,36 @@ class Damaged(ValueError):
 DAMAGE = (Damaged, EOFError, gzip.BadGzipFile, zlib.error)
 
 
-def find(places: tuple[str, ...], say: Callable[[str], None] = lambda line: None) -> list[File]:
+def find(places: tuple[str, ...], log: Callable[[str], None] = lambda line: None) -> list[File]:
     """The files of places (files, folders, globs, URLs of fsspec, "hf:OWNER/NAME"), in order. Raises UserError."""
     found: dict[str, File] = {}
     hidden: list[str] = []
-    for place in places:
-        if place == "python":
-            found[place] = File(
-                place, 13_000_000, hashlib.sha256(repr(list(sources.documents("python"))).encode()).hexdigest()
+    for source in places:
+        if source == "python":
+            found[source] = File(
+                source, 13_000_000, hashlib.sha256(repr(list(sources.documents("python"))).encode()).hexdigest()
             )
             continue
-        url = f"hf://datasets/{place[3:]}" if place.startswith("hf:") and "//" not in place else place
+        url = f"hf://datasets/{source[3:]}" if source.startswith("hf:") and "//" not in source else source
         try:
             system, inside = fsspec.core.url_to_fs(url)
             paths = _below(system, inside, hidden)
-            if url != place:
+            if url != source:
                 paths = [path for path in paths if path.endswith(HF_FILES)]
             for path in paths:
                 name = path if "file" in system.protocol else system.unstrip_protocol(path)
                 found[name] = File(name, system.size(path), system.ukey(path))
         except (ImportError, ValueError) as error:  # a protocol whose package is not here, or that nobody knows
-            raise UserError(f"{place}: {error}") from None
+            raise UserError(f"{source}: {error}") from None
         except OSError as error:
-            raise UserError(f"{error.filename or place} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{error.filename or source} cannot be read: {error.strerror or error}") from None
         if not paths:
             raise UserError(
-                f"{place}: no such file, folder or pattern" + f"; it has {len(hidden)} hidden ones" * bool(hidden)
+                f"{source}: no such file, folder or pattern" + f"; it has {len(hidden)} hidden ones" * bool(hidden)
             )
     if hidden:
         first = regular_files.shown(hidden[0])
-        say(f"left out: {len(hidden):,} files and folders whose names begin with a dot, the first {first}")
+        log(f"left out: {len(hidden):,} files and folders whose names begin with a dot, the first {first}")
     return [found[name] for name in sorted(found)]
 
 

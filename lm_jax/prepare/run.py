@@ -35,7 +35,7 @@ from lm_jax.data.corpus import publish as publish_corpus
 from lm_jax.errors import UserError, needs
 from lm_jax.files import draft_folder, locked, write_whole
 from lm_jax.prepare import clean, overlap, readers, report, steps
-from lm_jax.prepare.executors import Choice, Say, Stage, run_stage
+from lm_jax.prepare.executors import Choice, Log, Stage, run_stage
 from lm_jax.prepare.report import Dropped, Tally
 
 VERSION = 1  # of what a plan means: another version does not go on with a work folder
@@ -82,9 +82,9 @@ class Plan:
     buckets: int
 
 
-def make_plan(settings: Settings, say: Say = lambda line: None) -> Plan:
+def make_plan(settings: Settings, log: Log = lambda line: None) -> Plan:
     """Which files each task reads. Raises UserError where a place holds none."""
-    files = readers.find(settings.sources, say)
+    files = readers.find(settings.sources, log)
     with tokenizer_files.named("--tokenizer"):
         given = None if tokenizer_files.vocab_size(settings.tokenizer) else tokenizer_files.load(settings.tokenizer)
         tokens = given.fingerprint + given.beside.decode() if given else ""
@@ -105,22 +105,22 @@ def make_plan(settings: Settings, say: Say = lambda line: None) -> Plan:
     return Plan(key, tasks, total, min(MOST_TASKS, -(-text // BUCKET_BYTES) or 1))
 
 
-def run(settings: Settings, say: Say = print) -> dict[str, Any]:
+def run(settings: Settings, log: Log = print) -> dict[str, Any]:
     """Prepares the corpus, or goes on where an earlier run was stopped. Returns the report. Raises UserError."""
     check(settings)
     shards.check_url("--output", settings.output)
-    plan = make_plan(settings, say)
+    plan = make_plan(settings, log)
     if is_prepared(settings.output):
-        return already(settings, plan, say)
+        return already(settings, plan, log)
     if not shards.is_url(settings.output) and os.path.exists(settings.output) and os.listdir(settings.output):
         raise UserError(f"--output {settings.output} is not empty, and no corpus of ours; name another")
     folder = settings.folder
-    with writer_lock(folder + ".lock", say):
-        start(folder, plan, say)
+    with writer_lock(folder + ".lock", log):
+        start(folder, plan, log)
         seconds = {}
         for stage in stages(settings, plan, folder):
             began = time.monotonic()
-            run_stage(stage, os.path.join(folder, stage.name), settings, plan.num_bytes, say)
+            run_stage(stage, os.path.join(folder, stage.name), settings, plan.num_bytes, log)
             seconds[stage.name] = round(time.monotonic() - began, 2)
         made = finish(settings, plan, folder, seconds)
         publish(os.path.join(folder, "corpus"), settings.output)
@@ -172,7 +172,7 @@ def check(settings: Settings) -> None:
         raise UserError("--executor slurm needs --slurm_partition NAME")
 
 
-def already(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
+def already(settings: Settings, plan: Plan, log: Log) -> dict[str, Any]:
     try:
         made = json.loads((epath.Path(settings.output) / "report.json").read_text())
     except (OSError, ValueError):
@@ -181,11 +181,11 @@ def already(settings: Settings, plan: Plan, say: Say) -> dict[str, Any]:
         raise UserError(
             f"{settings.output} holds a corpus of other text or settings; name another --output, or remove it"
         )
-    say(f"{settings.output} is prepared already")
+    log(f"{settings.output} is prepared already")
     return made
 
 
-def start(folder: str, plan: Plan, say: Say) -> None:
+def start(folder: str, plan: Plan, log: Log) -> None:
     """An empty work folder, or the one that an earlier run of this plan left."""
     path = os.path.join(folder, "plan.json")
     wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
@@ -193,7 +193,7 @@ def start(folder: str, plan: Plan, say: Say) -> None:
     with contextlib.suppress(OSError, ValueError), open(path) as file:
         found = json.load(file)
     if found == wanted:
-        say(f"going on with {folder}")
+        log(f"going on with {folder}")
         with locked(os.path.join(folder, "busy")):  # tasks of a killed run may still be at their last files
             pass
         return
@@ -201,7 +201,7 @@ def start(folder: str, plan: Plan, say: Say) -> None:
         if {*os.listdir(folder)} - {"plan.json.draft"} and not os.path.exists(path):
             raise UserError(f"--work {folder} is not a work folder of ours and not empty; name another")
         if found is not None:
-            say(f"{folder} is of other text or settings: starting over")
+            log(f"{folder} is of other text or settings: starting over")
         shutil.rmtree(folder)
     os.makedirs(folder)
     write_json(path, wanted)
@@ -257,11 +257,11 @@ def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float
     writer, lengths = shards.ShardWriter(draft, made), Counter[int]()
     for rank in range(plan.buckets):
         ids, index = (np.load(os.path.join(folder, "tokens", f"{rank:05}.{part}.npy")) for part in ("ids", "index"))
-        place = 0
+        offset = 0
         for split, num, num_bytes in index.tolist():
-            writer.add(sources.SPLITS[split], ids[place : place + num], num_bytes)
+            writer.add(sources.SPLITS[split], ids[offset : offset + num], num_bytes)
             lengths[int(num).bit_length()] += 1
-            place += num
+            offset += num
     if not writer.counts["train"]["documents"]:
         raise UserError("no training document is left: give more text, or fewer filters")
     told = describe(settings, plan, folder, writer, lengths, seconds)

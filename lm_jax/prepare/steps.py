@@ -242,7 +242,7 @@ def near_duplicates(folder: str) -> dict[str, Any]:
             for index, cluster in struct.iter_unpack("<2I", file.read()):
                 members[cluster].append((int(os.path.basename(path)[:6]), index))
     largest = sorted(members.values(), key=lambda found: (-len(found), found))[:3]
-    wanted = {place for found in largest for place in found[:5]}
+    wanted = {number for found in largest for number in found[:5]}
     names = {}
     for rank in {rank for rank, _ in wanted}:
         for index, document in enumerate(Load(folder)(None, rank)):
@@ -251,7 +251,7 @@ def near_duplicates(folder: str) -> dict[str, Any]:
     return {
         "clusters": len(members),
         "documents": sum(map(len, members.values())),
-        "largest": [(len(found), [names[place] for place in found[:5]]) for found in largest],
+        "largest": [(len(found), [names[number] for number in found[:5]]) for found in largest],
     }
 
 

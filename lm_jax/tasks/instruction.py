@@ -72,9 +72,9 @@ class Instruction(Task):
 
 def find_template(config: Config) -> chat.Template | None:
     """The chat template that stands beside the tokenizer, None where there is none."""
-    place = epath.Path(config.data.tokenizer)
-    folder = place if place.is_dir() else place.parent
-    return chat.find_template(folder) if place.exists() else None
+    path = epath.Path(config.data.tokenizer)
+    folder = path if path.is_dir() else path.parent
+    return chat.find_template(folder) if path.exists() else None
 
 
 def template_of(config: Config) -> chat.Template:

@@ -142,33 +142,33 @@ class TaskData(Mixture):
         return {name: HeldOutExamples(self.task, self.records[split], examples, examples.rows_per_epoch)}
 
 
-def open_records(config: Config, say: Callable[[str], None] = lambda line: None) -> TaskData:
+def open_records(config: Config, log: Callable[[str], None] = lambda line: None) -> TaskData:
     """Reads, checks and tokenises the records of a config. Raises UserError with file and line."""
-    data, places = config.data, tuple(place for place, _ in config.data.sources)
-    if len(places) > 1:
-        raise UserError(f"config.data.sources: a task reads one folder of records, not {len(places)}")
+    data, sources = config.data, tuple(source for source, _ in config.data.sources)
+    if len(sources) > 1:
+        raise UserError(f"config.data.sources: a task reads one folder of records, not {len(sources)}")
     task = TASKS[config.train.task](config)
-    found = read_splits(places[0], task, data)
+    found = read_splits(sources[0], task, data)
     task.look([values for _, values in found["train"]])
     tokenizer = make(data.tokenizer, (text for _, values in found["train"] for text in task.texts(values)))
-    records = {split: tokenised(task, found[split], tokenizer, data, split, say) for split in SPLITS}
+    records = {split: tokenised(task, found[split], tokenizer, data, split, log) for split in SPLITS}
     for split in SPLITS:
-        say(f"{split}: {len(found[split]):,} records{task.count([values for _, values in found[split]])}")
+        log(f"{split}: {len(found[split]):,} records{task.count([values for _, values in found[split]])}")
     seen = {task.text(values) for _, values in found["train"]}
     for split in SPLITS[1:]:
         if twice := [where for where, values in found[split] if task.text(values) in seen]:
-            say(f"{len(twice):,} {split} texts are also in train, the first at {twice[0]}")
-    files = {path.name: file_hash(str(path)) for path in files_of(places[0]).values()}
-    if others := left_over(places[0], files):
-        say(f"not read: {listed(others)} (a split is {', '.join(SPLITS)})")
+            log(f"{len(twice):,} {split} texts are also in train, the first at {twice[0]}")
+    files = {path.name: file_hash(str(path)) for path in files_of(sources[0]).values()}
+    if others := left_over(sources[0], files):
+        log(f"not read: {listed(others)} (a split is {', '.join(SPLITS)})")
     counts = {split: {"tokens": len(records[split].split.tokens)} for split in SPLITS}
     corpus = Corpus("", {"files": files, "counts": counts}, {split: records[split].split for split in SPLITS})
-    return TaskData({short_names(places)[0]: corpus}, places, tokenizer, task=task, records=records)
+    return TaskData({short_names(sources)[0]: corpus}, sources, tokenizer, task=task, records=records)
 
 
-def read_splits(place: str, task: Task, data: Data) -> dict[str, list[tuple[str, tuple]]]:
+def read_splits(source: str, task: Task, data: Data) -> dict[str, list[tuple[str, tuple]]]:
     """(file and line, values) of every record of each split."""
-    files = files_of(place)
+    files = files_of(source)
 
     def parse(row: Row) -> tuple[str, tuple]:
         own = (*task.columns, *task.optional)
@@ -190,7 +190,7 @@ def read_splits(place: str, task: Task, data: Data) -> dict[str, list[tuple[str,
 
 
 def tokenised(
-    task: Task, found: list[tuple[str, tuple]], tokenizer: Tokenizer, data: Data, split: str, say: Callable[[str], None]
+    task: Task, found: list[tuple[str, tuple]], tokenizer: Tokenizer, data: Data, split: str, log: Callable[[str], None]
 ) -> Records:
     """The segments of a split; what is longer than a row is cut by its task.
 
@@ -198,7 +198,7 @@ def tokenised(
     """
     num, found = len(found), task.spread(found, tokenizer, data.sequence_length)
     if len(found) > num:
-        say(f"{split}: {num:,} records in {len(found):,} overlapping windows of up to {data.sequence_length} tokens")
+        log(f"{split}: {num:,} records in {len(found):,} overlapping windows of up to {data.sequence_length} tokens")
     where, values = [w for w, _ in found], [v for _, v in found]
     encoded = task.encode(values, tokenizer, data.sequence_length)
     long = [k for k, one in enumerate(encoded) if one.whole > len(one.segment["tokens"])]
@@ -210,10 +210,10 @@ def tokenised(
         )
     if long:
         of = f"{len(long):,} of {len(found):,} records cut to {data.sequence_length} tokens"
-        say(f"{split}: {of}, the first at {where[long[0]]}")
+        log(f"{split}: {of}, the first at {where[long[0]]}")
     if unlearnt := [k for k, one in enumerate(encoded) if one.unlearnt]:
         of = f"{sum(encoded[k].unlearnt for k in unlearnt):,} answers in {len(unlearnt):,} of {len(found):,} records"
-        say(
+        log(
             f"{split}: {of} are read and not learnt, the first at {where[unlearnt[0]]}: the chat template writes them in\n"
             "another way once the conversation goes on (it may leave out earlier thoughts)"
         )

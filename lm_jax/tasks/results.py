@@ -93,9 +93,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def read(workdir: epath.Path, split: str) -> tuple[str, list[Result]]:
     """(kind, results) of an evaluated split. Raises UserError where there are none or a line is none."""
-    place = workdir / "results" / f"{split}.jsonl"
+    path = workdir / "results" / f"{split}.jsonl"
     try:
-        summary, raw = unsealed(read_bytes(workdir / "results" / f"{split}.json"), first=2), read_bytes(place)
+        summary, raw = unsealed(read_bytes(workdir / "results" / f"{split}.json"), first=2), read_bytes(path)
         if summary.get("lines", "") not in ("", hashlib.sha256(raw).hexdigest()):
             raise ValueError("it is not as it was written")
         kind, lines = summary["kind"], [json.loads(line) for line in raw.split(b"\n") if line]
@@ -103,9 +103,9 @@ def read(workdir: epath.Path, split: str) -> tuple[str, list[Result]]:
     except FileNotFoundError:
         raise UserError(f"no results of the {split} split in {workdir}: evaluate it first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place} cannot be read ({type(error).__name__}: {error}): evaluate once more") from None
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): evaluate once more") from None
     if kind not in KINDS:
-        raise UserError(f"{place}: kind {kind!r} is none of {', '.join(KINDS)}{nearest(str(kind), KINDS)}")
+        raise UserError(f"{path}: kind {kind!r} is none of {', '.join(KINDS)}{nearest(str(kind), KINDS)}")
     return kind, results
 
 

@@ -160,15 +160,15 @@ def spans_of(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     found: set[tuple[str, int, int]] = set()
     kind: str | None = None
     start = 0
-    for place, tag in enumerate([*tags, "O"]):
+    for position, tag in enumerate([*tags, "O"]):
         letter, _, name = tag.partition("-")
         if letter not in ("B", "I", "O"):
             raise UserError(f"tag {tag!r}: a span's tags are B-kind at its start, I-kind in it, and O outside")
         if kind is not None and not (letter == "I" and name == kind):
-            found.add((kind, start, place))
+            found.add((kind, start, position))
             kind = None
         if kind is None and letter != "O":
-            kind, start = name, place
+            kind, start = name, position
     return found
 
 

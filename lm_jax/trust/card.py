@@ -36,8 +36,8 @@ def hours(lines: list[dict], log: str) -> tuple[float, str]:
 def evaluation(workdir, lines: list[dict]) -> str:
     """What `results/<split>.json` say with their intervals, else the last numbers of the training run."""
     rows = []
-    for place in sorted(workdir.glob("results/*.json")):
-        told = json.loads(place.read_text())
+    for path in sorted(workdir.glob("results/*.json")):
+        told = json.loads(path.read_text())
         for name, score in told["scores"].items():
             value, low, high = (f"{score[part]:.4f}" for part in score)
             rows.append((told["split"], told["records"], name, value, f"{low} to {high}"))
@@ -76,7 +76,7 @@ def card(found: load_model.ModelRef) -> str:
     task, data = config.train.task, config.data
     what = TASKS.get(task) or KINDS.get(config.model.kind, "text-generation")
     size, purpose = counts.short(counted.parameters), f" for {task}" if task else ""
-    sources = [(place, weight, len(saved.get("shards", {}).get(place, {}))) for place, weight in data.sources]
+    sources = [(source, weight, len(saved.get("shards", {}).get(source, {}))) for source, weight in data.sources]
     hashes = [(name, digest) for files in saved.get("shards", {}).values() for name, digest in sorted(files.items())]
     changed = [(path, f"`{saved['config'][path]}`") for path in sorted(saved.get("origins", {}))]
     return f"""---
