@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from lm_jax.errors import UserError
 
 # It serves one request at a time and lets five wait: what a save asks beyond that is lost, and asked again minutes later.
+# At each request it also writes down all that it holds, with what was removed days ago: nobody reads that here, and 320 removals
+# took 14 minutes.
 PATIENT = (
     "import http.server; http.server.HTTPServer.request_queue_size = 512; "
+    "from gcp_storage_emulator import storage; storage.DEFAULT_SOFT_DELETE_RETENTION_SECONDS = 0; "
+    "storage.Storage._write_config_to_file = lambda self: None; "
     "from gcp_storage_emulator.__main__ import main; main()"
 )
 
