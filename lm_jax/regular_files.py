@@ -16,6 +16,12 @@ from etils import epath
 LARGEST = 2**28  # bytes of what is read at once: JSON, tokenizers, templates, prompts
 # Of what is no file; no refusal of the machine.
 NO_FILE = (errno.ENXIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOENT)
+NUMBERS = {
+    FileNotFoundError: errno.ENOENT,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+    PermissionError: errno.EACCES,
+}
 KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
@@ -43,9 +49,15 @@ def check(path) -> None:
 
 
 def opened(path) -> IO[bytes]:
-    """The bytes of a file at any place. Raises OSError."""
+    """The bytes of a file at any place. Raises OSError, with a number also where a bucket's package gives it none."""
     check(path)
-    return epath.Path(path).open("rb")
+    try:
+        return epath.Path(path).open("rb")
+    except OSError as error:
+        number = next((number for kind, number in NUMBERS.items() if isinstance(error, kind)), None)
+        if error.errno is not None or number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def read_bytes(path, largest: int = LARGEST) -> bytes:

@@ -1,15 +1,18 @@
 """What stands under a name is whole: the old content or the new, whoever wrote it and wherever that was cut short."""
 
 import errno
+import functools
 import json
 import os
 import threading
+import types
 
 import numpy as np
 import pytest
+from etils import epath
 from helpers import made_up, write_shards
 
-from lm_jax import compile_cache, files, metrics
+from lm_jax import compile_cache, files, metrics, regular_files
 from lm_jax.data import packing, shards
 from lm_jax.prepare import run
 from lm_jax.prepare.report import Tally
@@ -125,3 +128,30 @@ def test_a_written_file_is_read_again(tmp_path):
     files.write_whole(tmp_path / "x", b"one")
     files.write_whole(str(tmp_path / "x"), json.dumps({"a": 1}).encode())
     assert json.loads((tmp_path / "x").read_bytes()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "is_damage"),
+    [
+        (FileNotFoundError, errno.ENOENT, True),
+        (IsADirectoryError, errno.EISDIR, True),
+        (NotADirectoryError, errno.ENOTDIR, True),
+        (PermissionError, errno.EACCES, False),
+        (OSError, None, False),
+    ],
+)
+def test_what_a_bucket_refuses_without_a_number_has_one(kind, number, is_damage, monkeypatch):
+    """gcsfs says FileNotFoundError("b/bucket/o/name"), without a number: a missing object was taken for the machine's refusal."""
+
+    def refuse(path, mode):
+        raise kind("b/bucket/o/name")
+
+    monkeypatch.setattr(epath, "Path", lambda path: types.SimpleNamespace(open=functools.partial(refuse, path)))
+    with pytest.raises(kind) as raised:
+        regular_files.opened("gs://bucket/name")
+    assert raised.value.errno == number and (number is None or raised.value.filename == "gs://bucket/name")
+    if is_damage:
+        assert files.invalid_reason("gs://bucket/name", {"bytes": 1, "md5": ""}) == "is missing"
+    else:
+        with pytest.raises(kind):
+            files.invalid_reason("gs://bucket/name", {"bytes": 1, "md5": ""})
