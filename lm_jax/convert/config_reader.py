@@ -69,6 +69,7 @@ class HFConfigReader:
         return value
 
     def positive(self, name: str, null: float | Any = ...) -> float:
+        """A number above 0; `null` is what it means where it says or defaults to nothing. Raises UserError."""
         value = self(name, float, null)
         if self.content.get(name, self.defaults[name]) is not None and not value > 0:
             raise UserError(f"{self.where}: {name} = {value}: expected more than 0")
@@ -92,6 +93,7 @@ class HFConfigReader:
         return HFConfigReader(value, where, defaults)
 
     def choice(self, name: str, choices: dict[str, str]) -> str:
+        """Our word for the field's value, which must be one of `choices` {theirs: ours}. Raises UserError."""
         value = self(name, str)
         if value not in choices:
             raise UserError(f"{self.where}: {name} = {value!r} is not supported; known are {', '.join(choices)}")

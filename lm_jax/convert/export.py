@@ -20,6 +20,8 @@ Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, 
 
 
 class Leaving(NamedTuple):
+    """A model on its way out: its description, parameters and text files."""
+
     described: description.Description
     parameters: dict
     text: Text

@@ -39,6 +39,8 @@ ENDS = ("eos", "eot", "eom")  # a file names these: of a text, of a turn, of a m
 
 
 class Contents(NamedTuple):
+    """What a GGUF file holds, in the terms of a Hugging Face folder: config.json, tensors, ids, other files."""
+
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
     ids: SpecialIds
@@ -46,6 +48,7 @@ class Contents(NamedTuple):
 
 
 def package():
+    """The package gguf. Raises UserError where it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -153,7 +156,7 @@ def their_name(path: str, name: str) -> tuple[str, str]:
 
 
 def in_halves(x: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of queries or keys in pairs (k, k + half) as rotary positions turn them, of the neighbours that GGUF keeps."""
+    """Rows of queries or keys in pairs (k, k + half), as rope takes them here, from GGUF's neighbours (2k, 2k + 1)."""
     return x.reshape(num_heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -181,10 +184,10 @@ def tokenizer(path: str, value) -> bytes:
 
 
 def write(path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], text: Text) -> None:
-    """A GGUF file of float32 weights, whole or not at all. The tokenizer is a SentencePiece model of byte pairs (`llama`), else
-    one of byte pairs in a tokenizer.json (`gpt2`).
+    """Writes a GGUF file of float32 weights, whole or not at all.
 
-    No reader but ours has been seen to take it. Raises UserError for another family, and for a text that GGUF cannot say.
+    The tokenizer is a SentencePiece model of byte pairs (`llama`), else one of byte pairs in a tokenizer.json (`gpt2`).
+    No reader but ours is known to take it. Raises UserError for another family, and for a text that GGUF cannot say.
     """
     gguf = package()
     if config["model_type"] != "llama" or config["rope_parameters"]["rope_type"] != "default":
@@ -266,6 +269,7 @@ def add_sentencepiece(writer, model: bytes, vocab_size: int) -> None:
 
 
 def add_byte_pairs(path: str, writer, described: dict[str, Any], vocab_size: int) -> None:
+    """The vocabulary and the merges of a tokenizer.json of byte pairs. Raises UserError for any other kind."""
     cut = described.get("pre_tokenizer") or {}
     cuts = cut.get("pretokenizers", [cut])
     names = [name for name, known in CUTS.items() if known == cuts]

@@ -91,7 +91,7 @@ def prove(ours: Exported, peer: Peer) -> str:
 
 
 def distance(ours: Exported, peer: Peer) -> float:
-    """The largest difference of a logit of a random row over the largest logit, that less the mean of its place."""
+    """The largest difference of a logit of a random row over the largest logit, that less the mean of its position."""
     batch = random_row(ours.described)
     mine = [np.asarray(x, np.float32) for x in heads(ours.graph, ours.parameters, batch)]
     mine[0] = mine[0][..., : ours.described.vocab_size]
@@ -100,7 +100,7 @@ def distance(ours: Exported, peer: Peer) -> float:
 
 @functools.partial(jax.jit, static_argnames=("graph",))
 def heads(graph: ModelDef, parameters: dict, batch: dict) -> list[jax.Array]:
-    """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first place."""
+    """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first position."""
     model = graph.module(parameters)
     outputs = model.read(batch)
     assert outputs.hidden_BTD is not None  # a model with another head than text's is in no family
@@ -116,11 +116,12 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def size(logits: np.ndarray) -> float:
+    """The largest distance of a logit from the mean of its position, above 0."""
     return float(max(np.abs(logits - logits.mean(-1, keepdims=True)).max(), np.finfo(np.float32).tiny))
 
 
 def random_row(described: description.Description) -> dict[str, np.ndarray]:
-    """A batch of one row that is one segment of random pieces, longer than the windows where they are not too long."""
+    """A batch of one row that is one segment of random tokens, longer than the windows where they are not too long."""
     config, window = described.config, max(described.config.model.window)
     wanted = max(ROW, window + 32 if window <= LONGEST_WINDOW else 0)
     random, row = np.random.RandomState(0), example(config.data.objective, min(wanted, config.data.sequence_length))

@@ -128,4 +128,5 @@ def read(files: dict[str, bytes], name: str) -> dict[str, Any]:
 
 
 def written(content: dict[str, Any]) -> bytes:
+    """An object as a JSON file."""
     return json.dumps(content, indent=1, ensure_ascii=False).encode()

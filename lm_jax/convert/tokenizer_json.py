@@ -59,6 +59,7 @@ def described(model: dict[str, Any], specials: dict[int, str], decoder: dict[str
 
 
 def special_token(index: int, name: str) -> dict[str, Any]:
+    """An entry of `added_tokens` for a special token."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {"id": index, "content": name} | plain
 
@@ -85,6 +86,7 @@ def parsed(model: bytes):
 
 
 def pairs_model(vocab: dict[str, int], merges: list, **more: Any) -> dict[str, Any]:
+    """The `model` of a tokenizer.json of byte pairs, with the package's defaults."""
     plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     plain |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False} | more
     return {"type": "BPE", **plain, "vocab": vocab, "merges": merges}

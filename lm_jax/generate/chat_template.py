@@ -25,6 +25,7 @@ class Template(NamedTuple):
 
 
 def user(text: str) -> Message:
+    """A message of the user."""
     return {"role": "user", "content": text}
 
 
@@ -68,6 +69,7 @@ def files_of(template: Template) -> dict[str, bytes]:
 
 
 def read_text(path: epath.Path) -> str:
+    """A file as text. Raises UserError where it cannot be read or is no UTF-8."""
     try:
         return regular_files.read_bytes(path).decode()
     except (OSError, UnicodeDecodeError) as error:

@@ -18,7 +18,7 @@ TAUGHT = datetime.datetime(2025, 1, 1)  # what `strftime_now` shows in training:
 
 
 class Tokens(NamedTuple):
-    """int32 ids [N], and [N, 2] where in a text each stands."""
+    """int32 ids [N], and [N, 2] the characters of a text that each stands for."""
 
     ids: np.ndarray
     places: np.ndarray
@@ -63,6 +63,7 @@ def encode(template: Template, messages: Sequence[Message], tokenizer: Tokenizer
 
 
 def with_controls(tokenizer: Tokenizer) -> HuggingFace:
+    """The tokenizer, if it knows control tokens by name. Raises UserError."""
     if not isinstance(tokenizer, HuggingFace):
         raise UserError("a chat template needs the tokenizer.json that it was made for")
     return tokenizer
@@ -140,10 +141,10 @@ def parted_turns(filled: Filled, borders: list[int], unlearnt: tuple[int, ...], 
 
 
 def answer_in(filled: Filled, k: int, before: str, after: str, tokenizer: HuggingFace) -> list[int]:
-    """Where in a text begins and ends what the assistant writes as message k, its end with the first control token behind
-    its words; [] where the text is another than `after`, which was written when that message was the last.
+    """Where in a text the assistant's message k begins and ends, [] where it is not as it was first written.
 
-    `before` is what the model was given. Raises UserError.
+    It ends with the first control token behind its words. `before` is the text that the model was given; `after` is the
+    text that was written when that message was the last. Raises UserError.
     """
     text, start = filled.text, len(before)
     if not (after.startswith(before) and text.startswith(before)):
@@ -174,7 +175,7 @@ def end_of_control(text: str, start: int, stop: int, tokenizer: HuggingFace) -> 
 
 
 def ends_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The control token that a template writes behind what an assistant said; none where it writes only text there."""
+    """The id of the control token that a template writes behind what an assistant said; () where it is only text."""
     known = with_controls(tokenizer)
     said = [user("a"), {"role": "assistant", "content": "b"}]
     try:

@@ -67,6 +67,7 @@ def parse(arguments: list[str]):
 
 
 def main(arguments: list[str]) -> int:
+    """The command. Returns its exit code; raises UserError."""
     flags, log = parse(arguments), Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = load_model.locate(flags.model, log)
@@ -112,7 +113,7 @@ def converse(write: Write, chat: bool) -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a file of prompts, which end at "\\n" or "\\r\\n" and at nothing else. Raises UserError."""
+    r"""The lines of a file of prompts, which end at \n or \r\n and at nothing else. Raises UserError."""
     try:
         text = regular_files.read_bytes(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

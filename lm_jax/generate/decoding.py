@@ -167,6 +167,8 @@ def on_mesh(x: np.ndarray) -> jax.Array:
 
 
 class Completion(NamedTuple):
+    """The text that follows one prompt."""
+
     text: str
     tokens: list[int]
     log_probabilities: list[float]  # of each token, in nats

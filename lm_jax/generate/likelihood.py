@@ -28,6 +28,8 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, at least one, an
 
 
 class Likelihood(NamedTuple):
+    """How probable a continuation is."""
+
     log_probability: float  # of the continuation after its context, in nats
     greedy: bool  # every token of it was the most probable one
 
@@ -102,6 +104,6 @@ def likelihoods(
 
 
 def shapes(lengths: Sequence[int], continuations: Sequence[int]) -> list[tuple[int, int]]:
-    """Of each request the length that it is padded to, and the places for its continuation: few of both serve all."""
+    """Of each request the length that it is padded to, and how many last positions its continuation may take."""
     widths = [SHORTEST << max(0, (length - 1).bit_length() - SHORTEST.bit_length() + 1) for length in lengths]
     return [(width, PLACES if num <= PLACES else width) for width, num in zip(widths, continuations, strict=True)]

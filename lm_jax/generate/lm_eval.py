@@ -63,6 +63,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id that ends a text."""
         return self.marks.ends[0] if self.marks.ends else self.found.tokenizer.document_id
 
     @property
@@ -151,12 +152,15 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """What lm-eval's cache names the tokenizer by: its fingerprint."""
         return self.found.tokenizer.fingerprint
 
     def chat_template(self, chat_template: bool | str = False) -> str:
+        """The source of the model's chat template, "" where none is asked for."""
         return chat.read_template(self.found.workdir).source if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, up to where the assistant speaks. Raises UserError."""
         if not add_generation_prompt:
             raise UserError("a task that begins the assistant's answer cannot be asked with --apply_chat_template")
         template = chat.read_template(self.found.workdir)

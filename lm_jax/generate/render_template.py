@@ -24,6 +24,7 @@ class Sandbox:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> subprocess.Popen:
+        """Starts the process. Raises UserError where jinja2 is not installed."""
         if not importlib.util.find_spec("jinja2"):
             raise needs("a chat template", "jinja2", "hf")
         line = [sys.executable, "-P", str(pathlib.Path(__file__).parent / "jinja_process.py")]
@@ -55,6 +56,7 @@ class Sandbox:
         return found["texts"]
 
     def close(self) -> None:
+        """Ends the process."""
         if self.process:
             self.process.kill()
             self.process.communicate()

@@ -32,7 +32,7 @@ class Cluster:
     local_device: int | None = None  # where each of a host's processes has one accelerator: which; None: all of them
 
     def name(self, process: int) -> str:
-        """ "process 3 (10.0.0.4)", or without its host where that is not known."""
+        """A process in words, "process 3 (10.0.0.4)", or without its host where that is not known."""
         inside = process - self.slice_index * len(self.hosts)
         return f"process {process}" + (f" ({self.hosts[inside]})" if 0 <= inside < len(self.hosts) else "")
 
@@ -92,6 +92,7 @@ def explicit(address: str, found: Cluster | None, num: int | None, process: int 
 
 
 def open_mpi() -> Cluster | None:
+    """The processes that mpirun started. Raises UserError where nothing says where process 0 is."""
     num = given("OMPI_COMM_WORLD_SIZE")
     if num is None or num == 1:
         return None
@@ -135,6 +136,7 @@ def gke() -> Cluster | None:
 
 
 def tpu_vm() -> Cluster | None:
+    """The hosts of a Cloud TPU VM's slice, as the metadata server names them. Raises UserError without `requests`."""
     if not cloud_tpu_init.running_in_cloud_tpu_vm or "TPU_SKIP_MDS_QUERY" in os.environ:
         return None  # no chips of Google's are in this machine
     if "TPU_PROCESS_BOUNDS" in os.environ or not metadata_answers():  # its chips were given out by hand; no server

@@ -47,6 +47,7 @@ class End(NamedTuple):
     words: str
 
     def told(self) -> str:
+        """The line in which the other processes tell of it."""
         return f"lm_jax: process {self.process} (host {self.host}) {self.words}"
 
 
@@ -76,6 +77,7 @@ class Line(stop.Alone):
 
     @property
     def is_main_process(self) -> bool:
+        """Whether this is process 0."""
         return self.process == 0
 
     def send(self, **message) -> None:

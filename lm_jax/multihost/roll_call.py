@@ -53,6 +53,7 @@ class Wait:
             tell(f"{me} waits for {what} ({now - self.start:.0f} s of {self.seconds:.0f})")
 
     def verdict(self, what: str) -> str:
+        """The message of the PeerError: what never came, and how to wait longer or without it."""
         return (
             f"{what}: never came within {self.seconds:.0f} s ({self.found.where}; process 0 at {self.found.address})\n"
             f"see what its host says, and start all {self.found.num_processes} again; {LIMIT}=600 waits longer, "
@@ -160,6 +161,7 @@ def is_gone(connection: socket.socket) -> bool:
 
 
 def send(connections, message: dict[str, Any]) -> None:
+    """Sends a message to each connection; one that is gone is passed over."""
     for connection in connections:
         with contextlib.suppress(OSError):  # it is gone: the next round of the roll sees it
             connection.sendall(json.dumps(message).encode() + b"\n")

@@ -29,6 +29,7 @@ class StepWatchdog:
 
     @contextlib.contextmanager
     def __call__(self, rows: int) -> Iterator[None]:
+        """The time of a step of `rows` rows."""
         enough = len(self._last) >= self.FEWEST
         limit = max(self.SHORTEST, self.TIMES * statistics.median(self._last) * rows) if enough else 0.0
         self._since, self._told, self._limit = time.monotonic(), False, limit

@@ -18,6 +18,7 @@ class Overlap:
         self.index: dict[str, list[tuple[str, int]]] = {}
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Documents; what they share with evaluation sets is counted."""
         self.index = self.index or evaluation_index(self.places, self.text_key)[0]
         for document in data:
             items = {item for ngram in clean.ngrams(document.text) for item in self.index.get(ngram, ())}

@@ -28,7 +28,7 @@ HF_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")  # what
 
 @dataclasses.dataclass
 class Document:
-    """A text and where it stands; the attributes are those that datatrove's blocks read."""
+    """A text and where it came from; the attributes are those that datatrove's blocks read."""
 
     text: str
     id: str  # "file", "file:line" or "file#piece"
@@ -37,23 +37,25 @@ class Document:
 
 
 class Bad(NamedTuple):
-    """A record that is no text: where it stands and what is wrong with it."""
+    """A record that is no text: where it is and what is wrong with it."""
 
     id: str
     reason: str
 
 
 class File(NamedTuple):
+    """An input file."""
+
     path: str  # or URL
     size: int  # bytes
     key: str  # changes with the content
 
 
-class Damaged(ValueError):
+class DamagedError(ValueError):
     """A compressed file that ends early or is not what its name says."""
 
 
-DAMAGE = (Damaged, EOFError, gzip.BadGzipFile, zlib.error)
+DAMAGE = (DamagedError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
 def find(places: tuple[str, ...], log: Callable[[str], None] = lambda line: None) -> list[File]:
@@ -102,7 +104,7 @@ def _below(system, path: str, hidden: list[str]) -> list[str]:
 
 
 class Zstandard(io.RawIOBase):
-    """The content of a .zst file; raises Damaged where it ends early (the package's own reader just stops)."""
+    """The content of a .zst file; raises DamagedError where it ends early (the package's own reader just stops)."""
 
     def __init__(self, file):
         try:
@@ -113,15 +115,17 @@ class Zstandard(io.RawIOBase):
         self._frame, self._ready, self._fed = zstandard.ZstdDecompressor().decompressobj(), b"", False
 
     def readable(self) -> bool:
+        """Always True."""
         return True
 
     def readinto(self, buffer) -> int:
+        """Fills the buffer with decompressed bytes, 0 at the end. Raises DamagedError."""
         while not self._ready:
             rest = self._frame.unused_data if self._frame.eof else b""
             block = rest or self._file.read(1 << 12)  # of which a bomb makes 128 MiB, not more
             if not block:
                 if self._fed and not self._frame.eof:
-                    raise Damaged("the file ends inside a frame")
+                    raise DamagedError("the file ends inside a frame")
                 return 0
             if self._frame.eof:
                 self._frame = self._package.ZstdDecompressor().decompressobj()
@@ -129,7 +133,7 @@ class Zstandard(io.RawIOBase):
             try:
                 self._ready = self._frame.decompress(block)
             except self._package.ZstdError as error:
-                raise Damaged(str(error)) from None
+                raise DamagedError(str(error)) from None
         num = min(len(buffer), len(self._ready))
         buffer[:num], self._ready = self._ready[:num], self._ready[num:]
         return num
@@ -281,7 +285,7 @@ def _parquet(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
                 found = lines.text_of({text_key: value}, text_key, "--text_key")
                 yield Document(found, str(where)) if isinstance(found, str) else Bad(str(where), found.reason)
     except (ArrowException, OSError, ValueError) as error:  # of a file in pieces, and of text that is no UTF-8
-        raise Damaged(str(error).split("\n")[0][:100]) from None
+        raise DamagedError(str(error).split("\n")[0][:100]) from None
 
 
 def _html(where: Where, file, _: str) -> Iterator[Document | Bad]:
@@ -323,4 +327,4 @@ def _warc(where: Where, file, _: str) -> Iterator[Document | Bad]:
             else:
                 yield from _whole(name, content)
     except ArchiveLoadFailed as error:
-        raise Damaged(str(error).split("\n")[0][:100]) from None
+        raise DamagedError(str(error).split("\n")[0][:100]) from None

@@ -19,11 +19,13 @@ class Tally:
         self.clear()
 
     def clear(self) -> None:
+        """Starts again at zero."""
         self.documents, self.bytes, self.pieces = 0, 0, 0
         self.dropped: dict[str, dict[str, Any]] = {}
         self.found: dict[str, Any] = {}  # evaluation set -> {"documents": n, "items": indices}
 
     def see(self, text: str) -> None:
+        """Counts a document that came in."""
         self.documents += 1
         self.bytes += len(text.encode("utf-8", "replace"))
 
@@ -44,6 +46,7 @@ class Tally:
         entry["items"] = sorted({*entry["items"], *items})
 
     def merge(self, other: dict[str, Any]) -> None:
+        """Adds the counts of another task, as its file has them."""
         self.documents += other["documents"]
         self.bytes += other["bytes"]
         self.pieces += other["pieces"]
@@ -53,6 +56,7 @@ class Tally:
             self.find(name, entry["documents"], entry["items"])
 
     def save(self, path: str) -> None:
+        """Writes the counts as JSON."""
         write_whole(path, json.dumps(vars(self)).encode(), alone=False)
 
 
@@ -69,6 +73,7 @@ class Dropped:
         pass
 
     def write(self, document, rank: int = 0) -> None:
+        """Counts a document under its rule and the reason that datatrove gives."""
         reason = document.metadata.get("filter_reason", "")
         self.tally.drop(f"{self.rule}: {reason}" if reason else self.rule, document.id, document.text)
 

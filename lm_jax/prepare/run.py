@@ -66,16 +66,20 @@ class Settings(Choice):
 
     @property
     def folder(self) -> str:
+        """The work folder, absolute: beside the output, or in the cache for an output behind a URL."""
         here = os.path.join(shards.cache_folder(), "work", re.sub(r"\W+", "-", self.output))
         return os.path.abspath(self.work or (here if shards.is_url(self.output) else self.output.rstrip("/") + ".work"))
 
     def identity(self) -> dict[str, Any]:
+        """The settings that decide on the corpus, {name: value}."""
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in ("sources", *names[names.index("on_bad_record") + 1 :])}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """Which files each task reads, and how many buckets there are."""
+
     key: str  # of everything that decides on the corpus
     tasks: list[list[str]]  # files of each reading task
     num_bytes: int  # of all files
@@ -83,7 +87,7 @@ class Plan:
 
 
 def make_plan(settings: Settings, log: Log = lambda line: None) -> Plan:
-    """Which files each task reads. Raises UserError where a place holds none."""
+    """Which files each task reads. Raises UserError where a path or URL holds none."""
     files = readers.find(settings.sources, log)
     with tokenizer_files.named("--tokenizer"):
         given = None if tokenizer_files.vocab_size(settings.tokenizer) else tokenizer_files.load(settings.tokenizer)
@@ -173,6 +177,7 @@ def check(settings: Settings) -> None:
 
 
 def already(settings: Settings, plan: Plan, log: Log) -> dict[str, Any]:
+    """The report of a corpus that is there. Raises UserError where it is of other text or settings."""
     try:
         made = json.loads((epath.Path(settings.output) / "report.json").read_text())
     except (OSError, ValueError):
@@ -208,6 +213,7 @@ def start(folder: str, plan: Plan, log: Log) -> None:
 
 
 def write_json(path: str, content) -> None:
+    """Writes JSON, whole or not at all."""
     write_whole(path, json.dumps(content, indent=1).encode())
 
 
@@ -301,7 +307,7 @@ def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counte
 
 
 def texts_of(places: tuple[str, ...], text_key: str, on_bad_record: str) -> Iterator[str]:
-    """The texts of raw places as they are read, and the training documents of prepared ones. Raises UserError."""
+    """The texts of raw paths as they are read, and the training documents of prepared ones. Raises UserError."""
     raw = tuple(place for place in places if not (os.path.isdir(place) and is_prepared(place)))
     for place in sorted({*places} - {*raw}):
         corpus = shards.read(place, "prepare it again")

@@ -21,6 +21,7 @@ class OfSequence(Task):
     optional = ("second",)
 
     def text(self, values: tuple) -> str:
+        """Both texts of a record, joined by a newline."""
         return "\n".join(filter(None, (values[0], values[2])))
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
@@ -56,22 +57,28 @@ class OfSequence(Task):
 
 
 class Classification(OfSequence):
+    """Sequence classification: one label for a text or a pair of texts."""
+
     kind = "labels"
     columns = ("text", "label")
 
     def parse(self, row: Row) -> tuple[str, int, str]:
+        """(text, label id, second text or "") of a record. Raises UserError."""
         return checked_text(row, "text"), label_id(row, row.content["label"], self.labels), second_text(row)
 
     def count(self, values: list[tuple]) -> str:
+        """How many records each of the most frequent labels has."""
         return counted(self.labels, [value[1] for value in values])
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
+        """The label with the largest logit, and its softmax probability as the confidence."""
         logits = self.answer(logits_NC)
         chosen = int(logits.argmax())
         confidence = 1 / np.exp(logits - logits[chosen]).sum()
         return Result(where, self.labels[values[1]], self.labels[chosen], float(confidence))
 
     def scores(self, results: tuple) -> dict[str, float]:
+        """Accuracy, macro-F1 and Matthews correlation."""
         truths, predictions = ([getattr(result, name) for result in results] for name in ("truth", "prediction"))
         return scores.values(scores.labels(truths, predictions), len(results))
 

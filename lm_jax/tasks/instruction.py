@@ -25,6 +25,8 @@ MESSAGE = '{"role": "user", "content": "..."}'
 
 
 class Instruction(Task):
+    """Instruction tuning on conversations in the chat template of the tokenizer's folder."""
+
     columns: tuple[str, ...] = ("messages",)
     writes = True
     chat_template: chat.Template
@@ -34,6 +36,7 @@ class Instruction(Task):
         self.chat_template = template_of(config)
 
     def parse(self, row: Row) -> tuple:
+        """(messages, where the record is) of a record. Raises UserError."""
         return checked_messages(row, "messages"), row.where
 
     def last(self, values: tuple) -> int:
@@ -45,15 +48,19 @@ class Instruction(Task):
         return "\n".join(message["content"] for message in values[0][: self.last(values)])
 
     def texts(self, values: tuple) -> tuple[str, ...]:
+        """What each message says."""
         return tuple(message["content"] for message in values[0])
 
     def truth(self, values: tuple) -> str:
+        """What the assistant says in its last message."""
         return values[0][self.last(values)]["content"]
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The id of the token that ends the assistant's message in this chat template."""
         return chat_tokens.ends_of_turn(self.chat_template, tokenizer)
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
+        """One segment for each conversation, cut at `room` tokens. Raises UserError where no learnt token is left."""
         found = []
         for messages, where in values:
             ids, is_answer, unlearnt = turns(self.chat_template, messages, tokenizer, where)
@@ -67,6 +74,7 @@ class Instruction(Task):
         return found
 
     def question(self, values: tuple, tokenizer: Tokenizer, room: int) -> np.ndarray:
+        """int32 ids of the conversation up to its last answer, the last `room` of them."""
         return chat_tokens.encode(self.chat_template, values[0][: self.last(values)], tokenizer)[-room:]
 
 

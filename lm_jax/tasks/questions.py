@@ -30,8 +30,10 @@ LONGEST = 64  # pieces of an answer
 
 
 class Question(NamedTuple):
-    """`answers` are all that are right, none where there is none. Units [first, last) of the context are seen; of them
-    [begin, end) answer, nothing where begin = end."""
+    """A question and its context, or a window of that: units [first, last).
+
+    `answers` are all that are right, none where there is none. Units [begin, end) answer it, nothing where begin = end.
+    """
 
     context: str
     question: str
@@ -43,12 +45,15 @@ class Question(NamedTuple):
 
 
 class QuestionAnswering(Task):
+    """Extractive question answering: the answer is a span of the context."""
+
     kind = "answers"
     columns = ("question", "context", "answer")
     optional = ("start",)
     has_unanswered = False  # whether a record to train on has no answer
 
     def parse(self, row: Row) -> Question:
+        """The question, its context and its answers as a `Question`. Raises UserError."""
         question, context = checked_text(row, "question"), checked_text(row, "context")
         answers = row.content["answer"]
         answers = answers if isinstance(answers, list) else [answers]
@@ -70,16 +75,20 @@ class QuestionAnswering(Task):
         return Question(context, question, tuple(answers), begin, end)
 
     def texts(self, values) -> tuple[str, ...]:
+        """The context and the question."""
         return values.context, values.question
 
     def look(self, values: list) -> None:
+        """Keeps whether any training record has no answer."""
         self.has_unanswered = any(not value.answers for value in values)
 
     def count(self, values: list) -> str:
+        """How many records have no answer, for the log."""
         without = sum(not value.answers for value in values)
         return f" ({without:,} without an answer)" if without else ""
 
     def spread(self, found: list, tokenizer: Tokenizer, room: int) -> list:
+        """Each record as its windows. Raises UserError where no window holds the whole answer."""
         asked, contexts = self._pieces([value for _, value in found], tokenizer, room)
         spread = []
         for (where, value), question, pieces in zip(found, asked, contexts, strict=True):
@@ -115,7 +124,7 @@ class QuestionAnswering(Task):
         return found
 
     def _pieces(self, values: list, tokenizer: Tokenizer, room: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-        """Pieces of each question, and of each unit of each context."""
+        """Token ids of each question, and of each unit of each context."""
         texts = [[unit.text for unit in units(value.context)] for value in values]
         return tokenizer.encode_batch([value.question for value in values]), pieces_of(texts, tokenizer)
 
@@ -163,13 +172,15 @@ def found_at(row: Row, context: str, answer: str) -> int:
 
 
 def holds(window: Question) -> bool:
-    """Whether the whole answer is seen."""
+    """Whether the whole answer is in the window."""
     return window.begin < window.end and window.first <= window.begin and window.end <= window.last
 
 
 def windows(sizes: list[int], room: int) -> list[tuple[int, int]]:
-    """Units [first, last) of these sizes in windows of at most `room`, the next from the middle of one on; a unit that is
-    longer than the room has a window of its own."""
+    """Units [first, last) of these sizes in windows of at most `room` tokens, the next from the middle of one on.
+
+    A unit that is longer than the room has a window of its own.
+    """
     offsets, found, first = np.concatenate([[0], np.cumsum(sizes)]), [], 0
     while True:
         last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + room, side="right")) - 1)
@@ -180,7 +191,7 @@ def windows(sizes: list[int], room: int) -> list[tuple[int, int]]:
 
 
 def best_span(logits_N2: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int, float]:
-    """(k, l, score): the span from the k-th start to the l-th end with the largest sum, not empty, at most LONGEST pieces."""
+    """(k, l, score): the span from the k-th start to the l-th end with the largest sum, 1 to LONGEST tokens long."""
     sizes = ends[None, :] - starts[:, None] + 1
     score = logits_N2[starts, 0][:, None] + logits_N2[ends, 1][None, :]
     score = np.where((sizes >= 1) & ((sizes <= LONGEST) | np.eye(len(starts), dtype=bool)), score, -np.inf)

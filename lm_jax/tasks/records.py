@@ -27,8 +27,11 @@ from lm_jax.tasks.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The records of a split, tokenised: the tokens of record k are `split.tokens[offsets[k]:offsets[k + 1]]`, and so are
-    `columns`, the other arrays of its segment."""
+    """The records of a split, tokenised.
+
+    The tokens of record k are `split.tokens[offsets[k]:offsets[k + 1]]`, and so are `columns`, the other arrays of its
+    segment.
+    """
 
     split: Split
     columns: Segment
@@ -37,6 +40,7 @@ class Records:
     values: list[tuple]
 
     def segment(self, k: int) -> Segment:
+        """The segment of record k: its slice of the tokens and of every column."""
         own = slice(*self.split.offsets[k : k + 2])
         return {"tokens": self.split.tokens[own]} | {name: x[own] for name, x in self.columns.items()}
 
@@ -56,6 +60,7 @@ class Examples(BestFit):
         return self.document[self.pieces(i)]
 
     def row(self, i: int) -> Batch:
+        """Row i of the packed records: arrays [sequence_length], with the columns of the task."""
         records = self.records(i)
         owns = [slice(*self.split.offsets[k : k + 2]) for k in records]
         tokens = np.concatenate([self.split.tokens[own] for own in owns])
@@ -80,9 +85,11 @@ class HeldOutExamples:
         return HeldOutExamples(self.task, self.records, self.examples, min(num_rows, self.num_rows))
 
     def row(self, i: int) -> Batch:
+        """Row i of the one epoch."""
         return self.examples.row(i)
 
     def rows(self, indices: list[int]) -> Batch:
+        """Rows as a batch [len(indices), sequence_length]; padding for an index beyond the last row."""
         return stacked_or_padding(self.row, self.num_rows, indices)
 
     def joined(self, results: tuple) -> tuple:
@@ -117,6 +124,7 @@ class TaskData(Mixture):
 
     @property
     def special_ids(self) -> SpecialIds:
+        """What begins a text and which ids end an answer of this task."""
         found = of_documents(self.tokenizer)
         return found._replace(ends=self.task.ends(self.tokenizer)).also(*found.ends)
 
@@ -125,6 +133,7 @@ class TaskData(Mixture):
         return Examples(records.split, records.columns, records.firsts, data.sequence_length, data.seed)
 
     def stream(self, data: Data) -> MixedRows:
+        """The endless stream of training rows. Raises UserError where one epoch is less than a batch."""
         examples = self._examples(data, "train")
         if examples.rows_per_epoch < data.global_batch_size:
             raise UserError(

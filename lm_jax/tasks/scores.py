@@ -51,11 +51,12 @@ def ratio(part_N: Sequence[float], whole_N: Sequence[float]) -> Measure:
 
 
 def mean(values_N: Sequence[float]) -> Measure:
+    """The mean of one number a record."""
     return ratio(values_N, np.ones(len(values_N)))  # type: ignore[arg-type]
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, 0 where there is nothing to share."""
+    """The quotient part / whole, 0 where `whole` is 0."""
     return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=np.asarray(whole) > 0)
 
 
@@ -115,7 +116,7 @@ def correlation(weights_BN: np.ndarray, x_BN: np.ndarray, y_BN: np.ndarray) -> n
 
 
 def mean_ranks(x_N: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """[B, N] the rank of each number among records that count `weights` times, equal ones at the mean of their places."""
+    """[B, N]: the rank of each number among records that count `weights` times; equal numbers share their mean rank."""
     values, group_N = np.unique(x_N, return_inverse=True)
     order_N = np.argsort(group_N, kind="stable")
     last_G = np.cumsum(np.bincount(group_N, minlength=len(values))) - 1
@@ -209,9 +210,10 @@ def summaries(truths: Sequence[str | Sequence[str]], predictions: Sequence[str])
 def translations(
     truths: Sequence[str | Sequence[str]], predictions: Sequence[str], language: str = ""
 ) -> dict[str, Measure]:
-    """chrF and corpus BLEU by `sacrebleu`; `language` is the target's code (zh), where BLEU needs another tokenizer than 13a.
+    """Corpus chrF and BLEU by `sacrebleu`.
 
-    Raises UserError where the package is missing.
+    `language` is the target's code (zh), where BLEU needs another tokenizer than 13a. Raises UserError where the
+    package is missing.
     """
     check("translations")
     from sacrebleu import metrics
@@ -262,6 +264,8 @@ def resamples_of(num: int, seed: int, resamples: int = RESAMPLES) -> Iterator[np
 
 
 class Interval(NamedTuple):
+    """A score and the ends of its 95% interval."""
+
     value: float
     low: float
     high: float

@@ -12,6 +12,8 @@ Segment = dict[str, np.ndarray]
 
 
 class Encoded(NamedTuple):
+    """One record as a segment, and what was cut from it or left out of the loss."""
+
     segment: Segment
     whole: int  # tokens that the record has; the segment holds fewer where it was cut
     first: int = 0  # of its tokens, those of a segment of their own; 0 = all are one

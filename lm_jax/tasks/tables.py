@@ -25,12 +25,14 @@ MOST_ROWS = 100_000_000  # of a Parquet file, whose few bytes may say any number
 
 
 class Row(NamedTuple):
+    """One record of a file: its columns by name."""
+
     content: dict
     where: str  # file and line
 
 
 def files_of(place: str) -> dict[str, epath.Path]:
-    """The file of each split that has one. Raises UserError where there is none to train on, or two of one split."""
+    """{split: its file} of a folder. Raises UserError where there is none to train on, or two of one split."""
     folder = epath.Path(place)
     found: dict[str, epath.Path] = {}
     for split in SPLITS:
@@ -47,12 +49,12 @@ def files_of(place: str) -> dict[str, epath.Path]:
 
 
 def there(path: epath.Path) -> bool:
-    """Whether a place has a file of this name, even a link that leads nowhere: that it cannot be read is then said."""
+    """Whether a file of this name exists, even a link that leads nowhere: that it cannot be read is then said."""
     return path.exists() or os.path.lexists(path)
 
 
 def what_is_there(folder: epath.Path) -> str:
-    """What a place without records has instead, with what would make it right."""
+    """What a path without records has instead, with what would make it right."""
     if not folder.exists():
         return ": no such folder"
     if not folder.is_dir():
@@ -62,7 +64,7 @@ def what_is_there(folder: epath.Path) -> str:
 
 
 def left_over(place: str, read) -> list[str]:
-    """Names of other tables in a place than those that are read, such as dev.jsonl."""
+    """Names of other tables in a folder than those that are read, such as dev.jsonl."""
     return sorted(
         path.name for path in epath.Path(place).iterdir() if path.suffix in SUFFIXES and path.name not in read
     )

@@ -24,9 +24,12 @@ from lm_jax.tasks.words import pieces_of, spaced
 
 
 class TokenClassification(Task):
+    """Token classification: one tag for each word."""
+
     columns = ("tokens", "tags")
 
     def parse(self, row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """(words, tag ids) of a record, equally many. Raises UserError."""
         words, tags = (listed(row, column) for column in self.columns)
         if len(words) != len(tags):
             raise UserError(f"{row.where}: {len(words)} words and {len(tags)} tags; each word has one")
@@ -36,9 +39,11 @@ class TokenClassification(Task):
         return tuple(words), tuple(label_id(row, tag, self.labels) for tag in tags)
 
     def text(self, values: tuple) -> str:
+        """The words, joined by spaces."""
         return " ".join(values[0])
 
     def count(self, values: list[tuple]) -> str:
+        """How many words each of the most frequent tags has."""
         return counted(self.labels, [tag for _, tags in values for tag in tags])
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
@@ -61,6 +66,7 @@ class TokenClassification(Task):
         return found
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
+        """The tag with the largest logit for each word that fits into the row."""
         asked = segment["loss_mask"] > 0
         truth, chosen = segment["targets"][asked], logits_NC[asked].argmax(-1)
         return Result(where, [self.labels[k] for k in truth], [self.labels[k] for k in chosen])

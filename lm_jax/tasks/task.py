@@ -18,8 +18,11 @@ from lm_jax.tasks.tables import Row, like
 
 
 class Task:
-    """One task; a subclass each. `columns` are the names that its records have, and `optional` those that they may have, as
-    `data.columns` may rename them."""
+    """One task; a subclass each.
+
+    `columns` are the names that its records have, and `optional` those that they may have, as `data.columns` may rename
+    them.
+    """
 
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -123,7 +126,7 @@ def no_text(value: Any) -> str:
 
 
 def label_id(row: Row, label: Any, labels: tuple[str, ...]) -> int:
-    """The place of a record's label in the set of them. Raises UserError."""
+    """The index of a record's label in the set of labels. Raises UserError."""
     text = str(label) if isinstance(label, (str, int)) and not isinstance(label, bool) else None
     if text in labels:
         return labels.index(text)

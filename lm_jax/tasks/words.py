@@ -24,6 +24,7 @@ class Unit(NamedTuple):
 
 
 def units(text: str) -> list[Unit]:
+    """The words and punctuation marks of a text, with their character positions."""
     return [Unit(found[0], found.start(1), found.end(1)) for found in UNIT.finditer(text)]
 
 
@@ -33,7 +34,7 @@ def spaced(words: tuple[str, ...]) -> list[str]:
 
 
 def pieces_of(texts: list[list[str]], tokenizer: Tokenizer) -> list[list[np.ndarray]]:
-    """Of each text the pieces of each of its words, at least one; equal words are encoded once."""
+    """Of each text the token ids of each of its words, at least one a word; equal words are encoded once."""
     distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
     unknown = np.array([tokenizer.special.get("[UNK]", tokenizer.document_id)], np.int32)
     known = {

@@ -18,6 +18,7 @@ TASKS |= {"question_answering": "question-answering", "text_to_text": "text2text
 
 
 def table(head: tuple[str, ...], rows) -> str:
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ("---",) * len(head), *rows))
 
 
