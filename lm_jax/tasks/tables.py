@@ -8,9 +8,10 @@ the first by content hash, so that equal texts stand in one split. How a line is
 
 import difflib
 import io
+import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from etils import epath
@@ -82,6 +83,13 @@ def rows(path: epath.Path, columns: tuple[str, ...]) -> Iterator[Row]:
             yield row
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def write(folder: str, split: str, records: Iterable[dict]) -> None:
+    """Writes records as JSON lines: <folder>/<split>.jsonl."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, f"{split}.jsonl"), "w", encoding="utf-8") as out:
+        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def without(column: str, there) -> str:
