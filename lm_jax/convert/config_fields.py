@@ -23,14 +23,14 @@ class Part(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How the value of one field is read, and written."""
+    """How the value of one field is read and written."""
 
     read: Callable[[HFConfigReader, str], Any]
     write: Callable[[Any], Any] = lambda value: value
 
 
 def choice(known: dict[str, str]) -> Kind:
-    """One of {their word: ours}. Of several words for one thing the first is written; where there is none, the first of all."""
+    """One word of {theirs: ours}. Of several for one meaning the first is written; by default the first of all."""
     words = {ours: theirs for theirs, ours in reversed(known.items())}
     return Kind(lambda reader, name: reader.choice(name, known), lambda ours: words.get(ours, next(iter(known))))
 
@@ -65,7 +65,7 @@ def must_say(*names: str) -> Part:
 
 
 def only(**values: Any) -> Part:
-    """Fields of which one value is supported, which is the default as well; not written."""
+    """Fields with one supported value, which is their default as well; not written."""
 
     def read(reader: HFConfigReader) -> Settings:
         reader.only(**values)
@@ -80,12 +80,12 @@ def written(**values: Any) -> Part:
 
 
 def only_written(**values: Any) -> Part:
-    """`only`, and written."""
+    """Fields with one supported value, which is written."""
     return only(**values)._replace(write=written(**values).write)
 
 
 def always(**settings: Any) -> Part:
-    """What every model of a family is, whatever its config.json says."""
+    """Settings of every model of a family, whatever its config.json says."""
     return Part({}, lambda reader: settings)
 
 
@@ -95,7 +95,7 @@ def per_layer(model: Model, setting: tuple) -> list:
 
 
 def repeating(layers: list) -> tuple:
-    """The shortest pattern whose repetition the layers are."""
+    """The shortest pattern that repeated gives the layers."""
     sizes = (n for n in range(1, len(layers) + 1) if len(layers) % n == 0)
     return tuple(next(layers[:n] for n in sizes if layers == layers[:n] * (len(layers) // n)))
 
@@ -104,7 +104,7 @@ def repeating(layers: list) -> tuple:
 
 
 def window_part(read: Callable[[HFConfigReader], Settings], **defaults: Any) -> Part:
-    """The fields of windows that a family has, `defaults`, which differ from family to family."""
+    """The window fields of a family, with their defaults."""
 
     def write(model: Model) -> Settings:
         window = max(model.window)
@@ -129,7 +129,7 @@ def _one_window(reader: HFConfigReader) -> Settings:
 
 
 def window_of_each(reader: HFConfigReader, is_local: Callable[[int], bool]) -> list[int]:
-    """Of each layer: by `layer_types`, or by `is_local(layer)` where the config does not have them."""
+    """The window of each layer: by `layer_types`, or by `is_local(layer)` where the config does not have them."""
     num, window = reader.size("num_hidden_layers", largest=LARGEST), window_of(reader)
     kinds = reader("layer_types", list, ["sliding_attention" if is_local(i) else "full_attention" for i in range(num)])
     if len(kinds) != num or not {"sliding_attention", "full_attention"}.issuperset(map(str, kinds)):

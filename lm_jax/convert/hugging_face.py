@@ -38,7 +38,7 @@ def read_description(folder: str) -> Description:
 
 
 def read_parameters(folder: str, described: Description) -> dict:
-    """The whole of a folder, on the host."""
+    """The parameters of a folder, float32, on the host."""
     return parameters(described, safetensors.folder_tensors(folder), folder)
 
 
@@ -95,7 +95,7 @@ def check_room(parent: str, folder: str, num_bytes: int) -> None:
 
 
 def check_read(folder: str, described: Description, tensors: dict[str, np.ndarray]) -> None:
-    """Raises UserError where a folder's config.json with these arrays is another model when it is read here."""
+    """Raises UserError where config.json and these arrays, read again here, are another model."""
     found = read_description(folder)
     here, there = what_it_is(described.config.model), what_it_is(found.config.model)
     wrong = [key for key in here if here[key] != there.get(key)]

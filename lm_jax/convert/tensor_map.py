@@ -47,7 +47,7 @@ class Slot(NamedTuple):
 
     @property
     def output_axis(self) -> int:
-        """Of their tensor, along which it may have parts."""
+        """The axis of their tensor along which several slots may be joined."""
         return 0 if self.kind in ("linear", "undivided") else -1
 
     @property
@@ -63,7 +63,7 @@ class Slot(NamedTuple):
         return shapes.get(self.kind, (inputs * outputs,))
 
     def to_ours(self, x: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
-        """What of ours lies between `bounds`, float32: of `x` no more is read than that."""
+        """float32: the part of our parameter between `bounds`; no more of `x` is read than that."""
         if self.kind in ("linear", "undivided"):
             inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
             axes = (*range(len(outputs), len(self.shape)), *range(len(outputs)))
@@ -93,11 +93,11 @@ class Stored(NamedTuple):
     """One of our parameters as it stands in their tensors, which are arrays, or `safetensors.Tensor` that are not read yet."""
 
     shape: tuple[int, ...]
-    # By place in the stack: the slot, their tensor, and which of its outputs.
+    # By index in the stack: the slot, their tensor, and which of its outputs.
     parts: dict[tuple[int, ...], tuple[Slot, Any, slice]]
 
     def read(self, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
-        """What lies between (first, end) of each dim, float32: of their tensors one after the other, mapped while it is read."""
+        """float32: the part between (first, end) of each dim; their tensors are mapped one after the other."""
         num_stacked = len(next(iter(self.parts)))
         ours = np.empty([end - first for first, end in bounds], np.float32)
         for at in np.ndindex(ours.shape[:num_stacked]):
@@ -108,7 +108,7 @@ class Stored(NamedTuple):
         return ours
 
     def on_mesh(self, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """Laid out like `like`: a device has its part, of which AT_ONCE bytes are on the host at a time."""
+        """The array, with the sharding of `like`; at most AT_ONCE bytes of it are on the host at a time."""
         assert like.shape == self.shape and isinstance(like.sharding, jax.sharding.Sharding)
         found: dict[tuple, jax.Array] = {}
         arrays = []
@@ -163,7 +163,7 @@ def slots(family: Family, graph: ModelDef) -> list[Slot]:
 
 
 def listed(names) -> str:
-    """All of them in one line: names that differ in numbers only are one, with the numbers of the first that differs."""
+    """Names in one line; those that differ in numbers only are one entry with the ranges of their first number."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
@@ -242,7 +242,7 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
 def without_heads(
     family: Family, wanted: dict[str, list[Slot]], found: dict[str, Any], vocab_size: int
 ) -> dict[str, Any]:
-    """`found`, and nought for heads of which not one tensor is there: an encoder that was saved without them."""
+    """`found`, with zeros for heads of which no tensor is there: an encoder that was saved without them."""
     for head in family.optional:
         if not any(name.startswith(head) for name in found):
             empty = [name for name in wanted if name.startswith(head)]

@@ -39,7 +39,7 @@ def of(tokenizer: Tokenizer) -> bytes:
 
 
 def checked(tokenizer: Tokenizer, texts: list[str]) -> bytes:
-    """The same, after it has given the same ids and the same text on SAMPLE and on `texts`. Raises UserError where not."""
+    """`of`, after it gave the same ids and the same text on SAMPLE and on `texts`. Raises UserError where not."""
     made = of(tokenizer)
     again = HuggingFace(made)
     for text in [*SAMPLE, *texts]:
@@ -65,7 +65,7 @@ def special_token(index: int, name: str) -> dict[str, Any]:
 
 
 def vocab_of(content: dict[str, Any]) -> dict[str, int]:
-    """{piece: id} of a tokenizer.json, with what was added."""
+    """{piece: id} of a tokenizer.json, added tokens included."""
     vocab = content["model"]["vocab"]
     pieces = dict(vocab) if isinstance(vocab, dict) else {name: i for i, (name, _) in enumerate(vocab)}
     return pieces | {token["content"]: token["id"] for token in content["added_tokens"]}

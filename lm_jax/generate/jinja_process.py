@@ -23,11 +23,11 @@ LONGEST = 1 << 24  # characters of a text
 
 
 class Refusal(jinja2.TemplateError):
-    """A template's `raise_exception`."""
+    """Raised by a template that calls `raise_exception`."""
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, around what an assistant writes; `around` is put about it."""
+    """The block {% generation %} ... {% endgeneration %}, which marks what an assistant writes with `around`."""
 
     tags = {"generation"}
     around = ("", "")
@@ -94,7 +94,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def fill(source: str, variables: dict, now: datetime.datetime, job: dict) -> str:
-    """One text. Raises what the template does, and ValueError where it is too long."""
+    """The text of one job. Raises what the template raises, and ValueError where it is too long."""
     template = _compiled(source)
     Generation.around = tuple(job["around"]) or ("", "")
     template.globals["strftime_now"] = now.strftime
@@ -110,7 +110,7 @@ def fill(source: str, variables: dict, now: datetime.datetime, job: dict) -> str
 
 
 def wind_up() -> None:
-    """From now on SECONDS of a processor, then the system ends this process."""
+    """Limits this process to SECONDS more of processor time; then the system ends it."""
     used, most = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_CPU)[1]
     until = int(used.ru_utime + used.ru_stime) + SECONDS + 1
     resource.setrlimit(resource.RLIMIT_CPU, (until if most == resource.RLIM_INFINITY else min(until, most), most))

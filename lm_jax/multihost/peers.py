@@ -39,7 +39,7 @@ GOODBYE = 0.5  # seconds that who ends waits for the others to hear it
 
 
 class End(NamedTuple):
-    """How a process ended: what the others leave with, and say."""
+    """How a process ended: the exit code and the words for the others."""
 
     process: int
     host: str
@@ -120,7 +120,7 @@ class Line(stop.Alone):
             self._tell(End(self.process, self.host, code, f"stopped: {words}"))
 
     def part(self, code: int) -> None:
-        """The end that all have come to: returns once all are there. Raises RuntimeError where they end differently.
+        """Ends together with all others: returns once all are here. Raises RuntimeError where their codes differ.
 
         Until JAX has let go of the others too a connection that closes is a death.
         """
@@ -244,12 +244,12 @@ def stepped(step: int) -> None:
 
 
 def pace(rows: int) -> contextlib.AbstractContextManager:
-    """Stands around a step of so many rows: with other processes, a step that is stuck ends them all."""
+    """A context around a step of `rows` rows: with other processes, a step that is stuck ends them all."""
     return line.watchdog(rows) if line else contextlib.nullcontext()
 
 
 def log_to(path: epath.Path) -> None:
-    """Names the log of the run: last words are written there too."""
+    """Sets the log of the run, to which last words are written too."""
     if line:
         logs.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
 

@@ -38,7 +38,7 @@ class StepWatchdog:
         self._limit = 0.0
 
     def late(self) -> str:
-        """Why the step is given up, "" as long as it is not."""
+        """Why the step is given up, "" while it is not."""
         since, limit = self._since, self._limit
         seconds = time.monotonic() - since
         if not limit or seconds < limit:

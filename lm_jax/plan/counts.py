@@ -151,7 +151,7 @@ def device_name(device: jax.Device) -> str:
 
 
 def measured_peak() -> float:
-    """FLOP/s of a large float32 product on this machine, all devices of the process that share its cores together."""
+    """FLOP/s of a large float32 product on this machine, for all devices of the process together."""
     n = 1024
     a = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
     product = jax.jit(lambda a: a @ a)
@@ -218,7 +218,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """A number in three characters or so: "97", "124M", "1.3B", "2.6e20"."""
+    """A number in about three characters: "97", "124M", "1.3B", "2.6e20"."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if 1 <= number / scale < 1000:
             value = number / scale

@@ -61,7 +61,7 @@ def _answers(tokenizer: Tokenizer, row: dict, colours: bool) -> list[str]:
 
 
 def _spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray, start: int, stop: int) -> str:
-    """What the ids [start, stop) add to the text before them, with the names of those that stand for none."""
+    """The text that the ids [start, stop) add to the ids before them; special tokens appear by name."""
     special = np.isin(ids[start:stop], list(names))
     borders = [start, *(start + 1 + np.flatnonzero(special[1:] | special[:-1])), stop]
     text = lambda a, b: names[ids[a]] if ids[a] in names else continuation(tokenizer, ids[:a], ids[a:b])
@@ -69,7 +69,7 @@ def _spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray, start
 
 
 def statistics(mixed: mixture.Mixture, stream: mixture.MixedRows, first: int, last: int) -> list[str]:
-    """A table by source: its weight at the first of the rows, and what the rows [first, last) are made of, read one by one."""
+    """A table by source: its weight at row `first`, and its share of the rows [first, last), read one by one."""
     names = list(mixed.corpora)
     rows, trained, documents = (dict.fromkeys(names, 0) for _ in range(3))
     for i in range(first, last):

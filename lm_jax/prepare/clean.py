@@ -42,7 +42,7 @@ def normalise(text: str) -> str:
 
 
 def require(what: str) -> None:
-    """Raises UserError with the command that mends it where datatrove is not installed."""
+    """Raises UserError, with the command that installs it, where datatrove is missing."""
     try:
         import datatrove.utils.hashes.xxhash  # noqa: F401
         import regex  # noqa: F401
@@ -59,7 +59,7 @@ def quiet() -> None:
 
 
 def word_tokenizer() -> Any:
-    """`words` as datatrove's blocks take it."""
+    """The function `words` as a word tokenizer of datatrove."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Words(WordTokenizer):
@@ -100,7 +100,7 @@ def scrubbers() -> list:
 
 
 class Scrub:
-    """What datatrove's formatter leaves: IPv6 addresses and phone numbers."""
+    """Replaces what datatrove's formatter does not: IPv6 addresses and phone numbers."""
 
     def __call__(self, data, rank: int = 0, world_size: int = 1):
         """Documents with IPv6 addresses and phone numbers replaced."""

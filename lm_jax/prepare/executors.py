@@ -25,7 +25,7 @@ Log = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Who runs the tasks."""
+    """The settings of who runs the tasks."""
 
     executor: str = "local"  # or ray, slurm
     workers: int = 0  # tasks at once; 0 = one a core, on Ray and Slurm as many as there are
@@ -88,7 +88,7 @@ def _run_here(steps: list, rank: int, world_size: int) -> None:
 
 
 class Mistakes:
-    """A step whose UserError is written down where every executor's caller finds it."""
+    """A step whose UserError is written to a file, where the caller of every executor finds it."""
 
     def __init__(self, step, folder: str):
         self.step, self.folder = step, folder
@@ -219,8 +219,8 @@ def watched(stage: Stage, folder: str, num_bytes: int, log: Log):
     def watch() -> None:
         while not ended.wait(5):
             now, passed = share(), time.monotonic() - began
-            left = f", {passed * (1 - now) / (now - first):.0f} s left" if now > first else ""
-            log(f"{stage.name}: {100 * now:.0f}% ({len(os.listdir(marks))} of {stage.tasks} tasks){left}")
+            rest = f", {passed * (1 - now) / (now - first):.0f} s left" if now > first else ""
+            log(f"{stage.name}: {100 * now:.0f}% ({len(os.listdir(marks))} of {stage.tasks} tasks){rest}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -232,7 +232,7 @@ def watched(stage: Stage, folder: str, num_bytes: int, log: Log):
 
 
 def done_share(stage: Stage, folder: str, num_bytes: int) -> float:
-    """Of the stage's work: bytes of the files that are read, else tasks."""
+    """The share of the stage's work that is done, 0 to 1: of the bytes that are read, else of the tasks."""
     told = glob.glob(os.path.join(glob.escape(folder), "progress", "?????"))
     if told and num_bytes:
         read = 0

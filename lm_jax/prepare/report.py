@@ -13,7 +13,7 @@ EXAMPLES, EXAMPLE_CHARACTERS = 3, 200
 
 
 class Tally:
-    """What one task, or all tasks of a stage, saw and left out."""
+    """Counts what one task, or all tasks of a stage, read and left out."""
 
     def __init__(self) -> None:
         self.clear()
@@ -61,7 +61,7 @@ class Tally:
 
 
 class Dropped:
-    """The writer that a datatrove block gives what it leaves out: counted under the rule's name."""
+    """The writer through which a datatrove block hands over what it leaves out: counted under the rule's name."""
 
     def __init__(self, tally: Tally, rule: str):
         self.tally, self.rule = tally, rule
@@ -86,7 +86,7 @@ def histogram(lengths: Counter) -> list[tuple[int, int]]:
 
 
 def check(report: dict[str, Any]) -> None:
-    """No document is lost: in = out + dropped."""
+    """Asserts that no document is lost: in = out + dropped."""
     dropped = sum(entry["documents"] for stage in report["stages"] for entry in stage["dropped"].values())
     assert report["in"]["documents"] == report["out"]["documents"] + dropped, "documents do not add up"
 

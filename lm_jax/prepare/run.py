@@ -47,7 +47,7 @@ GROWS = 4  # text in a packed file, against its size
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Choice):
-    """What the command says; `identity` are those that decide on the corpus."""
+    """The settings of the command; `identity` are those that decide on the corpus."""
 
     sources: tuple[str, ...]
     output: str
@@ -135,7 +135,7 @@ def run(settings: Settings, log: Log = print) -> dict[str, Any]:
 
 
 def publish(draft: str, output: str) -> None:
-    """The finished folder under its name: renamed, or copied to a bucket with the manifest last."""
+    """Moves the finished folder to its name, or copies it to a bucket with the manifest last."""
     if shards.is_url(output):
         for name in ("report.json", "report.html"):
             (epath.Path(output) / name).write_text((epath.Path(draft) / name).read_text())
@@ -148,7 +148,7 @@ def publish(draft: str, output: str) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raises UserError for settings that cannot be, and for what is not installed, by the flag's name."""
+    """Raises UserError, with the name of the flag, for settings that contradict and for packages that are missing."""
     for flag, value, choices in (
         *(("filters", name, clean.FILTERS) for name in settings.filters),
         ("normalise", settings.normalise, ("nfc", "none")),
@@ -191,7 +191,7 @@ def already(settings: Settings, plan: Plan, log: Log) -> dict[str, Any]:
 
 
 def start(folder: str, plan: Plan, log: Log) -> None:
-    """An empty work folder, or the one that an earlier run of this plan left."""
+    """Makes an empty work folder, or keeps the one that an earlier run of this plan left. Raises UserError."""
     path = os.path.join(folder, "plan.json")
     wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
     found = None
@@ -218,7 +218,7 @@ def write_json(path: str, content) -> None:
 
 
 def stages(settings: Settings, plan: Plan, folder: str) -> list[Stage]:
-    """What is done, in order."""
+    """The stages, in order."""
     near, fractions = settings.duplicates == "minhash", (settings.validation_fraction, settings.test_fraction)
     busy = steps.Busy(folder)
 
@@ -280,7 +280,7 @@ def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float
 
 
 def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counter, seconds) -> dict[str, Any]:
-    """The report."""
+    """The report of a prepared corpus, as JSON."""
     tallies = {}
     for name in ("read", "gather", "tokenise"):
         tallies[name] = Tally()
@@ -306,11 +306,11 @@ def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counte
     return told
 
 
-def texts_of(places: tuple[str, ...], text_key: str, on_bad_record: str) -> Iterator[str]:
+def texts_of(paths: tuple[str, ...], text_key: str, on_bad_record: str) -> Iterator[str]:
     """The texts of raw paths as they are read, and the training documents of prepared ones. Raises UserError."""
-    raw = tuple(place for place in places if not (os.path.isdir(place) and is_prepared(place)))
-    for place in sorted({*places} - {*raw}):
-        corpus = shards.read(place, "prepare it again")
+    raw = tuple(path for path in paths if not (os.path.isdir(path) and is_prepared(path)))
+    for path in sorted({*paths} - {*raw}):
+        corpus = shards.read(path, "prepare it again")
         split = corpus.splits["train"]
         for start, end in itertools.pairwise(split.offsets):
             yield corpus.tokenizer.decode(split.tokens[start + 1 : end])

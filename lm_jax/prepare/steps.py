@@ -25,7 +25,7 @@ from lm_jax.prepare.report import Tally
 
 
 class Busy:
-    """The first step of every task: says that this process works in the folder, until it ends."""
+    """The first step of every task: locks the folder for as long as this process works in it."""
 
     held: list[contextlib.ExitStack] = []  # with the lock, where this process has it
 
@@ -42,7 +42,7 @@ class Busy:
 
 @contextlib.contextmanager
 def working():
-    """Around tasks that this process runs itself: after them it works in the folder no more."""
+    """A context for tasks that this process runs itself; unlocks the folder after them."""
     try:
         yield
     finally:
@@ -51,7 +51,7 @@ def working():
 
 
 def task_file(path: str, mode: str = "w") -> contextlib.AbstractContextManager[IO]:
-    """A file that is there whole or not at all, even where two processes write it; there are too many to wait for the disk."""
+    """Opens a file that appears whole or not at all, even where two processes write it; it is not synced."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     return draft(path, mode, alone=False, durable=False)
 
@@ -73,7 +73,7 @@ class Read:
                     self.bad(record)
                 else:
                     self.tally.see(record.text)
-                    self.tally.pieces += "piece" in record.metadata
+                    self.tally.pieces += "chunk" in record.metadata
                     yield record
             progress.end_of_file()
 
@@ -223,7 +223,7 @@ class Train:
                 file.write(content)
 
     def texts(self) -> Iterator[str]:
-        """Training documents, up to what a sample takes; near-duplicates are left out."""
+        """Training documents until a sample is full; near-duplicates are left out."""
         taken = 0
         for rank in range(self.buckets):
             removed = removals(self.folder, rank)

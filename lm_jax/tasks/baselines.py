@@ -19,7 +19,7 @@ Predictions = dict[str, list[Any]]  # by baseline: a prediction for each record
 
 
 def labels(task: Task, train: list[tuple], held: list[tuple]) -> tuple[list[Any], Predictions]:
-    """Of classification: the most frequent label, and logistic regression. Raises UserError without scikit-learn."""
+    """Classification: the most frequent label, and logistic regression. Raises UserError without scikit-learn."""
     most, names = _most_common(value[1] for value in train), task.labels
     chosen = _fitted("LogisticRegression", {"C": 10, "max_iter": 1000}, task, train, held)
     predictions = {"majority": [names[most]] * len(held), "tfidf": [names[k] for k in chosen]}
@@ -27,14 +27,14 @@ def labels(task: Task, train: list[tuple], held: list[tuple]) -> tuple[list[Any]
 
 
 def value(task: Task, train: list[tuple], held: list[tuple]) -> tuple[list[Any], Predictions]:
-    """Of regression: the mean of the values, and ridge regression. Raises UserError without scikit-learn."""
+    """Regression: the mean of the values, and ridge regression. Raises UserError without scikit-learn."""
     mean = float(np.mean([value[1] for value in train]))
     predictions = {"mean": [mean] * len(held), "tfidf": _fitted("Ridge", {"alpha": 1.0}, task, train, held)}
     return [value[1] for value in held], predictions
 
 
 def tags(task: Task, train: list[tuple], held: list[tuple]) -> tuple[list[Any], Predictions]:
-    """Of token classification: the most frequent tag, and the most frequent tag of each word."""
+    """Token classification: the most frequent tag, and the most frequent tag of each word."""
     of_word = collections.defaultdict(list)
     for words, tags in train:
         for word, tag in zip(words, tags, strict=True):
@@ -49,7 +49,7 @@ def tags(task: Task, train: list[tuple], held: list[tuple]) -> tuple[list[Any], 
 
 
 def spans(task: Task, train: list, held: list) -> tuple[list[Any], Predictions]:
-    """Of question answering: the most frequent answer, and the whole context."""
+    """Question answering: the most frequent answer, and the whole context."""
     most = _most_common(value.answers[0] if value.answers else "" for value in train)
     predictions = {"most frequent": [most] * len(held), "context": [value.context for value in held]}
     return [list(value.answers) for value in held], predictions

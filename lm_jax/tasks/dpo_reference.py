@@ -69,7 +69,7 @@ def attach_reference(
 
 
 def resume(mixed: Mixture, config: Config, workdir: epath.Path) -> None:
-    """Puts what a run began with into the rows. Raises UserError where it is not there."""
+    """Puts the margins that a run began with into its rows. Raises UserError where they are missing."""
     assert isinstance(mixed, TaskData)
     fill(mixed, expected(read(workdir), digest_of_data(mixed, config), workdir))
 
@@ -104,7 +104,7 @@ def fill(mixed: TaskData, kept: dict[str, np.ndarray]) -> None:
 
 
 def read(workdir: epath.Path) -> dict[str, np.ndarray] | None:
-    """The content of the file, None where there is none that is whole."""
+    """The arrays of the kept file, None where there is no whole one."""
     if not (workdir / REFERENCE).exists():
         return None
     try:

@@ -44,15 +44,15 @@ class Instruction(Task):
         return max(k for k, message in enumerate(values[0]) if message["role"] == "assistant")
 
     def text(self, values: tuple) -> str:
-        """What was said before the last answer."""
+        """All messages before the last answer, joined by newlines."""
         return "\n".join(message["content"] for message in values[0][: self.last(values)])
 
     def texts(self, values: tuple) -> tuple[str, ...]:
-        """What each message says."""
+        """The text of each message."""
         return tuple(message["content"] for message in values[0])
 
     def truth(self, values: tuple) -> str:
-        """What the assistant says in its last message."""
+        """The assistant's last message."""
         return values[0][self.last(values)]["content"]
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def template_of(config: Config) -> chat.Template:
 
 
 def turns(template: chat.Template, messages: list[chat.Message], tokenizer: Tokenizer, where: str) -> chat_tokens.Turns:
-    """The conversation of a record. Raises UserError that says where."""
+    """Encodes the conversation of a record. Raises UserError that says which record."""
     try:
         return chat_tokens.encode_turns(template, messages, tokenizer)
     except UserError as error:
@@ -104,12 +104,15 @@ def turns(template: chat.Template, messages: list[chat.Message], tokenizer: Toke
 
 
 def in_a_table(messages) -> str:
-    """The way out where a conversation stands in a cell."""
+    """The end of a message: what to do where a table's cell holds a conversation."""
     return "; a cell of a table cannot be one: give JSON lines" if isinstance(messages, str) else ""
 
 
 def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.Message]:
-    """A conversation that starts with a person (or a system before), with an answer or (not `answered`) up to one."""
+    """The checked messages of a column: an optional system message, then a user's and an assistant's.
+
+    At least one is an assistant's; where not `answered`, the last is a user's. Raises UserError.
+    """
     messages = row.content[column]
     if not isinstance(messages, list) or not messages:
         raise UserError(

@@ -74,14 +74,14 @@ class Examples(BestFit):
 
 
 class HeldOutExamples:
-    """Every record once: the rows of one epoch, and padding in the place of each beyond the last."""
+    """Every record once: the rows of one epoch, and padding for each index beyond the last."""
 
     def __init__(self, task: Task, records: Records, examples: Examples, num_rows: int):
         self.task, self.records, self.examples, self.num_rows = task, records, examples, num_rows
         self.split, self.sequence_length = records.split, examples.sequence_length
 
     def first(self, num_rows: int) -> "HeldOutExamples":
-        """The first of the rows alone."""
+        """Only the first `num_rows` rows."""
         return HeldOutExamples(self.task, self.records, self.examples, min(num_rows, self.num_rows))
 
     def row(self, i: int) -> Batch:
@@ -93,11 +93,11 @@ class HeldOutExamples:
         return stacked_or_padding(self.row, self.num_rows, indices)
 
     def joined(self, results: tuple) -> tuple:
-        """Results of segments -> one of each record."""
+        """One result a record, from the results of its segments."""
         return self.task.joined(results)
 
     def results(self, i: int, logits_TC: np.ndarray) -> list[Result]:
-        """What the logits of row i say of each of its records."""
+        """One result for each segment of row i, from its logits [T, C]."""
         found, start = [], 0
         for k in self.examples.records(i) if i < self.num_rows else ():
             segment = self.records.segment(k)
@@ -163,9 +163,9 @@ def open_records(config: Config, log: Callable[[str], None] = lambda line: None)
     records = {split: tokenised(task, found[split], tokenizer, data, split, log) for split in SPLITS}
     for split in SPLITS:
         log(f"{split}: {len(found[split]):,} records{task.count([values for _, values in found[split]])}")
-    seen = {task.text(values) for _, values in found["train"]}
+    train_texts = {task.text(values) for _, values in found["train"]}
     for split in SPLITS[1:]:
-        if twice := [where for where, values in found[split] if task.text(values) in seen]:
+        if twice := [where for where, values in found[split] if task.text(values) in train_texts]:
             log(f"{len(twice):,} {split} texts are also in train, the first at {twice[0]}")
     files = {path.name: file_hash(str(path)) for path in files_of(sources[0]).values()}
     if others := left_over(sources[0], files):
@@ -201,9 +201,9 @@ def read_splits(source: str, task: Task, data: Data) -> dict[str, list[tuple[str
 def tokenised(
     task: Task, found: list[tuple[str, tuple]], tokenizer: Tokenizer, data: Data, split: str, log: Callable[[str], None]
 ) -> Records:
-    """The segments of a split; what is longer than a row is cut by its task.
+    """Tokenises the records of a split; a record that is longer than a row is cut by its task.
 
-    How many are cut is said; with `data.packing` = best_fit_whole none may be. Raises UserError.
+    How many are cut is logged; with `data.packing` = best_fit_whole none may be. Raises UserError.
     """
     num, found = len(found), task.spread(found, tokenizer, data.sequence_length)
     if len(found) > num:

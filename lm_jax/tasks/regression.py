@@ -45,6 +45,6 @@ class Regression(OfSequence):
         return Result(where, values[1], float(self.answer(logits_NC)[0]) * self.deviation + self.mean)
 
     def scores(self, results: tuple) -> dict[str, float]:
-        """Root of the mean squared error; Pearson's correlation, 0 where one of both never changes."""
+        """Root mean squared error and Pearson's correlation (0 where truths or predictions are all equal)."""
         measures = scores.numbers([result.truth for result in results], [result.prediction for result in results])
         return {name: measures[name].value(len(results)) for name in ("rmse", "pearson")}

@@ -46,7 +46,7 @@ def of_sums(terms_NK: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> 
 
 
 def ratio(part_N: Sequence[float], whole_N: Sequence[float]) -> Measure:
-    """A sum over a sum: a mean where every record's `whole` is 1, a mean over tokens where it is its tokens."""
+    """The quotient of two sums: a mean where `whole` is 1 for every record, a mean over tokens where it counts them."""
     return of_sums(np.stack([part_N, whole_N], axis=1), lambda sums: share(sums[..., 0], sums[..., 1]))
 
 
@@ -102,7 +102,7 @@ def numbers(truths: Sequence[float], predictions: Sequence[float]) -> dict[str, 
 
 
 def correlation(weights_BN: np.ndarray, x_BN: np.ndarray, y_BN: np.ndarray) -> np.ndarray:
-    """Pearson's, of records that count `weights` times, [B]; 0 where one of them never changes."""
+    """[B]: Pearson's correlation of records that count `weights` times; 0 where x or y is constant."""
     total_B1 = weights_BN.sum(1, keepdims=True)
 
     def centred(x_BN):
@@ -185,7 +185,7 @@ def spans(truths: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]])
 
 
 def check(kind: str) -> None:
-    """Raises UserError where the package that counts the scores of a kind is missing: before a model is trained, not after."""
+    """Raises UserError where the package for the scores of a kind is missing: asked before a model is trained."""
     if kind == "summaries" and importlib.util.find_spec("rouge_score") is None:
         raise needs("ROUGE", "rouge-score", "eval")
     if kind == "translations" and importlib.util.find_spec("sacrebleu") is None:
@@ -259,8 +259,8 @@ def resamples_of(num: int, seed: int, resamples: int = RESAMPLES) -> Iterator[np
     for first in range(0, resamples, size):
         rows = min(size, resamples - first)
         drawn = (words.random_raw(rows * num) % np.uint64(num)).astype(np.int64).reshape(rows, num)
-        places = drawn + num * np.arange(rows)[:, None]
-        yield np.bincount(places.ravel(), minlength=rows * num).reshape(rows, num).astype(np.float64)
+        flat = drawn + num * np.arange(rows)[:, None]
+        yield np.bincount(flat.ravel(), minlength=rows * num).reshape(rows, num).astype(np.float64)
 
 
 class Interval(NamedTuple):

@@ -65,8 +65,8 @@ class TextToText(Task):
     def _encode(
         self, values: tuple, prompt: np.ndarray, target: np.ndarray, tokenizer: Tokenizer, room: int
     ) -> Encoded:
-        left = room if self.reads else room - len(target)
-        read = self._cut(values, prompt, tokenizer, left - 1) if len(target) < room else None
+        remaining = room if self.reads else room - len(target)
+        read = self._cut(values, prompt, tokenizer, remaining - 1) if len(target) < room else None
         if read is None:
             raise UserError(
                 f"{values[-1]}: the target has {len(target):,} tokens, which leaves no room for its prompt in a row of "

@@ -1,6 +1,6 @@
-"""Words -> pieces, each word for itself, so that every word knows its pieces and every piece its word, whatever the tokenizer.
+"""Words -> tokens, each word by itself, so that every word knows its tokens and every token its word, whatever the tokenizer.
 
-A tokenizer that marks the space before a word gets that space; what it leaves out altogether stands as one unknown piece, so
+A tokenizer that marks the space before a word gets that space; what it leaves out altogether stands as one unknown token, so
 that no word is without one.
 """
 
@@ -33,7 +33,7 @@ def spaced(words: tuple[str, ...]) -> list[str]:
     return [word if k == 0 else f" {word}" for k, word in enumerate(words)]
 
 
-def pieces_of(texts: list[list[str]], tokenizer: Tokenizer) -> list[list[np.ndarray]]:
+def tokens_of_words(texts: list[list[str]], tokenizer: Tokenizer) -> list[list[np.ndarray]]:
     """Of each text the token ids of each of its words, at least one a word; equal words are encoded once."""
     distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
     unknown = np.array([tokenizer.special.get("[UNK]", tokenizer.document_id)], np.int32)

@@ -23,7 +23,7 @@ from etils import epath
 from lm_jax import checkpoint, fault_points, load_model, manifest, metrics
 from lm_jax.config import Mesh
 from lm_jax.mesh import make_mesh
-from lm_jax.multihost.roll_call import listen
+from lm_jax.multihost.roll_call import free_port
 from lm_jax.plan.counts import duration
 from lm_jax.train_state import make_program
 
@@ -63,7 +63,7 @@ class Processes:
     def __init__(self, num: int, folder: str, arguments: list[str], fault: str):
         given = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": ROOT, "LM_JAX_FAULT": fault}
         if num > 1:
-            given |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}", "JAX_NUM_PROCESSES": str(num)}
+            given |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(num)}
         self.outputs, self.all, self.start = [f"{folder}/output-{k}.txt" for k in range(num)], [], time.monotonic()
         for k, path in enumerate(self.outputs):
             own = {"HOME": f"{folder}/home-{k}", "LM_JAX_CACHE": f"{folder}/home-{k}/cache", "JAX_PROCESS_ID": str(k)}
@@ -82,11 +82,11 @@ class Processes:
         return time.time() - max(os.stat(path).st_mtime for path in self.outputs)
 
     def alive(self) -> list[subprocess.Popen]:
-        """Those that have not ended."""
+        """The processes that have not ended."""
         return [process for process in self.all if process.poll() is None]
 
     def end(self, seconds: float) -> int:
-        """Waits so long for all to leave, and kills those that do not. Returns how many those are."""
+        """Waits up to `seconds` for all to leave, and kills those that do not. Returns how many were killed."""
         until = time.monotonic() + seconds
         while (behind := self.alive()) and time.monotonic() < until:
             time.sleep(0.02)
@@ -154,7 +154,7 @@ class KilledRuns:
         return not any(codes)
 
     def charge(self, steps: list[int], seconds: float) -> None:
-        """What the kills before cost, as far as this start came."""
+        """Adds what this start did again, and how long it took, to the kills before it."""
         for kill in self.kills[-1:]:
             kill.recovery = kill.recovery or seconds
         if steps:
@@ -201,7 +201,7 @@ class KilledRuns:
 
 
 def _flip_a_bit(steps: epath.Path) -> None:
-    """Flips a bit of the newest step: who restores is to set it aside."""
+    """Flips a bit of the newest step, so that the next start has to set it aside."""
     folder = steps / str(checkpoint.complete_steps(steps)[-1])
     path = folder / max(manifest.read_manifest(folder)["files"].items(), key=lambda item: item[1]["bytes"])[0]
     raw = bytearray(path.read_bytes())
@@ -216,8 +216,3 @@ def outcome(workdir: str) -> dict[str, list]:
         state, _ = checkpoint.restore(found.workdir, found.step, make_program(found.config, found.vocab_size))
     numbers = [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]
     return {"numbers": numbers, "arrays": [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]}
-
-
-def _free_port() -> int:
-    with listen(0) as found:
-        return found.getsockname()[1]
