@@ -18,7 +18,7 @@ def show(mixed: mixture.Mixture, stream: mixture.MixedRows, i: int, colours: boo
     title = f"row {i:,}: {mixed.places[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
     if mixed.task and (mixed.task.writes or mixed.task.compares):
         return [title, *_answers(mixed.tokenizer, row, colours), ""]
-    starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0))
+    starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0)).tolist()
     text, first = [], 0
     for start, stop in zip(starts, [*starts[1:], len(row["tokens"])], strict=True):
         if not row["segment_ids"][start]:
@@ -64,7 +64,7 @@ def _spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray, start
     """The text that the ids [start, stop) add to the ids before them; special tokens appear by name."""
     special = np.isin(ids[start:stop], list(names))
     borders = [start, *(start + 1 + np.flatnonzero(special[1:] | special[:-1])), stop]
-    text = lambda a, b: names[ids[a]] if ids[a] in names else continuation(tokenizer, ids[:a], ids[a:b])
+    text = lambda a, b: names[int(ids[a])] if ids[a] in names else continuation(tokenizer, ids[:a], ids[a:b])
     return "".join(text(a, b) for a, b in itertools.pairwise(borders) if a < b)
 
 

@@ -64,10 +64,10 @@ def of_library() -> Iterator[tuple[str, dict[str, str]]]:
                 pairs |= {(name.arg, ast.unparse(value)): None for name, value in zip(named, values, strict=True)}
     draw, short = random.Random(0), sorted(pair for pair in pairs if len(pair[1]) < 16)
     for _ in range(8000):
-        head = draw.sample(short, 4)
-        context = f"def f({', '.join(f'{name}={value}' for name, value in head)})"
-        name, answer = draw.choice(head)
-        if context.count(answer) == 1 and len({name for name, _ in head}) == 4:
+        arguments = draw.sample(short, 4)
+        context = f"def f({', '.join(f'{name}={value}' for name, value in arguments)})"
+        name, answer = draw.choice(arguments)
+        if context.count(answer) == 1 and len({name for name, _ in arguments}) == 4:
             yield "questions", {"question": name, "context": context, "answer": answer}
 
 

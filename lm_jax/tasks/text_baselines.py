@@ -32,18 +32,18 @@ def dictionary(pairs: list[tuple[str, str]]) -> dict[str, str]:
 
     Rare pairs and long texts are left out.
     """
-    texts = [(WORD.findall(a.lower()), WORD.findall(b)) for a, b in pairs]
-    texts = [(set(a), set(b)) for a, b in texts if len(a) <= 40 and len(b) <= 40]
+    found = [(WORD.findall(a.lower()), WORD.findall(b)) for a, b in pairs]
+    texts = [(set(a), set(b)) for a, b in found if len(a) <= 40 and len(b) <= 40]
     share: dict[tuple[str, str], float] = {}
     for _ in range(ROUNDS):
-        count: collections.Counter = collections.Counter()
+        count: dict[tuple[str, str], float] = collections.defaultdict(float)
         for ours, theirs in texts:
             for b in theirs:
                 weights = {a: share.get((a, b), 1e-6 if share else 1.0) for a in ours}
                 total = sum(weights.values())
                 for a, weight in weights.items():
                     count[a, b] += weight / total
-        whole: collections.Counter = collections.Counter()
+        whole: dict[str, float] = collections.defaultdict(float)
         for (a, _), number in count.items():
             whole[a] += number
         share = {(a, b): number / whole[a] for (a, b), number in count.items() if number > 0.01}

@@ -3,6 +3,8 @@
 Shape suffixes: B = 1 row, T query length, S key length, D model, H heads, K head, G key/value heads, V vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,8 @@ def attention_weights(model, tokens: np.ndarray, layer: int) -> np.ndarray:
     x_BTD, angles = model.embed(tokens_BT, context.positions), model.angles_of_blocks(context.positions)
     for i in range(layer + 1):
         graph, stack = split(getattr(model, f"block_{i % model.period}"))
-        block, rope = merge(graph, jax.tree.map(lambda x, i=i: x[i // model.period], stack)), angles[i % model.period]
+        block: Any = merge(graph, jax.tree.map(lambda x, i=i: x[i // model.period], stack))
+        rope = angles[i % model.period]
         before_BTD = x_BTD
         x_BTD, _ = block(x_BTD, context, rope, i, None, None)
     own, post = block.attention, model.config.norm_place == "post"
@@ -47,4 +50,5 @@ def cosines(table_VD: np.ndarray, token: int) -> np.ndarray:
 def _as_batch(tokens: np.ndarray) -> tuple[np.ndarray, Context]:
     """One row [1, T] and its context."""
     tokens_BT = np.asarray(tokens, np.int32)[None]
-    return tokens_BT, Context(np.arange(len(tokens), dtype=np.int32)[None], np.ones_like(tokens_BT))
+    positions_BT = np.arange(len(tokens), dtype=np.int32)[None]
+    return tokens_BT, Context(positions_BT, np.ones_like(tokens_BT))  # type: ignore[arg-type]

@@ -193,7 +193,7 @@ class KilledRuns:
         for phase in sorted({kill.phase for kill in self.kills}):
             kills = [kill for kill in self.kills if kill.phase == phase]
             lost = [kill.lost for kill in kills]
-            seconds = sorted(round(kill.recovery, 1) for kill in kills if kill.recovery) or ["-"]
+            seconds: list = sorted(round(kill.recovery, 1) for kill in kills if kill.recovery) or ["-"]
             row = {"phase": phase, "kills": len(kills), "steps lost": sum(lost), "at most": max(lost)}
             row |= {"seconds to recover": seconds[len(seconds) // 2], "longest": seconds[-1]}
             rows.append(row | {"left behind": sum(kill.behind for kill in kills)})
