@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 
@@ -22,6 +21,7 @@ from lm_jax.data import loader, shards
 from lm_jax.experiment import shrink, without_unread
 from lm_jax.mesh import make_mesh
 from lm_jax.model.layers import Declaration, constant
+from lm_jax.multihost.roll_call import free_port
 from lm_jax.train_state import make_program
 
 # Configs
@@ -101,12 +101,6 @@ def command(module: str, *arguments: str, devices: int = 1, **keywords) -> subpr
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", f"lm_jax.{module}", *arguments]
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=LIMIT, **keywords)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def start_processes(line: list[str], num_processes: int, devices: int) -> list[subprocess.Popen]:

@@ -17,7 +17,9 @@ data.packing data.objectives data.tokenizer_training data.corpus data.mixture ge
 generate.chat_template model.task_heads tasks.scores tasks.tables tasks.results tasks.segments tasks.task tasks.words
 tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts generate.render_template
 generate.chat_words generate.chat_tokens tasks.instruction tasks.preference tasks.records data.loader prepare.readers
-prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run remote faults compile_cache
+prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run
+prepare.debian_records prepare.package_records prepare.python_records tasks.baselines tasks.text_baselines
+remote faults compile_cache
 multihost.cluster multihost.roll_call multihost.connection multihost.watchdog multihost.peers distributed manifest
 model.layers trainable model.lora model.attention model.language_model model.moe model.stack model.positions
 model.attention_layer model.transformer model.encoder model.encoder_decoder model.recurrent model.build
@@ -27,6 +29,7 @@ loss plan.counts optimizer train_state train_step metrics goodput run_plan termi
 convert.run cli experiment generate.sampling generate.decoding convert.proof convert.export generate.beam_search
 generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluate run
 step_log samples closing rewind initial_state start train main verify generate.lm_eval generate.__main__ trust.card
+plan.inspection trust.comparison trust.introspection trust.killed_runs
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}
@@ -99,6 +102,12 @@ def test_no_file_and_no_function_outgrows_what_one_reads_at_once():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_a_tool_is_a_door():
+    """What a test needs of it is in a wing; `transformers` alone is imported outside of one."""
+    long = {path.name for path in (ROOT / "tools").glob("*.py") if path.read_text().count("\n") > 80}
+    assert long <= {"transformers_peer.py"}
 
 
 def test_the_map_has_every_module_once_and_every_module_that_it_has():

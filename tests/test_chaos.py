@@ -11,6 +11,8 @@ import chaos
 import pytest
 from helpers import ROOT
 
+from lm_jax.trust import killed_runs
+
 
 def killed(*arguments: str) -> dict:
     """What the command says in the end."""
@@ -21,10 +23,10 @@ def killed(*arguments: str) -> dict:
 
 
 def test_a_few_kills():
-    """The first cards of this seed: before a manifest, at any moment, and where a broken step is set aside."""
+    """The first kills of this seed: before a manifest, at any moment, and where a broken step is set aside."""
     found = killed("--kills=3", "--steps=30", "--seed=78")
     assert sum(row["kills"] for row in found["phases"]) == found["kills"] == 3
-    assert all(row["steps lost"] <= 3 * chaos.EVERY * row["kills"] for row in found["phases"])
+    assert all(row["steps lost"] <= 3 * killed_runs.EVERY * row["kills"] for row in found["phases"])
 
 
 @pytest.mark.proof
@@ -43,13 +45,15 @@ def test_many_kills(processes, place):
 def test_what_differs_is_told(what, monkeypatch, capsys):
     """In the second of two runs."""
 
-    def life(self, workdir: str, card: str) -> bool:
-        self.kills += [chaos.Kill(card, 0)] * bool(card)
+    def start(self, workdir: str, phase: str) -> bool:
+        self.kills += [killed_runs.Kill(phase, 0)] * bool(phase)
         return True
 
     found = {"numbers": [{"step": 1}], "arrays": [b"x"]}
-    monkeypatch.setattr(chaos.Chaos, "life", life)
-    monkeypatch.setattr(chaos, "outcome", lambda workdir: found | ({what: []} if workdir.endswith("run-1") else {}))
+    monkeypatch.setattr(killed_runs.KilledRuns, "start", start)
+    monkeypatch.setattr(
+        killed_runs, "outcome", lambda workdir: found | ({what: []} if workdir.endswith("run-1") else {})
+    )
     assert chaos.main(["--kills=1"]) == 0
     assert "1 kills in 1 runs (--seed 0): not a bit differs" in capsys.readouterr().out
     assert chaos.main(["--kills=2"]) == 1
@@ -57,13 +61,15 @@ def test_what_differs_is_told(what, monkeypatch, capsys):
 
 
 def test_every_point_is_killed_once_before_one_is_killed_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(chaos.checkpoint, "complete_steps", lambda folder: [5, 10])
+    monkeypatch.setattr(killed_runs.checkpoint, "complete_steps", lambda folder: [5, 10])
     for processes, place, left_out in ((1, "local", {"send", "save.part"}), (4, "gs", set())):
         flags = types.SimpleNamespace(processes=processes, place=place, seed=3)
-        made = chaos.Chaos(flags, str(tmp_path), str(tmp_path))
-        cards = [made.card(str(tmp_path)) for _ in range(len(chaos.fault_points.POINTS) - len(left_out) + 4)]
-        assert sorted(cards) == sorted(
-            [*(chaos.fault_points.POINTS.keys() - left_out), *[chaos.STARTING, chaos.RUNNING] * 2]
+        made = killed_runs.KilledRuns(flags, str(tmp_path), str(tmp_path))
+        phases = [
+            made.next_phase(str(tmp_path)) for _ in range(len(killed_runs.fault_points.POINTS) - len(left_out) + 4)
+        ]
+        assert sorted(phases) == sorted(
+            [*(killed_runs.fault_points.POINTS.keys() - left_out), *[killed_runs.STARTING, killed_runs.RUNNING] * 2]
         )
-        again = chaos.Chaos(flags, str(tmp_path), str(tmp_path))
-        assert [again.card(str(tmp_path)) for _ in cards] == cards
+        again = killed_runs.KilledRuns(flags, str(tmp_path), str(tmp_path))
+        assert [again.next_phase(str(tmp_path)) for _ in phases] == phases

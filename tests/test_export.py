@@ -17,6 +17,7 @@ import convert_checkpoint
 import jax
 import numpy as np
 import pytest
+import transformers_peer
 from helpers import FAMILIES, ROOT, command, tiny
 from one_process import performed
 from peers import families as parity
@@ -318,11 +319,11 @@ def test_how_far_logits_are_apart_is_said_of_their_size(scale):
 @on_one
 def test_what_is_refused_leaves_nothing_and_names_the_way_round(tmp_path, monkeypatch, capsys):
     mutant = lambda folder, described, tensors: Here(folder, tensors, rope(20_000.0))
-    monkeypatch.setattr(convert_checkpoint, "Transformers", mutant)
+    monkeypatch.setattr(transformers_peer, "Transformers", mutant)
     for name in ("torch", "transformers"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     again = "python tools/convert_checkpoint.py runs/x out/x --unproven"
-    refuse, skip = (convert_checkpoint.prover(unproven, again, print) for unproven in (False, True))
+    refuse, skip = (transformers_peer.prover(unproven, again, print) for unproven in (False, True))
     with pytest.raises(UserError, match=r"not written: in a mutant this is another model:\nlogits are") as error:
         export.write_folder(str(tmp_path / "out"), leaving(), refuse, print)
     assert str(error.value).endswith(f"\nto write it all the same: {again}") and len(str(error.value).split("\n")) <= 5
@@ -350,7 +351,7 @@ def test_every_family_says_and_ends_the_same_in_transformers(family, tmp_path, c
     pytest.importorskip("torch")
     kind = "bpe" if family == "bert" else "chat"
     one = leaving(family, kind, ends=() if family == "bert" else met(family))
-    export.write_folder(str(tmp_path / "out"), one, convert_checkpoint.prover(False, "again", print), print)
+    export.write_folder(str(tmp_path / "out"), one, transformers_peer.prover(False, "again", print), print)
     said = capsys.readouterr().out
     assert "proven: in transformers" in said
     assert family == "bert" or "6 greedy texts are the same" in said and ", 0 of them up to their end" not in said, said
@@ -789,7 +790,7 @@ def test_smollm2_is_proven_and_small_mistakes_are_far_outside(tmp_path, capsys):
     apart: dict[str, float] = {}
 
     def prove(folder, tensors, ours):
-        peer = convert_checkpoint.Transformers(folder, ours.described, tensors)
+        peer = transformers_peer.Transformers(folder, ours.described, tensors)
         print(proof.prove(ours, peer))
         layers, rotary = peer.model.model.layers, peer.model.model.rotary_emb
         norms = [module for module in peer.model.modules() if hasattr(module, "variance_epsilon")]

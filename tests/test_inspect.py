@@ -11,6 +11,7 @@ from helpers import ROOT, made_up, tiny, write_shards
 from lm_jax.data import mixture
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
+from lm_jax.plan import inspection
 
 CONFIG = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
 
@@ -45,9 +46,9 @@ def test_what_is_not_trained_on_is_marked(sources):
     row = stream.row(0)
     row["loss_mask"][10:20] = 0
     stream.row = lambda i: row
-    text = inspect_data.show(mixed, stream, 0, colours=False)[1]
+    text = inspection.show(mixed, stream, 0, colours=False)[1]
     assert f"[{mixed.tokenizer.decode(row['tokens'][10:20])}]" in text.replace("¦", "").replace("][", "")
-    assert "\x1b[90m" in inspect_data.show(mixed, stream, 0, colours=True)[1]
+    assert "\x1b[90m" in inspection.show(mixed, stream, 0, colours=True)[1]
 
 
 def test_statistics_are_counted_against_the_weights(sources, capsys):

@@ -116,10 +116,10 @@ def looped(tmp_path, codes, states=(), ends=(), *more: str) -> tuple[subprocess.
     (tmp_path / "ends").write_text(json.dumps(list(ends)))
     shutil.copytree(LAUNCH, tmp_path / "clone" / "tools" / "launch")
     subprocess.run(["git", "init", "-q", str(tmp_path / "clone")], check=True)
-    script = (tmp_path / "clone" / "tools" / "launch" / "tpu.py").read_text()
+    script = (tmp_path / "clone" / "tools" / "launch" / "pod.py").read_text()
     assert "POLL_SECONDS = 30" in script and "tail -n +1" in script
     quick = script.replace("POLL_SECONDS = 30", "POLL_SECONDS = 0.1").replace("tail -n +1", "tail -s 0.1 -n +1")
-    (tmp_path / "clone" / "tools" / "launch" / "tpu.py").write_text(quick)
+    (tmp_path / "clone" / "tools" / "launch" / "pod.py").write_text(quick)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE_HOME": str(tmp_path)}
     line = [sys.executable, "tools/launch/tpu.py", "run", "one", "--zone=z", *more, "--", "--workdir", "gs://b/a b"]
     result = subprocess.run(

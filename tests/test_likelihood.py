@@ -8,7 +8,7 @@ from helpers import FAMILIES, tiny
 
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
-from lm_jax.generate.likelihood import PLACES, likelihoods, shapes
+from lm_jax.generate.likelihood import POSITIONS, likelihoods, shapes
 from lm_jax.generate.request_batches import request_batches
 from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
@@ -105,7 +105,7 @@ def test_few_shapes_serve_all_lengths():
     batches = request_batches(order, 8, lambda i: shape[i])
     found = [(*shape[batch.requests[0]], batch.requests) for batch in batches]
     assert sorted(i for *_, chosen in found for i in chosen) == list(range(1000))
-    assert len({(length, places) for length, places, _ in found}) <= 16
-    for length, places, chosen in found:
-        assert len(chosen) <= 8 and places % PLACES == 0 and places <= length
-        assert all(length / 2 < max(lengths[i], 33) <= length and continuations[i] <= places for i in chosen)
+    assert len({(length, num_last) for length, num_last, _ in found}) <= 16
+    for length, num_last, chosen in found:
+        assert len(chosen) <= 8 and num_last % POSITIONS == 0 and num_last <= length
+        assert all(length / 2 < max(lengths[i], 33) <= length and continuations[i] <= num_last for i in chosen)

@@ -138,7 +138,7 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
 
 
 # One process by what they are: they time it, or compare it, on one device.
-ALONE = {"benchmark/gpu.py", "benchmark/generate.py", "benchmark/save.py", "tools/chaos.py"}
+ALONE = {"benchmark/gpu.py", "benchmark/generate.py", "benchmark/save.py", "trust/killed_runs.py"}
 
 
 def test_nobody_takes_the_first_of_all_devices():

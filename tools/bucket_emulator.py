@@ -3,13 +3,13 @@
 import contextlib
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
 from lm_jax.errors import UserError
+from lm_jax.multihost.roll_call import free_port
 
 # It serves one request at a time and lets five wait: what a save asks beyond that is lost, and asked again minutes later.
 # At each request it also writes down all that it holds, with what was removed days ago: nobody reads that here, and 320 removals
@@ -20,12 +20,6 @@ PATIENT = (
     "storage.Storage._write_config_to_file = lambda self: None; "
     "from gcp_storage_emulator.__main__ import main; main()"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def is_here() -> bool:

@@ -3,9 +3,6 @@
 python tools/make_records.py --csv reviews.csv --keep source=rotten_tomatoes --names 0=negative,1=positive --output records
 """
 
-import json
-import os
-
 from etils import epath
 
 from lm_jax import cli
@@ -37,11 +34,8 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"{flags.csv}: of {len(found):,} rows none has {flags.keep}" if found else f"{flags.csv} has no rows"
         )
-    os.makedirs(flags.output, exist_ok=True)
-    with open(os.path.join(flags.output, "train.jsonl"), "w", encoding="utf-8") as out:
-        for row in rows:
-            label = names.get(str(row[flags.label]), row[flags.label])
-            out.write(json.dumps({"text": row[flags.text], "label": label}, ensure_ascii=False) + "\n")
+    label = lambda row: names.get(str(row[flags.label]), row[flags.label])
+    tables.write(flags.output, "train", ({"text": row[flags.text], "label": label(row)} for row in rows))
     print(f"{len(rows):,} records in {flags.output}/train.jsonl")
     return 0
 

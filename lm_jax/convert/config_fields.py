@@ -23,14 +23,14 @@ class Part(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How the value of one field is read, and written."""
+    """How the value of one field is read and written."""
 
     read: Callable[[HFConfigReader, str], Any]
     write: Callable[[Any], Any] = lambda value: value
 
 
 def choice(known: dict[str, str]) -> Kind:
-    """One of {their word: ours}. Of several words for one thing the first is written; where there is none, the first of all."""
+    """One word of {theirs: ours}. Of several for one meaning the first is written; by default the first of all."""
     words = {ours: theirs for theirs, ours in reversed(known.items())}
     return Kind(lambda reader, name: reader.choice(name, known), lambda ours: words.get(ours, next(iter(known))))
 
@@ -65,7 +65,7 @@ def must_say(*names: str) -> Part:
 
 
 def only(**values: Any) -> Part:
-    """Fields of which one value is supported, which is the default as well; not written."""
+    """Fields with one supported value, which is their default as well; not written."""
 
     def read(reader: HFConfigReader) -> Settings:
         reader.only(**values)
@@ -80,12 +80,12 @@ def written(**values: Any) -> Part:
 
 
 def only_written(**values: Any) -> Part:
-    """`only`, and written."""
+    """Fields with one supported value, which is written."""
     return only(**values)._replace(write=written(**values).write)
 
 
 def always(**settings: Any) -> Part:
-    """What every model of a family is, whatever its config.json says."""
+    """Settings of every model of a family, whatever its config.json says."""
     return Part({}, lambda reader: settings)
 
 
@@ -95,7 +95,7 @@ def per_layer(model: Model, setting: tuple) -> list:
 
 
 def repeating(layers: list) -> tuple:
-    """The shortest pattern whose repetition the layers are."""
+    """The shortest pattern that repeated gives the layers."""
     sizes = (n for n in range(1, len(layers) + 1) if len(layers) % n == 0)
     return tuple(next(layers[:n] for n in sizes if layers == layers[:n] * (len(layers) // n)))
 
@@ -104,7 +104,7 @@ def repeating(layers: list) -> tuple:
 
 
 def window_part(read: Callable[[HFConfigReader], Settings], **defaults: Any) -> Part:
-    """The fields of windows that a family has, `defaults`, which differ from family to family."""
+    """The window fields of a family, with their defaults."""
 
     def write(model: Model) -> Settings:
         window = max(model.window)
@@ -124,12 +124,12 @@ def window_of(reader: HFConfigReader) -> int:
     return 0 if off else reader.size("sliding_window", 0)
 
 
-def one_window(reader: HFConfigReader) -> Settings:
+def _one_window(reader: HFConfigReader) -> Settings:
     return {"window": (window_of(reader),)}
 
 
 def window_of_each(reader: HFConfigReader, is_local: Callable[[int], bool]) -> list[int]:
-    """Of each layer: by `layer_types`, or by `is_local(layer)` where the config does not have them."""
+    """The window of each layer: by `layer_types`, or by `is_local(layer)` where the config does not have them."""
     num, window = reader.size("num_hidden_layers", largest=LARGEST), window_of(reader)
     kinds = reader("layer_types", list, ["sliding_attention" if is_local(i) else "full_attention" for i in range(num)])
     if len(kinds) != num or not {"sliding_attention", "full_attention"}.issuperset(map(str, kinds)):
@@ -139,21 +139,21 @@ def window_of_each(reader: HFConfigReader, is_local: Callable[[int], bool]) -> l
     return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def read_qwen_windows(reader: HFConfigReader) -> Settings:
+def _read_qwen_windows(reader: HFConfigReader) -> Settings:
     window, first = window_of(reader), reader("max_window_layers", int)
     return {"window": repeating(window_of_each(reader, lambda layer: window > 0 and layer >= first))}
 
 
-def read_gemma2_windows(reader: HFConfigReader) -> Settings:
+def _read_gemma2_windows(reader: HFConfigReader) -> Settings:
     return {"window": repeating(window_of_each(reader, lambda layer: layer % 2 == 0))}
 
 
-def read_gemma3_windows(reader: HFConfigReader) -> Settings:
+def _read_gemma3_windows(reader: HFConfigReader) -> Settings:
     every = reader.size("sliding_window_pattern")
     return {"window": repeating(window_of_each(reader, lambda layer: (layer + 1) % every != 0))}
 
 
-def read_smollm3_windows(reader: HFConfigReader) -> Settings:
+def _read_smollm3_windows(reader: HFConfigReader) -> Settings:
     """Layers of `no_rope_layers` 0 have no positions, and a window where there is one."""
     num, every = reader.size("num_hidden_layers", largest=LARGEST), reader.size("no_rope_layer_interval")
     with_rope = reader("no_rope_layers", list, [int((layer + 1) % every != 0) for layer in range(num)])
@@ -165,15 +165,15 @@ def read_smollm3_windows(reader: HFConfigReader) -> Settings:
     return {"window": pattern, "rotary_share": share if len(set(share)) > 1 else share[:1]}
 
 
-WINDOW = window_part(one_window, sliding_window=None)
-SWITCHED_WINDOW = window_part(one_window, use_sliding_window=False, sliding_window=4096)
+WINDOW = window_part(_one_window, sliding_window=None)
+SWITCHED_WINDOW = window_part(_one_window, use_sliding_window=False, sliding_window=4096)
 QWEN_WINDOWS = window_part(
-    read_qwen_windows, use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None
+    _read_qwen_windows, use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None
 )
-GEMMA2_WINDOWS = window_part(read_gemma2_windows, sliding_window=4096, layer_types=None)
-GEMMA3_WINDOWS = window_part(read_gemma3_windows, sliding_window=4096, sliding_window_pattern=6, layer_types=None)
+GEMMA2_WINDOWS = window_part(_read_gemma2_windows, sliding_window=4096, layer_types=None)
+GEMMA3_WINDOWS = window_part(_read_gemma3_windows, sliding_window=4096, sliding_window_pattern=6, layer_types=None)
 SMOLLM3_WINDOWS = window_part(
-    read_smollm3_windows,
+    _read_smollm3_windows,
     **{"use_sliding_window": False, "sliding_window": None, "layer_types": None},
     **{"no_rope_layers": None, "no_rope_layer_interval": 4},
 )
@@ -184,47 +184,47 @@ ROPE_FIELDS = {"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": 
 ROPE = Part(ROPE_FIELDS, read_rope, write_rope)
 
 
-def write_unscaled_rope(model: Model) -> Settings:
-    parameters = {"rope_type": "default", "rope_theta": model.rotary_base, **write_rope_share(model)}
+def _write_unscaled_rope(model: Model) -> Settings:
+    parameters = {"rope_type": "default", "rope_theta": model.rotary_base, **_write_rope_share(model)}
     return {"rope_theta": model.rotary_base, "rope_scaling": None, "rope_parameters": parameters}
 
 
-def write_rope_share(model: Model) -> Settings:
+def _write_rope_share(model: Model) -> Settings:
     return {"partial_rotary_factor": model.rotary_share[0] or 1.0}
 
 
-PHI3_ROPE = Part(ROPE_FIELDS, lambda reader: read_rope(reader, known=("default",), partial=True), write_unscaled_rope)
-PHI3_ROPE_SHARE = Part({}, write=write_rope_share)  # once more, beside the others
+PHI3_ROPE = Part(ROPE_FIELDS, lambda reader: read_rope(reader, known=("default",), partial=True), _write_unscaled_rope)
+PHI3_ROPE_SHARE = Part({}, write=_write_rope_share)  # once more, beside the others
 
 
-def read_gemma3_rope(reader: HFConfigReader) -> Settings:
+def _read_gemma3_rope(reader: HFConfigReader) -> Settings:
     """Layers with a window have a base of their own."""
     reader.inside("rope_parameters", {"full_attention": {}, "sliding_attention": {}}).nothing_else("rotary positions")
     local = read_rope(reader, "sliding_attention", "rope_local_base_freq")
     if local["rotary_scaling"][0] != 1:
         raise UserError(f"{reader.where}: scaled rotary positions in layers with a window are not supported")
-    base = local["rotary_base"] if any(read_gemma3_windows(reader)["window"]) else 0.0
+    base = local["rotary_base"] if any(_read_gemma3_windows(reader)["window"]) else 0.0
     return {"rotary_local_base": base} | read_rope(reader, "full_attention")
 
 
-def write_gemma3_rope(model: Model) -> Settings:
-    fields, local = write_rope(model), {"rope_type": "default"} | write_local_rope(model, "rope_theta")
+def _write_gemma3_rope(model: Model) -> Settings:
+    fields, local = write_rope(model), {"rope_type": "default"} | _write_local_rope(model, "rope_theta")
     return fields | {"rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": local}}
 
 
-def write_local_rope(model: Model, name: str = "rope_local_base_freq") -> Settings:
+def _write_local_rope(model: Model, name: str = "rope_local_base_freq") -> Settings:
     return {name: model.rotary_local_base or model.rotary_base}
 
 
 GEMMA3_ROPE = Part(
-    ROPE_FIELDS | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}, read_gemma3_rope, write_gemma3_rope
+    ROPE_FIELDS | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}, _read_gemma3_rope, _write_gemma3_rope
 )
-GEMMA3_LOCAL_ROPE = Part({}, write=write_local_rope)  # once more, for old readers
+GEMMA3_LOCAL_ROPE = Part({}, write=_write_local_rope)  # once more, for old readers
 
 # Biases, experts, multipliers
 
 
-def read_biases(reader: HFConfigReader) -> Settings:
+def _read_biases(reader: HFConfigReader) -> Settings:
     biases = reader("attention_bias", bool), reader("mlp_bias", bool)
     if biases[0] != biases[1]:
         raise UserError(f"{reader.where}: attention_bias and mlp_bias differ, which is not supported")
@@ -232,7 +232,7 @@ def read_biases(reader: HFConfigReader) -> Settings:
 
 
 NO_BIASES = only(attention_bias=False, mlp_bias=False)
-BIASES = Part(NO_BIASES.defaults, read_biases, lambda model: {"attention_bias": model.bias, "mlp_bias": model.bias})
+BIASES = Part(NO_BIASES.defaults, _read_biases, lambda model: {"attention_bias": model.bias, "mlp_bias": model.bias})
 
 
 def experts(*names: str, num: int | None, chosen: int) -> Part:
@@ -254,13 +254,13 @@ def experts(*names: str, num: int | None, chosen: int) -> Part:
     return Part(dict.fromkeys(names) | {names[-1]: num, "num_experts_per_tok": chosen}, read, write)
 
 
-def read_gemma_scales(reader: HFConfigReader) -> Settings:
+def _read_gemma_scales(reader: HFConfigReader) -> Settings:
     scalar, head_dim = reader.positive("query_pre_attn_scalar"), reader.size("head_dim", 0)
     caps = tuple(reader.positive(f"{name}_logit_softcapping", 0.0) for name in ("attn", "final"))
     return {"multipliers": (1.0, 1.0, 0.0 if scalar == head_dim else scalar**-0.5, 1.0), "logit_softcap": caps}
 
 
-def write_gemma_scales(model: Model) -> Settings:
+def _write_gemma_scales(model: Model) -> Settings:
     scale, (attention, output) = model.multipliers[2], model.logit_softcap
     scalar = round(min(max(scale, 1e-6), 1e6) ** -2) if scale else model.head_dim
     caps = {"attn_logit_softcapping": attention or None, "final_logit_softcapping": output or None}
@@ -270,22 +270,22 @@ def write_gemma_scales(model: Model) -> Settings:
 def gemma_scales(attention: float | None, output: float | None) -> Part:
     """What products of queries and keys are divided by, and the soft caps of attention and of logits."""
     caps = {"attn_logit_softcapping": attention, "final_logit_softcapping": output}
-    return Part({"query_pre_attn_scalar": 256.0} | caps, read_gemma_scales, write_gemma_scales)
+    return Part({"query_pre_attn_scalar": 256.0} | caps, _read_gemma_scales, _write_gemma_scales)
 
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 
 
-def read_multipliers(reader: HFConfigReader) -> Settings:
+def _read_multipliers(reader: HFConfigReader) -> Settings:
     embedding, branch, attention, output = (reader.positive(name) for name in MULTIPLIERS)
     head_dim = reader.size("head_dim", 0) or reader.size("hidden_size") // reader.size("num_attention_heads")
     usual = head_dim > 0 and attention == head_dim**-0.5
     return {"multipliers": (embedding, branch, 0.0 if usual else attention, output)}
 
 
-def write_multipliers(model: Model) -> Settings:
+def _write_multipliers(model: Model) -> Settings:
     embedding, branch, attention, output = model.multipliers
     return dict(zip(MULTIPLIERS, (embedding, branch, attention or model.head_dim**-0.5, output), strict=True))
 
 
-GRANITE_MULTIPLIERS = Part(dict.fromkeys(MULTIPLIERS, 1.0), read_multipliers, write_multipliers)
+GRANITE_MULTIPLIERS = Part(dict.fromkeys(MULTIPLIERS, 1.0), _read_multipliers, _write_multipliers)

@@ -62,20 +62,21 @@ class HFConfigReader:
         return value
 
     def size(self, name: str, null: int | Any = ..., largest: int = 2**40) -> int:
-        """A number of something; `null` may be 0: derived, or none."""
+        """An integer from 1 to `largest`; `null` is what it means where the field is missing. Raises UserError."""
         value = self(name, int, null)
         if value != null and not 0 < value <= largest:
             raise UserError(f"{self.where}: {name} = {value}: expected 1 to {largest:,}")
         return value
 
     def positive(self, name: str, null: float | Any = ...) -> float:
+        """A number above 0; `null` is what it means where the field is missing. Raises UserError."""
         value = self(name, float, null)
         if self.content.get(name, self.defaults[name]) is not None and not value > 0:
             raise UserError(f"{self.where}: {name} = {value}: expected more than 0")
         return value
 
     def only(self, **expected: Any) -> None:
-        """Refuses fields that have, also by default, another value than the one that is computed here."""
+        """Raises UserError for a field whose value, also by default, is another than the one that is computed here."""
         for name, value in expected.items():
             found = self.content.get(name)
             found = self.defaults[name] if found is None else found
@@ -84,7 +85,7 @@ class HFConfigReader:
                 raise UserError(f"{self.where}: {name} = {found!r}{said} is not supported, only {value!r}")
 
     def inside(self, name: str, defaults: dict[str, Any], kind: str = "") -> "HFConfigReader":
-        """An object in it ({} where there is none), and in that the one of a kind of layer where there are several."""
+        """The reader of an object in it ({} where there is none), or of its entry `kind` where it has such entries."""
         value = self(name, dict, {})
         where = f"{self.where} {name}"
         if kind and isinstance(value.get(kind), dict):
@@ -92,18 +93,19 @@ class HFConfigReader:
         return HFConfigReader(value, where, defaults)
 
     def choice(self, name: str, choices: dict[str, str]) -> str:
+        """Our word for the field's value, which must be one of `choices` {theirs: ours}. Raises UserError."""
         value = self(name, str)
         if value not in choices:
             raise UserError(f"{self.where}: {name} = {value!r} is not supported; known are {', '.join(choices)}")
         return choices[value]
 
     def nothing_else(self, what: str, idle: frozenset[str] = frozenset()) -> None:
-        """Refuses by name the fields that say something, and of which nobody here knows what."""
-        left = [name for name in self.content if name in self and name not in self.defaults.keys() | idle]
-        if left:
-            shown = ", ".join(f"{name} = {str(self.content[name])[:40]}" for name in left[:8])
-            more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        """Raises UserError that names the fields which nobody here reads."""
+        unknown = [name for name in self.content if name in self and name not in self.defaults.keys() | idle]
+        if unknown:
+            shown = ", ".join(f"{name} = {str(self.content[name])[:40]}" for name in unknown[:8])
+            more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             raise UserError(
-                f"{self.where}: {shown}{more}: not supported in {what}{nearest(left[0], self.defaults)}\n"
+                f"{self.where}: {shown}{more}: not supported in {what}{nearest(unknown[0], self.defaults)}\n"
                 "a field that changes nothing of what the model computes can be taken out of the file"
             )

@@ -55,11 +55,12 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
 
 
 def graph_of(described: Description) -> ModelDef:
+    """The model, built without arrays."""
     return build(described.config.model, described.vocab_size, described.config.data.sequence_length)
 
 
 def what_it_is(model: Model) -> dict[str, Any]:
-    """The settings that a config.json must say."""
+    """The settings of a model that a config.json must say, {name: value}."""
     found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
     windows = tuple(per_layer(model, model.window))
     of_rotary = {"rotary_base", "rotary_scaling", "rotary_scaling_kind", "rotary_share", "rotary_local_base"}

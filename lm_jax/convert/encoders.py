@@ -28,7 +28,7 @@ BERT_FIELDS = (
 
 
 def check_version(reader: HFConfigReader) -> Settings:
-    """T5 1.1. The first version has one table, and divides what goes into the output by a root."""
+    """Settings of T5 1.1. Raises UserError for the first T5, which has one table and no gates."""
     reader.only(num_decoder_layers=reader.size("num_layers", largest=fields.LARGEST))
     scales = reader("scale_decoder_outputs", bool, reader("tie_word_embeddings", bool))
     if scales or reader("feed_forward_proj", str) not in GATES:
@@ -83,7 +83,7 @@ def attention(ours: str, theirs: str) -> tuple[Row, ...]:
 
 
 def stack(name: str, mlp: int) -> tuple[Row, ...]:
-    """The encoder or the decoder; `mlp` is the place of the MLP in a block."""
+    """The encoder or the decoder; `mlp` is the position of the MLP in a block."""
     layer, ours = f"{name}.block.{{layer}}.layer", f"{name}_layers"
     return (
         (f"{name}_bias/table", f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "conv"),

@@ -20,6 +20,8 @@ Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, 
 
 
 class Leaving(NamedTuple):
+    """A model on its way out: its description, parameters and text files."""
+
     described: description.Description
     parameters: dict
     text: Text
@@ -27,7 +29,7 @@ class Leaving(NamedTuple):
 
 
 def of_model(found: load_model.ModelRef) -> Leaving:
-    """A run or a Hugging Face folder. Raises UserError where no family is this model."""
+    """Describes a run or a Hugging Face folder. Raises UserError where no family can express this model."""
     text, no_chat = text_of(found)
     reads = found.config.model.kind == "encoder_decoder"
     fields, context = text_files.id_fields(text.ids, reads), load_model.context_of(found)
@@ -36,7 +38,7 @@ def of_model(found: load_model.ModelRef) -> Leaving:
 
 
 def of_gguf(path: str) -> Leaving:
-    """A GGUF file of the Llama family. Raises UserError."""
+    """Reads a GGUF file of the Llama family. Raises UserError."""
     contents = gguf.read(path)
     tokenizer = HuggingFace(contents.files[HuggingFace.file_name])
     template = contents.files.get(text_files.TEMPLATE, b"").decode()
@@ -63,7 +65,7 @@ def text_of(found: load_model.ModelRef) -> tuple[Text, str]:
 def with_turns(
     ids: SpecialIds, template: chat_template.Template | None, tokenizer: Tokenizer
 ) -> tuple[SpecialIds, str]:
-    """The ends with that of an assistant's turn; and why there is none though there is a template."""
+    """(ids with the end of an assistant's turn among their ends, why there is none although there is a template)."""
     if not template:
         return ids, ""
     try:
@@ -74,7 +76,7 @@ def with_turns(
 
 
 def write_folder(folder: str, leaving: Leaving, prove: Prove, log: Callable[[str], None]) -> None:
-    """A new Hugging Face folder, proven before its arrays are written. Raises UserError."""
+    """Writes a new Hugging Face folder, proven before its arrays are written. Raises UserError."""
     described, parameters, text, no_chat = leaving
     fields = text_files.id_fields(text.ids, described.config.model.kind == "encoder_decoder")
     files, left_out = text_files.made(text, fields, described.config.data.sequence_length)
@@ -99,7 +101,7 @@ def write_folder(folder: str, leaving: Leaving, prove: Prove, log: Callable[[str
 
 
 def write_gguf(path: str, leaving: Leaving) -> None:
-    """A GGUF file of the Llama family; one that is there is not replaced. Raises UserError."""
+    """Writes a GGUF file of the Llama family; an existing file is not replaced. Raises UserError."""
     if os.path.exists(path):
         raise UserError(f"{path} is there; name another file")
     described, parameters, text, _ = leaving

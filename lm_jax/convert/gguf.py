@@ -39,6 +39,8 @@ ENDS = ("eos", "eot", "eom")  # a file names these: of a text, of a turn, of a m
 
 
 class Contents(NamedTuple):
+    """What a GGUF file holds, in the terms of a Hugging Face folder: config.json, tensors, ids, other files."""
+
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
     ids: SpecialIds
@@ -46,6 +48,7 @@ class Contents(NamedTuple):
 
 
 def package():
+    """The package gguf. Raises UserError where it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -54,7 +57,7 @@ def package():
 
 
 def read(path: str) -> Contents:
-    """Quantised weights come back as float32. Raises UserError for another architecture, or what is no whole GGUF file."""
+    """Reads a GGUF file; quantised weights become float32. Raises UserError for another architecture or a broken one."""
     gguf = package()
     try:
         check_counts(path)
@@ -97,7 +100,7 @@ def read(path: str) -> Contents:
 
 
 def ids_in(value) -> SpecialIds:
-    """What stands before a text, and its ends."""
+    """What begins a text, and its ends."""
     first, ends = value("tokenizer.ggml.bos_token_id"), [value(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
     known = tuple(dict.fromkeys(end for end in ends if end is not None))
     before = () if first is None or not value("tokenizer.ggml.add_bos_token", False) else (first,)
@@ -109,7 +112,7 @@ STRING, ARRAY = 8, 9
 
 
 def check_counts(path: str) -> None:
-    """Raises ValueError for a file that is shorter than its counts say, beyond whose end the package would go on for ever."""
+    """Raises ValueError for a file that is shorter than its counts say: the package would read on for ever."""
     with opened(path) as file:
         content = file.read(HEADER)
 
@@ -143,7 +146,7 @@ def check_counts(path: str) -> None:
 
 
 def their_name(path: str, name: str) -> tuple[str, str]:
-    """(the name in a Hugging Face folder, what it is) of `blk.3.attn_q.weight`."""
+    """(name in a Hugging Face folder, kind of tensor) of a name such as `blk.3.attn_q.weight`."""
     if name in NAMES:
         return NAMES[name], name
     match name.split("."):
@@ -153,12 +156,12 @@ def their_name(path: str, name: str) -> tuple[str, str]:
 
 
 def in_halves(x: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of queries or keys in pairs (k, k + half) as rotary positions turn them, of the neighbours that GGUF keeps."""
+    """Rows of queries or keys in pairs (k, k + half), as rope takes them here, from GGUF's neighbours (2k, 2k + 1)."""
     return x.reshape(num_heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
 
 
 def in_neighbours(x: np.ndarray, num_heads: int) -> np.ndarray:
-    """What `in_halves` undoes."""
+    """The inverse of `in_halves`."""
     return x.reshape(num_heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -181,10 +184,10 @@ def tokenizer(path: str, value) -> bytes:
 
 
 def write(path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], text: Text) -> None:
-    """A GGUF file of float32 weights, whole or not at all. The tokenizer is a SentencePiece model of byte pairs (`llama`), else
-    one of byte pairs in a tokenizer.json (`gpt2`).
+    """Writes a GGUF file of float32 weights, whole or not at all.
 
-    No reader but ours has been seen to take it. Raises UserError for another family, and for a text that GGUF cannot say.
+    The tokenizer is a SentencePiece model of byte pairs (`llama`), else one of byte pairs in a tokenizer.json (`gpt2`).
+    No reader but ours is known to take it. Raises UserError for another family, and for a text that GGUF cannot say.
     """
     gguf = package()
     if config["model_type"] != "llama" or config["rope_parameters"]["rope_type"] != "default":
@@ -198,7 +201,7 @@ def write(path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], tex
 
 
 def fill(writer, path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], text: Text) -> None:
-    """Everything that the file holds; `path` is for messages."""
+    """Writes everything that the file holds; `path` is for messages."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -236,7 +239,7 @@ def fill(writer, path: str, config: dict[str, Any], tensors: dict[str, np.ndarra
 
 
 def add_ids(path: str, writer, ids: SpecialIds) -> None:
-    """What stands before a text, and all its ends. Raises UserError where there are more than a file has names for."""
+    """Writes what begins a text, and all its ends. Raises UserError where there are more than a file has names for."""
     if len(ids.ends) > len(ENDS) or len(ids.first) > 1:
         raise UserError(
             f"{path}: texts begin with {list(ids.first)} and end at any of {list(ids.ends)}; "
@@ -250,7 +253,7 @@ def add_ids(path: str, writer, ids: SpecialIds) -> None:
 
 
 def add_sentencepiece(writer, model: bytes, vocab_size: int) -> None:
-    """Pieces with their scores and types; no space is put before a text, as ours are trained."""
+    """Writes pieces with their scores and types; no space is put before a text, as ours are trained."""
     import sentencepiece
 
     by = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -266,6 +269,7 @@ def add_sentencepiece(writer, model: bytes, vocab_size: int) -> None:
 
 
 def add_byte_pairs(path: str, writer, described: dict[str, Any], vocab_size: int) -> None:
+    """Writes the vocabulary and the merges of a tokenizer.json of byte pairs. Raises UserError for any other kind."""
     cut = described.get("pre_tokenizer") or {}
     cuts = cut.get("pretokenizers", [cut])
     names = [name for name, known in CUTS.items() if known == cuts]

@@ -28,6 +28,7 @@ def is_folder(folder: str) -> bool:
 
 
 def read_description(folder: str) -> Description:
+    """What the config.json of a folder says. Raises UserError."""
     path = os.path.join(folder, "config.json")
     try:
         content = regular_files.read_json(path)
@@ -37,7 +38,7 @@ def read_description(folder: str) -> Description:
 
 
 def read_parameters(folder: str, described: Description) -> dict:
-    """The whole of a folder, on the host."""
+    """The parameters of a folder, float32, on the host."""
     return parameters(described, safetensors.folder_tensors(folder), folder)
 
 
@@ -58,8 +59,11 @@ def write(
     prove: Proof = lambda folder, tensors: None,
     shard_bytes: int = safetensors.SHARD_BYTES,
 ) -> None:
-    """A new folder, whole or not at all: small files, then arrays. `prove` raises where it must not be written: it sees a folder
-    with the small files, and the arrays before they are on disk. All that is written is read again here."""
+    """Writes a new folder, whole or not at all: small files, then arrays.
+
+    `prove` raises where it must not be written: it gets a folder with the small files, and the arrays before they are
+    on disk. All that is written is read again here.
+    """
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f"{folder} is there and not empty; name another folder")
     parent = os.path.dirname(os.path.abspath(folder))
@@ -91,7 +95,7 @@ def check_room(parent: str, folder: str, num_bytes: int) -> None:
 
 
 def check_read(folder: str, described: Description, tensors: dict[str, np.ndarray]) -> None:
-    """Raises UserError where a folder's config.json with these arrays is another model when it is read here."""
+    """Raises UserError where config.json and these arrays, read again here, are another model."""
     found = read_description(folder)
     here, there = what_it_is(described.config.model), what_it_is(found.config.model)
     wrong = [key for key in here if here[key] != there.get(key)]
@@ -104,6 +108,7 @@ def check_read(folder: str, described: Description, tensors: dict[str, np.ndarra
 
 
 def carried_files(folder: str) -> dict[str, bytes]:
+    """{name: content} of the text files in a folder that go along with its model."""
     found = {}
     for name in MODEL_FILES:
         if os.path.isfile(path := os.path.join(folder, name)):

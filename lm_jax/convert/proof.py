@@ -1,6 +1,6 @@
 """What leaves is what was trained: the same logits and the same greedy texts, to the same end, in another library.
 
-The other library is a `Peer`, which tools/convert_checkpoint.py makes of `transformers`: nothing here imports it. It reads the
+The other library is a `Peer`, which tools/transformers_peer.py makes of `transformers`: nothing here imports it. It reads the
 small files of the folder and takes the arrays from memory, so that nothing large is written before it is proven.
 """
 
@@ -19,7 +19,7 @@ from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens, decoding
 from lm_jax.model.build import ModelDef
 
-# Of the largest logit, less the mean of its place: float32 leaves about 1e-5 in SmolLM2, 30 layers deep, in either library.
+# Of the largest logit, less the mean of its position: float32 leaves about 1e-5 in SmolLM2, 30 layers deep, in either library.
 LIMIT = 5e-5
 LONGEST = 24  # tokens of a greedy text
 ROW = 64  # tokens of the row whose logits are compared; more where a window is longer
@@ -59,7 +59,7 @@ class Peer(Protocol):
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Their text."""
+        """The text of ids."""
         ...
 
 
@@ -75,7 +75,7 @@ class Exported(NamedTuple):
 
 
 def prove(ours: Exported, peer: Peer) -> str:
-    """What was seen to be equal, in a sentence. Raises UserError with what is not."""
+    """A sentence that says what was found equal. Raises UserError with what is not."""
     with jax.default_matmul_precision("highest"):
         apart, texts = distance(ours, peer), []
         if apart <= LIMIT and decoding.writes(ours.described.config.model):
@@ -85,13 +85,13 @@ def prove(ours: Exported, peer: Peer) -> str:
     if problems:
         raise UserError("\n".join([f"in {peer.name} this is another model:", *problems[:3]]))
     ended = sum(text.ended for text in texts)
-    seen = f"; {len(texts)} greedy texts are the same, {ended} of them up to their end" if texts else ""
+    same = f"; {len(texts)} greedy texts are the same, {ended} of them up to their end" if texts else ""
     remark = f"\n{peer.remark}" if peer.remark else ""
-    return f"proven: in {peer.name} logits are within {apart:.1e} of their size{seen}{remark}"
+    return f"proven: in {peer.name} logits are within {apart:.1e} of their size{same}{remark}"
 
 
 def distance(ours: Exported, peer: Peer) -> float:
-    """The largest difference of a logit of a random row over the largest logit, that less the mean of its place."""
+    """The largest difference of a logit of a random row over the largest logit, that less the mean of its position."""
     batch = random_row(ours.described)
     mine = [np.asarray(x, np.float32) for x in heads(ours.graph, ours.parameters, batch)]
     mine[0] = mine[0][..., : ours.described.vocab_size]
@@ -100,7 +100,7 @@ def distance(ours: Exported, peer: Peer) -> float:
 
 @functools.partial(jax.jit, static_argnames=("graph",))
 def heads(graph: ModelDef, parameters: dict, batch: dict) -> list[jax.Array]:
-    """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first place."""
+    """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first position."""
     model = graph.module(parameters)
     outputs = model.read(batch)
     assert outputs.hidden_BTD is not None  # a model with another head than text's is in no family
@@ -116,17 +116,18 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def size(logits: np.ndarray) -> float:
+    """The largest distance of a logit from the mean of its position, above 0."""
     return float(max(np.abs(logits - logits.mean(-1, keepdims=True)).max(), np.finfo(np.float32).tiny))
 
 
 def random_row(described: description.Description) -> dict[str, np.ndarray]:
-    """A batch of one row that is one segment of random pieces, longer than the windows where they are not too long."""
+    """A batch of one row that is one segment of random tokens, longer than the windows where they are not too long."""
     config, window = described.config, max(described.config.model.window)
     wanted = max(ROW, window + 32 if window <= LONGEST_WINDOW else 0)
     random, row = np.random.RandomState(0), example(config.data.objective, min(wanted, config.data.sequence_length))
-    pieces = lambda x: random.randint(0, described.vocab_size, x.shape).astype(np.int32)
+    tokens = lambda x: random.randint(0, described.vocab_size, x.shape).astype(np.int32)
     value = lambda name, x: (
-        pieces(x) if name.endswith("tokens") else np.arange(len(x)) if "positions" in name else np.ones_like(x)
+        tokens(x) if name.endswith("tokens") else np.arange(len(x)) if "positions" in name else np.ones_like(x)
     )
     types = {"token_type_ids": np.arange(len(row["tokens"])) // 32} if "token_type_ids" in row else {}
     whole = {name: value(name, x) for name, x in row.items() if x.ndim} | types
@@ -165,7 +166,7 @@ def compared_texts(ours: Exported, peer: Peer) -> list[Compared]:
 
 
 def compared(ours: Exported, peer: Peer, asked: tuple, mine: decoding.Completion, limit: int) -> Compared:
-    """One greedy text here and there, with the token that ended it. Where two tokens are as good, what comes before them."""
+    """Compares one greedy text and the token that ended it; two tokens with equal logits are not told apart."""
     said, ids, _ = asked
     written = peer.write(ids, limit)
     stop = next((k for k, token in enumerate(written) if token in ours.ids.ends), len(written))
@@ -193,7 +194,7 @@ def likeliest(ours: Exported, ids: list[int], written: list[int]) -> bool:
 
 
 def row_of(ids: list[int], prefix: str = "") -> dict[str, np.ndarray]:
-    """A batch of one row that is these ids, padded to few lengths."""
+    """A batch of one row of these ids, padded to one of few lengths."""
     padding = -len(ids) % ROW
     tokens = np.pad(np.array([ids], np.int32), ((0, 0), (0, padding)))
     segments = (np.arange(tokens.shape[1]) < len(ids)).astype(np.int32)[None]

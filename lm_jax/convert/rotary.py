@@ -23,7 +23,7 @@ EVERY = {"rope_type": "default", "type": "default", "rope_theta": None, "partial
 
 
 def read_scaling(part: HFConfigReader, longest: int, known: tuple[str, ...]) -> tuple[str, tuple]:
-    """(`model.rotary_scaling_kind`, `model.rotary_scaling`) of an object that tells of rotary positions."""
+    """(`model.rotary_scaling_kind`, `model.rotary_scaling`) of an object like `rope_parameters`. Raises UserError."""
     kind = part("rope_type" if "rope_type" in part else "type", str)
     if kind not in known or part.content.get("type", kind) not in (kind, None):
         raise UserError(
@@ -78,7 +78,7 @@ def read_rope(
 
 
 def write_rope(model: Model) -> dict[str, Any]:
-    """In the fields that new readers look at, and those that old ones do."""
+    """The fields of rotary positions, for new readers and for old ones."""
     factor, low, high, length = model.rotary_scaling
     scaling: dict[str, Any] = {"rope_type": "default"}
     if factor != 1:

@@ -62,7 +62,7 @@ def write_part(workdir: epath.Path, found: load_model.ModelRef, base: load_model
 
 
 def path_of(located: load_model.ModelRef) -> str:
-    """A MODEL that stays what it is: where it lies, and of a run at which step."""
+    """The name by which a MODEL is found again: its path, and of a run the step."""
     path = str(located.workdir) if is_url(located.workdir) else os.path.abspath(located.workdir)
     return path if located.described else f"{path}@{located.step}"
 

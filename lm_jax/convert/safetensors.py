@@ -27,7 +27,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Tensor(NamedTuple):
-    """Where an array stands, its range in the file checked."""
+    """An array of a file: where it begins, and its range in the file checked."""
 
     path: str
     dtype: str
@@ -35,6 +35,7 @@ class Tensor(NamedTuple):
     start: int
 
     def read(self) -> np.ndarray:
+        """The array, memory-mapped."""
         kind, count = np.dtype(DTYPES[self.dtype]), math.prod(self.shape)
         if not count:
             return np.zeros(self.shape, kind)
@@ -42,7 +43,7 @@ class Tensor(NamedTuple):
 
 
 def file_tensors(path: str) -> dict[str, Tensor]:
-    """{name: where it stands} of one file. Raises UserError for a file that is not whole, or no safetensors file."""
+    """{name: tensor} of one file, unread. Raises UserError for a file that is not whole, or no safetensors file."""
 
     def refuse(problem: str) -> UserError:
         return UserError(f"{path} is no whole safetensors file: {problem}; copy or download it again")
@@ -106,7 +107,7 @@ def weight_files(folder: str) -> list[str]:
 
 
 def folder_tensors(folder: str) -> dict[str, Tensor]:
-    """{name: where it stands} of a model's folder, each in the file that the index names for it. Raises UserError."""
+    """{name: tensor} of a model's folder, unread, each in the file that the index names for it. Raises UserError."""
     found = {file: file_tensors(os.path.join(folder, file)) for file in weight_files(folder)}
     if list(found) == [WHOLE]:
         return found[WHOLE]
@@ -149,6 +150,7 @@ def _weight_map(folder: str, present: list[str]) -> dict[str, str]:
 
 
 def write_file(path: str, tensors: dict[str, np.ndarray]) -> None:
+    """Writes {name: array} as one file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, x in tensors.items():

@@ -31,7 +31,7 @@ MOST_RANGES = 20  # of numbers in a message
 
 
 class Slot(NamedTuple):
-    """One of their tensors, or a part of it, and the place of ours that it fills."""
+    """One of their tensors, or a part of it, and the parameter of ours, or the slice of one, that it fills."""
 
     path: tuple[str, ...]
     at: tuple[int, ...]  # of the layer, and of the expert, in what we keep stacked
@@ -42,25 +42,28 @@ class Slot(NamedTuple):
 
     @property
     def num_outputs(self) -> int:
+        """How many outputs the product with this matrix has."""
         return self.matrix[1]
 
     @property
     def output_axis(self) -> int:
-        """Of their tensor, along which it may have parts."""
+        """The axis of their tensor along which several slots may be joined."""
         return 0 if self.kind in ("linear", "undivided") else -1
 
     @property
     def matrix(self) -> tuple[int, int]:
+        """(inputs, outputs) of the matrix that our dims are joined to."""
         return math.prod(self.shape[: self.num_inputs]), math.prod(self.shape[self.num_inputs :])
 
     def their_shape(self, vocab_size: int) -> tuple[int, ...]:
+        """The shape of their tensor, or of the part of it that this slot takes."""
         inputs, outputs = self.matrix
         shapes: dict[str, tuple[int, ...]] = {"linear": (outputs, inputs), "conv": (inputs, outputs)}
         shapes |= {"undivided": (outputs, inputs), "table": (vocab_size, self.shape[-1]), "pieces": (vocab_size,)}
         return shapes.get(self.kind, (inputs * outputs,))
 
     def to_ours(self, x: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
-        """What of ours lies between `bounds`, float32: of `x` no more is read than that."""
+        """float32: the part of our parameter between `bounds`; no more of `x` is read than that."""
         if self.kind in ("linear", "undivided"):
             inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
             axes = (*range(len(outputs), len(self.shape)), *range(len(outputs)))
@@ -76,6 +79,7 @@ class Slot(NamedTuple):
         return 1 + part if self.kind == "one_more" else part
 
     def to_theirs(self, x: np.ndarray, vocab_size: int) -> np.ndarray:
+        """Our array at this slot, in the shape and scale of their tensor."""
         if self.kind in ("table", "pieces"):
             return x[:vocab_size]
         if self.kind == "undivided":
@@ -89,11 +93,11 @@ class Stored(NamedTuple):
     """One of our parameters as it stands in their tensors, which are arrays, or `safetensors.Tensor` that are not read yet."""
 
     shape: tuple[int, ...]
-    # By place in the stack: the slot, their tensor, and which of its outputs.
+    # By index in the stack: the slot, their tensor, and which of its outputs.
     parts: dict[tuple[int, ...], tuple[Slot, Any, slice]]
 
     def read(self, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
-        """What lies between (first, end) of each dim, float32: of their tensors one after the other, mapped while it is read."""
+        """float32: the part between (first, end) of each dim; their tensors are mapped one after the other."""
         num_stacked = len(next(iter(self.parts)))
         ours = np.empty([end - first for first, end in bounds], np.float32)
         for at in np.ndindex(ours.shape[:num_stacked]):
@@ -104,7 +108,7 @@ class Stored(NamedTuple):
         return ours
 
     def on_mesh(self, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """Laid out like `like`: a device has its part, of which AT_ONCE bytes are on the host at a time."""
+        """The array, with the sharding of `like`; at most AT_ONCE bytes of it are on the host at a time."""
         assert like.shape == self.shape and isinstance(like.sharding, jax.sharding.Sharding)
         found: dict[tuple, jax.Array] = {}
         arrays = []
@@ -137,7 +141,7 @@ def _filled(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def slots(family: Family, graph: ModelDef) -> list[Slot]:
-    """Every tensor that a model of this family has. Raises UserError where the family has no place for a parameter."""
+    """Every tensor of a model of this family. Raises UserError where the family lacks one for a parameter of ours."""
     period, found, covered = len(graph.config.window), [], set()
     for path, name, kind in family.rows:
         for layer in range(graph.config.num_layers) if LAYER in name else (0,):
@@ -159,7 +163,7 @@ def slots(family: Family, graph: ModelDef) -> list[Slot]:
 
 
 def listed(names) -> str:
-    """All of them in one line: names that differ in numbers only are one, with the numbers of the first that differs."""
+    """Names in one line; those that differ in numbers only are one entry with the ranges of their first number."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
@@ -169,7 +173,7 @@ def listed(names) -> str:
 
 
 def _numbers(names: list[str]) -> str:
-    """ "0-3, 7": the first number of each; where there are more, how many names."""
+    """The first number of each name as ranges, "0-3, 7"; where there are more, how many names."""
     first = sorted({int(re.search(r"\d+", name)[0]) for name in names})  # type: ignore[index]
     if len(first) < len(names):
         return f"{len(names)} of them"
@@ -201,18 +205,8 @@ def stored(described: Description, tensors: dict[str, Any], where: str) -> dict[
     wanted: dict[str, list[Slot]] = {}
     for slot in slots(family, graph):
         wanted.setdefault(bare(slot.name), []).append(slot)
-    problems = []
     found = without_heads(family, wanted, found, described.vocab_size)
-    if missing := [name for name in wanted if name not in found]:
-        problems.append(f"missing: {listed(missing)}")
-    if unknown := [name for name in found if name not in wanted]:
-        problems.append(f"unknown: {listed(unknown)}")
-    whole = {name: whole_shape(parts, described.vocab_size) for name, parts in wanted.items()}
-    wrong = [name for name in wanted if name in found and tuple(found[name].shape) != whole[name]]
-    if wrong:
-        shown = {name: f"{list(found[name].shape)} for {list(whole[name])}" for name in wrong}
-        problems.append(f"of another shape: {listed(wrong)}, such as {shown[wrong[0]]}")
-    if problems:
+    if problems := _problems(wanted, found, described.vocab_size):
         raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
     ours = {path: Stored(declared.shape, {}) for path, declared in graph.declarations.items()}
     for name, parts in wanted.items():
@@ -221,6 +215,22 @@ def stored(described: Description, tensors: dict[str, Any], where: str) -> dict[
             outputs = slice(end - slot.num_outputs, end) if len(parts) > 1 else slice(None)
             ours[slot.path].parts[slot.at] = slot, found[name], outputs
     return ours
+
+
+def _problems(wanted: dict[str, list[Slot]], found: dict[str, Any], vocab_size: int) -> list[str]:
+    """All that is missing, unknown or of another shape, a line each."""
+    problems = []
+    if missing := [name for name in wanted if name not in found]:
+        problems.append(f"missing: {listed(missing)}")
+    if unknown := [name for name in found if name not in wanted]:
+        problems.append(f"unknown: {listed(unknown)}")
+    whole = {name: whole_shape(parts, vocab_size) for name, parts in wanted.items()}
+    wrong = [name for name in wanted if name in found and tuple(found[name].shape) != whole[name]]
+    if wrong:
+        first = wrong[0]
+        shown = f"{list(found[first].shape)} for {list(whole[first])}"
+        problems.append(f"of another shape: {listed(wrong)}, such as {shown}")
+    return problems
 
 
 def parameters(described: Description, tensors: dict[str, Any], where: str) -> dict:
@@ -232,7 +242,7 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
 def without_heads(
     family: Family, wanted: dict[str, list[Slot]], found: dict[str, Any], vocab_size: int
 ) -> dict[str, Any]:
-    """`found`, and nought for heads of which not one tensor is there: an encoder that was saved without them."""
+    """`found`, with zeros for heads of which no tensor is there: an encoder that was saved without them."""
     for head in family.optional:
         if not any(name.startswith(head) for name in found):
             empty = [name for name in wanted if name.startswith(head)]
@@ -241,7 +251,7 @@ def without_heads(
 
 
 def whole_shape(parts: list[Slot], vocab_size: int) -> tuple[int, ...]:
-    """Of a tensor that holds these parts side by side."""
+    """The shape of a tensor that holds these parts side by side."""
     shape = list(parts[0].their_shape(vocab_size))
     if len(parts) > 1:
         shape[parts[0].output_axis] = sum(part.num_outputs for part in parts)

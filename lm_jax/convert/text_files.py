@@ -24,7 +24,7 @@ REAL_TEXTS = ("for", "specialnames", "strings")
 
 
 class Text(NamedTuple):
-    """What a model that leaves knows of text."""
+    """What a model on its way out knows of text."""
 
     tokenizer: Tokenizer
     ids: SpecialIds
@@ -34,7 +34,7 @@ class Text(NamedTuple):
 
 
 def added_pieces(objective: str, tokenizer: Tokenizer) -> tuple[tuple[int, str], ...]:
-    """What an objective writes that the tokenizer has no piece for: a mask, or the sentinels of hidden spans."""
+    """(id, name) of what an objective needs beyond the tokenizer: a mask, or the sentinels of hidden spans."""
     num = tokenizer.vocab_size
     if objective.startswith("masked") and "[MASK]" not in tokenizer.special:
         return ((num, "[MASK]"),)
@@ -44,7 +44,7 @@ def added_pieces(objective: str, tokenizer: Tokenizer) -> tuple[tuple[int, str],
 
 
 def id_fields(ids: SpecialIds, reads: bool) -> dict[str, Any]:
-    """The fields of config.json; `reads` where an encoder reads the prompt."""
+    """The fields of config.json for special ids; `reads` where an encoder reads the prompt."""
     found: dict[str, Any] = {"bos_token_id": ids.first[0]} if ids.first else {}
     found |= {"eos_token_id": ids.ends[0] if len(ids.ends) == 1 else list(ids.ends)} if ids.ends else {}
     return found | ({"decoder_start_token_id": ids.start} if reads and ids.start >= 0 else {})
@@ -74,7 +74,7 @@ def made(text: Text, fields: dict[str, Any], context: int) -> tuple[dict[str, by
 
 
 def as_json(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer's tokenizer.json: its own, or one that was seen to give the same ids. Raises UserError."""
+    """The tokenizer's tokenizer.json: its own, or one that was checked to give the same ids. Raises UserError."""
     if isinstance(tokenizer, HuggingFace):
         return tokenizer.model
     import pydoc_data.topics
@@ -102,7 +102,7 @@ def with_ids(model: bytes, ids: SpecialIds, added: tuple[tuple[int, str], ...] =
 
 
 def names_of(text: Text) -> dict[str, str]:
-    """{"bos_token": its name, ...}, of what has one."""
+    """{"bos_token": its name, ...} of the special tokens that have a name."""
     names = tokenizer_json.piece_names(text.tokenizer) | dict(text.added)
     found = {"bos_token": names.get(text.ids.first[0]) if text.ids.first else None}
     found |= {"eos_token": names.get(text.ids.ends[0]) if text.ids.ends else None}
@@ -111,14 +111,14 @@ def names_of(text: Text) -> dict[str, str]:
 
 
 def tokenizer_config(kept: dict[str, Any], ids: SpecialIds, names: dict[str, str], context: int) -> dict[str, Any]:
-    """What a model came with keeps its names: its chat template was written with them."""
+    """The content of tokenizer_config.json; names that a model came with stay, as its chat template uses them."""
     new = {"tokenizer_class": CLASS, "model_max_length": context, "clean_up_tokenization_spaces": False}
     found = new | names | kept | {"add_bos_token": bool(ids.first), "add_eos_token": bool(ids.last)}
     return found if found.get("pad_token") or "eos_token" not in found else found | {"pad_token": found["eos_token"]}
 
 
 def read(files: dict[str, bytes], name: str) -> dict[str, Any]:
-    """An object of JSON, {} where there is none. Raises UserError."""
+    """A JSON object of these files, {} where there is none. Raises UserError."""
     try:
         content = json.loads(files.get(name, b"{}"))
         assert isinstance(content, dict)
@@ -128,4 +128,5 @@ def read(files: dict[str, bytes], name: str) -> dict[str, Any]:
 
 
 def written(content: dict[str, Any]) -> bytes:
+    """An object as a JSON file."""
     return json.dumps(content, indent=1, ensure_ascii=False).encode()

@@ -39,7 +39,7 @@ def of(tokenizer: Tokenizer) -> bytes:
 
 
 def checked(tokenizer: Tokenizer, texts: list[str]) -> bytes:
-    """The same, after it has given the same ids and the same text on SAMPLE and on `texts`. Raises UserError where not."""
+    """`of`, after it gave the same ids and the same text on SAMPLE and on `texts`. Raises UserError where not."""
     made = of(tokenizer)
     again = HuggingFace(made)
     for text in [*SAMPLE, *texts]:
@@ -59,12 +59,13 @@ def described(model: dict[str, Any], specials: dict[int, str], decoder: dict[str
 
 
 def special_token(index: int, name: str) -> dict[str, Any]:
+    """An entry of `added_tokens` for a special token."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {"id": index, "content": name} | plain
 
 
 def vocab_of(content: dict[str, Any]) -> dict[str, int]:
-    """{piece: id} of a tokenizer.json, with what was added."""
+    """{piece: id} of a tokenizer.json, added tokens included."""
     vocab = content["model"]["vocab"]
     pieces = dict(vocab) if isinstance(vocab, dict) else {name: i for i, (name, _) in enumerate(vocab)}
     return pieces | {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -85,6 +86,7 @@ def parsed(model: bytes):
 
 
 def pairs_model(vocab: dict[str, int], merges: list, **more: Any) -> dict[str, Any]:
+    """The `model` of a tokenizer.json of byte pairs, with the package's defaults."""
     plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     plain |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False} | more
     return {"type": "BPE", **plain, "vocab": vocab, "merges": merges}

@@ -12,7 +12,7 @@ LONGEST = 2**20  # bytes of a line
 
 
 class WordVectors(NamedTuple):
-    """Rows for the pieces that are words of the file, the others nought."""
+    """Vectors for the pieces that are words of the file; the other rows are zero."""
 
     path: str
     table: np.ndarray  # float32 [pieces, dim]

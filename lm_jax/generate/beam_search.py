@@ -26,7 +26,7 @@ NEVER = -1e9
 
 
 class Beams(NamedTuple):
-    """Texts that go on, best first, and finished ones with their scores (NEVER where there is none)."""
+    """Unfinished texts, best first, and finished ones with their scores (NEVER where there is none)."""
 
     tokens_BKN: jax.Array
     scores_BK: jax.Array
@@ -43,7 +43,7 @@ def pick(x, at_BJ: jax.Array):
 
 
 def reorder(caches, parents_BK: jax.Array):
-    """Caches [L, B * K, ...], or apart [B * K, ...], whose texts go on from other texts of the same prompt."""
+    """Caches [L, B * K, ...], or unstacked [B * K, ...], whose texts continue other texts of the same prompt."""
     batch, beams = parents_BK.shape
     lead = () if isinstance(caches, Unstacked) else ("layers",)
     pick_one = jax.vmap(pick, (0, None)) if lead else pick
@@ -110,7 +110,7 @@ def search(
     penalty: float = 1.0,
     marks: SpecialIds | None = None,
 ) -> list[Completion]:
-    """The best text of each prompt; its one log-probability is the sum over the text and its end. Raises UserError."""
+    """The best text of each prompt; its one log-probability is the sum over text and end. Raises UserError."""
     marks, parameters = marks or of_documents(tokenizer), graph.unstacked(parameters)
     laid = lay(graph, tokenizer, marks, prompts, limit, beams)
     state = prefill(graph, parameters, laid.tokens_BP, laid.lengths_B, laid.slots, marks.start)

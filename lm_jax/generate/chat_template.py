@@ -18,13 +18,14 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # fields of a message
 
 
 class Template(NamedTuple):
-    """A chat template of Jinja, and the variables that it is shown beside the messages, such as `bos_token`."""
+    """A chat template in Jinja, and the variables that it gets beside the messages, such as `bos_token`."""
 
     source: str
     variables: dict[str, Any] = {}
 
 
 def user(text: str) -> Message:
+    """A message of the user."""
     return {"role": "user", "content": text}
 
 
@@ -62,12 +63,13 @@ def special_names(folder: epath.Path, described: dict[str, Any]) -> dict[str, st
 
 
 def files_of(template: Template) -> dict[str, bytes]:
-    """What a folder keeps of a template, by file name: `find_template` reads it again."""
+    """The files that keep a template, {name: content}; `find_template` reads them again."""
     named = json.dumps(template.variables, indent=1, ensure_ascii=False)
     return {FILE: template.source.encode(), NAMES_FILE: named.encode()}
 
 
 def read_text(path: epath.Path) -> str:
+    """A file as text. Raises UserError where it cannot be read or is no UTF-8."""
     try:
         return regular_files.read_bytes(path).decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +107,7 @@ def read_template(folder: epath.Path, variables: str = "") -> Template:
 
 
 def shown(template: Template, tokenizer: Tokenizer) -> Template:
-    """A template with the names of special tokens; of a folder that tells none, what begins and ends the tokenizer's texts."""
+    """The template with the names of special tokens; where it has none, those that begin and end the tokenizer's texts."""
     if not isinstance(tokenizer, HuggingFace) or any(name.endswith("_token") for name in template.variables):
         return template
     names = {index: name for name, index in tokenizer.special.items()}

@@ -18,28 +18,31 @@ TAUGHT = datetime.datetime(2025, 1, 1)  # what `strftime_now` shows in training:
 
 
 class Tokens(NamedTuple):
-    """int32 ids [N], and [N, 2] where in a text each stands."""
+    """int32 ids [N], and [N, 2] the characters of a text that each stands for."""
 
     ids: np.ndarray
-    places: np.ndarray
+    offsets: np.ndarray
 
 
 def tokens_of(filled: Filled, start: int, stop: int, tokenizer: HuggingFace) -> Tokens:
-    """A stretch of a conversation as one text, in which names of special tokens mean these where the template wrote them.
+    """The tokens of filled.text[start:stop]; names of special tokens are these tokens where the template wrote them.
 
-    Those that somebody spelled are encoded apart and stay text.
+    Names that somebody typed in a message are encoded apart and stay text.
     """
     spelled = sorted((span.start, span.stop) for span in filled.spans if span.part.spells)
     edges = itertools.chain(*(pair for pair in spelled if start <= pair[0] and pair[1] <= stop))
     found = [Tokens(np.zeros(0, np.int32), np.zeros((0, 2), int))]
     for k, (a, b) in enumerate(itertools.pairwise([start, *edges, stop])):
         if a < b:
-            found.append(piece_of(filled.text, a, b, tokenizer, apart=k % 2 == 1, begins=a == k == 0))
+            found.append(_encode_part(filled.text, a, b, tokenizer, apart=k % 2 == 1, begins=a == k == 0))
     return Tokens(*map(np.concatenate, zip(*found, strict=True)))
 
 
-def piece_of(text: str, a: int, b: int, tokenizer: HuggingFace, apart: bool, begins: bool) -> Tokens:
-    """text[a:b]. Where a text does not begin it is encoded behind a line break: some tokenizers put a space before a text."""
+def _encode_part(text: str, a: int, b: int, tokenizer: HuggingFace, apart: bool, begins: bool) -> Tokens:
+    """The tokens of text[a:b].
+
+    Where `begins` is False it is encoded behind a line break: some tokenizers put a space before a text.
+    """
 
     def encode(words: str) -> Tokens:
         if not apart:
@@ -51,8 +54,8 @@ def piece_of(text: str, a: int, b: int, tokenizer: HuggingFace, apart: bool, beg
     if not begins:
         lead, longer = encode("\n").ids, encode("\n" + text[a:b])
         if np.array_equal(longer.ids[: len(lead)], lead):
-            found, shift = Tokens(longer.ids[len(lead) :], longer.places[len(lead) :]), a - 1
-    return Tokens(found.ids, found.places + shift)
+            found, shift = Tokens(longer.ids[len(lead) :], longer.offsets[len(lead) :]), a - 1
+    return Tokens(found.ids, found.offsets + shift)
 
 
 def encode(template: Template, messages: Sequence[Message], tokenizer: Tokenizer, now=None) -> np.ndarray:
@@ -63,6 +66,7 @@ def encode(template: Template, messages: Sequence[Message], tokenizer: Tokenizer
 
 
 def with_controls(tokenizer: Tokenizer) -> HuggingFace:
+    """The tokenizer, if it knows control tokens by name. Raises UserError."""
     if not isinstance(tokenizer, HuggingFace):
         raise UserError("a chat template needs the tokenizer.json that it was made for")
     return tokenizer
@@ -115,11 +119,11 @@ def encode_turns(template: Template, messages: Sequence[Message], tokenizer: Tok
 
 
 def marked_turns(filled: Filled, tokenizer: HuggingFace) -> Turns:
-    """Every token that reaches into what {% generation %} marks is learnt."""
-    ids, places = tokens_of(filled, 0, len(filled.text), tokenizer)
+    """The conversation; every token that overlaps what {% generation %} marks is learnt."""
+    ids, offsets = tokens_of(filled, 0, len(filled.text), tokenizer)
     is_answer = np.zeros(len(ids), bool)
     for start, stop in filled.generation:
-        is_answer |= (places[:, 0] < stop) & (places[:, 1] > start)
+        is_answer |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
     if not is_answer.any():
         raise UserError(
             "the chat template marks nothing of this conversation with {% generation %}: nothing can be learnt"
@@ -128,7 +132,7 @@ def marked_turns(filled: Filled, tokenizer: HuggingFace) -> Turns:
 
 
 def parted_turns(filled: Filled, borders: list[int], unlearnt: tuple[int, ...], tokenizer: HuggingFace) -> Turns:
-    """What stands between every other two borders is learnt; where a token reaches over one, it is parted there."""
+    """The conversation; what is between every other two borders is learnt. A token across a border is split there."""
     end = len(filled.text)
     ids = tokens_of(filled, 0, end, tokenizer).ids
     befores = [tokens_of(filled, 0, border, tokenizer).ids for border in borders]
@@ -140,10 +144,10 @@ def parted_turns(filled: Filled, borders: list[int], unlearnt: tuple[int, ...], 
 
 
 def answer_in(filled: Filled, k: int, before: str, after: str, tokenizer: HuggingFace) -> list[int]:
-    """Where in a text begins and ends what the assistant writes as message k, its end with the first control token behind
-    its words; [] where the text is another than `after`, which was written when that message was the last.
+    """Where in a text the assistant's message k begins and ends, [] where it is not as it was first written.
 
-    `before` is what the model was given. Raises UserError.
+    It ends with the first control token behind its words. `before` is the text that the model was given; `after` is the
+    text that was written when that message was the last. Raises UserError.
     """
     text, start = filled.text, len(before)
     if not (after.startswith(before) and text.startswith(before)):
@@ -174,7 +178,7 @@ def end_of_control(text: str, start: int, stop: int, tokenizer: HuggingFace) -> 
 
 
 def ends_of_turn(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The control token that a template writes behind what an assistant said; none where it writes only text there."""
+    """The id of the control token that a template writes behind what an assistant said; () where it is only text."""
     known = with_controls(tokenizer)
     said = [user("a"), {"role": "assistant", "content": "b"}]
     try:

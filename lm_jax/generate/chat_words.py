@@ -20,7 +20,7 @@ PRIVATE = range(0xF0000, 0x10FFFE)  # characters of Unicode that nobody gives a 
 
 @functools.lru_cache(maxsize=4)
 def names_of(tokenizer: HuggingFace) -> tuple[re.Pattern, re.Pattern]:
-    """Names of special tokens, and of all that were added to the vocabulary and are no white space; the longest first."""
+    """Patterns of the names of special tokens, and of all added tokens but white space; the longest name first."""
     special = [name for name in tokenizer.special if len(name) > 1]
     added = [name for name in tokenizer.added if len(name) > 1 and name.strip()]
     one = lambda names: re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a part stands in a text, as it was said or as JSON spells it."""
+    """Where a part is in a text, as it was said or as JSON spells it."""
 
     part: Part
     start: int
@@ -80,10 +80,10 @@ class MarkedMessages:
             thinks = name[1:] in THOUGHTS
             return self._text(k, value, must=thinks and k == self.newest, whole=thinks)
         # <think> and </think> of an assistant are its template's; what stands before the second are its thoughts.
-        *pieces, last = re.split("(</?think>)", value) if role == "assistant" else [value]
+        *parts, last = re.split("(</?think>)", value) if role == "assistant" else [value]
         marked = [
             self._text(k, a, must=b != "</think>" or k == self.newest) + b
-            for a, b in zip(pieces[::2], pieces[1::2], strict=True)
+            for a, b in zip(parts[::2], parts[1::2], strict=True)
         ]
         return "".join(marked) + self._text(k, last, must=True)
 
@@ -109,25 +109,25 @@ class MarkedMessages:
     def read(self, marked: str) -> Filled:
         """A text without its marks, and what stands whole between them."""
         text, opened, spans, generation = "", {}, [], []
-        for piece in re.split(f"([{chr(PRIVATE[0])}-{chr(PRIVATE[-1])}])", marked):
-            if piece in self.parts or piece == self.around[0]:
-                opened[piece] = len(text)
-            elif piece == self.around[1]:
+        for chunk in re.split(f"([{chr(PRIVATE[0])}-{chr(PRIVATE[-1])}])", marked):
+            if chunk in self.parts or chunk == self.around[0]:
+                opened[chunk] = len(text)
+            elif chunk == self.around[1]:
                 generation.append((opened.pop(self.around[0], len(text)), len(text)))
-            elif piece in self.lasts:
-                first = self.lasts[piece]
+            elif chunk in self.lasts:
+                first = self.lasts[chunk]
                 span = Span(self.parts[first], opened.pop(first, len(text)), len(text))
                 if text[span.start :] in (span.part.words, json.dumps(span.part.words, ensure_ascii=False)[1:-1]):
                     spans.append(span)
             else:
-                text += piece
+                text += chunk
         return Filled(text, spans, generation)
 
 
 def fill(template: Template, messages: Sequence[Message], prompt: bool, tokenizer: HuggingFace, now=None) -> Filled:
-    """What a template makes of a conversation, with all that was said found in it again.
+    """What a template makes of a conversation, with the position of all that was said.
 
-    Raises UserError that names the message whose words are not.
+    Raises UserError that names the message whose words are lost.
     """
     marks, template = (
         MarkedMessages(messages, template.source, names_of(tokenizer)[0], prompt),

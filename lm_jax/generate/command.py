@@ -47,7 +47,7 @@ def parse(arguments: list[str]):
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
     parser.add_argument("--top_k", type=int, default=50, help="0 = off")
     parser.add_argument("--top_p", type=float, default=0.95, help="1 = off")
-    parser.add_argument("--min_p", type=float, default=0.0, help="least share of the best piece's probability; 0 = off")
+    parser.add_argument("--min_p", type=float, default=0.0, help="least share of the best token's probability; 0 = off")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="1 = off")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each has the next number")
     parser.add_argument("--stop", action="append", default=[], help="a text ends before it; may stand several times")
@@ -67,6 +67,7 @@ def parse(arguments: list[str]):
 
 
 def main(arguments: list[str]) -> int:
+    """The command. Returns its exit code; raises UserError."""
     flags, log = parse(arguments), Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
     found = load_model.locate(flags.model, log)
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
 
 
 def continue_file(write: Write, prompts: list[str]) -> None:
-    """A JSON line for each prompt, as soon as its batch is done."""
+    """Prints a JSON line for each prompt, as soon as its batch is done."""
     for numbers, _ in request_batches(range(len(prompts)), TOGETHER):
         some = [prompts[k] for k in numbers]
         for prompt, completion in zip(some, write(some, numbers[0]), strict=True):
@@ -98,7 +99,7 @@ def continue_file(write: Write, prompts: list[str]) -> None:
 
 
 def converse(write: Write, chat: bool) -> None:
-    """Prompts from the terminal, each continued while one looks on; in a chat all that was said stands before the next."""
+    """Continues prompts from the terminal as they are typed; in a chat the conversation stands before the next."""
     print("a prompt a line; an empty line ends", file=sys.stderr)
     said: list[chat_template.Message] = []  # the conversation so far
     for line in iter(lambda: cli.ask("> "), ""):
@@ -112,7 +113,7 @@ def converse(write: Write, chat: bool) -> None:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a file of prompts, which end at "\\n" or "\\r\\n" and at nothing else. Raises UserError."""
+    r"""The lines of a file of prompts, which end at \n or \r\n and at nothing else. Raises UserError."""
     try:
         text = regular_files.read_bytes(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -161,7 +162,7 @@ def writer(graph: ModelDef, parameters: dict, located: load_model.ModelRef, flag
 
 
 def grown(shown: str, text: str, show: Callable[[str], None] | None) -> str:
-    """What a text has more than what was shown of it, which `show` gets."""
+    """The part of a text that was not shown yet; `show` is called with it."""
     new = text[len(os.path.commonprefix([shown, text])) :]
     if show and new:
         show(new)

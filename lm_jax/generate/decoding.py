@@ -42,7 +42,7 @@ class State(NamedTuple):
     position_B: jax.Array
     ended_B: jax.Array
     step: jax.Array  # tokens written so far
-    seen_BV: jax.Array | None = None  # pieces read or written, where repetition costs
+    used_BV: jax.Array | None = None  # tokens read or written, where repetition costs
     source: tuple[jax.Array, Context] | None = None  # what an encoder made of the prompt
 
 
@@ -56,19 +56,19 @@ def prefill(
     caches, zeros_B = graph.empty_caches(batch, slots), jnp.zeros_like(lengths_B)
     caches = Unstacked.of(caches) if is_unstacked(parameters) else caches
     ended_B, step = zeros_B > 0, jnp.int32(0)
-    seen_BV = seen(tokens_BP, lengths_B, model.padded_vocab_size) if penalised else None
+    used_BV = used_tokens(tokens_BP, lengths_B, model.padded_vocab_size) if penalised else None
     positions_BP = iota((batch, length), "batch", "length")
     within = lambda num_B: Context(positions_BP, (positions_BP < num_B[:, None]).astype(jnp.int32))
     if isinstance(model, EncoderDecoder):
         source = model.encode(tokens_BP, within(lengths_B)), within(lengths_B)
-        return State(caches, zeros_B + start, zeros_B, ended_B, step, seen_BV, source)
+        return State(caches, zeros_B + start, zeros_B, ended_B, step, used_BV, source)
     _, caches = model(tokens_BP, within(lengths_B - 1), None, caches)
     last_B = jnp.where(positions_BP == lengths_B[:, None] - 1, tokens_BP, 0).sum(1)
-    return State(caches, last_B, lengths_B - 1, ended_B, step, seen_BV)
+    return State(caches, last_B, lengths_B - 1, ended_B, step, used_BV)
 
 
-def seen(tokens_BP: jax.Array, lengths_B: jax.Array, padded_vocab_size: int) -> jax.Array:
-    """Which pieces stand in each prompt, bool [B, V]."""
+def used_tokens(tokens_BP: jax.Array, lengths_B: jax.Array, padded_vocab_size: int) -> jax.Array:
+    """Which tokens are in each prompt, bool [B, V]."""
     valid_BP = iota(tokens_BP.shape, "batch", "length") < lengths_B[:, None]
     one = lambda ids_P, valid_P: jnp.zeros(padded_vocab_size, bool).at[ids_P].max(valid_P)
     layout = computed(("batch", None))
@@ -96,34 +96,34 @@ def is_any(ids: jax.Array, ends: tuple[int, ...]) -> jax.Array:
 def decode(graph: ModelDef, parameters, state: State, sampling: Sampling, until, num: int, ends: tuple[int, ...]):
     """int32 [B, N] new tokens (the first of `ends` after each text), their log-probabilities [B, N], and the state after.
 
-    The first `until` of the N places are written. One program: nothing returns to the host between tokens. Log-probabilities are
-    the model's, before temperature and cuts.
+    The first `until` of the N positions are written. One program: nothing returns to the host between tokens.
+    Log-probabilities are the model's, before temperature and cuts.
     """
     batch, after_end = len(state.token_B), ends[0] if ends else 0
-    place_BN = iota((batch, num), "batch", None)
+    index_BN = iota((batch, num), "batch", None)
 
     def body(carry):
         i, state, out_BN, sure_BN = carry
         logits_BV, caches = next_logits(graph, parameters, state)
-        drawn_B = draw(logits_BV, state.step, sampling, state.seen_BV)
+        drawn_B = draw(logits_BV, state.step, sampling, state.used_BV)
         new_B = jnp.where(state.ended_B, after_end, drawn_B)
         chosen_BV = iota(logits_BV.shape, "batch", None) == new_B[:, None]
         sure_B = jnp.where(chosen_BV, jax.nn.log_softmax(logits_BV), 0).sum(-1)
-        out_BN = jnp.where(place_BN == i, new_B[:, None], out_BN)
-        sure_BN = jnp.where((place_BN == i) & ~state.ended_B[:, None], sure_B[:, None], sure_BN)
-        seen_BV = None if state.seen_BV is None else state.seen_BV | chosen_BV
+        out_BN = jnp.where(index_BN == i, new_B[:, None], out_BN)
+        sure_BN = jnp.where((index_BN == i) & ~state.ended_B[:, None], sure_B[:, None], sure_BN)
+        used_BV = None if state.used_BV is None else state.used_BV | chosen_BV
         ended_B = state.ended_B | is_any(new_B, ends)
-        state = State(caches, new_B, state.position_B + 1, ended_B, state.step + 1, seen_BV, state.source)
+        state = State(caches, new_B, state.position_B + 1, ended_B, state.step + 1, used_BV, state.source)
         return i + 1, state, out_BN, sure_BN
 
     going = lambda carry: (carry[0] < until) & ~jnp.all(carry[1].ended_B)
-    start = jnp.int32(0), state, jnp.zeros_like(place_BN) + after_end, jnp.zeros_like(place_BN, jnp.float32)
+    start = jnp.int32(0), state, jnp.zeros_like(index_BN) + after_end, jnp.zeros_like(index_BN, jnp.float32)
     _, state, out_BN, sure_BN = jax.lax.while_loop(going, body, start)
     return out_BN, sure_BN, state
 
 
 class Prompts(NamedTuple):
-    """Requests on the mesh, padded to the sizes of few programs; `slots` is what a text may have in all."""
+    """Requests on the mesh, padded to few lengths; `slots` is how many positions a text may have in all."""
 
     tokens_BP: jax.Array
     lengths_B: jax.Array
@@ -167,6 +167,8 @@ def on_mesh(x: np.ndarray) -> jax.Array:
 
 
 class Completion(NamedTuple):
+    """The text that follows one prompt."""
+
     text: str
     tokens: list[int]
     log_probabilities: list[float]  # of each token, in nats
@@ -213,25 +215,25 @@ def stream(
 
 
 def contexts(graph: ModelDef, laid: Prompts) -> list[np.ndarray]:
-    """What stands before the text that is written to each prompt: of an encoder's prompt nothing."""
+    """The ids before each generated text; none where an encoder reads the prompt."""
     return [ids[:0] if graph.config.kind == "encoder_decoder" else ids for ids in laid.encoded]
 
 
 def written_by(
     tokenizer: Tokenizer, before, tokens, sure, limit: int, stop: tuple[str, ...], ends: tuple[int, ...]
 ) -> tuple[Completion, bool]:
-    """A text so far, and whether it has ended."""
-    places = np.flatnonzero(np.isin(tokens[:limit], ends))
-    num = int(places[0]) if len(places) else min(len(tokens), limit)
+    """A text so far, and whether it is finished."""
+    found_ends = np.flatnonzero(np.isin(tokens[:limit], ends))
+    num = int(found_ends[0]) if len(found_ends) else min(len(tokens), limit)
     text = continuation(tokenizer, before, tokens[:num])
     stops = [position for position in (text.find(word) for word in stop) if position >= 0]
     text = text[: min(stops)] if stops else text
-    return Completion(text, tokens[:num].tolist(), sure[:num].tolist()), bool(len(places) or stops or num == limit)
+    return Completion(text, tokens[:num].tolist(), sure[:num].tolist()), bool(len(found_ends) or stops or num == limit)
 
 
 def complete(
     graph: ModelDef, parameters: dict, tokenizer: Tokenizer, prompts: Sequence[Prompt], limit: int, *settings, **more
 ):
-    """The continuations of prompts as `stream` ends with them."""
+    """The completions of prompts: the last that `stream` yields."""
     *_, last = stream(graph, parameters, tokenizer, prompts, limit, *settings, **more)
     return last

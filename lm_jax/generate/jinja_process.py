@@ -23,16 +23,17 @@ LONGEST = 1 << 24  # characters of a text
 
 
 class Refusal(jinja2.TemplateError):
-    """A template's `raise_exception`."""
+    """Raised by a template that calls `raise_exception`."""
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, around what an assistant writes; `around` is put about it."""
+    """The block {% generation %} ... {% endgeneration %}, which marks what an assistant writes with `around`."""
 
     tags = {"generation"}
     around = ("", "")
 
     def parse(self, parser):
+        """Parses the block into a call of `_write` on its body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
@@ -45,9 +46,11 @@ class Dict:
     """`dict` of a template: a value that can be called, not a class."""
 
     def __call__(self, *args, **kwargs):
+        """The builtin `dict`."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args):
+        """The builtin `dict.fromkeys`."""
         return dict.fromkeys(*args)
 
 
@@ -67,31 +70,32 @@ class Namespace(jinja2.utils.Namespace):
 
     @staticmethod
     def check(name):
+        """Raises SecurityError for a name that starts with an underscore."""
         if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace has no name that starts with _, such as {name!r}")
 
 
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def refuse(words):
+def _refuse(words):
     raise Refusal(words)
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(source: str) -> jinja2.Template:
+def _compiled(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": refuse, "dict": Dict(), "namespace": Namespace}
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "dict": Dict(), "namespace": Namespace}
     return environment.from_string(source)
 
 
 def fill(source: str, variables: dict, now: datetime.datetime, job: dict) -> str:
-    """One text. Raises what the template does, and ValueError where it is too long."""
-    template = compiled(source)
+    """The text of one job. Raises what the template raises, and ValueError where it is too long."""
+    template = _compiled(source)
     Generation.around = tuple(job["around"]) or ("", "")
     template.globals["strftime_now"] = now.strftime
     given = {"tools": None, "documents": None} | variables
@@ -106,13 +110,14 @@ def fill(source: str, variables: dict, now: datetime.datetime, job: dict) -> str
 
 
 def wind_up() -> None:
-    """From now on SECONDS of a processor, then the system ends this process."""
+    """Limits this process to SECONDS more of processor time; then the system ends it."""
     used, most = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_CPU)[1]
     until = int(used.ru_utime + used.ru_stime) + SECONDS + 1
     resource.setrlimit(resource.RLIMIT_CPU, (until if most == resource.RLIM_INFINITY else min(until, most), most))
 
 
 def answer(line: bytes) -> dict:
+    """The reply to one line: {"texts"}, {"refusal"} or {"fault"}."""
     try:
         asked, texts = json.loads(line), []
         now = datetime.datetime.fromisoformat(asked["now"])
@@ -131,6 +136,7 @@ def answer(line: bytes) -> dict:
 
 
 def main() -> None:
+    """Answers line by line until standard input ends."""
     for name in (signal.SIGINT, signal.SIGTERM):  # it ends with the process that asks
         signal.signal(name, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,7 +1,7 @@
 """How probable a model finds given continuations: log-probabilities of their tokens, in batches of few shapes.
 
-Shape suffixes: B requests, T length, C last places, S slices of these, P places of a slice. Rows end together: continuations
-stand in the last places, and logits are made there alone.
+Shape suffixes: B requests, T length, C last positions, S slices of these, P positions of a slice. Rows end together:
+continuations stand in the last positions, and logits are made there alone.
 """
 
 import functools
@@ -22,34 +22,36 @@ from lm_jax.model.build import ModelDef
 from lm_jax.sharding import constrain, iota, reshape
 
 SHORTEST = 64  # lengths are its doubles, so that few programs serve all
-PLACES = 32  # of a row, whose logits exist at the same time
+POSITIONS = 32  # of a row, whose logits exist at the same time
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, at least one, and of what continues it
 
 
 class Likelihood(NamedTuple):
+    """How probable a continuation is."""
+
     log_probability: float  # of the continuation after its context, in nats
     greedy: bool  # every token of it was the most probable one
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "places"))
+@functools.partial(jax.jit, static_argnames=("graph", "num_last"))
 def of_rows(
-    graph: ModelDef, parameters: dict, tokens_BT: jax.Array, starts_B: jax.Array, targets_BC: jax.Array, places: int
+    graph: ModelDef, parameters: dict, tokens_BT: jax.Array, starts_B: jax.Array, targets_BC: jax.Array, num_last: int
 ):
     """(log-probabilities float32, whether each is the most probable), [S, B, P] each, of targets after the last C tokens.
 
     A row's text starts at `starts`; what is before is padding.
     """
     model, batch = graph.module(parameters), len(tokens_BT)
-    place_BT = iota(tokens_BT.shape, "batch", "length")
-    is_text_BT = place_BT >= starts_B[:, None]
-    context = Context(jnp.where(is_text_BT, place_BT - starts_B[:, None], 0), is_text_BT.astype(jnp.int32))
+    index_BT = iota(tokens_BT.shape, "batch", "length")
+    is_text_BT = index_BT >= starts_B[:, None]
+    context = Context(jnp.where(is_text_BT, index_BT - starts_B[:, None], 0), is_text_BT.astype(jnp.int32))
     hidden_BTD, _ = model(tokens_BT, context)
-    slices = places // PLACES
+    slices = num_last // POSITIONS
 
     def sliced(x_BC, *rest: int):
         axes = ("batch", None, "length", *[None] * len(rest))
-        return reshape(x_BC, (batch, slices, PLACES, *rest), *axes).swapaxes(0, 1)
+        return reshape(x_BC, (batch, slices, POSITIONS, *rest), *axes).swapaxes(0, 1)
 
     def of_slice(some):
         hidden_BPD, targets_BP = some
@@ -57,7 +59,7 @@ def of_rows(
         best_BP = constrain(logits_BPV, "batch", "length", None).argmax(-1)
         return -token_losses(logits_BPV, targets_BP), best_BP == targets_BP
 
-    hidden_SBPD = sliced(hidden_BTD[:, -places:], hidden_BTD.shape[-1])
+    hidden_SBPD = sliced(hidden_BTD[:, -num_last:], hidden_BTD.shape[-1])
     return jax.lax.map(of_slice, (hidden_SBPD, sliced(targets_BC)))
 
 
@@ -69,10 +71,10 @@ def likelihoods(
     limit: int = 0,
     watch: Watch = lambda done, of: None,
 ) -> list[Likelihood]:
-    """Of each pair, on the mesh that is set, `rows` at a time on a device; neighbours in a batch do not enter.
+    """The likelihood of each pair, on the mesh that is set, `rows` at a time on a device.
 
-    A pair longer than the model sees (or than `limit` tokens) loses the start of its context. Raises UserError where a
-    continuation alone is longer.
+    Neighbours in a batch do not change it. A pair longer than the model sees (or than `limit` tokens) loses the start
+    of its context. Raises UserError where a continuation alone is longer.
     """
     sees = limit or graph.sequence_length
     for context, continuation in pairs:
@@ -85,15 +87,17 @@ def likelihoods(
     shape = shapes([len(x) - 1 for x in whole], [len(continuation) for _, continuation in pairs])
     order = sorted(range(len(shape)), key=lambda i: shape[i], reverse=True)  # the longest first
     for batch in request_batches(order, size, lambda i: shape[i], watch):
-        chosen, (length, places) = batch.requests, shape[batch.requests[0]]
+        chosen, (length, num_last) = batch.requests, shape[batch.requests[0]]
         right = lambda x, width: np.pad(x, (width - len(x), 0))
         nothing = np.zeros((size - len(chosen), length), np.int32)  # rows that are all padding
         tokens_BT = np.concatenate([[right(whole[i][:-1], length) for i in chosen], nothing]).astype(np.int32)
-        targets_BC = np.concatenate([[right(whole[i][1:][-places:], places) for i in chosen], nothing[:, :places]])
+        targets_BC = np.concatenate(
+            [[right(whole[i][1:][-num_last:], num_last) for i in chosen], nothing[:, :num_last]]
+        )
         starts_B = np.array([length + 1 - len(whole[i]) for i in chosen] + [length] * len(nothing), np.int32)
         arrays = map(on_mesh, (tokens_BT, starts_B, targets_BC.astype(np.int32)))
         sure, best = (
-            np.asarray(x).swapaxes(0, 1).reshape(size, places) for x in of_rows(graph, parameters, *arrays, places)
+            np.asarray(x).swapaxes(0, 1).reshape(size, num_last) for x in of_rows(graph, parameters, *arrays, num_last)
         )
         for row, i in enumerate(chosen):
             last = slice(-len(pairs[i][1]), None)
@@ -102,6 +106,6 @@ def likelihoods(
 
 
 def shapes(lengths: Sequence[int], continuations: Sequence[int]) -> list[tuple[int, int]]:
-    """Of each request the length that it is padded to, and the places for its continuation: few of both serve all."""
+    """Of each request the length that it is padded to, and how many last positions its continuation may take."""
     widths = [SHORTEST << max(0, (length - 1).bit_length() - SHORTEST.bit_length() + 1) for length in lengths]
-    return [(width, PLACES if num <= PLACES else width) for width, num in zip(widths, continuations, strict=True)]
+    return [(width, POSITIONS if num <= POSITIONS else width) for width, num in zip(widths, continuations, strict=True)]

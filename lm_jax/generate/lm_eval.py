@@ -37,7 +37,7 @@ except ImportError:
 
 
 class HarnessModel(TemplateLM):
-    """A located model as lm-eval asks it: `rows` requests at a time on a device, at most `max_length` tokens each."""
+    """A model as lm-eval calls it: `rows` requests at a time on a device, at most `max_length` tokens each."""
 
     max_gen_toks = 256  # where a task does not say, as lm-eval's own backends have it
 
@@ -57,17 +57,18 @@ class HarnessModel(TemplateLM):
             raise UserError(f"--max_length {max_length}: the model sees {self.graph.sequence_length} tokens")
 
     def in_chat(self) -> None:
-        """Texts end where the chat template ends the assistant's turn, too."""
+        """Makes texts end at the end of the assistant's turn in the chat template, too."""
         template = chat.read_template(self.found.workdir)
         self.marks = self.marks.also(*chat_tokens.ends_of_turn(template, self.found.tokenizer))
 
     @property
     def eot_token_id(self) -> int:
+        """The id that ends a text."""
         return self.marks.ends[0] if self.marks.ends else self.found.tokenizer.document_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: what the tokenizer puts there, else `bos_token_id`, or the end."""
+        """The id before a text without context: the tokenizer's first token, else `bos_token_id`, else the end."""
         known = [*self.marks.first, self.marks.start]
         return known[0] if known[0] >= 0 else self.eot_token_id
 
@@ -124,9 +125,9 @@ class HarnessModel(TemplateLM):
         return [found[i] for i in range(len(requests))]
 
     def write(self, contexts: Sequence[np.ndarray], settings: dict[str, Any], first: int) -> list[str]:
-        """Texts after contexts, whose last tokens are read that leave room; what is drawn is by the numbers from `first` on.
+        """Generates texts after contexts, whose first tokens are cut where they leave no room.
 
-        Raises UserError for a setting unknown here.
+        Request k draws with seed + `first` + k. Raises UserError for a setting unknown here.
         """
         named = normalize_gen_kwargs(settings, self.max_gen_toks)
         stop, limit = tuple(filter(None, named.pop("until"))), named.pop("max_gen_toks")
@@ -151,12 +152,15 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """What lm-eval's cache names the tokenizer by: its fingerprint."""
         return self.found.tokenizer.fingerprint
 
     def chat_template(self, chat_template: bool | str = False) -> str:
+        """The source of the model's chat template, "" where none is asked for."""
         return chat.read_template(self.found.workdir).source if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, up to where the assistant speaks. Raises UserError."""
         if not add_generation_prompt:
             raise UserError("a task that begins the assistant's answer cannot be asked with --apply_chat_template")
         template = chat.read_template(self.found.workdir)
@@ -166,7 +170,7 @@ class HarnessModel(TemplateLM):
 
 
 def run(model: HarnessModel, tasks: list[str], include_path: str = "", **settings: Any) -> dict[str, Any]:
-    """lm-eval's results of tasks by name, also of YAML files below `include_path`. Raises UserError for an unknown name."""
+    """lm-eval's results of tasks by name, also of YAML files below `include_path`. Raises UserError."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -17,13 +17,14 @@ from lm_jax.generate.chat_template import THOUGHTS, Message, Template
 
 
 class Sandbox:
-    """The process that fills in templates: started for the first text, and again after a template that it ended with."""
+    """The process that fills in templates; it is started for the first text, and again after a template ended it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
 
     def start(self) -> subprocess.Popen:
+        """Starts the process. Raises UserError where jinja2 is not installed."""
         if not importlib.util.find_spec("jinja2"):
             raise needs("a chat template", "jinja2", "hf")
         line = [sys.executable, "-P", str(pathlib.Path(__file__).parent / "jinja_process.py")]
@@ -55,6 +56,7 @@ class Sandbox:
         return found["texts"]
 
     def close(self) -> None:
+        """Ends the process."""
         if self.process:
             self.process.kill()
             self.process.communicate()
@@ -65,7 +67,7 @@ atexit.register(SANDBOX.close)
 
 
 class Job(NamedTuple):
-    """A text that a template is to write; `around` are two characters that it puts about what {% generation %} marks."""
+    """A text that a template is to write; `around` are two characters to put around what {% generation %} marks."""
 
     messages: Sequence[Message]
     add_generation_prompt: bool
@@ -74,13 +76,13 @@ class Job(NamedTuple):
 
 def render(template: Template, jobs: Sequence[Job], now: datetime.datetime | None = None) -> list[str]:
     """What a template writes for each job, as `apply_chat_template` of `transformers` does. Raises UserError."""
-    asked = [job._replace(messages=[seen(message) for message in job.messages])._asdict() for job in jobs]
+    asked = [job._replace(messages=[_as_shown(message) for message in job.messages])._asdict() for job in jobs]
     when = (now or datetime.datetime.now()).isoformat()
     return SANDBOX.ask({"source": template.source, "variables": template.variables, "now": when, "jobs": asked})
 
 
-def seen(message: Message) -> Message:
-    """A message as a template sees it: without what is none, thoughts under each name that templates know."""
+def _as_shown(message: Message) -> Message:
+    """A message as a template gets it: without None, its thoughts under each name that templates know."""
     message = {name: value for name, value in message.items() if value is not None}
     thought = next((message[name] for name in THOUGHTS if name in message), None)
     return message if thought is None else {"thinking": thought} | message | {THOUGHTS[0]: thought}

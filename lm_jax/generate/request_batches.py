@@ -8,7 +8,7 @@ Watch = Callable[[int, int], Any]  # (requests done, of how many)
 
 
 class Batch(NamedTuple):
-    """Requests that are asked together, by their numbers."""
+    """Requests that are asked together, by their indices."""
 
     requests: list[int]
     padded: list[int]  # the same, and the first again and again until there are as many as in every batch

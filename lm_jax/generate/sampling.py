@@ -24,7 +24,7 @@ class Sampling(NamedTuple):
     seed: Any = 0  # uint32
 
     def of_each(self, seed_by: np.ndarray) -> "Sampling":
-        """As arrays [B]: every request its own seed, the given one plus `seed_by`."""
+        """The settings as arrays [B]; each request has its own seed, the given one plus `seed_by`."""
         num = len(seed_by)
         kinds = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
         spread = [np.broadcast_to(np.asarray(x, kind), num) for x, kind in zip(self, kinds, strict=True)]
@@ -35,22 +35,22 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def keys(seed_B: jax.Array, step: jax.Array) -> jax.Array:
-    """One key a request, by its seed and the number of the token: its neighbours in the batch do not enter."""
+    """One key for each request, from its seed and the index of the token; neighbours in the batch do not enter."""
     one = lambda seed: row_keys(jax.random.key(seed), "generate", step, 0, jnp.zeros(1, jnp.uint32))[0]
     return jax.vmap(one)(seed_B)
 
 
-def draw(logits_BV: jax.Array, step: jax.Array, sampling: Sampling, seen_BV: jax.Array | None) -> jax.Array:
+def draw(logits_BV: jax.Array, step: jax.Array, sampling: Sampling, used_BV: jax.Array | None) -> jax.Array:
     """`sample` on a mesh: every device draws for its own requests, by their seeds."""
     row, matrix = computed(("batch",)), computed(("batch", None))
-    layouts = matrix, computed(()), jax.tree.map(lambda _: row, sampling), None if seen_BV is None else matrix
-    one = lambda logits_BV, step, sampling, seen_BV: sample(logits_BV, keys(sampling.seed, step), sampling, seen_BV)
-    return on_each_device(one, layouts, row)(logits_BV, step, sampling, seen_BV)
+    layouts = matrix, computed(()), jax.tree.map(lambda _: row, sampling), None if used_BV is None else matrix
+    one = lambda logits_BV, step, sampling, used_BV: sample(logits_BV, keys(sampling.seed, step), sampling, used_BV)
+    return on_each_device(one, layouts, row)(logits_BV, step, sampling, used_BV)
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
-    """int32 [B] drawn from softmax(logits / temperature) after the cuts; `seen_BV` are the pieces that are penalised."""
-    logits_BV = penalised(logits_BV.astype(jnp.float32), sampling, seen_BV)
+def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, used_BV: jax.Array | None = None) -> jax.Array:
+    """int32 [B] drawn from softmax(logits / temperature) after the cuts; `used_BV` are the tokens that are penalised."""
+    logits_BV = penalised(logits_BV.astype(jnp.float32), sampling, used_BV)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def drawn():
@@ -61,18 +61,18 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, seen_BV:
     return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy_B)
 
 
-def penalised(logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None) -> jax.Array:
-    """Logits of pieces that were read or written divided by the penalty, negative ones multiplied (arXiv:1909.05858, 4.1)."""
-    if seen_BV is None:
+def penalised(logits_BV: jax.Array, sampling: Sampling, used_BV: jax.Array | None) -> jax.Array:
+    """Logits of tokens that were read or written divided by the penalty, negative ones multiplied (arXiv:1909.05858, 4.1)."""
+    if used_BV is None:
         return logits_BV
     penalty_B1 = jnp.asarray(sampling.repetition_penalty)[:, None]
-    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1), logits_BV)
+    return jnp.where(used_BV, jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1), logits_BV)
 
 
 def cut(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits of -inf outside of the top_k, the nucleus top_p (arXiv:1904.09751), and below min_p of the best (arXiv:2407.01082).
 
-    Each cut weighs what the one before has left; the best piece always stays.
+    Each cut weighs what the one before has left; the best token always stays.
     """
     top_k_B1, top_p_B1 = jnp.asarray(sampling.top_k)[:, None], jnp.asarray(sampling.top_p)[:, None]
     ordered_BV = -jnp.sort(-logits_BV, axis=-1)

@@ -32,13 +32,13 @@ class Cluster:
     local_device: int | None = None  # where each of a host's processes has one accelerator: which; None: all of them
 
     def name(self, process: int) -> str:
-        """ "process 3 (10.0.0.4)", or without its host where that is not known."""
+        """A process in words, "process 3 (10.0.0.4)", or without its host where that is not known."""
         inside = process - self.slice_index * len(self.hosts)
         return f"process {process}" + (f" ({self.hosts[inside]})" if 0 <= inside < len(self.hosts) else "")
 
 
 def find() -> Cluster | None:
-    """The job that this process is one of several of; None where it is alone.
+    """The job that this process belongs to, None where it is alone.
 
     JAX_COORDINATOR_ADDRESS comes first, with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or with the numbers of a cluster
     below; then Open MPI, a step of Slurm, GKE, and a Cloud TPU VM, which alone is asked over the network.
@@ -65,7 +65,7 @@ def find() -> Cluster | None:
 
 
 def given(name: str) -> int | None:
-    """A number in the environment, None where there is none. Raises UserError where it is something else."""
+    """A number in the environment, None where it is not set. Raises UserError for any other text."""
     text = os.environ.get(name, "")
     if text and not text.isdecimal():
         raise UserError(f"{name}={text!r} is no number of processes, or of one of them; give one, such as {name}=1")
@@ -73,7 +73,7 @@ def given(name: str) -> int | None:
 
 
 def explicit(address: str, found: Cluster | None, num: int | None, process: int | None) -> Cluster:
-    """The job whose process 0 is where the environment says; what it does not say, `found` knows."""
+    """The job whose coordinator is at `address`; what the environment does not say is taken from `found`."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         address = f"{address.rstrip(':')}:{os.environ.get('JAX_COORDINATOR_PORT', PORT)}"
@@ -92,6 +92,7 @@ def explicit(address: str, found: Cluster | None, num: int | None, process: int 
 
 
 def open_mpi() -> Cluster | None:
+    """The processes that mpirun started. Raises UserError where nothing says where process 0 is."""
     num = given("OMPI_COMM_WORLD_SIZE")
     if num is None or num == 1:
         return None
@@ -110,7 +111,7 @@ def open_mpi() -> Cluster | None:
 
 
 def slurm() -> Cluster | None:
-    """Only a task that srun started: a script of sbatch has the job's numbers too, and is one process."""
+    """The tasks that srun started. A script of sbatch has the job's numbers too, and is one process."""
     num = given("SLURM_STEP_NUM_TASKS")
     if num is None or num == 1 or not SlurmCluster.is_env_present():
         return None
@@ -128,13 +129,14 @@ def one_accelerator(local: int | None) -> int | None:
 
 
 def gke() -> Cluster | None:
-    """A pod with TPUs: GKE writes its slice's hosts into the environment, and JobSet those of several slices."""
+    """A pod with TPUs: GKE puts the hosts of its slice into the environment, JobSet those of several slices."""
     if not (os.environ.get("TPU_WORKER_ID") and GkeTpuCluster._get_worker_host_names_env_var()):
         return None
     return of_tpus(GkeTpuCluster, "GKE", os.environ.get)
 
 
 def tpu_vm() -> Cluster | None:
+    """The hosts of a Cloud TPU VM's slice, as the metadata server names them. Raises UserError without `requests`."""
     if not cloud_tpu_init.running_in_cloud_tpu_vm or "TPU_SKIP_MDS_QUERY" in os.environ:
         return None  # no chips of Google's are in this machine
     if "TPU_PROCESS_BOUNDS" in os.environ or not metadata_answers():  # its chips were given out by hand; no server

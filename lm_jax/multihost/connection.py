@@ -101,6 +101,6 @@ def connect(address: str, process: int, host: str, client) -> Connection:
 
 
 def unreached(who: str, host: str, port: int) -> str:
-    """The words of a PeerError."""
+    """The message of a PeerError."""
     mend = "let the processes of a run connect to each other's ports"
     return f"process {who} cannot reach process 0 at {host}:{port}\n{mend}"

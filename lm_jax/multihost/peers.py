@@ -39,7 +39,7 @@ GOODBYE = 0.5  # seconds that who ends waits for the others to hear it
 
 
 class End(NamedTuple):
-    """How a process ended: what the others leave with, and say."""
+    """How a process ended: the exit code and the words for the others."""
 
     process: int
     host: str
@@ -47,6 +47,7 @@ class End(NamedTuple):
     words: str
 
     def told(self) -> str:
+        """The line in which the other processes tell of it."""
         return f"lm_jax: process {self.process} (host {self.host}) {self.words}"
 
 
@@ -76,6 +77,7 @@ class Line(stop.Alone):
 
     @property
     def is_main_process(self) -> bool:
+        """Whether this is process 0."""
         return self.process == 0
 
     def send(self, **message) -> None:
@@ -118,7 +120,7 @@ class Line(stop.Alone):
             self._tell(End(self.process, self.host, code, f"stopped: {words}"))
 
     def part(self, code: int) -> None:
-        """The end that all have come to: returns once all are there. Raises RuntimeError where they end differently.
+        """Ends together with all others: returns once all are here. Raises RuntimeError where their codes differ.
 
         Until JAX has let go of the others too a connection that closes is a death.
         """
@@ -242,12 +244,12 @@ def stepped(step: int) -> None:
 
 
 def pace(rows: int) -> contextlib.AbstractContextManager:
-    """Stands around a step of so many rows: with other processes, a step that is stuck ends them all."""
+    """A context around a step of `rows` rows: with other processes, a step that is stuck ends them all."""
     return line.watchdog(rows) if line else contextlib.nullcontext()
 
 
 def log_to(path: epath.Path) -> None:
-    """Names the log of the run: last words are written there too."""
+    """Sets the log of the run, to which last words are written too."""
     if line:
         logs.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
 

@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 def limit() -> float:
-    """Seconds. Raises UserError."""
+    """How many seconds processes wait for one another. Raises UserError where the environment says no number."""
     text = os.environ.get(LIMIT, "300")
     if not text.isdecimal() or int(text) == 0:
         raise UserError(f"{LIMIT}={text!r} is no number of seconds; give one, such as {LIMIT}=300")
@@ -36,7 +36,7 @@ def call(found: Cluster) -> list[str]:
 
 
 class Wait:
-    """How long is waited already. Says now and then for whom."""
+    """Counts how long this process has waited, and logs now and then for whom."""
 
     def __init__(self, found: Cluster, seconds: float):
         self.found, self.seconds = found, seconds
@@ -53,6 +53,7 @@ class Wait:
             tell(f"{me} waits for {what} ({now - self.start:.0f} s of {self.seconds:.0f})")
 
     def verdict(self, what: str) -> str:
+        """The message of the PeerError: what never came, and how to wait longer or without it."""
         return (
             f"{what}: never came within {self.seconds:.0f} s ({self.found.where}; process 0 at {self.found.address})\n"
             f"see what its host says, and start all {self.found.num_processes} again; {LIMIT}=600 waits longer, "
@@ -61,7 +62,7 @@ class Wait:
 
 
 def lead(found: Cluster, wait: Wait) -> list[str]:
-    """Process 0: calls the roll."""
+    """Process 0: waits until every process has called. Returns all hosts by process. Raises PeerError, UserError."""
     hosts: dict[int, str] = {0: socket.gethostname()}
     connections: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack, listening(found, wait) as server:
@@ -98,6 +99,12 @@ def listen(port: int) -> socket.socket:
     return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
 
 
+def free_port() -> int:
+    """A port of this host that nobody has now."""
+    with listen(0) as found:
+        return found.getsockname()[1]
+
+
 @contextlib.contextmanager
 def listening(found: Cluster, wait: Wait) -> Iterator[socket.socket]:
     """The socket of the coordinator's port, on all addresses of this host, once nobody else has it."""
@@ -121,7 +128,7 @@ def listening(found: Cluster, wait: Wait) -> Iterator[socket.socket]:
 
 
 def arrivals(server: socket.socket, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
-    """Who has called meanwhile: {process, of, host, connection}."""
+    """Who has called since: [{process, of, host, connection}], at most one."""
     try:
         connection = stack.enter_context(server.accept()[0])
     except TimeoutError:
@@ -138,7 +145,7 @@ def arrivals(server: socket.socket, stack: contextlib.ExitStack) -> list[dict[st
 
 
 def contradiction(line: dict[str, Any], hosts: dict[int, str], found: Cluster) -> str:
-    """What cannot be true of what a process said, "" where all can."""
+    """What contradicts in the words of a process, "" where nothing does."""
     process, of, host = line["process"], line["of"], line["host"]
     if of != found.num_processes:
         here = f"process 0 on {hosts[0]} is one of {found.num_processes}"
@@ -160,6 +167,7 @@ def is_gone(connection: socket.socket) -> bool:
 
 
 def send(connections, message: dict[str, Any]) -> None:
+    """Sends a message to each connection; one that is gone is passed over."""
     for connection in connections:
         with contextlib.suppress(OSError):  # it is gone: the next round of the roll sees it
             connection.sendall(json.dumps(message).encode() + b"\n")
@@ -195,7 +203,7 @@ def answer(found: Cluster, wait: Wait) -> list[str]:
 
 
 def messages(connection: socket.socket) -> Iterator[dict[str, Any]]:
-    """What process 0 says, as long as it is that."""
+    """The messages of process 0, until something else is received."""
     for line in connection.makefile("rb"):
         try:
             told = json.loads(line)

@@ -29,6 +29,7 @@ class StepWatchdog:
 
     @contextlib.contextmanager
     def __call__(self, rows: int) -> Iterator[None]:
+        """The time of a step of `rows` rows."""
         enough = len(self._last) >= self.FEWEST
         limit = max(self.SHORTEST, self.TIMES * statistics.median(self._last) * rows) if enough else 0.0
         self._since, self._told, self._limit = time.monotonic(), False, limit
@@ -37,7 +38,7 @@ class StepWatchdog:
         self._limit = 0.0
 
     def late(self) -> str:
-        """Why the step is given up, "" as long as it is not."""
+        """Why the step is given up, "" while it is not."""
         since, limit = self._since, self._limit
         seconds = time.monotonic() - since
         if not limit or seconds < limit:

@@ -40,8 +40,11 @@ TYPICAL_MFU = 0.4  # of a recipe like this on an accelerator, for the times in t
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one model and its rows. Matrix parameters are those inside a token's products: no lookups, no norms, biases or
-    experts that it did not choose."""
+    """The costs of one model and its rows.
+
+    Matrix parameters are those inside a token's products: no lookups, no norms, biases or experts that it did not
+    choose.
+    """
 
     parameters: int
     trained: int  # of these parameters
@@ -88,13 +91,12 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
 def bytes_by_class(
     config: Config, costs: Costs, rows: int, sizes: dict[str, int], accumulates: bool
 ) -> dict[str, float]:
-    """{what: bytes} on one device: state, gradients, what the backward pass reads again, logits. An estimate, counted
-    as XLA compiles it (docs/notebook.md).
+    """{what: bytes} on one device: state, gradients, what the backward pass reads again, logits.
 
-    `rows` is one microbatch over all devices, `sizes` are those of the mesh axes. State, gradients and logits are
-    float32, two copies of the gradients where a step `accumulates` over several microbatches. What is not trained has
-    neither gradient nor moments; where nothing is trained in the layers or below them, only one layer at a time keeps
-    what it reads.
+    An estimate, counted as XLA compiles it (docs/notebook.md). `rows` is one microbatch over all devices, `sizes` are
+    those of the mesh axes. State, gradients and logits are float32, two copies of the gradients where a step
+    `accumulates` over several microbatches. What is not trained has neither gradient nor moments; where nothing is
+    trained in the layers or below them, only one layer at a time keeps what it reads.
 
     A token keeps in each layer, by `model.remat`: with full its input; with names also attention's result and branch,
     and the heads' queries, keys and values; with dots also the products of the MLP; with none also what norms,
@@ -149,7 +151,7 @@ def device_name(device: jax.Device) -> str:
 
 
 def measured_peak() -> float:
-    """FLOP/s of a large float32 product on this machine, all devices of the process that share its cores together."""
+    """FLOP/s of a large float32 product on this machine, for all devices of the process together."""
     n = 1024
     a = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
     product = jax.jit(lambda a: a @ a)
@@ -171,16 +173,22 @@ def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float:
 
 
 def device_memory(device: jax.Device) -> float:
-    """Bytes that one device of this process offers: on a CPU the machine's memory over the devices that share it, else
-    what the device says, 16 GiB where it says nothing."""
+    """Bytes that one device of this process offers.
+
+    On a CPU the machine's memory over the devices that share it, else what the device says, 16 GiB where it says
+    nothing.
+    """
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     return float((device.memory_stats() or {}).get("bytes_limit", 16 * 2**30))
 
 
 def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp: Ramp, device: jax.Device) -> int:
-    """Rows of a microbatch, over all devices: the most that divide the first batch, split evenly over the mesh and fit
-    in 80% of a device's memory (a CPU: in 40%, and at most 2,048 tokens); one row a shard where none fits."""
+    """Rows of a microbatch, over all devices.
+
+    The most that divide the first batch, split evenly over the mesh and fit in 80% of a device's memory (a CPU: in 40%,
+    and at most 2,048 tokens); one row a shard where none fits.
+    """
     shards = sizes["data"] * sizes["fsdp"]
     smallest, on_cpu = ramp.smallest, device.platform == "cpu"
     budget = device_memory(device) * (0.4 if on_cpu else 0.8)
@@ -210,7 +218,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """A number in three characters or so: "97", "124M", "1.3B", "2.6e20"."""
+    """A number in about three characters: "97", "124M", "1.3B", "2.6e20"."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if 1 <= number / scale < 1000:
             value = number / scale

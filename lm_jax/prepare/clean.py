@@ -37,12 +37,12 @@ def ngrams(text: str) -> list[str]:
 
 
 def normalise(text: str) -> str:
-    """Newlines as \\n, no byte-order mark, characters in composed form (NFC, which keeps full-width marks as they are)."""
+    r"""Text with \n as its only newline, no byte-order mark, and characters composed (NFC keeps full-width marks)."""
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff"))
 
 
 def require(what: str) -> None:
-    """Raises UserError with the command that mends it where datatrove is not installed."""
+    """Raises UserError, with the command that installs it, where datatrove is missing."""
     try:
         import datatrove.utils.hashes.xxhash  # noqa: F401
         import regex  # noqa: F401
@@ -51,7 +51,7 @@ def require(what: str) -> None:
 
 
 def quiet() -> None:
-    """datatrove logs every task to the terminal; what matters to a user is in our progress and report."""
+    """Switches datatrove's log off: what matters to a user is in our progress and report."""
     from loguru import logger
 
     logger.disable("datatrove")
@@ -59,7 +59,7 @@ def quiet() -> None:
 
 
 def word_tokenizer() -> Any:
-    """`words` as datatrove's blocks take it."""
+    """The function `words` as a word tokenizer of datatrove."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Words(WordTokenizer):
@@ -77,7 +77,7 @@ def word_tokenizer() -> Any:
 
 
 def filters(names: tuple[str, ...], dropped) -> list:
-    """datatrove's blocks of each set of rules; `dropped(rule)` gives the writer that takes what a block leaves out."""
+    """The blocks of datatrove for each set of rules; `dropped(rule)` gives the writer for what a block leaves out."""
     if not names:
         return []
     from datatrove.pipeline import filters as blocks
@@ -100,9 +100,10 @@ def scrubbers() -> list:
 
 
 class Scrub:
-    """What datatrove's formatter leaves: IPv6 addresses and phone numbers."""
+    """Replaces what datatrove's formatter does not: IPv6 addresses and phone numbers."""
 
     def __call__(self, data, rank: int = 0, world_size: int = 1):
+        """Documents with IPv6 addresses and phone numbers replaced."""
         for document in data:
             document.text = re.sub(_PHONE, PHONE, re.sub(_ADDRESS6, _address6, document.text))
             yield document
@@ -119,7 +120,7 @@ def _address6(match: re.Match) -> str:
 
 
 def minhash(step: str, folder: str, dropped=None) -> list:
-    """datatrove's MinHash near-duplicates (5-grams of words, 14 bands of 8: from about 0.72 alike on), a step at a time."""
+    """Blocks of datatrove's MinHash, a step at a time: 5-grams of words, 14 bands of 8 (from about 0.72 alike on)."""
     from datatrove.pipeline.dedup import minhash as blocks
 
     made = {

@@ -25,7 +25,7 @@ Log = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Who runs the tasks."""
+    """The settings of who runs the tasks."""
 
     executor: str = "local"  # or ray, slurm
     workers: int = 0  # tasks at once; 0 = one a core, on Ray and Slurm as many as there are
@@ -35,6 +35,8 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
+    """Tasks that may run in any order, each through the same steps."""
+
     name: str
     tasks: int
     steps: Callable[[], list]  # each called as step(documents, rank, number of tasks), as datatrove calls its blocks
@@ -42,7 +44,7 @@ class Stage:
 
 
 def run_stage(stage: Stage, folder: str, choice: Choice, num_bytes: int, log: Log) -> None:
-    """Runs the tasks that have no mark in `place` yet. Raises UserError with the first mistake that a task met."""
+    """Runs the tasks that have no mark in `folder` yet. Raises UserError with the first mistake that a task met."""
     marks, mistakes = os.path.join(folder, "completions"), os.path.join(folder, "mistakes")
     os.makedirs(marks, exist_ok=True)
     shutil.rmtree(mistakes, ignore_errors=True)
@@ -56,19 +58,20 @@ def run_stage(stage: Stage, folder: str, choice: Choice, num_bytes: int, log: Lo
             for rank in range(stage.tasks):
                 mark = os.path.join(marks, f"{rank:05}")
                 if not os.path.exists(mark):
-                    run_here(steps, rank, stage.tasks)
+                    _run_here(steps, rank, stage.tasks)
                     open(mark, "w").close()
         else:
             execute(steps, stage, folder, choice, workers, mistakes)
     missing = stage.tasks - len(os.listdir(marks))
     if missing:
-        raise_mistake(mistakes)
+        _raise_mistake(mistakes)
         raise RuntimeError(
             f"{missing} of {stage.tasks} tasks of {stage.name} did not end; their logs are in {folder}/logs"
         )
 
 
 def has_datatrove() -> bool:
+    """Whether datatrove is installed."""
     try:
         clean.require("")
     except UserError:
@@ -76,7 +79,7 @@ def has_datatrove() -> bool:
     return True
 
 
-def run_here(steps: list, rank: int, world_size: int) -> None:
+def _run_here(steps: list, rank: int, world_size: int) -> None:
     data = None
     for step in steps:
         data = step(data, rank, world_size)
@@ -85,7 +88,7 @@ def run_here(steps: list, rank: int, world_size: int) -> None:
 
 
 class Mistakes:
-    """A step whose UserError is written down where every executor's caller finds it."""
+    """A step whose UserError is written to a file, where the caller of every executor finds it."""
 
     def __init__(self, step, folder: str):
         self.step, self.folder = step, folder
@@ -96,16 +99,19 @@ class Mistakes:
         return repr(self.step)
 
     def __call__(self, data, rank: int = 0, world_size: int = 1):
+        """Calls the step; a UserError of it, or of the documents that it yields, is written down."""
         with self.written(rank):
             made = self.step(data, rank, world_size)
         return made if made is None else self.guarded(made, rank)
 
     def guarded(self, made, rank: int):
+        """The documents of the step."""
         with self.written(rank):
             yield from made
 
     @contextlib.contextmanager
     def written(self, rank: int):
+        """Writes a UserError to the file of the task, and lets it go on."""
         try:
             yield
         except UserError as error:
@@ -116,7 +122,7 @@ class Mistakes:
             raise
 
 
-def raise_mistake(folder: str) -> None:
+def _raise_mistake(folder: str) -> None:
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "?????"))):
         with open(path) as file:
             raise UserError(file.read())
@@ -161,7 +167,7 @@ def execute(steps: list, stage: Stage, folder: str, choice: Choice, workers: int
     except UserError:
         raise
     except Exception:
-        raise_mistake(mistakes)  # a pool's exception says less
+        _raise_mistake(mistakes)  # a pool's exception says less
         raise
 
 
@@ -190,13 +196,14 @@ class Quiet:
     """Keeps datatrove's log off the terminal of the process that runs a task, from the moment that the task arrives there."""
 
     def __reduce__(self):
-        return made_quiet, ()
+        return _made_quiet, ()
 
     def __call__(self, data, rank: int = 0, world_size: int = 1):
+        """The documents, unchanged."""
         return data
 
 
-def made_quiet() -> Quiet:
+def _made_quiet() -> Quiet:
     clean.quiet()
     return Quiet()
 
@@ -212,8 +219,8 @@ def watched(stage: Stage, folder: str, num_bytes: int, log: Log):
     def watch() -> None:
         while not ended.wait(5):
             now, passed = share(), time.monotonic() - began
-            left = f", {passed * (1 - now) / (now - first):.0f} s left" if now > first else ""
-            log(f"{stage.name}: {100 * now:.0f}% ({len(os.listdir(marks))} of {stage.tasks} tasks){left}")
+            rest = f", {passed * (1 - now) / (now - first):.0f} s left" if now > first else ""
+            log(f"{stage.name}: {100 * now:.0f}% ({len(os.listdir(marks))} of {stage.tasks} tasks){rest}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -225,7 +232,7 @@ def watched(stage: Stage, folder: str, num_bytes: int, log: Log):
 
 
 def done_share(stage: Stage, folder: str, num_bytes: int) -> float:
-    """Of the stage's work: bytes of the files that are read, else tasks."""
+    """The share of the stage's work that is done, 0 to 1: of the bytes that are read, else of the tasks."""
     told = glob.glob(os.path.join(glob.escape(folder), "progress", "?????"))
     if told and num_bytes:
         read = 0

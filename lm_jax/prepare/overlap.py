@@ -11,14 +11,15 @@ from lm_jax.prepare.report import Tally
 
 
 class Overlap:
-    """Runs of NGRAM words that evaluation sets hold too: found, and what holds one left out where that is wanted."""
+    """Counts documents that share runs of NGRAM words with evaluation sets, and drops them where `remove`."""
 
-    def __init__(self, tally: Tally, places: tuple[str, ...], text_key: str, remove: bool):
-        self.tally, self.places, self.text_key, self.remove = tally, places, text_key, remove
+    def __init__(self, tally: Tally, paths: tuple[str, ...], text_key: str, remove: bool):
+        self.tally, self.paths, self.text_key, self.remove = tally, paths, text_key, remove
         self.index: dict[str, list[tuple[str, int]]] = {}
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        self.index = self.index or evaluation_index(self.places, self.text_key)[0]
+        """Documents; what they share with evaluation sets is counted."""
+        self.index = self.index or evaluation_index(self.paths, self.text_key)[0]
         for document in data:
             items = {item for ngram in clean.ngrams(document.text) for item in self.index.get(ngram, ())}
             for source in sorted({source for source, _ in items}):
@@ -29,11 +30,11 @@ class Overlap:
                 yield document
 
 
-def evaluation_index(places: tuple[str, ...], text_key: str) -> tuple[dict, dict[str, dict[str, int]]]:
+def evaluation_index(paths: tuple[str, ...], text_key: str) -> tuple[dict, dict[str, dict[str, int]]]:
     """({n-gram: [(set, item)]}, {set: items and how many of them are too short}). All strings of a JSON record count."""
     index: dict[str, list[tuple[str, int]]] = defaultdict(list)
     sizes = {}
-    for file in readers.find(places):
+    for file in readers.find(paths):
         short = number = 0
         for number, text in enumerate(evaluation_items(file.path, text_key), 1):
             found = clean.ngrams(text)
@@ -45,7 +46,7 @@ def evaluation_index(places: tuple[str, ...], text_key: str) -> tuple[dict, dict
 
 
 def evaluation_items(path: str, text_key: str) -> Iterator[str]:
-    """The text of each item: of a record in a table all its strings, so that a question and its answer are one."""
+    """The text of each item; of a record in a table all its strings, so that question and answer are one item."""
     if sources.kind_of(path) not in lines.KINDS:
         for record in readers.records(path, text_key):
             if isinstance(record, Bad):
@@ -62,11 +63,11 @@ def evaluation_items(path: str, text_key: str) -> Iterator[str]:
         raise UserError(f"--decontaminate {path} cannot be read: {error}") from None
 
 
-def summary(places: tuple[str, ...], text_key: str, tally: Tally) -> dict[str, dict[str, int]]:
+def summary(paths: tuple[str, ...], text_key: str, tally: Tally) -> dict[str, dict[str, int]]:
     """For each evaluation set: items, those too short to tell, those found in the text, documents that hold one."""
-    if not places:
+    if not paths:
         return {}
-    _, sizes = evaluation_index(places, text_key)
+    _, sizes = evaluation_index(paths, text_key)
     found = {name: tally.found.get(name, {"documents": 0, "items": []}) for name in sizes}
     return {
         name: {**size, "found": len(found[name]["items"]), "documents": found[name]["documents"]}

@@ -22,45 +22,47 @@ from lm_jax import regular_files
 from lm_jax.data import lines, sources
 from lm_jax.errors import UserError, needs
 
-PIECE = 1_000_000  # characters of the longest document; a longer one is cut, so that no stage holds more at once
+CHUNK = 1_000_000  # characters of the longest document; a longer one is cut, so that no stage holds more at once
 HF_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")  # what is read of a data set's repository
 
 
 @dataclasses.dataclass
 class Document:
-    """A text and where it stands; the attributes are those that datatrove's blocks read."""
+    """A text and where it came from; the attributes are those that datatrove's blocks read."""
 
     text: str
-    id: str  # "file", "file:line" or "file#piece"
+    id: str  # "file", "file:line" or "file#chunk"
     media: list = dataclasses.field(default_factory=list)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Bad(NamedTuple):
-    """A record that is no text: where it stands and what is wrong with it."""
+    """A record that is no text: where it is and what is wrong with it."""
 
     id: str
     reason: str
 
 
 class File(NamedTuple):
+    """An input file."""
+
     path: str  # or URL
     size: int  # bytes
     key: str  # changes with the content
 
 
-class Damaged(ValueError):
+class DamagedError(ValueError):
     """A compressed file that ends early or is not what its name says."""
 
 
-DAMAGE = (Damaged, EOFError, gzip.BadGzipFile, zlib.error)
+DAMAGE = (DamagedError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
-def find(places: tuple[str, ...], log: Callable[[str], None] = lambda line: None) -> list[File]:
-    """The files of places (files, folders, globs, URLs of fsspec, "hf:OWNER/NAME"), in order. Raises UserError."""
+def find(inputs: tuple[str, ...], log: Callable[[str], None] = lambda line: None) -> list[File]:
+    """The files of inputs (files, folders, globs, URLs of fsspec, "hf:OWNER/NAME"), in order. Raises UserError."""
     found: dict[str, File] = {}
     hidden: list[str] = []
-    for source in places:
+    for source in inputs:
         if source == "python":
             found[source] = File(
                 source, 13_000_000, hashlib.sha256(repr(list(sources.documents("python"))).encode()).hexdigest()
@@ -90,7 +92,7 @@ def find(places: tuple[str, ...], log: Callable[[str], None] = lambda line: None
 
 
 def _below(system, path: str, hidden: list[str]) -> list[str]:
-    """Files that a path, a folder or a pattern names. Raises OSError for what is on this machine and can be no file."""
+    """Files that a path, a folder or a pattern names. Raises OSError for a local path that is no regular file."""
     exists = os.path.lexists if "file" in system.protocol else system.exists
     matching = system.glob(path) if re.search(r"[*?\[]", path) and not exists(path) else [path]
     if "file" not in system.protocol:
@@ -102,7 +104,7 @@ def _below(system, path: str, hidden: list[str]) -> list[str]:
 
 
 class Zstandard(io.RawIOBase):
-    """The content of a .zst file; raises Damaged where it ends early (the package's own reader just stops)."""
+    """The content of a .zst file; raises DamagedError where it ends early (the package's own reader just stops)."""
 
     def __init__(self, file):
         try:
@@ -113,15 +115,17 @@ class Zstandard(io.RawIOBase):
         self._frame, self._ready, self._fed = zstandard.ZstdDecompressor().decompressobj(), b"", False
 
     def readable(self) -> bool:
+        """Always True."""
         return True
 
     def readinto(self, buffer) -> int:
+        """Fills the buffer with decompressed bytes, 0 at the end. Raises DamagedError."""
         while not self._ready:
             rest = self._frame.unused_data if self._frame.eof else b""
             block = rest or self._file.read(1 << 12)  # of which a bomb makes 128 MiB, not more
             if not block:
                 if self._fed and not self._frame.eof:
-                    raise Damaged("the file ends inside a frame")
+                    raise DamagedError("the file ends inside a frame")
                 return 0
             if self._frame.eof:
                 self._frame = self._package.ZstdDecompressor().decompressobj()
@@ -129,20 +133,23 @@ class Zstandard(io.RawIOBase):
             try:
                 self._ready = self._frame.decompress(block)
             except self._package.ZstdError as error:
-                raise Damaged(str(error)) from None
+                raise DamagedError(str(error)) from None
         num = min(len(buffer), len(self._ready))
         buffer[:num], self._ready = self._ready[:num], self._ready[num:]
         return num
 
 
 @contextlib.contextmanager
-def opened(path: str, seen: Callable[[int], None] = lambda num_bytes: None):
-    """The bytes of a file, .gz and .zst undone (not of WARC, whose reader wants to). `seen` hears how far the file is read."""
+def opened(path: str, progress: Callable[[int], None] = lambda num_bytes: None):
+    """The bytes of a file, .gz and .zst decompressed (not of WARC, whose reader wants to).
+
+    `progress` is called with the number of bytes that were read of the file.
+    """
     with fsspec.open(path, "rb") if regular_files.is_url(path) else regular_files.opened(path) as raw:
         if sources.kind_of(path) == "parquet":  # read by its own index
             yield raw
             return
-        inner = _Heard(raw, seen)
+        inner = _Heard(raw, progress)
         if path.lower().endswith(".gz") and sources.kind_of(path) != "warc":
             # With a buffer around it, whole lines before a torn end would be lost.
             yield gzip.GzipFile(fileobj=io.BufferedReader(inner))
@@ -153,8 +160,8 @@ def opened(path: str, seen: Callable[[int], None] = lambda num_bytes: None):
 
 
 class _Heard(io.RawIOBase):
-    def __init__(self, file, seen: Callable[[int], None]):
-        self._file, self._seen, self._num = file, seen, 0
+    def __init__(self, file, progress: Callable[[int], None]):
+        self._file, self._progress, self._num = file, progress, 0
 
     def readable(self) -> bool:
         return True
@@ -163,12 +170,12 @@ class _Heard(io.RawIOBase):
         block = self._file.read(len(buffer))
         buffer[: len(block)] = block
         self._num += len(block)
-        self._seen(self._num)
+        self._progress(self._num)
         return len(block)
 
 
 class Where:
-    """The line that a reader has come to; 0 where a file has none."""
+    """The line that a reader is at; 0 where a file has no lines."""
 
     def __init__(self, path: str):
         self.path, self.name, self.line = path, regular_files.shown(path), 0
@@ -178,9 +185,9 @@ class Where:
 
 
 def records(
-    path: str, text_key: str = "text", seen: Callable[[int], None] = lambda n: None
+    path: str, text_key: str = "text", progress: Callable[[int], None] = lambda n: None
 ) -> Iterator[Document | Bad]:
-    """Every record of a file, in order, none lost: a document of at most PIECE characters, or what is wrong with it."""
+    """Every record of a file, in order, none lost: a document of at most CHUNK characters, or what is wrong with it."""
     if path == "python":
         for name, content in sources.documents("python"):
             yield from _whole(f"python/{name}", content)
@@ -189,7 +196,7 @@ def records(
     own = {"parquet": _parquet, "html": _html, "warc": _warc, "text": _text}
     read = own.get(sources.kind_of(path), _rows)
     try:
-        with opened(path, seen) as file:
+        with opened(path, progress) as file:
             for record in read(where, file, text_key):
                 yield from _checked(record)
     except DAMAGE as error:
@@ -199,24 +206,24 @@ def records(
 
 
 def _checked(record: Document | Bad) -> Iterator[Document | Bad]:
-    """The record in pieces, or what is wrong with its text."""
+    """The record in chunks, or what is wrong with its text."""
     if isinstance(record, Document) and (reason := lines.no_text(record.text)):
         record = Bad(record.id, reason)
-    if isinstance(record, Bad) or len(record.text) <= PIECE:
+    if isinstance(record, Bad) or len(record.text) <= CHUNK:
         yield record
         return
     number, rest = 0, record.text
     while rest:
         part = rest[: cut(rest)]
-        yield Document(part, f"{record.id}#{number}", metadata={"piece": number})
+        yield Document(part, f"{record.id}#{number}", metadata={"chunk": number})
         number, rest = number + 1, rest[len(part) :]
 
 
 def cut(text: str) -> int:
-    """Where a text is cut to at most PIECE characters: after a line, else after a space, else anywhere."""
-    if len(text) <= PIECE:
+    """Where a text is cut to at most CHUNK characters: after a line, else after a space, else anywhere."""
+    if len(text) <= CHUNK:
         return len(text)
-    return text.rfind("\n", PIECE // 2, PIECE) + 1 or text.rfind(" ", PIECE // 2, PIECE) + 1 or PIECE
+    return text.rfind("\n", CHUNK // 2, CHUNK) + 1 or text.rfind(" ", CHUNK // 2, CHUNK) + 1 or CHUNK
 
 
 def _whole(name: str, content: bytes) -> Iterator[Document | Bad]:
@@ -225,10 +232,10 @@ def _whole(name: str, content: bytes) -> Iterator[Document | Bad]:
 
 
 def _text(where: Where, file, _: str) -> Iterator[Document | Bad]:
-    """A text file is a document; of a long one a piece at a time is held."""
+    """A text file is one document; a long one is read chunk by chunk."""
     decoder, waiting, line, number = codecs.getincrementaldecoder("utf-8-sig")(), "", 1, 0
     while True:
-        block = file.read(PIECE)
+        block = file.read(CHUNK)
         try:
             waiting += decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -236,13 +243,13 @@ def _text(where: Where, file, _: str) -> Iterator[Document | Bad]:
             is_16 = not line - 1 and error.object.startswith(lines.UTF_16_MARKS)
             yield Bad(str(where), lines.UTF_16 if is_16 else "not UTF-8")
             return
-        while len(waiting) > PIECE:
+        while len(waiting) > CHUNK:
             part = waiting[: cut(waiting)]
-            yield Document(part, f"{where.name}#{number}", metadata={"piece": number})
+            yield Document(part, f"{where.name}#{number}", metadata={"chunk": number})
             line, number, waiting = line + part.count("\n"), number + 1, waiting[len(part) :]
         if not block:
             break
-    name, facts = (f"{where.name}#{number}", {"piece": number}) if number else (where.name, {})
+    name, facts = (f"{where.name}#{number}", {"chunk": number}) if number else (where.name, {})
     yield Document(waiting, name, metadata=facts)
 
 
@@ -262,7 +269,7 @@ def _needs(package: str, what: str):
 
 
 def _parquet(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
-    """Rows count as lines; a group of rows is held at a time."""
+    """Rows count as lines; one group of rows is in memory at a time."""
     parquet = _needs("pyarrow.parquet", "a Parquet file")
     from pyarrow import ArrowException
 
@@ -280,8 +287,8 @@ def _parquet(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
                 where.line += 1
                 found = lines.text_of({text_key: value}, text_key, "--text_key")
                 yield Document(found, str(where)) if isinstance(found, str) else Bad(str(where), found.reason)
-    except (ArrowException, OSError, ValueError) as error:  # of a file in pieces, and of text that is no UTF-8
-        raise Damaged(str(error).split("\n")[0][:100]) from None
+    except (ArrowException, OSError, ValueError) as error:  # of a damaged file, and of text that is no UTF-8
+        raise DamagedError(str(error).split("\n")[0][:100]) from None
 
 
 def _html(where: Where, file, _: str) -> Iterator[Document | Bad]:
@@ -323,4 +330,4 @@ def _warc(where: Where, file, _: str) -> Iterator[Document | Bad]:
             else:
                 yield from _whole(name, content)
     except ArchiveLoadFailed as error:
-        raise Damaged(str(error).split("\n")[0][:100]) from None
+        raise DamagedError(str(error).split("\n")[0][:100]) from None

@@ -13,17 +13,19 @@ EXAMPLES, EXAMPLE_CHARACTERS = 3, 200
 
 
 class Tally:
-    """What one task, or all tasks of a stage, saw and left out."""
+    """Counts what one task, or all tasks of a stage, read and left out."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
+        """Starts again at zero."""
         self.documents, self.bytes, self.pieces = 0, 0, 0
         self.dropped: dict[str, dict[str, Any]] = {}
         self.found: dict[str, Any] = {}  # evaluation set -> {"documents": n, "items": indices}
 
     def see(self, text: str) -> None:
+        """Counts a document that came in."""
         self.documents += 1
         self.bytes += len(text.encode("utf-8", "replace"))
 
@@ -44,6 +46,7 @@ class Tally:
         entry["items"] = sorted({*entry["items"], *items})
 
     def merge(self, other: dict[str, Any]) -> None:
+        """Adds the counts of another task, as its file has them."""
         self.documents += other["documents"]
         self.bytes += other["bytes"]
         self.pieces += other["pieces"]
@@ -53,11 +56,12 @@ class Tally:
             self.find(name, entry["documents"], entry["items"])
 
     def save(self, path: str) -> None:
+        """Writes the counts as JSON."""
         write_whole(path, json.dumps(vars(self)).encode(), alone=False)
 
 
 class Dropped:
-    """The writer that a datatrove block gives what it leaves out: counted under the rule's name."""
+    """The writer through which a datatrove block hands over what it leaves out: counted under the rule's name."""
 
     def __init__(self, tally: Tally, rule: str):
         self.tally, self.rule = tally, rule
@@ -69,6 +73,7 @@ class Dropped:
         pass
 
     def write(self, document, rank: int = 0) -> None:
+        """Counts a document under its rule and the reason that datatrove gives."""
         reason = document.metadata.get("filter_reason", "")
         self.tally.drop(f"{self.rule}: {reason}" if reason else self.rule, document.id, document.text)
 
@@ -81,7 +86,7 @@ def histogram(lengths: Counter) -> list[tuple[int, int]]:
 
 
 def check(report: dict[str, Any]) -> None:
-    """No document is lost: in = out + dropped."""
+    """Asserts that no document is lost: in = out + dropped."""
     dropped = sum(entry["documents"] for stage in report["stages"] for entry in stage["dropped"].values())
     assert report["in"]["documents"] == report["out"]["documents"] + dropped, "documents do not add up"
 

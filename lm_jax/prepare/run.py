@@ -47,7 +47,7 @@ GROWS = 4  # text in a packed file, against its size
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Choice):
-    """What the command says; `identity` are those that decide on the corpus."""
+    """The settings of the command; `identity` are those that decide on the corpus."""
 
     sources: tuple[str, ...]
     output: str
@@ -66,16 +66,20 @@ class Settings(Choice):
 
     @property
     def folder(self) -> str:
+        """The work folder, absolute: beside the output, or in the cache for an output behind a URL."""
         here = os.path.join(shards.cache_folder(), "work", re.sub(r"\W+", "-", self.output))
         return os.path.abspath(self.work or (here if shards.is_url(self.output) else self.output.rstrip("/") + ".work"))
 
     def identity(self) -> dict[str, Any]:
+        """The settings that decide on the corpus, {name: value}."""
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in ("sources", *names[names.index("on_bad_record") + 1 :])}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """Which files each task reads, and how many buckets there are."""
+
     key: str  # of everything that decides on the corpus
     tasks: list[list[str]]  # files of each reading task
     num_bytes: int  # of all files
@@ -83,7 +87,7 @@ class Plan:
 
 
 def make_plan(settings: Settings, log: Log = lambda line: None) -> Plan:
-    """Which files each task reads. Raises UserError where a place holds none."""
+    """Which files each task reads. Raises UserError where a path or URL holds none."""
     files = readers.find(settings.sources, log)
     with tokenizer_files.named("--tokenizer"):
         given = None if tokenizer_files.vocab_size(settings.tokenizer) else tokenizer_files.load(settings.tokenizer)
@@ -131,7 +135,7 @@ def run(settings: Settings, log: Log = print) -> dict[str, Any]:
 
 
 def publish(draft: str, output: str) -> None:
-    """The finished folder under its name: renamed, or copied to a bucket with the manifest last."""
+    """Moves the finished folder to its name, or copies it to a bucket with the manifest last."""
     if shards.is_url(output):
         for name in ("report.json", "report.html"):
             (epath.Path(output) / name).write_text((epath.Path(draft) / name).read_text())
@@ -144,7 +148,7 @@ def publish(draft: str, output: str) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raises UserError for settings that cannot be, and for what is not installed, by the flag's name."""
+    """Raises UserError, with the name of the flag, for settings that contradict and for packages that are missing."""
     for flag, value, choices in (
         *(("filters", name, clean.FILTERS) for name in settings.filters),
         ("normalise", settings.normalise, ("nfc", "none")),
@@ -173,6 +177,7 @@ def check(settings: Settings) -> None:
 
 
 def already(settings: Settings, plan: Plan, log: Log) -> dict[str, Any]:
+    """The report of a corpus that is there. Raises UserError where it is of other text or settings."""
     try:
         made = json.loads((epath.Path(settings.output) / "report.json").read_text())
     except (OSError, ValueError):
@@ -186,7 +191,7 @@ def already(settings: Settings, plan: Plan, log: Log) -> dict[str, Any]:
 
 
 def start(folder: str, plan: Plan, log: Log) -> None:
-    """An empty work folder, or the one that an earlier run of this plan left."""
+    """Makes an empty work folder, or keeps the one that an earlier run of this plan left. Raises UserError."""
     path = os.path.join(folder, "plan.json")
     wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
     found = None
@@ -208,11 +213,12 @@ def start(folder: str, plan: Plan, log: Log) -> None:
 
 
 def write_json(path: str, content) -> None:
+    """Writes JSON, whole or not at all."""
     write_whole(path, json.dumps(content, indent=1).encode())
 
 
 def stages(settings: Settings, plan: Plan, folder: str) -> list[Stage]:
-    """What is done, in order."""
+    """The stages, in order."""
     near, fractions = settings.duplicates == "minhash", (settings.validation_fraction, settings.test_fraction)
     busy = steps.Busy(folder)
 
@@ -274,7 +280,7 @@ def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float
 
 
 def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counter, seconds) -> dict[str, Any]:
-    """The report."""
+    """The report of a prepared corpus, as JSON."""
     tallies = {}
     for name in ("read", "gather", "tokenise"):
         tallies[name] = Tally()
@@ -300,11 +306,11 @@ def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counte
     return told
 
 
-def texts_of(places: tuple[str, ...], text_key: str, on_bad_record: str) -> Iterator[str]:
-    """The texts of raw places as they are read, and the training documents of prepared ones. Raises UserError."""
-    raw = tuple(place for place in places if not (os.path.isdir(place) and is_prepared(place)))
-    for place in sorted({*places} - {*raw}):
-        corpus = shards.read(place, "prepare it again")
+def texts_of(paths: tuple[str, ...], text_key: str, on_bad_record: str) -> Iterator[str]:
+    """The texts of raw paths as they are read, and the training documents of prepared ones. Raises UserError."""
+    raw = tuple(path for path in paths if not (os.path.isdir(path) and is_prepared(path)))
+    for path in sorted({*paths} - {*raw}):
+        corpus = shards.read(path, "prepare it again")
         split = corpus.splits["train"]
         for start, end in itertools.pairwise(split.offsets):
             yield corpus.tokenizer.decode(split.tokens[start + 1 : end])

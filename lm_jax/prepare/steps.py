@@ -25,7 +25,7 @@ from lm_jax.prepare.report import Tally
 
 
 class Busy:
-    """The first step of every task: says that this process works in the folder, until it ends."""
+    """The first step of every task: locks the folder for as long as this process works in it."""
 
     held: list[contextlib.ExitStack] = []  # with the lock, where this process has it
 
@@ -33,6 +33,7 @@ class Busy:
         self.folder = folder
 
     def __call__(self, data, rank: int = 0, world_size: int = 1):
+        """Takes the shared lock of the folder, once in a process."""
         if not Busy.held:
             Busy.held.append(contextlib.ExitStack())
             Busy.held[0].enter_context(locked(os.path.join(self.folder, "busy"), shared=True))
@@ -41,7 +42,7 @@ class Busy:
 
 @contextlib.contextmanager
 def working():
-    """Around tasks that this process runs itself: after them it works in the folder no more."""
+    """A context for tasks that this process runs itself; unlocks the folder after them."""
     try:
         yield
     finally:
@@ -50,19 +51,20 @@ def working():
 
 
 def task_file(path: str, mode: str = "w") -> contextlib.AbstractContextManager[IO]:
-    """A file that is there whole or not at all, even where two processes write it; there are too many to wait for the disk."""
+    """Opens a file that appears whole or not at all, even where two processes write it; it is not synced."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     return draft(path, mode, alone=False, durable=False)
 
 
 class Read:
-    """Documents of this task's files. A bad record stops the run by its place, or is counted."""
+    """Documents of this task's files. A bad record stops the run with its file and line, or is counted."""
 
     def __init__(self, tally: Tally, tasks: list[list[str]], folder: str, text_key: str, on_bad_record: str):
         self.tally, self.tasks, self.folder = tally, tasks, folder
         self.text_key, self.on_bad_record = text_key, on_bad_record
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields the documents of the files of task `rank`. Raises UserError for a bad record."""
         self.tally.clear()
         progress = Progress(self.folder, rank)
         for path in self.tasks[rank]:
@@ -71,11 +73,12 @@ class Read:
                     self.bad(record)
                 else:
                     self.tally.see(record.text)
-                    self.tally.pieces += "piece" in record.metadata
+                    self.tally.pieces += "chunk" in record.metadata
                     yield record
             progress.end_of_file()
 
     def bad(self, record: Bad) -> None:
+        """Counts a bad record, or raises UserError."""
         if self.on_bad_record == "stop":
             raise bad_record(record)
         self.tally.see("")
@@ -83,19 +86,21 @@ class Read:
 
 
 def bad_record(record: Bad) -> UserError:
+    """The error that says where a bad record is and how to go on."""
     return UserError(
         f"{record.id}: {record.reason}\nmend it, or leave such records out and count them: --on_bad_record skip"
     )
 
 
 class Progress:
-    """How many bytes of its files a reading task has seen, written down once a second for whoever watches."""
+    """How many bytes of its files a reading task has read, written down once a second for whoever watches."""
 
     def __init__(self, folder: str, rank: int):
         self.path = os.path.join(folder, "read", "progress", f"{rank:05}")
         self.done, self.here, self.told = 0, 0, 0.0
 
     def at(self, num_bytes: int) -> None:
+        """Notes that the current file is read up to `num_bytes`."""
         self.here = num_bytes
         if time.monotonic() - self.told > 1:
             self.told = time.monotonic()
@@ -103,14 +108,18 @@ class Progress:
                 file.write(str(self.done + self.here))
 
     def end_of_file(self) -> None:
+        """Notes that the current file is read."""
         self.done, self.here = self.done + self.here, 0
 
 
 class Normalise:
+    """Normalises texts, and drops those that are empty."""
+
     def __init__(self, tally: Tally, how: str):
         self.tally, self.how = tally, how
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields the documents that are left."""
         for document in data:
             text = clean.normalise(document.text) if self.how == "nfc" else document.text
             if text.strip():
@@ -127,6 +136,7 @@ class Deal:
         self.tally, self.folder, self.buckets = tally, folder, buckets
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes every document into the file of its bucket."""
         with contextlib.ExitStack() as stack:
             paths = [os.path.join(self.folder, "dealt", f"{bucket:05}", f"{rank:05}") for bucket in range(self.buckets)]
             files = [stack.enter_context(task_file(path)) for path in paths]
@@ -137,15 +147,15 @@ class Deal:
                 digest = hashlib.sha256(document.text.encode()).hexdigest()
                 line = json.dumps([digest, document.id, document.text], ensure_ascii=False)
                 files[int(digest[:8], 16) * self.buckets >> 32].write(line + "\n")
-        save_tally(self.tally, self.folder, "read", rank)
+        _save_tally(self.tally, self.folder, "read", rank)
 
 
-def save_tally(tally: Tally, folder: str, stage: str, rank: int) -> None:
+def _save_tally(tally: Tally, folder: str, stage: str, rank: int) -> None:
     os.makedirs(os.path.join(folder, stage, "tally"), exist_ok=True)
     tally.save(os.path.join(folder, stage, "tally", f"{rank:05}.json"))
 
 
-def lines_of(path: str) -> Iterator[list[str]]:
+def _lines_of(path: str) -> Iterator[list[str]]:
     with open(path, encoding="utf-8", newline="\n") as file:
         for line in file:
             yield json.loads(line)
@@ -158,10 +168,11 @@ class Gather:
         self.tally, self.folder, self.tasks = tally, folder, tasks
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields the documents of bucket `rank`, sorted by hash, without repetition."""
         self.tally.clear()
         paths = [os.path.join(self.folder, "dealt", f"{rank:05}", f"{task:05}") for task in range(self.tasks)]
         before = ""
-        for digest, name, text in sorted(line for path in paths for line in lines_of(path)):
+        for digest, name, text in sorted(line for path in paths for line in _lines_of(path)):
             self.tally.see(text)
             if digest == before:
                 self.tally.drop("the same text", name, text)
@@ -177,19 +188,23 @@ class Keep:
         self.tally, self.folder = tally, folder
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes the documents of bucket `rank` as one JSON list [hash, name, text] a line."""
         with task_file(os.path.join(self.folder, "documents", f"{rank:05}")) as file:
             for document in data:
                 line = [document.metadata["digest"], document.id, document.text]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        save_tally(self.tally, self.folder, "gather", rank)
+        _save_tally(self.tally, self.folder, "gather", rank)
 
 
 class Load:
+    """Reads what `Keep` wrote."""
+
     def __init__(self, folder: str):
         self.folder = folder
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for digest, name, text in lines_of(os.path.join(self.folder, "documents", f"{rank:05}")):
+        """Yields the documents of bucket `rank`."""
+        for digest, name, text in _lines_of(os.path.join(self.folder, "documents", f"{rank:05}")):
             yield Document(text, name, metadata={"digest": digest})
 
 
@@ -200,6 +215,7 @@ class Train:
         self.folder, self.buckets, self.setting, self.fractions = folder, buckets, setting, fractions
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Trains or copies the tokenizer, and writes its files."""
         with tokenizer_files.named("--tokenizer"):
             made = tokenizer_training.make(self.setting, self.texts())
         for name, content in tokenizer_files.files(made).items():
@@ -207,7 +223,7 @@ class Train:
                 file.write(content)
 
     def texts(self) -> Iterator[str]:
-        """Training documents, up to what a sample takes; near-duplicates are left out."""
+        """Training documents until a sample is full; near-duplicates are left out."""
         taken = 0
         for rank in range(self.buckets):
             removed = removals(self.folder, rank)
@@ -262,6 +278,7 @@ class Tokenise:
         self.tally, self.folder, self.fractions = tally, folder, fractions
 
     def __call__(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes ids (uint32) and index (int64 [documents, 3]) of bucket `rank`."""
         self.tally.clear()
         made = tokenizer_files.load(os.path.join(self.folder, "tokenizer", "model"))
         ids, index = [np.zeros(0, np.uint32)], []
@@ -273,4 +290,4 @@ class Tokenise:
         for part, array in (("ids", np.concatenate(ids)), ("index", np.array(index, np.int64).reshape(-1, 3))):
             with task_file(os.path.join(self.folder, "tokens", f"{rank:05}.{part}.npy"), "wb") as file:
                 np.save(file, array)
-        save_tally(self.tally, self.folder, "tokenise", rank)
+        _save_tally(self.tally, self.folder, "tokenise", rank)

@@ -4,6 +4,7 @@ task.py       what a task is; segments.py: its records as tokens with targets an
 classification.py  regression.py  tags.py  questions.py  texts.py  instruction.py  preference.py    a task each
 tables.py     files of records; records.py: records -> packed rows, and held-out rows with their results
 scores.py     scores with bootstrap intervals; results.py: kept record by record, two runs compared
+baselines.py  text_baselines.py       what a finetuned model has to beat
 dpo_reference.py  the first model's opinion of every pair; generate_answers.py: texts that a model writes for records
 """
 

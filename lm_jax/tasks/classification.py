@@ -16,11 +16,12 @@ from lm_jax.tasks.task import Task, checked_text, counted, label_id
 
 
 class OfSequence(Task):
-    """A text, or a text and a second one, and one target of it: what classification and regression have in common."""
+    """What classification and regression share: a text, or a pair of texts, with one target."""
 
     optional = ("second",)
 
     def text(self, values: tuple) -> str:
+        """Both texts of a record, joined by a newline."""
         return "\n".join(filter(None, (values[0], values[2])))
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
@@ -36,9 +37,11 @@ class OfSequence(Task):
         found = []
         for first, second, value in zip(firsts, seconds, values, strict=True):
             is_pair = bool(value[2])
-            left = room - len(start) - (2 if is_pair else 1)
-            cut = first[: max(left // 2, left - len(second)) if is_pair else left]
-            ends = np.concatenate([second[: left - len(cut)], [ids.document]]) if is_pair else np.zeros(0, np.int32)
+            remaining = room - len(start) - (2 if is_pair else 1)
+            cut = first[: max(remaining // 2, remaining - len(second)) if is_pair else remaining]
+            ends = (
+                np.concatenate([second[: remaining - len(cut)], [ids.document]]) if is_pair else np.zeros(0, np.int32)
+            )
             tokens = np.concatenate([start, cut, [ids.document], ends]).astype(np.int32)
             asked, border = (-1, None) if self.asks_last else (0, len(tokens) - len(ends))
             segment = for_head(tokens, asked, self.target(value), dtype, border)
@@ -47,31 +50,37 @@ class OfSequence(Task):
         return found
 
     def target(self, values: tuple) -> float:
-        """What the head has to give for a record."""
+        """The target that the head has to predict for a record."""
         return values[1]
 
     def answer(self, logits_NC: np.ndarray) -> np.ndarray:
-        """The logits of the token that is asked."""
+        """float64 [C]: the logits of the token that predicts, the first or the last one."""
         return logits_NC[-1 if self.asks_last else 0].astype(np.float64)
 
 
 class Classification(OfSequence):
+    """Sequence classification: one label for a text or a pair of texts."""
+
     kind = "labels"
     columns = ("text", "label")
 
     def parse(self, row: Row) -> tuple[str, int, str]:
+        """(text, label id, second text or "") of a record. Raises UserError."""
         return checked_text(row, "text"), label_id(row, row.content["label"], self.labels), second_text(row)
 
     def count(self, values: list[tuple]) -> str:
+        """How many records each of the most frequent labels has."""
         return counted(self.labels, [value[1] for value in values])
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
+        """The label with the largest logit, and its softmax probability as the confidence."""
         logits = self.answer(logits_NC)
         chosen = int(logits.argmax())
         confidence = 1 / np.exp(logits - logits[chosen]).sum()
         return Result(where, self.labels[values[1]], self.labels[chosen], float(confidence))
 
     def scores(self, results: tuple) -> dict[str, float]:
+        """Accuracy, macro-F1 and Matthews correlation."""
         truths, predictions = ([getattr(result, name) for result in results] for name in ("truth", "prediction"))
         return scores.values(scores.labels(truths, predictions), len(results))
 

@@ -27,10 +27,12 @@ from lm_jax.tasks.results import Result
 
 
 class Totals(Protocol):
-    """Of those of `evaluate`, what is read here."""
+    """What is read here of the totals that `evaluate` returns."""
 
     @property
-    def results(self) -> tuple[Result, ...]: ...
+    def results(self) -> tuple[Result, ...]:
+        """One result for each record."""
+        ...
 
 
 Evaluator = Callable[[dict, HeldOutExamples], Totals]  # (parameters, rows) -> what a model makes of the records in them
@@ -39,10 +41,10 @@ Evaluator = Callable[[dict, HeldOutExamples], Totals]  # (parameters, rows) -> w
 def attach_reference(
     mixed: Mixture, config: Config, workdir: epath.Path, parameters: dict, evaluator: Evaluator, resumes: bool
 ) -> str:
-    """Puts the reference's margin of every pair into its rows; returns what was done. `mixed` holds the records of a task,
-    `parameters` are the first ones.
+    """Puts the reference's margin of every pair into its rows; returns what was done, for the log.
 
-    Raises UserError where a run resumes without what it began with.
+    `mixed` holds the records of a task, `parameters` are the first ones. Raises UserError where a run resumes without
+    the margins that it began with.
     """
     assert isinstance(mixed, TaskData)
     of_data, kept = digest_of_data(mixed, config), read(workdir)
@@ -67,12 +69,13 @@ def attach_reference(
 
 
 def resume(mixed: Mixture, config: Config, workdir: epath.Path) -> None:
-    """Puts what a run began with into the rows. Raises UserError where it is not there."""
+    """Puts the margins that a run began with into its rows. Raises UserError where they are missing."""
     assert isinstance(mixed, TaskData)
     fill(mixed, expected(read(workdir), digest_of_data(mixed, config), workdir))
 
 
 def expected(kept: dict[str, np.ndarray] | None, of_data: str, workdir: epath.Path) -> dict[str, np.ndarray]:
+    """The kept margins, by split. Raises UserError where they are missing, broken, or of other records."""
     if kept and str(kept["data"]) == of_data:
         return kept
     what = "is of other records, or of another sequence_length or dpo_beta" if kept else "is missing or broken"
@@ -93,6 +96,7 @@ def margins(mixed: TaskData, config: Config, split: str, parameters: dict, evalu
 
 
 def fill(mixed: TaskData, kept: dict[str, np.ndarray]) -> None:
+    """Writes the margins into the column `reference`, at the first token of each record's segment."""
     for split in SPLITS:
         if len(kept[split]):
             records = mixed.records[split]
@@ -100,7 +104,7 @@ def fill(mixed: TaskData, kept: dict[str, np.ndarray]) -> None:
 
 
 def read(workdir: epath.Path) -> dict[str, np.ndarray] | None:
-    """The content of the file, None where there is none that is whole."""
+    """The arrays of the kept file, None where there is no whole one."""
     if not (workdir / REFERENCE).exists():
         return None
     try:

@@ -23,10 +23,10 @@ def written(
     beams: int = 1,
     watch: Watch = lambda done, of: None,
 ) -> tuple[Result, ...]:
-    """Results of the first `num` records of a split (0: all), in their order: the record's answer and the model's.
+    """Generates answers to the first `num` records of a split (0: all); returns a result for each, in their order.
 
-    Greedy, or the best of `beams`. An answer may be as long as the longest that was trained on, at most half a row where the
-    question has the other half. Equally long questions are answered together, so that few programs serve all.
+    Greedy, or the best of `beams`. An answer may be as long as the longest that was trained on, at most half a row
+    where the question has the other half. Equally long questions are answered together, so that few programs serve all.
     `watch(done, of)` is called after every group of records.
     """
     assert isinstance(mixed, TaskData)

@@ -25,6 +25,8 @@ MESSAGE = '{"role": "user", "content": "..."}'
 
 
 class Instruction(Task):
+    """Instruction tuning on conversations in the chat template of the tokenizer's folder."""
+
     columns: tuple[str, ...] = ("messages",)
     writes = True
     chat_template: chat.Template
@@ -34,6 +36,7 @@ class Instruction(Task):
         self.chat_template = template_of(config)
 
     def parse(self, row: Row) -> tuple:
+        """(messages, where the record is) of a record. Raises UserError."""
         return checked_messages(row, "messages"), row.where
 
     def last(self, values: tuple) -> int:
@@ -41,19 +44,23 @@ class Instruction(Task):
         return max(k for k, message in enumerate(values[0]) if message["role"] == "assistant")
 
     def text(self, values: tuple) -> str:
-        """What was said before the last answer."""
+        """All messages before the last answer, joined by newlines."""
         return "\n".join(message["content"] for message in values[0][: self.last(values)])
 
     def texts(self, values: tuple) -> tuple[str, ...]:
+        """The text of each message."""
         return tuple(message["content"] for message in values[0])
 
     def truth(self, values: tuple) -> str:
+        """The assistant's last message."""
         return values[0][self.last(values)]["content"]
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The id of the token that ends the assistant's message in this chat template."""
         return chat_tokens.ends_of_turn(self.chat_template, tokenizer)
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
+        """One segment for each conversation, cut at `room` tokens. Raises UserError where no learnt token is left."""
         found = []
         for messages, where in values:
             ids, is_answer, unlearnt = turns(self.chat_template, messages, tokenizer, where)
@@ -67,6 +74,7 @@ class Instruction(Task):
         return found
 
     def question(self, values: tuple, tokenizer: Tokenizer, room: int) -> np.ndarray:
+        """int32 ids of the conversation up to its last answer, the last `room` of them."""
         return chat_tokens.encode(self.chat_template, values[0][: self.last(values)], tokenizer)[-room:]
 
 
@@ -88,7 +96,7 @@ def template_of(config: Config) -> chat.Template:
 
 
 def turns(template: chat.Template, messages: list[chat.Message], tokenizer: Tokenizer, where: str) -> chat_tokens.Turns:
-    """The conversation of a record. Raises UserError that says where."""
+    """Encodes the conversation of a record. Raises UserError that says which record."""
     try:
         return chat_tokens.encode_turns(template, messages, tokenizer)
     except UserError as error:
@@ -96,12 +104,15 @@ def turns(template: chat.Template, messages: list[chat.Message], tokenizer: Toke
 
 
 def in_a_table(messages) -> str:
-    """The way out where a conversation stands in a cell."""
+    """The end of a message: what to do where a table's cell holds a conversation."""
     return "; a cell of a table cannot be one: give JSON lines" if isinstance(messages, str) else ""
 
 
 def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.Message]:
-    """A conversation that starts with a person (or a system before), with an answer or (not `answered`) up to one."""
+    """The checked messages of a column: an optional system message, then a user's and an assistant's.
+
+    At least one is an assistant's; where not `answered`, the last is a user's. Raises UserError.
+    """
     messages = row.content[column]
     if not isinstance(messages, list) or not messages:
         raise UserError(

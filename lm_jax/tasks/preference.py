@@ -21,6 +21,8 @@ from lm_jax.tasks.task import Task, checked_text
 
 
 class Preference(Task):
+    """Preference tuning (DPO): pairs of a chosen and a rejected answer to one prompt."""
+
     columns: tuple[str, ...] = ("prompt", "chosen", "rejected")
     compares = True
 
@@ -30,12 +32,14 @@ class Preference(Task):
         self.chat_template, self.has_chats = find_template(config), False
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids that end an answer: of the chat template where prompts are conversations."""
         if not self.has_chats:
             return super().ends(tokenizer)
         assert self.chat_template
         return chat_tokens.ends_of_turn(self.chat_template, tokenizer)
 
     def parse(self, row: Row) -> tuple:
+        """(prompt, chosen, rejected, where the record is) of a record. Raises UserError."""
         is_chat = isinstance(row.content["prompt"], list)
         prompt = checked_messages(row, "prompt", answered=False) if is_chat else checked_text(row, "prompt")
         self.chat_template = self.chat_template or (template_of(self.config) if is_chat else None)
@@ -46,13 +50,16 @@ class Preference(Task):
         return prompt, chosen, rejected, row.where
 
     def text(self, values: tuple) -> str:
+        """The prompt, the messages of a conversation joined by newlines."""
         prompt = values[0]
         return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
     def texts(self, values: tuple) -> tuple[str, ...]:
+        """Prompt, chosen and rejected answer."""
         return self.text(values), *values[1:3]
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
+        """One segment for each pair: both answers, each after the prompt. Raises UserError where they do not fit."""
         return [self._encode(value, tokenizer, room) for value in values]
 
     def _encode(self, values: tuple, tokenizer: Tokenizer, room: int) -> Encoded:
@@ -90,5 +97,6 @@ class Preference(Task):
         return Result(where, "chosen", float(logits_NC[0, 0]))
 
     def scores(self, results: tuple) -> dict[str, float]:
+        """Share of pairs whose margin is above 0 (accuracy), and the mean margin."""
         margins = np.array([result.prediction for result in results], np.float64)
         return {"accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}

@@ -2,11 +2,11 @@
 
 {"question": "Who wrote it?", "context": "It was written by Ada Lovelace in 1843.", "answer": "Ada Lovelace", "start": 18}
 
-`start` (characters before the answer) may be left out: then the first place is meant where the answer stands. A list of answers
+`start` (characters before the answer) may be left out: then the first occurrence of the answer is meant. A list of answers
 has the one that is learnt first; any of them is right. An answer of "" means that the context has none: it starts and ends at
 [CLS] (Rajpurkar et al., arXiv:1806.03822). Any other answer that does not stand in the context is refused.
 
-Answers start and end at words or marks. A context that is longer than a row is seen through windows that overlap by half, each
+Answers start and end at words or marks. A context that is longer than a row is cut into windows that overlap by half, each
 a segment of its own; those without the whole answer learn "none". Encoders alone: a causal model would have to say where an
 answer starts before it has read on.
 """
@@ -24,14 +24,16 @@ from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Encoded, for_head
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Task, checked_number, checked_text, no_text
-from lm_jax.tasks.words import Unit, pieces_of, units
+from lm_jax.tasks.words import Unit, tokens_of_words, units
 
-LONGEST = 64  # pieces of an answer
+LONGEST = 64  # tokens of an answer
 
 
 class Question(NamedTuple):
-    """`answers` are all that are right, none where there is none. Units [first, last) of the context are seen; of them
-    [begin, end) answer, nothing where begin = end."""
+    """A question and its context, or a window of that: units [first, last).
+
+    `answers` are all that are right, none where there is none. Units [begin, end) answer it, nothing where begin = end.
+    """
 
     context: str
     question: str
@@ -43,12 +45,15 @@ class Question(NamedTuple):
 
 
 class QuestionAnswering(Task):
+    """Extractive question answering: the answer is a span of the context."""
+
     kind = "answers"
     columns = ("question", "context", "answer")
     optional = ("start",)
     has_unanswered = False  # whether a record to train on has no answer
 
     def parse(self, row: Row) -> Question:
+        """The question, its context and its answers as a `Question`. Raises UserError."""
         question, context = checked_text(row, "question"), checked_text(row, "context")
         answers = row.content["answer"]
         answers = answers if isinstance(answers, list) else [answers]
@@ -70,37 +75,43 @@ class QuestionAnswering(Task):
         return Question(context, question, tuple(answers), begin, end)
 
     def texts(self, values) -> tuple[str, ...]:
+        """The context and the question."""
         return values.context, values.question
 
     def look(self, values: list) -> None:
+        """Keeps whether any training record has no answer."""
         self.has_unanswered = any(not value.answers for value in values)
 
     def count(self, values: list) -> str:
+        """How many records have no answer, for the log."""
         without = sum(not value.answers for value in values)
         return f" ({without:,} without an answer)" if without else ""
 
     def spread(self, found: list, tokenizer: Tokenizer, room: int) -> list:
-        asked, contexts = self._pieces([value for _, value in found], tokenizer, room)
+        """Each record as its windows. Raises UserError where no window holds the whole answer."""
+        asked, contexts = self._tokens([value for _, value in found], tokenizer, room)
         spread = []
-        for (where, value), question, pieces in zip(found, asked, contexts, strict=True):
-            left = room - 3 - min(len(question), room // 4)
-            seen = [value._replace(first=a, last=b) for a, b in windows([len(each) for each in pieces], left)]
-            if value.answers and not any(holds(window) for window in seen):
+        for (where, value), question, unit_tokens in zip(found, asked, contexts, strict=True):
+            remaining = room - 3 - min(len(question), room // 4)
+            parts = [
+                value._replace(first=a, last=b) for a, b in windows([len(each) for each in unit_tokens], remaining)
+            ]
+            if value.answers and not any(holds(window) for window in parts):
                 raise UserError(
                     f"{where}: the answer is longer than what a row has room for: raise config.data.sequence_length"
                 )
-            spread += [(where, window) for window in seen]
+            spread += [(where, window) for window in parts]
         return spread
 
     def encode(self, values: list, tokenizer: Tokenizer, room: int) -> list[Encoded]:
         """[CLS] question [SEP] window [SEP]; a question keeps its start, up to a quarter of a row."""
         ids = specials(tokenizer, self.config.data.objective)
         found = []
-        for value, question, pieces in zip(values, *self._pieces(values, tokenizer, room), strict=True):
-            kept, sizes = question[: room // 4], [len(each) for each in pieces[value.first : value.last]]
-            seen = np.concatenate(pieces[value.first : value.last])[: room - 3 - len(kept)]
-            tokens = np.concatenate([[ids.classifier], kept, [ids.document], seen, [ids.document]]).astype(np.int32)
-            stops = np.minimum(np.cumsum(sizes), len(seen)) + len(kept) + 2
+        for value, question, unit_tokens in zip(values, *self._tokens(values, tokenizer, room), strict=True):
+            kept, sizes = question[: room // 4], [len(each) for each in unit_tokens[value.first : value.last]]
+            context = np.concatenate(unit_tokens[value.first : value.last])[: room - 3 - len(kept)]
+            tokens = np.concatenate([[ids.classifier], kept, [ids.document], context, [ids.document]]).astype(np.int32)
+            stops = np.minimum(np.cumsum(sizes), len(context)) + len(kept) + 2
             starts = np.concatenate([[len(kept) + 2], stops[:-1]])
             segment = for_head(tokens, 0, MAY_START | MAY_END, second=len(kept) + 2)
             targets = segment["targets"]
@@ -114,13 +125,13 @@ class QuestionAnswering(Task):
             found.append(Encoded(segment, len(tokens) + len(question) - len(kept)))
         return found
 
-    def _pieces(self, values: list, tokenizer: Tokenizer, room: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-        """Pieces of each question, and of each unit of each context."""
+    def _tokens(self, values: list, tokenizer: Tokenizer, room: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """Token ids of each question, and of each unit of each context."""
         texts = [[unit.text for unit in units(value.context)] for value in values]
-        return tokenizer.encode_batch([value.question for value in values]), pieces_of(texts, tokenizer)
+        return tokenizer.encode_batch([value.question for value in values]), tokens_of_words(texts, tokenizer)
 
     def result(self, where: str, values, segment, logits_NC: np.ndarray) -> Result:
-        """The best answer in a window, and how probable it is beside none."""
+        """The best answer in a window, and its probability against "no answer"."""
         starts, ends = (np.flatnonzero(segment["targets"] & bit)[1:] for bit in (MAY_START, MAY_END))
         begin, end, score = best_span(logits_NC.astype(np.float64), starts, ends)
         whole: list[Unit] = units(values.context)[values.first : values.last]
@@ -129,7 +140,10 @@ class QuestionAnswering(Task):
         return Result(where, list(values.answers), text, float(1 / (1 + np.exp(none - score))))
 
     def joined(self, results: tuple) -> tuple:
-        """Of a record the most probable answer of its windows; none where that is more probable and was ever learnt."""
+        """One result a record: the most probable answer of its windows.
+
+        It is "" where no answer is more probable, and training records without an answer were seen.
+        """
         best: dict[str, Result] = {}
         for result in results:
             if result.record not in best or result.confidence > best[result.record].confidence:
@@ -144,7 +158,7 @@ class QuestionAnswering(Task):
 
 
 def found_at(row: Row, context: str, answer: str) -> int:
-    """Characters before the answer. Raises UserError where it does not stand there, or nowhere."""
+    """How many characters are before the answer. Raises UserError where it is not in the context, or not there."""
     start = row.content.get("start")
     if start is None:
         if (found := context.find(answer)) < 0:
@@ -163,13 +177,15 @@ def found_at(row: Row, context: str, answer: str) -> int:
 
 
 def holds(window: Question) -> bool:
-    """Whether the whole answer is seen."""
+    """Whether the whole answer is in the window."""
     return window.begin < window.end and window.first <= window.begin and window.end <= window.last
 
 
 def windows(sizes: list[int], room: int) -> list[tuple[int, int]]:
-    """Units [first, last) of these sizes in windows of at most `room`, the next from the middle of one on; a unit that is
-    longer than the room has a window of its own."""
+    """Units [first, last) of these sizes in windows of at most `room` tokens, the next from the middle of one on.
+
+    A unit that is longer than the room has a window of its own.
+    """
     offsets, found, first = np.concatenate([[0], np.cumsum(sizes)]), [], 0
     while True:
         last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + room, side="right")) - 1)
@@ -180,7 +196,7 @@ def windows(sizes: list[int], room: int) -> list[tuple[int, int]]:
 
 
 def best_span(logits_N2: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[int, int, float]:
-    """(k, l, score): the span from the k-th start to the l-th end with the largest sum, not empty, at most LONGEST pieces."""
+    """(k, l, score): the span from the k-th start to the l-th end with the largest sum, 1 to LONGEST tokens long."""
     sizes = ends[None, :] - starts[:, None] + 1
     score = logits_N2[starts, 0][:, None] + logits_N2[ends, 1][None, :]
     score = np.where((sizes >= 1) & ((sizes <= LONGEST) | np.eye(len(starts), dtype=bool)), score, -np.inf)

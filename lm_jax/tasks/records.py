@@ -27,8 +27,11 @@ from lm_jax.tasks.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The records of a split, tokenised: the tokens of record k are `split.tokens[offsets[k]:offsets[k + 1]]`, and so are
-    `columns`, the other arrays of its segment."""
+    """The records of a split, tokenised.
+
+    The tokens of record k are `split.tokens[offsets[k]:offsets[k + 1]]`, and so are `columns`, the other arrays of its
+    segment.
+    """
 
     split: Split
     columns: Segment
@@ -37,6 +40,7 @@ class Records:
     values: list[tuple]
 
     def segment(self, k: int) -> Segment:
+        """The segment of record k: its slice of the tokens and of every column."""
         own = slice(*self.split.offsets[k : k + 2])
         return {"tokens": self.split.tokens[own]} | {name: x[own] for name, x in self.columns.items()}
 
@@ -56,6 +60,7 @@ class Examples(BestFit):
         return self.document[self.pieces(i)]
 
     def row(self, i: int) -> Batch:
+        """Row i of the packed records: arrays [sequence_length], with the columns of the task."""
         records = self.records(i)
         owns = [slice(*self.split.offsets[k : k + 2]) for k in records]
         tokens = np.concatenate([self.split.tokens[own] for own in owns])
@@ -69,28 +74,30 @@ class Examples(BestFit):
 
 
 class HeldOutExamples:
-    """Every record once: the rows of one epoch, and padding in the place of each beyond the last."""
+    """Every record once: the rows of one epoch, and padding for each index beyond the last."""
 
     def __init__(self, task: Task, records: Records, examples: Examples, num_rows: int):
         self.task, self.records, self.examples, self.num_rows = task, records, examples, num_rows
         self.split, self.sequence_length = records.split, examples.sequence_length
 
     def first(self, num_rows: int) -> "HeldOutExamples":
-        """The first of the rows alone."""
+        """Only the first `num_rows` rows."""
         return HeldOutExamples(self.task, self.records, self.examples, min(num_rows, self.num_rows))
 
     def row(self, i: int) -> Batch:
+        """Row i of the one epoch."""
         return self.examples.row(i)
 
     def rows(self, indices: list[int]) -> Batch:
+        """Rows as a batch [len(indices), sequence_length]; padding for an index beyond the last row."""
         return stacked_or_padding(self.row, self.num_rows, indices)
 
     def joined(self, results: tuple) -> tuple:
-        """Results of segments -> one of each record."""
+        """One result a record, from the results of its segments."""
         return self.task.joined(results)
 
     def results(self, i: int, logits_TC: np.ndarray) -> list[Result]:
-        """What the logits of row i say of each of its records."""
+        """One result for each segment of row i, from its logits [T, C]."""
         found, start = [], 0
         for k in self.examples.records(i) if i < self.num_rows else ():
             segment = self.records.segment(k)
@@ -117,6 +124,7 @@ class TaskData(Mixture):
 
     @property
     def special_ids(self) -> SpecialIds:
+        """What begins a text and which ids end an answer of this task."""
         found = of_documents(self.tokenizer)
         return found._replace(ends=self.task.ends(self.tokenizer)).also(*found.ends)
 
@@ -125,6 +133,7 @@ class TaskData(Mixture):
         return Examples(records.split, records.columns, records.firsts, data.sequence_length, data.seed)
 
     def stream(self, data: Data) -> MixedRows:
+        """The endless stream of training rows. Raises UserError where one epoch is less than a batch."""
         examples = self._examples(data, "train")
         if examples.rows_per_epoch < data.global_batch_size:
             raise UserError(
@@ -154,9 +163,9 @@ def open_records(config: Config, log: Callable[[str], None] = lambda line: None)
     records = {split: tokenised(task, found[split], tokenizer, data, split, log) for split in SPLITS}
     for split in SPLITS:
         log(f"{split}: {len(found[split]):,} records{task.count([values for _, values in found[split]])}")
-    seen = {task.text(values) for _, values in found["train"]}
+    train_texts = {task.text(values) for _, values in found["train"]}
     for split in SPLITS[1:]:
-        if twice := [where for where, values in found[split] if task.text(values) in seen]:
+        if twice := [where for where, values in found[split] if task.text(values) in train_texts]:
             log(f"{len(twice):,} {split} texts are also in train, the first at {twice[0]}")
     files = {path.name: file_hash(str(path)) for path in files_of(sources[0]).values()}
     if others := left_over(sources[0], files):
@@ -192,9 +201,9 @@ def read_splits(source: str, task: Task, data: Data) -> dict[str, list[tuple[str
 def tokenised(
     task: Task, found: list[tuple[str, tuple]], tokenizer: Tokenizer, data: Data, split: str, log: Callable[[str], None]
 ) -> Records:
-    """The segments of a split; what is longer than a row is cut by its task.
+    """Tokenises the records of a split; a record that is longer than a row is cut by its task.
 
-    How many are cut is said; with `data.packing` = best_fit_whole none may be. Raises UserError.
+    How many are cut is logged; with `data.packing` = best_fit_whole none may be. Raises UserError.
     """
     num, found = len(found), task.spread(found, tokenizer, data.sequence_length)
     if len(found) > num:

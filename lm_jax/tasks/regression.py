@@ -16,28 +16,35 @@ from lm_jax.tasks.task import checked_number, checked_text
 
 
 class Regression(OfSequence):
+    """Sequence regression: one number for a text or a pair of texts."""
+
     kind = "numbers"
     columns = ("text", "value")
     mean, deviation = 0.0, 1.0
 
     def look(self, values: list[tuple]) -> None:
+        """Keeps the mean and the standard deviation of the training values, to standardise targets."""
         numbers = np.array([value[1] for value in values])
         self.mean, self.deviation = float(numbers.mean()), float(numbers.std()) or 1.0
 
     def target(self, values: tuple) -> float:
+        """The standardised value: its distance from the training mean in standard deviations."""
         return (values[1] - self.mean) / self.deviation
 
     def parse(self, row: Row) -> tuple[str, float, str]:
+        """(text, number, second text or "") of a record. Raises UserError."""
         return checked_text(row, "text"), checked_number(row, "value"), second_text(row)
 
     def count(self, values: list[tuple]) -> str:
+        """Mean and standard deviation of the values, for the log."""
         numbers = np.array([value[1] for value in values])
         return f" (mean {numbers.mean():.3g}, standard deviation {numbers.std():.3g})" if len(numbers) else ""
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
+        """The predicted number, in the units of the records."""
         return Result(where, values[1], float(self.answer(logits_NC)[0]) * self.deviation + self.mean)
 
     def scores(self, results: tuple) -> dict[str, float]:
-        """Root of the mean squared error; Pearson's correlation, 0 where one of both never changes."""
+        """Root mean squared error and Pearson's correlation (0 where truths or predictions are all equal)."""
         measures = scores.numbers([result.truth for result in results], [result.prediction for result in results])
         return {name: measures[name].value(len(results)) for name in ("rmse", "pearson")}

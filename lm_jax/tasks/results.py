@@ -18,7 +18,7 @@ from lm_jax.tasks.scores import KINDS, RESAMPLES, Difference, Measure, calibrati
 
 
 class Result(NamedTuple):
-    """What a model made of one record. Truth and prediction are what `scores.KINDS[kind]` takes."""
+    """The truth and a model's prediction of one record, as `scores.KINDS[kind]` takes them."""
 
     record: str  # what names it in every run: a hash of its content, or its file and line
     truth: Any
@@ -92,7 +92,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def read(workdir: epath.Path, split: str) -> tuple[str, list[Result]]:
-    """(kind, results) of an evaluated split. Raises UserError where there are none or a line is none."""
+    """(kind, results) of an evaluated split. Raises UserError where there are none or a line cannot be read."""
     path = workdir / "results" / f"{split}.jsonl"
     try:
         summary, raw = unsealed(read_bytes(workdir / "results" / f"{split}.json"), first=2), read_bytes(path)
@@ -115,7 +115,7 @@ def evaluated(workdir: epath.Path) -> list[str]:
 
 
 def compare(first: epath.Path, second: epath.Path, split: str, seed: int = 0) -> dict[str, Difference]:
-    """The paired test of two runs on the same records. Raises UserError where the records are others."""
+    """The paired test of two runs on the same records. Raises UserError where their records differ."""
     (kind, ours), (other_kind, theirs) = read(first, split), read(second, split)
     ours, theirs = (sorted(results, key=lambda result: str(result.record)) for results in (ours, theirs))
     if kind != other_kind or len(ours) != len(theirs):

@@ -46,16 +46,17 @@ def of_sums(terms_NK: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> 
 
 
 def ratio(part_N: Sequence[float], whole_N: Sequence[float]) -> Measure:
-    """A sum over a sum: a mean where every record's `whole` is 1, a mean over tokens where it is its tokens."""
+    """The quotient of two sums: a mean where `whole` is 1 for every record, a mean over tokens where it counts them."""
     return of_sums(np.stack([part_N, whole_N], axis=1), lambda sums: share(sums[..., 0], sums[..., 1]))
 
 
 def mean(values_N: Sequence[float]) -> Measure:
+    """The mean of one number a record."""
     return ratio(values_N, np.ones(len(values_N)))  # type: ignore[arg-type]
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, 0 where there is nothing to share."""
+    """The quotient part / whole, 0 where `whole` is 0."""
     return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=np.asarray(whole) > 0)
 
 
@@ -101,7 +102,7 @@ def numbers(truths: Sequence[float], predictions: Sequence[float]) -> dict[str, 
 
 
 def correlation(weights_BN: np.ndarray, x_BN: np.ndarray, y_BN: np.ndarray) -> np.ndarray:
-    """Pearson's, of records that count `weights` times, [B]; 0 where one of them never changes."""
+    """[B]: Pearson's correlation of records that count `weights` times; 0 where x or y is constant."""
     total_B1 = weights_BN.sum(1, keepdims=True)
 
     def centred(x_BN):
@@ -115,7 +116,7 @@ def correlation(weights_BN: np.ndarray, x_BN: np.ndarray, y_BN: np.ndarray) -> n
 
 
 def mean_ranks(x_N: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
-    """[B, N] the rank of each number among records that count `weights` times, equal ones at the mean of their places."""
+    """[B, N]: the rank of each number among records that count `weights` times; equal numbers share their mean rank."""
     values, group_N = np.unique(x_N, return_inverse=True)
     order_N = np.argsort(group_N, kind="stable")
     last_G = np.cumsum(np.bincount(group_N, minlength=len(values))) - 1
@@ -184,7 +185,7 @@ def spans(truths: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]])
 
 
 def check(kind: str) -> None:
-    """Raises UserError where the package that counts the scores of a kind is missing: before a model is trained, not after."""
+    """Raises UserError where the package for the scores of a kind is missing: asked before a model is trained."""
     if kind == "summaries" and importlib.util.find_spec("rouge_score") is None:
         raise needs("ROUGE", "rouge-score", "eval")
     if kind == "translations" and importlib.util.find_spec("sacrebleu") is None:
@@ -209,9 +210,10 @@ def summaries(truths: Sequence[str | Sequence[str]], predictions: Sequence[str])
 def translations(
     truths: Sequence[str | Sequence[str]], predictions: Sequence[str], language: str = ""
 ) -> dict[str, Measure]:
-    """chrF and corpus BLEU by `sacrebleu`; `language` is the target's code (zh), where BLEU needs another tokenizer than 13a.
+    """Corpus chrF and BLEU by `sacrebleu`.
 
-    Raises UserError where the package is missing.
+    `language` is the target's code (zh), where BLEU needs another tokenizer than 13a. Raises UserError where the
+    package is missing.
     """
     check("translations")
     from sacrebleu import metrics
@@ -257,11 +259,13 @@ def resamples_of(num: int, seed: int, resamples: int = RESAMPLES) -> Iterator[np
     for first in range(0, resamples, size):
         rows = min(size, resamples - first)
         drawn = (words.random_raw(rows * num) % np.uint64(num)).astype(np.int64).reshape(rows, num)
-        places = drawn + num * np.arange(rows)[:, None]
-        yield np.bincount(places.ravel(), minlength=rows * num).reshape(rows, num).astype(np.float64)
+        flat = drawn + num * np.arange(rows)[:, None]
+        yield np.bincount(flat.ravel(), minlength=rows * num).reshape(rows, num).astype(np.float64)
 
 
 class Interval(NamedTuple):
+    """A score and the ends of its 95% interval."""
+
     value: float
     low: float
     high: float

@@ -12,6 +12,8 @@ Segment = dict[str, np.ndarray]
 
 
 class Encoded(NamedTuple):
+    """One record as a segment, and what was cut from it or left out of the loss."""
+
     segment: Segment
     whole: int  # tokens that the record has; the segment holds fewer where it was cut
     first: int = 0  # of its tokens, those of a segment of their own; 0 = all are one
@@ -19,7 +21,7 @@ class Encoded(NamedTuple):
 
 
 def for_head(tokens: np.ndarray, asked, targets, dtype: type = np.int32, second: int | None = None) -> Segment:
-    """A segment whose head is asked at the positions `asked` alone, where `targets` are right.
+    """A segment with targets at the positions `asked` alone, for a task head.
 
     `second` is the first position of the second of two texts; None for a model that has no `token_type_ids`.
     """
@@ -31,7 +33,7 @@ def for_head(tokens: np.ndarray, asked, targets, dtype: type = np.int32, second:
 
 
 def next_tokens(ids: np.ndarray, is_learnt: np.ndarray) -> Segment:
-    """The segment of n positions that predicts each next one of n + 1 ids; those count that are learnt, bool [n + 1]."""
+    """The segment [n] in which each of n + 1 ids predicts the next; those with bool `is_learnt` [n + 1] count."""
     return {"tokens": ids[:-1], "targets": ids[1:], "loss_mask": is_learnt[1:].astype(np.float32)}
 
 
@@ -58,7 +60,7 @@ def two_lengths(source: np.ndarray, written: np.ndarray, end: int) -> Segment:
 
 
 def with_two_lengths(row: dict) -> dict:
-    """A row of such segments: each takes as many positions as the longer of its texts, in the encoder and in the decoder."""
+    """A row of segments of `two_lengths`, with segment ids and positions for the encoder and for the decoder."""
     segments, positions = row["segment_ids"], row["positions"]
     is_source, is_target = row["encoder_segment_ids"] > 0, row["loss_mask"] > 0
     return row | {

@@ -1,16 +1,17 @@
-"""Files of records: JSON lines, tables of comma- or tab-separated values, Parquet. A place holds one of each split.
+"""Files of records: JSON lines, tables of comma- or tab-separated values, Parquet. A folder holds one of each split.
 
     {"text": "a film to see twice", "label": "positive"}
 
-A place holds `train.jsonl` (or .csv, .tsv, .parquet) and may hold `validation` and `test`; a split without a file is cut from
+A folder holds `train.jsonl` (or .csv, .tsv, .parquet) and may hold `validation` and `test`; a split without a file is cut from
 the first by content hash, so that equal texts stand in one split. How a line is read: lm_jax/data/lines.py.
 """
 
 import difflib
 import io
+import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from etils import epath
@@ -25,13 +26,15 @@ MOST_ROWS = 100_000_000  # of a Parquet file, whose few bytes may say any number
 
 
 class Row(NamedTuple):
+    """One record of a file: its columns by name."""
+
     content: dict
     where: str  # file and line
 
 
-def files_of(place: str) -> dict[str, epath.Path]:
-    """The file of each split that has one. Raises UserError where there is none to train on, or two of one split."""
-    folder = epath.Path(place)
+def files_of(source: str) -> dict[str, epath.Path]:
+    """{split: its file} of a folder. Raises UserError where there is none to train on, or two of one split."""
+    folder = epath.Path(source)
     found: dict[str, epath.Path] = {}
     for split in SPLITS:
         paths = [path for path in (folder / f"{split}{suffix}" for suffix in SUFFIXES) if there(path)]
@@ -40,19 +43,19 @@ def files_of(place: str) -> dict[str, epath.Path]:
         found |= dict.fromkeys([split] * len(paths), paths[0]) if paths else {}
     if "train" not in found:
         raise UserError(
-            f"config.data.sources: {place!r}: a task needs a folder with train.jsonl (or .csv, .tsv, .parquet)"
+            f"config.data.sources: {source!r}: a task needs a folder with train.jsonl (or .csv, .tsv, .parquet)"
             + what_is_there(folder)
         )
     return found
 
 
 def there(path: epath.Path) -> bool:
-    """Whether a place has a file of this name, even a link that leads nowhere: that it cannot be read is then said."""
+    """Whether a file of this name exists; a broken link counts, so that it is reported when it is read."""
     return path.exists() or os.path.lexists(path)
 
 
 def what_is_there(folder: epath.Path) -> str:
-    """What a place without records has instead, with what would make it right."""
+    """The end of a message: what is at a path without records, and how to make it right."""
     if not folder.exists():
         return ": no such folder"
     if not folder.is_dir():
@@ -61,15 +64,15 @@ def what_is_there(folder: epath.Path) -> str:
     return f"; it has {lines.listed(others)} (unpack what is packed, and name it so)" if others else "; it is empty"
 
 
-def left_over(place: str, read) -> list[str]:
-    """Names of other tables in a place than those that are read, such as dev.jsonl."""
+def left_over(folder: str, read) -> list[str]:
+    """Names of other tables in the folder, such as dev.jsonl, that are not read."""
     return sorted(
-        path.name for path in epath.Path(place).iterdir() if path.suffix in SUFFIXES and path.name not in read
+        path.name for path in epath.Path(folder).iterdir() if path.suffix in SUFFIXES and path.name not in read
     )
 
 
 def rows(path: epath.Path, columns: tuple[str, ...]) -> Iterator[Row]:
-    """The records of a file, each with all of the columns. Raises UserError at the first line that is none."""
+    """The records of a file, each with all of the columns. Raises UserError at the first line that is no record."""
     if path.suffix not in SUFFIXES and not path.is_dir():
         raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: unpack it, or write it as one of these")
     try:
@@ -82,22 +85,29 @@ def rows(path: epath.Path, columns: tuple[str, ...]) -> Iterator[Row]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def write(folder: str, split: str, records: Iterable[dict]) -> None:
+    """Writes records as JSON lines: <folder>/<split>.jsonl."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, f"{split}.jsonl"), "w", encoding="utf-8") as out:
+        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def without(column: str, there) -> str:
-    """That a column is missing, which are there, and the nearest of them."""
+    """The end of a message: the missing column, the columns that exist, and the nearest of them."""
     names = ", ".join(repr(name[:40]) for name in list(there)[:8]) + ", ..." * (len(there) > 8)
     close = like(column, there)
     return f"has no column {column!r}, only {names}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def taken(column: str, columns: tuple[str, ...], there) -> str:
-    """The setting that takes the nearest of the columns that are there."""
+    """The end of a message: the setting that takes the nearest of the columns that exist."""
     close = like(column, there)
     names = tuple(close[0] if name == column else name for name in columns) if close else ()
     return f"\n--config.data.columns={shlex.quote(repr(names))} takes it" if names else ""
 
 
 def like(column: str, there) -> list[str]:
-    """The most similar of the names that are there, whatever their case."""
+    """The most similar of the names, regardless of case: a list of one, or []."""
     lowered = {name.lower(): name for name in there}
     return [lowered[name] for name in difflib.get_close_matches(column.lower(), lowered, n=1, cutoff=0.5)]
 

@@ -1,8 +1,8 @@
-"""Token classification: records of words and a tag of each; of every word one piece is asked, the first (or last) one.
+"""Token classification: records of words and a tag of each; of every word one token is asked, the first (or last) one.
 
 {"tokens": ["Ada", "Lovelace", "wrote", "it"], "tags": ["B-person", "I-person", "O", "O"]}
 
-In a table both are strings with a space between words. A word that becomes no piece stands as one unknown piece and keeps its
+In a table both are strings with a space between words. A word without a token stands as one unknown token and keeps its
 tag. A record that is too long keeps the words that fit; only these are scored.
 """
 
@@ -20,13 +20,16 @@ from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Encoded, for_head
 from lm_jax.tasks.tables import Row
 from lm_jax.tasks.task import Task, counted, label_id, no_text
-from lm_jax.tasks.words import pieces_of, spaced
+from lm_jax.tasks.words import spaced, tokens_of_words
 
 
 class TokenClassification(Task):
+    """Token classification: one tag for each word."""
+
     columns = ("tokens", "tags")
 
     def parse(self, row: Row) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """(words, tag ids) of a record, equally many. Raises UserError."""
         words, tags = (listed(row, column) for column in self.columns)
         if len(words) != len(tags):
             raise UserError(f"{row.where}: {len(words)} words and {len(tags)} tags; each word has one")
@@ -36,24 +39,28 @@ class TokenClassification(Task):
         return tuple(words), tuple(label_id(row, tag, self.labels) for tag in tags)
 
     def text(self, values: tuple) -> str:
+        """The words, joined by spaces."""
         return " ".join(values[0])
 
     def count(self, values: list[tuple]) -> str:
+        """How many words each of the most frequent tags has."""
         return counted(self.labels, [tag for _, tags in values for tag in tags])
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
-        """[CLS] words [SEP], or words and end of document; loss_mask is 1 at one piece of each word."""
+        """[CLS] words [SEP], or words and end of document; loss_mask is 1 at one token of each word."""
         ids = specials(tokenizer, self.config.data.objective)
         start = [] if self.asks_last else [ids.classifier]
         room -= len(start) + 1
         found = []
-        for pieces, (_, tags) in zip(pieces_of([spaced(words) for words, _ in values], tokenizer), values, strict=True):
-            ends = np.cumsum([len(each) for each in pieces])
+        texts = tokens_of_words([spaced(words) for words, _ in values], tokenizer)
+        for word_tokens, (_, tags) in zip(texts, values, strict=True):
+            ends = np.cumsum([len(each) for each in word_tokens])
             num = max(
                 1, int(np.searchsorted(ends, room, side="right"))
             )  # of a word longer than a row the start is kept
-            kept = np.concatenate(pieces[:num])[:room]
-            asked = np.minimum(ends[:num], room) - 1 if self.asks_last else ends[:num] - [len(p) for p in pieces[:num]]
+            kept = np.concatenate(word_tokens[:num])[:room]
+            starts = ends - [len(each) for each in word_tokens]
+            asked = np.minimum(ends[:num], room) - 1 if self.asks_last else starts[:num]
             tokens = np.concatenate([start, kept, [ids.document]]).astype(np.int32)
             second = None if self.asks_last else len(tokens)
             segment = for_head(tokens, len(start) + asked, tags[:num], second=second)
@@ -61,12 +68,13 @@ class TokenClassification(Task):
         return found
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
+        """The tag with the largest logit for each word that fits into the row."""
         asked = segment["loss_mask"] > 0
         truth, chosen = segment["targets"][asked], logits_NC[asked].argmax(-1)
         return Result(where, [self.labels[k] for k in truth], [self.labels[k] for k in chosen])
 
     def scores(self, results: tuple) -> dict[str, float]:
-        """Of words accuracy, macro-F1 and Matthews; where tags are BIO, F1 of whole spans before these."""
+        """Accuracy, macro-F1 and Matthews of words; before these, where tags are BIO, F1 of whole spans."""
         truths, predictions = ([getattr(result, name) for result in results] for name in ("truth", "prediction"))
         spans = scores.spans(truths, predictions) if are_spans(self.labels) else {}
         found = {f"span_{name}": value for name, value in scores.values(spans, len(results)).items()}
@@ -74,7 +82,7 @@ class TokenClassification(Task):
         return found | scores.values(scores.labels(*of_words), len(of_words[0]))
 
     def kept(self, results: tuple) -> tuple[str, tuple]:
-        """Whole spans of each record where tags are BIO, else every word for itself."""
+        """One result a record with its spans where tags are BIO, else one result a word."""
         if are_spans(self.labels):
             return "spans", results
         of_word = lambda r, k: Result(f"{r.record} word {k + 1}", r.truth[k], r.prediction[k])
@@ -87,7 +95,7 @@ def are_spans(labels: tuple[str, ...]) -> bool:
 
 
 def listed(row: Row, column: str) -> list:
-    """The list in a column; a string's parts between spaces. Raises UserError."""
+    """The list in a column; a string is split at spaces. Raises UserError."""
     found = row.content[column]
     found = re.findall(r"[^ \t\r\n]+", found) if isinstance(found, str) else found
     if not isinstance(found, list) or not found:

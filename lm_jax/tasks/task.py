@@ -18,8 +18,11 @@ from lm_jax.tasks.tables import Row, like
 
 
 class Task:
-    """One task; a subclass each. `columns` are the names that its records have, and `optional` those that they may have, as
-    `data.columns` may rename them."""
+    """One task; a subclass each.
+
+    `columns` are the names that its records have, and `optional` those that they may have, as `data.columns` may rename
+    them.
+    """
 
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -42,30 +45,30 @@ class Task:
         raise NotImplementedError
 
     def text(self, values: tuple) -> str:
-        """What of a record decides its split, and must not stand in two."""
+        """The text that decides the split of a record: records with equal texts are in one split."""
         return values[0]
 
     def look(self, values: list[tuple]) -> None:
-        """What a task has to know of the records to train on before it reads an answer."""
+        """Takes from the training records what the task has to know before it encodes any."""
 
     def spread(self, found: list[tuple[str, tuple]], tokenizer: Tokenizer, room: int) -> list[tuple[str, tuple]]:
-        """Records (file and line, values) of which one may need several segments, as one for each; `joined` undoes it."""
+        """Splits records that need several segments, (where, values) for each segment; `joined` undoes it."""
         return found
 
     def texts(self, values: tuple) -> tuple[str, ...]:
-        """All texts of a record, for a tokenizer to be trained on."""
+        """All texts of a record, to train a tokenizer on."""
         return (self.text(values),)
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
-        """Records -> segments of at most `room` tokens."""
+        """Encodes records as segments of at most `room` tokens."""
         raise NotImplementedError
 
     def result(self, where: str, values: tuple, segment: Segment, logits_NC: np.ndarray) -> Result:
-        """What the logits of a record's segment say."""
+        """The result of a record's segment, from its logits [N, C]."""
         raise NotImplementedError
 
     def joined(self, results: tuple) -> tuple:
-        """Results of segments -> one of each record."""
+        """One result a record, from the results of its segments."""
         return results
 
     def question(self, values: tuple, tokenizer: Tokenizer, room: int) -> np.ndarray:
@@ -73,15 +76,15 @@ class Task:
         raise NotImplementedError
 
     def truth(self, values: tuple) -> str:
-        """The answer that a record has."""
+        """The right answer of a record, as text."""
         raise NotImplementedError
 
     def written(self, where: str, values: tuple, text: str) -> Result:
-        """What a model wrote for a record, without the white space around it."""
+        """The result of a text that a model generated, without surrounding white space."""
         return Result(where, self.truth(values).strip(), text.strip())
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The pieces of which any ends an answer."""
+        """The token ids of which any ends an answer."""
         return (tokenizer.document_id,)
 
     def files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -93,11 +96,11 @@ class Task:
         return {}
 
     def kept(self, results: tuple) -> tuple[str, tuple]:
-        """What is kept of results, record by record: their kind (lm_jax/tasks/scores.py; "" = nothing) and themselves."""
+        """(kind, results) that are saved record by record: kinds are in lm_jax/tasks/scores.py, "" saves nothing."""
         return self.kind, results
 
     def count(self, values: list[tuple]) -> str:
-        """What there is of each label, for the log; may be empty."""
+        """How many records each label has, for the log; may be ""."""
         return ""
 
     @property
@@ -115,7 +118,7 @@ def checked_text(row: Row, column: str) -> str:
 
 
 def no_text(value: Any) -> str:
-    """What stands in the place of a text, and how it would be one."""
+    """What a column holds instead of a text, and how it would be one."""
     if isinstance(value, str):
         return "empty"
     quoted = f': write "{json.dumps(value)}", in quotes' if isinstance(value, (int, float)) else ""
@@ -123,7 +126,7 @@ def no_text(value: Any) -> str:
 
 
 def label_id(row: Row, label: Any, labels: tuple[str, ...]) -> int:
-    """The place of a record's label in the set of them. Raises UserError."""
+    """The index of a record's label in the set of labels. Raises UserError."""
     text = str(label) if isinstance(label, (str, int)) and not isinstance(label, bool) else None
     if text in labels:
         return labels.index(text)
@@ -138,7 +141,7 @@ def plain(label: str) -> str:
 
 
 def right_label(label: Any, labels: tuple[str, ...]) -> str:
-    """What would be right in the place of a label that is none, "" where nothing is near."""
+    """What would be right instead of a label that is none, "" where nothing is near."""
     if isinstance(label, str):
         close = like(label.strip(), labels)
         return f"; did you mean {plain(close[0])}?" if close else ""

@@ -22,6 +22,8 @@ COLUMN = re.compile(r"\{(\w+)\}")
 
 
 class TextToText(Task):
+    """Text to text: the model reads a prompt and generates the target."""
+
     writes = True
 
     def __init__(self, config: Config):
@@ -38,6 +40,7 @@ class TextToText(Task):
         super().__init__(config)
 
     def parse(self, row: Row) -> tuple:
+        """The texts of all columns, then where the record is (file and line). Raises UserError."""
         return *(checked_text(row, column) for column in self.columns), row.where
 
     def text(self, values: tuple) -> str:
@@ -46,12 +49,15 @@ class TextToText(Task):
         return COLUMN.sub(lambda name: given[name[1]], self.template)
 
     def texts(self, values: tuple) -> tuple[str, ...]:
+        """The texts of all columns, each by itself."""
         return values[:-1]
 
     def truth(self, values: tuple) -> str:
+        """The target text."""
         return values[-2]
 
     def encode(self, values: list[tuple], tokenizer: Tokenizer, room: int) -> list[Encoded]:
+        """One segment for each record: prompt and target. Raises UserError where a target does not fit into a row."""
         prompts = tokenizer.encode_batch([self.text(value) for value in values])
         targets = tokenizer.encode_batch([self.truth(value) for value in values])
         return [self._encode(*each, tokenizer, room) for each in zip(values, prompts, targets, strict=True)]
@@ -59,8 +65,8 @@ class TextToText(Task):
     def _encode(
         self, values: tuple, prompt: np.ndarray, target: np.ndarray, tokenizer: Tokenizer, room: int
     ) -> Encoded:
-        left = room if self.reads else room - len(target)
-        read = self._cut(values, prompt, tokenizer, left - 1) if len(target) < room else None
+        remaining = room if self.reads else room - len(target)
+        read = self._cut(values, prompt, tokenizer, remaining - 1) if len(target) < room else None
         if read is None:
             raise UserError(
                 f"{values[-1]}: the target has {len(target):,} tokens, which leaves no room for its prompt in a row of "
@@ -86,6 +92,7 @@ class TextToText(Task):
         return prompt
 
     def question(self, values: tuple, tokenizer: Tokenizer, room: int) -> np.ndarray:
+        """int32 ids: the document token, then the prompt in at most `room` tokens."""
         prompt = tokenizer.encode(self.text(values))
         read = self._cut(values, prompt, tokenizer, room - 1)
         return np.concatenate([[tokenizer.document_id], prompt[: room - 1] if read is None else read]).astype(np.int32)

@@ -1,6 +1,6 @@
-"""Words -> pieces, each word for itself, so that every word knows its pieces and every piece its word, whatever the tokenizer.
+"""Words -> tokens, each word by itself, so that every word knows its tokens and every token its word, whatever the tokenizer.
 
-A tokenizer that marks the space before a word gets that space; what it leaves out altogether stands as one unknown piece, so
+A tokenizer that marks the space before a word gets that space; what it leaves out altogether stands as one unknown token, so
 that no word is without one.
 """
 
@@ -24,6 +24,7 @@ class Unit(NamedTuple):
 
 
 def units(text: str) -> list[Unit]:
+    """The words and punctuation marks of a text, with their character positions."""
     return [Unit(found[0], found.start(1), found.end(1)) for found in UNIT.finditer(text)]
 
 
@@ -32,8 +33,8 @@ def spaced(words: tuple[str, ...]) -> list[str]:
     return [word if k == 0 else f" {word}" for k, word in enumerate(words)]
 
 
-def pieces_of(texts: list[list[str]], tokenizer: Tokenizer) -> list[list[np.ndarray]]:
-    """Of each text the pieces of each of its words, at least one; equal words are encoded once."""
+def tokens_of_words(texts: list[list[str]], tokenizer: Tokenizer) -> list[list[np.ndarray]]:
+    """Of each text the token ids of each of its words, at least one a word; equal words are encoded once."""
     distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
     unknown = np.array([tokenizer.special.get("[UNK]", tokenizer.document_id)], np.int32)
     known = {

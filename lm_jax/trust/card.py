@@ -18,6 +18,7 @@ TASKS |= {"question_answering": "question-answering", "text_to_text": "text2text
 
 
 def table(head: tuple[str, ...], rows) -> str:
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ("---",) * len(head), *rows))
 
 
@@ -34,7 +35,7 @@ def hours(lines: list[dict], log: str) -> tuple[float, str]:
 
 
 def evaluation(workdir, lines: list[dict]) -> str:
-    """What `results/<split>.json` say with their intervals, else the last numbers of the training run."""
+    """The scores of `results/<split>.json` with their intervals, else the last numbers of the training run."""
     rows = []
     for path in sorted(workdir.glob("results/*.json")):
         told = json.loads(path.read_text())
@@ -51,10 +52,13 @@ def evaluation(workdir, lines: list[dict]) -> str:
 
 
 def training(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict]) -> str:
-    """What the steps cost, as a table."""
+    """What the steps cost, as a Markdown table."""
     config, log = found.config, found.workdir / "log.txt"
-    seen = checkpoint.read_data_state(found.workdir, found.step)
-    tokens, dropped = seen.cursor * config.data.sequence_length, sum(last - first for first, last in seen.skipped)
+    consumed = checkpoint.read_data_state(found.workdir, found.step)
+    tokens, dropped = (
+        consumed.cursor * config.data.sequence_length,
+        sum(last - first for first, last in consumed.skipped),
+    )
     spent, device = hours(lines, log.read_text() if log.exists() else "")
     facts = [
         ("parameters", f"{counted.parameters:,}"),

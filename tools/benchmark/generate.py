@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 
-from train import BUSY, others
+from train import quiet_rounds
 
 from lm_jax import cli
 from lm_jax.errors import UserError
@@ -115,19 +115,12 @@ def compare(folder: str, batch: int, rounds: int) -> None:
     first = {name: once(name)["tokens"] for name in running}
     alike = sum(a == b for a, b in zip(sum(first["jax"], []), sum(first["torch"], []), strict=True)) / (batch * NEW)
     seconds: dict[str, list[float]] = {name: [] for name in running}
-    busy = 0
-    while len(seconds["jax"]) < rounds and busy < 2 * rounds:
-        if (used := others()) > BUSY:
-            busy += 1
-            print(f"others use {100 * used:.0f}% of the cores: this round does not count", flush=True)
-            continue
+    for _ in quiet_rounds(rounds):
         for name, found in seconds.items():
             found.append(once(name)["seconds"])
     for process in running.values():
         process.stdin.close()
         process.wait()
-    if len(seconds["jax"]) < rounds:
-        raise UserError(f"no measurement: {busy} rounds found the machine busy; stop what else runs and try again")
     ratios = sorted(b / a for a, b in zip(*seconds.values(), strict=True))
     rates = "  ".join(
         f"{name} {batch * NEW / statistics.median(found):.1f} tokens/s" for name, found in seconds.items()
@@ -148,8 +141,8 @@ def main(arguments: list[str]) -> int:
         "--batch", type=int, nargs="+", default=[1, 8], help="requests at once, one comparison for each"
     )
     flags = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as place:
-        folder = flags.model or make(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = flags.model or make(temporary)
         print(f"prompts of {PROMPT} tokens, {NEW} new ones, float32", flush=True)
         for batch in flags.batch:
             compare(folder, batch, flags.rounds)

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 from lm_jax import cli
 from lm_jax.errors import UserError
@@ -61,18 +62,28 @@ def others() -> float:
     return 1 - (idle_after - idle) / max(1, total_after - total)
 
 
+def quiet_rounds(num: int) -> Iterator[None]:
+    """So many rounds in which nobody else uses the cores. Raises UserError once twice as many were busy."""
+    quiet = busy = 0
+    while quiet < num and busy < 2 * num:
+        if (used := others()) > BUSY:
+            busy += 1
+            print(f"others use {100 * used:.0f}% of the cores: this round does not count", flush=True)
+        else:
+            quiet += 1
+            yield
+    if quiet < num:
+        raise UserError(f"no measurement: {busy} rounds found the machine busy; stop what else runs and try again")
+
+
 def train(shape: str, rounds: int) -> int:
     layers, width, heads, length, rows, vocabulary = SHAPES[shape]
     contenders = [Contender(name, shape) for name in ("jax", "torch", "torch_compiled")]
     for contender in contenders:
         contender.run(2)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    peak, busy = {}, 0
-    while len(seconds["jax"]) < rounds and busy < 2 * rounds:
-        if (used := others()) > BUSY:
-            busy += 1
-            print(f"others use {100 * used:.0f}% of the cores: this round does not count", flush=True)
-            continue
+    peak = {}
+    for _ in quiet_rounds(rounds):
         for contender in contenders:
             found = contender.run(STEPS)
             seconds[contender.name].append(found["seconds"] / STEPS)
@@ -80,8 +91,6 @@ def train(shape: str, rounds: int) -> int:
         print("  ".join(f"{name} {1000 * times[-1]:,.0f} ms" for name, times in seconds.items()), flush=True)
     for contender in contenders:
         contender.close()
-    if len(seconds["jax"]) < rounds:
-        raise UserError(f"no measurement: {busy} rounds found the machine busy; stop what else runs and try again")
     best = min(("torch", "torch_compiled"), key=lambda name: statistics.median(seconds[name]))
     ratios = sorted(theirs / ours for ours, theirs in zip(seconds["jax"], seconds[best], strict=True))
     print(
