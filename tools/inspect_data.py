@@ -13,7 +13,7 @@ import numpy as np
 
 from lm_jax import cli, experiment
 from lm_jax.batch_ramp import make_ramp, with_steps
-from lm_jax.data import mixture
+from lm_jax.data import mixed_rows, mixture
 from lm_jax.data.tokenizer import DOCUMENT, Tokenizer, continuation
 from lm_jax.evaluate import open_data
 
@@ -43,12 +43,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def show(mixed: mixture.Mixture, stream: mixture.MixedRows, i: int, colours: bool) -> list[str]:
+def show(mixed: mixture.Mixture, stream: mixed_rows.MixedRows, i: int, colours: bool) -> list[str]:
     """A row as a line on what it is and its text. Without colours, what is not trained on stands in [brackets]."""
     row, (source, j) = stream.row(i), stream.quotas.locate(i)
     epoch = j / stream.streams[source].rows_per_epoch
     used, segments = int((row["segment_ids"] > 0).sum()), int(row["segment_ids"].max())
-    title = f"row {i:,}: {mixed.places[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
+    title = f"row {i:,}: {mixed.sources[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
     if mixed.task and (mixed.task.writes or mixed.task.compares):
         return [title, *show_answers(mixed.tokenizer, row, colours), ""]
     starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0))
@@ -99,7 +99,7 @@ def spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray, start:
     return "".join(text(a, b) for a, b in itertools.pairwise(borders) if a < b)
 
 
-def statistics(mixed: mixture.Mixture, stream: mixture.MixedRows, first: int, last: int) -> list[str]:
+def statistics(mixed: mixture.Mixture, stream: mixed_rows.MixedRows, first: int, last: int) -> list[str]:
     """A table by source: its weight at the first of the rows, and what the rows [first, last) are made of, read one by one."""
     names = list(mixed.corpora)
     rows, trained, documents = (dict.fromkeys(names, 0) for _ in range(3))
