@@ -15,9 +15,8 @@ from etils import epath
 from jax._src import distributed
 
 from lm_jax import compile_cache
-from lm_jax.data.shards import cache_folder
 from lm_jax.errors import PeerError, UserError
-from lm_jax.files import locked
+from lm_jax.files import cache_folder, locked
 from lm_jax.multihost import cluster, peers, roll_call
 from lm_jax.multihost.cluster import Cluster
 from lm_jax.multihost.peers import agree as agree

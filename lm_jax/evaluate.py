@@ -47,7 +47,7 @@ def check_tokenizer(found: load_model.ModelRef, mixed: mixture.Mixture) -> None:
     """Raises UserError where the corpus was tokenised by another tokenizer than the model's."""
     if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
         raise UserError(
-            f"the corpus {', '.join(mixed.places)} was tokenised by another tokenizer than {found.workdir}'s"
+            f"the corpus {', '.join(mixed.sources)} was tokenised by another tokenizer than {found.workdir}'s"
         )
 
 

@@ -100,7 +100,7 @@ def path_of_file(frames: TracebackType | None) -> str:
 
 def where(path: str) -> str:
     """How another place is named for what lies in the cache; all else has a flag of the command."""
-    from lm_jax.data.shards import cache_folder  # late: it wakes up NumPy, and mistakes are answered before
+    from lm_jax.files import cache_folder  # late: `epath` takes half a second, and mistakes are answered before
 
     try:
         cache = os.path.abspath(cache_folder())

@@ -35,6 +35,17 @@ MODEL_FILES = (
 RUN_FILES = (*MODEL_FILES, BESIDE, REFERENCE)  # what the config.json of a run has the hashes of
 
 
+def cache_folder() -> str:
+    """Where what can be made again is kept: $LM_JAX_CACHE, else ~/.cache/lm_jax. Raises FileNotFoundError without a home."""
+    if given := os.environ.get("LM_JAX_CACHE"):
+        return given
+    home = os.path.expanduser("~")
+    if not os.path.isdir(home):
+        wrong = "this user has no home: say LM_JAX_CACHE=FOLDER, where the cache may be"
+        raise FileNotFoundError(errno.ENOENT, wrong, home)
+    return os.path.join(home, ".cache", "lm_jax")
+
+
 def file_hash(path, kind: str = "sha256") -> Hash:
     """{"bytes": size, "sha256": hash} of a file at any path; `kind` "md5": what a bucket says of an object."""
     digest, size = hashlib.new(kind, usedforsecurity=False), 0

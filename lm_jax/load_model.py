@@ -22,7 +22,6 @@ from lm_jax.config import Config, unflatten
 from lm_jax.config_check import resolve_found
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
-from lm_jax.data.shards import check_plain, check_url
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.data.tokenizer_files import load, named
 from lm_jax.errors import UserError, nearest
@@ -30,7 +29,7 @@ from lm_jax.files import file_hash
 from lm_jax.manifest import MANIFEST, invalid_reason
 from lm_jax.model.build import ModelDef, build
 from lm_jax.model.lora import merged
-from lm_jax.regular_files import read_object
+from lm_jax.regular_files import check_plain, check_url, read_object
 from lm_jax.run_folder import CONFIG, check_run_files, read_config
 from lm_jax.stop import NEVER
 from lm_jax.train_state import TrainSetup, abstract, make_program

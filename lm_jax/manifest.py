@@ -19,10 +19,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lm_jax import __version__, files
-from lm_jax.data.sources import files_below
 from lm_jax.distributed import first_answer, is_main_process, share
 from lm_jax.files import Hash, flush_folder, sealed, unsealed, write_whole
-from lm_jax.regular_files import is_url, read_bytes
+from lm_jax.regular_files import files_below, is_url, read_bytes
 from lm_jax.remote import listed, store_hash
 
 FORMAT = 2  # 1 had no seal, and is read

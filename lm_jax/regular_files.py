@@ -5,6 +5,7 @@ opened is an OSError whose `strerror` says why.
 """
 
 import errno
+import importlib.util
 import json
 import os
 import stat
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from etils import epath
+
+from lm_jax.errors import UserError, needs
 
 LARGEST = 2**28  # bytes of what is read at once: JSON, tokenizers, templates, prompts
 # Of what is no file; no refusal of the machine.
@@ -32,7 +35,16 @@ KINDS = (
 
 
 def is_url(path) -> bool:
+    """Whether a path is a URL: gs://, s3:// and the like."""
     return "://" in str(path)
+
+
+def check_url(name: str, path) -> None:
+    """Raises UserError where the package that reads a URL is not installed; `name` says who asks, such as a flag."""
+    scheme = str(path).partition("://")[0] if is_url(path) else ""
+    package, extra = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}.get(scheme, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise needs(f"{name} {path}", package, extra)
 
 
 def check(path) -> None:
@@ -111,6 +123,27 @@ def below(path: str) -> Iterator[str]:
         return
     for where, _, names in walk(path):
         yield from (os.path.join(where, name) for name in names)
+
+
+def check_plain(*paths: str) -> None:
+    """Raises UserError where a file, or one of a folder, is a pipe or a device: it would be read, or waited for, for ever."""
+    for path in filter(os.path.lexists, paths):
+        try:
+            for file in below(path):
+                check(file)
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise  # a refusal of the machine
+            raise UserError(f"{error.filename}: {error.strerror}; remove it, or name another place") from None
+
+
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """The files below a folder at any path or URL, in no order."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
 
 
 def _raise(error: OSError) -> None:

@@ -24,11 +24,9 @@ import jax
 from etils import epath
 
 from lm_jax import fault_points
-from lm_jax.data.shards import cache_folder
-from lm_jax.data.sources import files_below
 from lm_jax.errors import UserError
-from lm_jax.files import Hash
-from lm_jax.regular_files import is_url
+from lm_jax.files import Hash, cache_folder
+from lm_jax.regular_files import files_below, is_url
 
 LISTINGS = 16  # folders of a bucket that are listed at once
 LEASE = 30.0  # seconds that a lock on a URL holds without being renewed

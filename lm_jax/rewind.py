@@ -4,7 +4,7 @@ import jax
 
 from lm_jax import checkpoint, manifest, spikes
 from lm_jax.batch_ramp import DataState
-from lm_jax.data import mixture
+from lm_jax.data import mixed_rows
 from lm_jax.distributed import agree, is_main_process
 from lm_jax.run import Run
 from lm_jax.step_log import StepLog
@@ -25,7 +25,7 @@ def go_back(run: Run, step_log: StepLog, saver: checkpoint.Saver) -> str:
     found = DataState.of_lists(
         agree(checkpoint.read_data_state(run.workdir, good) if is_main_process() else None, "data state")
     )
-    row_at = mixture.SkippingRows(run.stream, found.skipped).row_at
+    row_at = mixed_rows.SkippingRows(run.stream, found.skipped).row_at
     if spikes.times_gone_back(found, row_at) >= spikes.MOST:
         return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
     data = spikes.without_rows_around(step_log.spike, found, run.plan.ramp, row_at)

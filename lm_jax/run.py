@@ -8,7 +8,7 @@ from etils import epath
 from lm_jax import terminal
 from lm_jax.batch_ramp import DataState, every
 from lm_jax.config import Config, Length
-from lm_jax.data import mixture
+from lm_jax.data import mixed_rows, mixture
 from lm_jax.distributed import agree
 from lm_jax.goodput import Goodput
 from lm_jax.optimizer import averaged
@@ -27,7 +27,7 @@ class Run:
     log: terminal.Terminal
     desk: LocalMirror  # where metrics and log grow
     mixed: mixture.Mixture
-    stream: mixture.MixedRows
+    stream: mixed_rows.MixedRows
     peak_flops: float  # FLOP/s of all devices, 0 where it is not known
     state: TrainState
     data: DataState

@@ -12,9 +12,8 @@ from lm_jax import checkpoint, fault_points, load_model, run_folder, run_plan, t
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import is_over
 from lm_jax.config import Config, flatten
-from lm_jax.data import mixture, special_ids
+from lm_jax.data import mixed_rows, mixture, special_ids
 from lm_jax.data.objectives import specials
-from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.distributed import agree, devices, find_together, is_main_process, own
 from lm_jax.errors import UserError
@@ -25,6 +24,7 @@ from lm_jax.goodput import Goodput
 from lm_jax.initial_state import Source, find_init, starting_point
 from lm_jax.multihost import peers
 from lm_jax.plan import counts
+from lm_jax.regular_files import check_plain, check_url, is_url
 from lm_jax.remote import LocalMirror
 from lm_jax.run import Run
 from lm_jax.run_plan import Plan
@@ -44,7 +44,7 @@ class Opening:
     expected: DataState  # of the newest step, which is not verified yet
     device: jax.Device  # one of this process
     mixed: mixture.Mixture
-    stream: mixture.MixedRows
+    stream: mixed_rows.MixedRows
     plan: Plan  # from `expected`
     plan_from: Callable[[DataState], Plan]  # the same, from where the data turn out to stand
     changes: list[str]  # since the run was started, in words

@@ -6,7 +6,7 @@ import time
 import numpy as np
 
 from lm_jax import metrics, spikes
-from lm_jax.data import mixture
+from lm_jax.data import mixed_rows
 from lm_jax.distributed import agree
 from lm_jax.plan import counts
 from lm_jax.run import Run
@@ -30,7 +30,7 @@ class StepLog:
         self.unread: list[tuple[int, dict]] = []  # the steps since the last line
         self.skipped = float(run.state.optimizer_state.skipped)  # read once, before the loop
         self.skipping, self.hopeless = False, False
-        self.row_at = mixture.SkippingRows(run.stream, run.data.skipped).row_at
+        self.row_at = mixed_rows.SkippingRows(run.stream, run.data.skipped).row_at
         self.wrong, self.wrong_from, self.wrong_to = "", 0, 0  # what of which steps is not finite
         self.first = run.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, run.data.step

@@ -12,7 +12,8 @@ from etils import epath
 
 from lm_jax import distributed
 from lm_jax.config import Config
-from lm_jax.data.mixture import Mixture, Quotas
+from lm_jax.data.mixed_rows import Quotas
+from lm_jax.data.mixture import Mixture
 from lm_jax.plan import counts as costs
 from lm_jax.run_plan import Plan
 
@@ -122,7 +123,7 @@ def data_lines(config: Config, mixed: Mixture, tokens: float) -> list[str]:
     """One line a source: its tokens, its share of the rows, and how often it is seen."""
     num_rows = int(tokens / config.data.sequence_length)
     counts, lines = Quotas([weight for _, weight in config.data.sources]).counts(num_rows), []
-    for source, corpus, rows in zip(mixed.places, mixed.corpora.values(), counts, strict=True):
+    for source, corpus, rows in zip(mixed.sources, mixed.corpora.values(), counts, strict=True):
         size = corpus.manifest["counts"]["train"]["tokens"]
         epochs = rows * config.data.sequence_length / max(1, size)
         share = f"{100 * rows / max(1, num_rows):.1f}% of the rows, " * (len(counts) > 1)

@@ -16,7 +16,7 @@ from lm_jax import checkpoint, cli, fault_points, metrics, spikes, start, termin
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import already_done, compare_with_compressors, give_up, next_commands
 from lm_jax.config import Config, flatten
-from lm_jax.data import loader, mixture
+from lm_jax.data import loader, mixed_rows
 from lm_jax.distributed import agree, everyone, is_main_process, workdir_lock
 from lm_jax.experiment import as_given, run_name
 from lm_jax.goodput import traced
@@ -139,7 +139,7 @@ def steps(
     """
     plan, config, stop = run.plan, run.config, run.stop
     num = (plan.ramp.cursor(run.num_steps) - plan.ramp.cursor(run.data.step)) // plan.microbatch
-    rows_left = mixture.SkippingRows(run.stream, run.data.skipped)
+    rows_left = mixed_rows.SkippingRows(run.stream, run.data.skipped)
     batches = loader.batches(rows_left, plan.mesh, run.data.cursor, num, plan.microbatch, config.data.num_workers)
     batches = run.goodput.waiting(batches, "data wait")
     numbers = range(run.data.step, run.num_steps)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lm_jax import cli, distributed, experiment
 from lm_jax.config import Mesh
-from lm_jax.data import loader, shards
+from lm_jax.data import corpus_verification, loader
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.objectives import specials
 from lm_jax.errors import UserError
@@ -59,7 +59,9 @@ def hashed_whole(mixed: Mixture) -> str:
     """Hashes every file of the shards, of which a start hashes the large ones in turn. Raises UserError for a damaged one."""
     found = []
     for corpus in mixed.corpora.values():
-        shards.verify(corpus.folder, corpus.manifest, "prepare it again, or of the cache remove it", whole=True)
+        corpus_verification.verify(
+            corpus.folder, corpus.manifest, "prepare it again, or of the cache remove it", whole=True
+        )
         found += list(corpus.manifest["files"].values())
     return f"{len(found)} files, {sum(file['bytes'] for file in found) / 1e6:,.1f} MB: all as they were written"
 

@@ -17,7 +17,7 @@ from one_process import LIMIT, ROOT
 from lm_jax import checkpoint, load_model, metrics
 from lm_jax.config import Config, Mesh, default_config, flatten, unflatten
 from lm_jax.config_check import resolve
-from lm_jax.data import loader, shards
+from lm_jax.data import loader, shard_writer
 from lm_jax.experiment import shrink, without_unread
 from lm_jax.mesh import make_mesh
 from lm_jax.model.layers import Declaration, constant
@@ -141,9 +141,9 @@ def made_up(num: int, seed: int = 0) -> list[list[int]]:
     return [list(random.randint(2, 500, random.randint(0, 60))) for _ in range(num)]
 
 
-def write_shards(folder, corpus, documents, shard_tokens=shards.SHARD_TOKENS) -> pathlib.Path:
+def write_shards(folder, corpus, documents, shard_tokens=shard_writer.SHARD_TOKENS) -> pathlib.Path:
     """A prepared folder of documents given as lists of ids: to train on, or by split."""
-    writer = shards.ShardWriter(str(folder), corpus.tokenizer, shard_tokens)
+    writer = shard_writer.ShardWriter(str(folder), corpus.tokenizer, shard_tokens)
     for split, some in documents.items() if isinstance(documents, dict) else [("train", documents)]:
         for ids in some:
             writer.add(split, np.array(ids, np.int32), num_bytes=len(ids))

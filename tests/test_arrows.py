@@ -12,24 +12,24 @@ from helpers import ROOT
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
 stop errors knob model_config config reach config_check fault_points regular_files files batch_ramp spikes sharding
-mesh data.lines data.sources data.tokenizer data.tokenizer_files data.special_ids convert.word_vectors data.shards
-data.packing data.objectives data.tokenizer_training data.corpus data.mixture generate.jinja_process
+mesh data.lines data.source_kinds data.sources data.tokenizer data.hugging_face_tokenizer data.tokenizer_files
+data.special_ids convert.word_vectors data.corpus_verification data.shards data.shard_writer data.packing
+data.best_fit data.mixed_rows data.objectives data.tokenizer_training data.corpus data.mixture generate.jinja_process
 generate.chat_template model.task_heads tasks.scores tasks.tables tasks.results tasks.segments tasks.task tasks.words
 tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts generate.render_template
-generate.chat_words generate.chat_tokens tasks.instruction tasks.preference tasks.records data.loader prepare.readers
-prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run
-prepare.debian_records prepare.package_records prepare.python_records tasks.baselines tasks.text_baselines
-remote faults compile_cache
-multihost.cluster multihost.roll_call multihost.connection multihost.watchdog multihost.peers distributed manifest
-model.layers trainable model.lora model.attention model.language_model model.moe model.stack model.positions
-model.attention_layer model.transformer model.encoder model.encoder_decoder model.recurrent model.build
-convert.safetensors convert.config_reader convert.rotary convert.config_fields convert.families convert.encoders
-convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf
-loss plan.counts optimizer train_state train_step metrics goodput run_plan terminal checkpoint run_folder load_model
-convert.run cli experiment generate.sampling generate.decoding convert.proof convert.export generate.beam_search
-generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluate run
-step_log samples closing rewind initial_state start train main verify generate.lm_eval generate.__main__ trust.card
-plan.inspection trust.comparison trust.introspection trust.killed_runs
+generate.chat_words generate.chat_tokens tasks.instruction tasks.preference tasks.records data.worker data.loader
+prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run
+prepare.debian_records prepare.package_records prepare.python_records tasks.baselines tasks.text_baselines remote
+faults compile_cache multihost.cluster multihost.roll_call multihost.connection multihost.watchdog multihost.peers
+distributed manifest model.layers trainable model.lora model.attention model.language_model model.moe model.stack
+model.positions model.attention_layer model.transformer model.encoder model.encoder_decoder model.recurrent
+model.build convert.safetensors convert.config_reader convert.rotary convert.config_fields convert.families
+convert.encoders convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json convert.text_files
+convert.gguf loss plan.counts optimizer train_state train_step metrics goodput run_plan terminal checkpoint run_folder
+load_model convert.run cli experiment generate.sampling generate.decoding convert.proof convert.export
+generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood
+generate.command evaluate run step_log samples closing rewind initial_state start train main verify generate.lm_eval
+generate.__main__ trust.card plan.inspection trust.comparison trust.introspection trust.killed_runs
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}

@@ -6,7 +6,8 @@ import pytest
 from chat_templates import byte_level
 from etils import epath
 
-from lm_jax.data.tokenizer import Bytes, HuggingFace
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
+from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens, render_template
 

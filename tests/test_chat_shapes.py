@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens, render_template
 

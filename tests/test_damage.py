@@ -16,7 +16,7 @@ from helpers import ROOT
 
 from lm_jax import checkpoint, compile_cache, evaluate, files, load_model, main, metrics, run_folder
 from lm_jax.config import Mesh
-from lm_jax.data import packing, shards
+from lm_jax.data import best_fit, corpus_verification, shards
 from lm_jax.errors import UserError
 from lm_jax.generate import command
 from lm_jax.mesh import make_mesh
@@ -292,12 +292,12 @@ def test_a_value_that_is_not_finite_is_null_and_an_altered_one_is_said(tmp_path)
 def test_a_packing_plan_that_is_not_as_written_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
     size = np.arange(1, 30)
-    rows = packing.planned(size, 32, keep=True)
+    rows = best_fit.plan_rows(size, 32, keep=True)
     (path,) = (tmp_path / "packing").iterdir()
     raw = path.read_bytes()
     for broken in (raw[:-8] + bytes(8), raw[:40], b"", b"PK\x03\x04" + raw, raw[:-1] + bytes([raw[-1] ^ 1])):
         path.write_bytes(broken)
-        np.testing.assert_array_equal(packing.planned(size, 32, keep=True), rows)
+        np.testing.assert_array_equal(best_fit.plan_rows(size, 32, keep=True), rows)
         assert path.read_bytes() == raw
 
 
@@ -318,13 +318,13 @@ def test_large_shards_are_hashed_in_turn(begun, tmp_path, monkeypatch):
         damaged(path, "flipped", random.Random(0))
         with pytest.raises(UserError, match="is changed since it was built"):
             shards.read(str(folder), "mend")
-        monkeypatch.setattr(shards, "ALWAYS_HASHED", 0)
-        monkeypatch.setattr(shards, "HASHED_IN_TURN", 1)
+        monkeypatch.setattr(corpus_verification, "ALWAYS_HASHED", 0)
+        monkeypatch.setattr(corpus_verification, "HASHED_IN_TURN", 1)
         with pytest.raises(UserError, match="is changed since it was built"):
             for _ in json.loads((folder / "manifest.json").read_bytes())["files"]:
                 shards.read(str(folder), "mend")
         with pytest.raises(UserError, match="is changed since it was built"):
-            shards.verify(str(folder), shards.read_manifest(str(folder), "mend"), "mend", whole=True)
+            corpus_verification.verify(str(folder), shards.read_manifest(str(folder), "mend"), "mend", whole=True)
 
 
 @pytest.mark.parametrize("name", ["jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision"])

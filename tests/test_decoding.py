@@ -7,7 +7,7 @@ import tokenizer_shapes as shapes
 from helpers import tiny
 
 from lm_jax.config import Mesh
-from lm_jax.data import objectives, shards, tokenizer
+from lm_jax.data import hugging_face_tokenizer, objectives, shard_writer, shards, tokenizer
 from lm_jax.data.packing import HeldOutRows
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import continuation
@@ -34,7 +34,7 @@ SENTENCE = "The capital of France is Paris, naïve café"
 def made():
     def one(name: str) -> tokenizer.Tokenizer:
         file, its = shapes.content(name)
-        kind = tokenizer.HuggingFace if file.endswith("json") else tokenizer.SentencePiece
+        kind = hugging_face_tokenizer.HuggingFace if file.endswith("json") else tokenizer.SentencePiece
         return kind(its, tokenizer.Stated("<|eot_id|>" if name == "llama3" else "<~stop here~>"))
 
     return {name: one(name) for name in shapes.SHAPES}
@@ -147,7 +147,7 @@ def test_what_a_tokenizer_loses_is_said_in_one_line(name, made):
 
 
 def corpus_of(by, texts: list[str], folder):
-    writer = shards.ShardWriter(str(folder), by)
+    writer = shard_writer.ShardWriter(str(folder), by)
     for text in texts:
         writer.add("validation", by.encode(text), len(text.encode()))
     writer.close(source="here", left_out={})
@@ -191,7 +191,7 @@ def test_a_special_name_in_a_text_brings_no_space_into_it():
     found.add_special_tokens(["<unk>", "</s>"])
     found.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prepend_scheme="always")
     found.decoder = tokenizers.decoders.Metaspace("▁", prepend_scheme="always")
-    by = tokenizer.HuggingFace(found.to_str().encode(), tokenizer.Stated("</s>"))
+    by = hugging_face_tokenizer.HuggingFace(found.to_str().encode(), tokenizer.Stated("</s>"))
     for text in ("a</s>b", "</s>", "a </s></s> b", "<unk>a"):
         ids = by.encode(text)
         assert not {*by.special.values()} & {*ids.tolist()} or text == "<unk>a"

@@ -35,7 +35,7 @@ from lm_jax.convert import (
     text_files,
     tokenizer_json,
 )
-from lm_jax.data import special_ids, tokenizer, tokenizer_training
+from lm_jax.data import hugging_face_tokenizer, special_ids, tokenizer, tokenizer_training
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens
@@ -77,7 +77,7 @@ def tokenizer_of(kind: str) -> tokenizer.Tokenizer:
         content = json.loads(tokenizer_json.of(tokenizer_of("bpe")))
         names = ("<|im_start|>", "<|im_end|>")
         content["added_tokens"] += [tokenizer_json.special_token(400 + k, name) for k, name in enumerate(names)]
-        return tokenizer.HuggingFace(json.dumps(content).encode())
+        return hugging_face_tokenizer.HuggingFace(json.dumps(content).encode())
     return tokenizer_training.train([PAGE, pydoc_data.topics.topics["strings"]], 400, kind)
 
 
@@ -138,7 +138,7 @@ class Here:
         mistake(content, tensors, files)
         described = description.describe(content, "a mutant", "bytes")
         graph = built(described.config, described.vocab_size)
-        by = tokenizer.HuggingFace(files["tokenizer.json"])
+        by = hugging_face_tokenizer.HuggingFace(files["tokenizer.json"])
         ends = json.loads(files["generation_config.json"])["eos_token_id"]
         source = files.get("chat_template.jinja", b"").decode()
         template = chat_template.Template(source) if source else None
@@ -382,7 +382,7 @@ def test_a_folder_says_what_its_text_is_and_is_read_again(kind, tmp_path):
     found = load_model.locate(out)
     again = special_ids.read(found.workdir, found.tokenizer)
     assert (again.first, set(again.ends)) == (ids.first, set(ends))
-    whole = tokenizer.HuggingFace(files["tokenizer.json"])
+    whole = hugging_face_tokenizer.HuggingFace(files["tokenizer.json"])
     texts = ["", "def f(x):\n    return [x, '<0x41> <unk>']", PAGE, "\u2581 is no space; 猫 <|endoftext|>"]
     for text in texts:
         assert found.tokenizer.encode(text).tolist() == whole.encode(text).tolist() == by.encode(text).tolist()
@@ -528,7 +528,7 @@ def test_an_instruction_run_leaves_with_its_ends_its_template_and_its_bases_cont
         assert content["config.json"]["max_position_embeddings"] == 4096, name
         assert set(content["generation_config.json"]["eos_token_id"]) == {1, 401}, "<|endoftext|> and <|im_end|>"
         assert there["chat_template.jinja"].decode() == TEMPLATE
-        assert tokenizer.HuggingFace(there["tokenizer.json"]).around() == ([1], [])
+        assert hugging_face_tokenizer.HuggingFace(there["tokenizer.json"]).around() == ([1], [])
         assert content["tokenizer_config.json"]["add_bos_token"] is True
     assert said[2] == "Say yes.Blue.\n", "it stops"
     assert ("proven: in transformers" in said[1]) == bool(importlib.util.find_spec("transformers")), said[1]

@@ -13,7 +13,6 @@ from helpers import LIMIT, LLAMA, ROOT
 from refused import refused
 
 from lm_jax import faults, files, manifest
-from lm_jax.data import shards
 
 TRAIN = [
     "-m", "lm_jax.main", "--config", str(ROOT / "experiments" / "quickstart.py:smoke"), "--config.data.tokenizer=bytes",
@@ -204,7 +203,7 @@ def test_the_file_of_a_refused_write_is_named(tmp_path):
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError) as refusal, open(tmp_path / "full", "w") as file:
         file.write("x")
-        shards.flush(file)
+        files.flush(file)
     code, lines = faults.described(refusal.value)
     assert code == 74 and lines.startswith(f"{tmp_path / 'full'}: No space left on device"), lines
 

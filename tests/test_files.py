@@ -13,16 +13,16 @@ from etils import epath
 from helpers import made_up, write_shards
 
 from lm_jax import compile_cache, files, metrics, regular_files
-from lm_jax.data import packing, shards
+from lm_jax.data import best_fit, corpus_verification, shards
 from lm_jax.prepare import run
 from lm_jax.prepare.report import Tally
 
 
 def known_hashes(folder, corpus) -> None:
-    """What `shards.verify` keeps of the files that it has read."""
+    """What `corpus_verification.verify` keeps of the files that it has read."""
     if not (folder / "text").exists():
         write_shards(folder / "text", corpus, {"train": made_up(20), "validation": made_up(5, 5)}, 1000)
-    shards.verify(str(folder / "text"), shards.read_manifest(str(folder / "text"), "mend"), "mend")
+    corpus_verification.verify(str(folder / "text"), shards.read_manifest(str(folder / "text"), "mend"), "mend")
 
 
 # Everything that puts a file in the place of another: {name: what writes it into a folder}.
@@ -31,7 +31,7 @@ WRITERS = {
     "one of several writers": lambda folder, corpus: files.write_whole(folder / "x", b"content", alone=False),
     "metrics": lambda folder, corpus: metrics.Writer(folder, 0).close(),
     "a program": lambda folder, corpus: compile_cache.CompileCache(str(folder)).put("a", b"program"),
-    "a packing plan": lambda folder, corpus: packing.planned(np.arange(1, 30), 32, keep=True),
+    "a packing plan": lambda folder, corpus: best_fit.plan_rows(np.arange(1, 30), 32, keep=True),
     "known hashes": known_hashes,
     "a plan of preparation": lambda folder, corpus: run.write_json(str(folder / "plan.json"), {"a": 1}),
     "a report": lambda folder, corpus: Tally().save(str(folder / "report.json")),

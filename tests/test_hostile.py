@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from helpers import LIMIT, ROOT
 
-from lm_jax import cli, evaluate, main
+from lm_jax import cli, evaluate, files, main
 from lm_jax.convert import safetensors
-from lm_jax.data import shards, tokenizer
+from lm_jax.data import shard_writer, shards, tokenizer
 from lm_jax.data.sources import SPLITS
 from lm_jax.generate import command as generate
 
@@ -149,12 +149,12 @@ def many_names(num: int) -> bytes:
 def corpus(tmp: pathlib.Path, array=None, **manifest) -> pathlib.Path:
     """A prepared folder whose manifest says what is given, and whose tokens are `array`, all hashes right."""
     place = tmp / "corpus"
-    writer = shards.ShardWriter(str(place), tokenizer.Bytes())
+    writer = shard_writer.ShardWriter(str(place), tokenizer.Bytes())
     writer.add("train", np.arange(9), 9)
     content = writer.close()
     if array is not None:
         np.save(place / "train-00000.tokens.npy", array, allow_pickle=True)
-        content["files"]["train-00000.tokens.npy"] = shards.file_hash(place / "train-00000.tokens.npy")
+        content["files"]["train-00000.tokens.npy"] = files.file_hash(place / "train-00000.tokens.npy")
     (place / shards.MANIFEST).write_text(json.dumps(content | manifest))
     return place
 

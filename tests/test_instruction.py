@@ -11,7 +11,7 @@ import pytest
 from chat_templates import LOOP, TEMPLATES, tokenizer_json
 from helpers import tiny
 
-from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
 from lm_jax.errors import UserError
 from lm_jax.evaluate import open_data
 from lm_jax.generate import chat_template, chat_tokens

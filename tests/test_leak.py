@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
-from lm_jax.data import packing, shards
+from lm_jax.data import best_fit, packing, shards
 from lm_jax.loss import batch_loss
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
@@ -31,7 +31,7 @@ def split(seed: int = 0) -> shards.Split:
     return shards.Split(tokens.astype(np.uint16), np.cumsum([0, *SIZES]), 1)
 
 
-def row(found: packing.Stream | packing.BestFit, i: int = 0) -> dict:
+def row(found: packing.Stream | best_fit.BestFit, i: int = 0) -> dict:
     return {name: jnp.asarray(x)[None] for name, x in found.row(i).items()}
 
 
@@ -39,13 +39,13 @@ def row(found: packing.Stream | packing.BestFit, i: int = 0) -> dict:
 def test_a_packed_loss_is_the_sum_of_the_losses_of_its_documents(backend):
     graph, parameters = model(backend)
     loss = jax.jit(lambda batch: batch_loss(graph, parameters, batch).loss)
-    packed = packing.BestFit(split(), LENGTH, 0, document_id=499)
+    packed = best_fit.BestFit(split(), LENGTH, 0, document_id=499)
     assert packed.rows_per_epoch == 1
     alone = []
     for first, last in zip(split().offsets, split().offsets[1:], strict=False):
         tokens = split().tokens[first:last]
         one = shards.Split(tokens, np.array([0, len(tokens)]), 1)
-        alone.append(float(loss(row(packing.BestFit(one, LENGTH, 0, document_id=499)))))
+        alone.append(float(loss(row(best_fit.BestFit(one, LENGTH, 0, document_id=499)))))
     np.testing.assert_allclose(float(loss(row(packed))), sum(alone), rtol=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_a_packed_loss_is_the_sum_of_the_losses_of_its_documents(backend):
 def test_another_document_changes_no_bit_of_this_one(backend, way):
     graph, parameters = model(backend)
     make = lambda seed: (
-        packing.Stream(split(seed), LENGTH, 0) if way == "split" else packing.BestFit(split(seed), LENGTH, 0, 499)
+        packing.Stream(split(seed), LENGTH, 0) if way == "split" else best_fit.BestFit(split(seed), LENGTH, 0, 499)
     )
     one, other = row(make(0)), row(make(1))
     changed = {int(segment) for segment in one["segment_ids"][one["tokens"] != other["tokens"]]}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm_jax import run_folder
 from lm_jax.config import Mesh, flatten
-from lm_jax.data import loader, mixture, packing, shards
+from lm_jax.data import best_fit, loader, mixed_rows, mixture, packing, shards
 from lm_jax.data.corpus import open_corpus
 from lm_jax.errors import UserError
 from lm_jax.evaluate import Totals, by_source
@@ -24,7 +24,7 @@ positive = st.floats(0.01, 10)
 @settings(max_examples=80, deadline=None)
 @given(st.lists(positive, min_size=1, max_size=6), st.integers(0, 10**12))
 def test_quotas_are_exact(weights, start):
-    quotas = mixture.Quotas(weights)
+    quotas = mixed_rows.Quotas(weights)
     before = quotas.counts(start)
     for i in range(start, start + 50):
         source, j = quotas.locate(i)
@@ -41,7 +41,7 @@ def test_quotas_are_exact(weights, start):
 def test_stages_start_where_they_say(stages):
     firsts = np.cumsum([0, *(rows for rows, _, _ in stages)])[:-1].tolist()
     tables = [tuple((f, stage[1 + k]) for f, stage in zip(firsts, stages, strict=True)) for k in range(2)]
-    quotas, before = mixture.Quotas(tables), [0, 0]
+    quotas, before = mixed_rows.Quotas(tables), [0, 0]
     for i in range(200):
         source, j = quotas.locate(i)
         assert j == before[source]
@@ -54,7 +54,7 @@ def test_stages_start_where_they_say(stages):
 
 def test_weights_hold_over_a_thousand_steps():
     weights = [0.62, 0.3, 0.08]
-    counts = mixture.Quotas(weights).counts(1000 * 16)
+    counts = mixed_rows.Quotas(weights).counts(1000 * 16)
     np.testing.assert_allclose(np.array(counts) / 16_000, weights, rtol=0.01)
 
 
@@ -74,10 +74,10 @@ sizes = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 @given(sizes, sizes, positive, st.integers(0, 3), st.integers(8, 20), st.sampled_from(["split", "best_fit"]))
 def test_a_source_is_its_own_stream_and_every_token_is_seen_once_an_epoch(a, b, weight, seed, length, way):
     one = lambda split: (
-        packing.Stream(split, length, seed) if way == "split" else packing.BestFit(split, length, seed, 60_000)
+        packing.Stream(split, length, seed) if way == "split" else best_fit.BestFit(split, length, seed, 60_000)
     )
     streams = [one(split) for split in splits(a, b)]
-    mixed = mixture.MixedRows(streams, mixture.Quotas([weight, 1.0]))
+    mixed = mixed_rows.MixedRows(streams, mixed_rows.Quotas([weight, 1.0]))
     seen, taken = [[], []], [0, 0]
     while min(taken[s] - 3 * streams[s].rows_per_epoch for s in (0, 1)) < 0:
         i = sum(taken)
@@ -95,11 +95,11 @@ def test_a_source_is_its_own_stream_and_every_token_is_seen_once_an_epoch(a, b, 
 
 @pytest.mark.parametrize("way", ["split", "best_fit"])
 def test_rows_of_two_sources_taken_together_are_the_rows_one_by_one(way):
-    make = {"split": packing.Stream, "best_fit": lambda *given: packing.BestFit(*given, 9999)}[way]
-    mixed = mixture.MixedRows(
-        [make(split, 8, 0) for split in splits([5, 7, 30], [11, 2, 9, 9])], mixture.Quotas([0.7, 0.3])
+    make = {"split": packing.Stream, "best_fit": lambda *given: best_fit.BestFit(*given, 9999)}[way]
+    mixed = mixed_rows.MixedRows(
+        [make(split, 8, 0) for split in splits([5, 7, 30], [11, 2, 9, 9])], mixed_rows.Quotas([0.7, 0.3])
     )
-    for rows in (mixed, mixture.SkippingRows(mixed, ((3, 5), (20, 21)))):
+    for rows in (mixed, mixed_rows.SkippingRows(mixed, ((3, 5), (20, 21)))):
         for indices in (list(range(32)), [40, 2, 3]):
             together = rows.rows(indices)
             for k, i in enumerate(indices):
@@ -109,14 +109,14 @@ def test_rows_of_two_sources_taken_together_are_the_rows_one_by_one(way):
 
 def test_skipped_rows_are_dropped_and_nothing_else():
     [split] = splits([50] * 40)
-    mixed = mixture.MixedRows([packing.Stream(split, 10, 0)], mixture.Quotas([1.0]))
-    kept = mixture.SkippingRows(mixed, ((3, 5), (5, 6), (10, 14)))
+    mixed = mixed_rows.MixedRows([packing.Stream(split, 10, 0)], mixed_rows.Quotas([1.0]))
+    kept = mixed_rows.SkippingRows(mixed, ((3, 5), (5, 6), (10, 14)))
     assert [int(kept.row(k)["row"]) for k in range(10)] == [0, 1, 2, 6, 7, 8, 9, 14, 15, 16]
 
 
 def test_row_a_billion_is_found_at_once(corpus):
     streams = [packing.Stream(corpus.splits["train"], 64, seed) for seed in (0, 1)]
-    mixed = mixture.MixedRows(streams, mixture.Quotas([((0, 0.3), (1000, 0.5)), 0.7]))
+    mixed = mixed_rows.MixedRows(streams, mixed_rows.Quotas([((0, 0.3), (1000, 0.5)), 0.7]))
     calls = []
     for stream in streams:
         real = stream.split.tokens
@@ -134,7 +134,7 @@ def test_row_a_billion_is_found_at_once(corpus):
 
 
 def test_twice_the_batch_goes_on_with_the_next_row(corpus):
-    mixed = mixture.MixedRows([packing.Stream(corpus.splits["train"], 64, 0)], mixture.Quotas([1.0]))
+    mixed = mixed_rows.MixedRows([packing.Stream(corpus.splits["train"], 64, 0)], mixed_rows.Quotas([1.0]))
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     first = [batch["row"] for batch in loader.batches(mixed, mesh, 0, 5, 4)]
     then = [batch["row"] for batch in loader.batches(mixed, mesh, 20, 5, 8)]

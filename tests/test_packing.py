@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_jax.data import packing, shards
+from lm_jax.data import best_fit, shards
 from lm_jax.errors import UserError
 
 DOCUMENT = 60_000
@@ -29,7 +29,7 @@ def segments(row) -> list[np.ndarray]:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(8, 24), st.integers(0, 5))
 def test_every_token_once_an_epoch_and_no_document_is_cut_that_fits(sizes, length, seed):
     split = tiny_split(sizes)
-    stream = packing.BestFit(split, length, seed, DOCUMENT)
+    stream = best_fit.BestFit(split, length, seed, DOCUMENT)
     starts = {int(start): int(size) for start, size in zip(split.offsets, sizes, strict=False)}
     for epoch in range(3):
         rows = [stream.row(epoch * stream.rows_per_epoch + j) for j in range(stream.rows_per_epoch)]
@@ -51,37 +51,37 @@ def test_every_token_once_an_epoch_and_no_document_is_cut_that_fits(sizes, lengt
 
 def test_epochs_differ_and_seeds_differ():
     split = tiny_split([3] * 40)
-    stream, other = packing.BestFit(split, 9, 0, DOCUMENT), packing.BestFit(split, 9, 1, DOCUMENT)
+    stream, other = best_fit.BestFit(split, 9, 0, DOCUMENT), best_fit.BestFit(split, 9, 1, DOCUMENT)
     epoch = lambda s, e: np.concatenate([s.row(e * 14 + j)["tokens"] for j in range(14)]).tolist()
     assert stream.rows_per_epoch == 14
     assert len({tuple(epoch(stream, 0)), tuple(epoch(stream, 1)), tuple(epoch(other, 0))}) == 3
-    assert epoch(packing.BestFit(split, 9, 0, DOCUMENT), 1) == epoch(stream, 1)
+    assert epoch(best_fit.BestFit(split, 9, 0, DOCUMENT), 1) == epoch(stream, 1)
 
 
 def test_best_fit_takes_the_fullest_row_with_room():
-    np.testing.assert_array_equal(packing.best_fit(np.array([7, 6, 4, 3, 3, 1]), 10), [0, 1, 1, 0, 2, 2])
+    np.testing.assert_array_equal(best_fit.assign_rows(np.array([7, 6, 4, 3, 3, 1]), 10), [0, 1, 1, 0, 2, 2])
 
 
 def test_rows_are_well_filled():
     sizes = np.random.RandomState(0).geometric(1 / 60, 2000).clip(1, 300)
-    rows = packing.best_fit(-np.sort(-sizes), 300)
+    rows = best_fit.assign_rows(-np.sort(-sizes), 300)
     assert (np.bincount(rows, -np.sort(-sizes)) <= 300).all()
     assert sizes.sum() / (300 * (rows.max() + 1)) > 0.995
 
 
 def test_long_documents_are_cut_into_whole_rows_or_refused():
     split = tiny_split([25, 4, 3])
-    stream = packing.BestFit(split, 10, 0, DOCUMENT)
+    stream = best_fit.BestFit(split, 10, 0, DOCUMENT)
     assert stream.num_cut == 1 and collections.Counter(stream.size.tolist()) == {10: 2, 5: 1, 4: 1, 3: 1}
     with pytest.raises(UserError, match="1 documents are longer than a row of 10 tokens, the longest 25"):
-        packing.BestFit(split, 10, 0, DOCUMENT, cut=False)
+        best_fit.BestFit(split, 10, 0, DOCUMENT, cut=False)
 
 
 def test_the_plan_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_JAX_CACHE", str(tmp_path))
     size = np.array([3, 9, 4, 6])
-    rows = packing.planned(size, 10, keep=True)
+    rows = best_fit.plan_rows(size, 10, keep=True)
     [kept] = pathlib.Path(tmp_path).rglob("*.npy")
-    monkeypatch.setattr(packing, "best_fit", None)
-    np.testing.assert_array_equal(packing.planned(size, 10, keep=True), rows)
+    monkeypatch.setattr(best_fit, "assign_rows", None)
+    np.testing.assert_array_equal(best_fit.plan_rows(size, 10, keep=True), rows)
     assert kept.parent.name == "packing"

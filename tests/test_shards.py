@@ -11,7 +11,7 @@ import pytest
 from helpers import made_up, write_shards
 
 from lm_jax import files
-from lm_jax.data import shards
+from lm_jax.data import corpus_verification, shard_writer, shards
 from lm_jax.data.corpus import is_prepared
 from lm_jax.errors import UserError
 
@@ -39,7 +39,7 @@ def test_many_shards_read_as_one(corpus, cache, tmp_path, shard_tokens):
 
 
 def test_a_document_may_come_in_parts(corpus, cache, tmp_path):
-    writer = shards.ShardWriter(str(tmp_path / "parts"), corpus.tokenizer, 10)
+    writer = shard_writer.ShardWriter(str(tmp_path / "parts"), corpus.tokenizer, 10)
     writer.add("train", np.arange(2, 9), 7)
     writer.extend("train", np.arange(9, 40), 31)
     writer.add("train", np.arange(2, 5), 3)
@@ -57,7 +57,7 @@ def test_a_worker_maps_the_files_anew(corpus, cache, tmp_path):
 
 
 def test_an_unfinished_writer_leaves_no_corpus_and_the_next_one_starts_clean(corpus, cache, tmp_path):
-    writer = shards.ShardWriter(str(tmp_path / "x"), corpus.tokenizer, 50)
+    writer = shard_writer.ShardWriter(str(tmp_path / "x"), corpus.tokenizer, 50)
     for ids in made_up(40):
         writer.add("train", np.array(ids, np.int32), 1)
     assert not is_prepared(str(tmp_path / "x")) and len(list((tmp_path / "x").glob("*.npy"))) > 10
@@ -112,14 +112,16 @@ def test_a_broken_manifest_is_refused(corpus, cache, tmp_path, content, words):
 
 def test_large_files_are_known_by_size_and_time_and_one_is_hashed_in_turn(corpus, cache, tmp_path, monkeypatch):
     folder, hashed = write_shards(tmp_path / "x", corpus, made_up(4)), []
-    real = shards.file_hash
-    monkeypatch.setattr(shards, "file_hash", lambda path: hashed.append(os.path.basename(path)) or real(path))
+    real = corpus_verification.file_hash
+    monkeypatch.setattr(
+        corpus_verification, "file_hash", lambda path: hashed.append(os.path.basename(path)) or real(path)
+    )
     names = sorted(json.loads((folder / "manifest.json").read_text())["files"])
     for _ in range(2):  # what is small, at every start
         shards.read(str(folder), "")
     assert sorted(hashed) == sorted(2 * names)
-    monkeypatch.setattr(shards, "ALWAYS_HASHED", 0)
-    monkeypatch.setattr(shards, "HASHED_IN_TURN", 1)
+    monkeypatch.setattr(corpus_verification, "ALWAYS_HASHED", 0)
+    monkeypatch.setattr(corpus_verification, "HASHED_IN_TURN", 1)
     hashed.clear()
     for _ in range(3):
         shards.read(str(folder), "")

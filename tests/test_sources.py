@@ -8,7 +8,7 @@ import socket
 import pytest
 from helpers import tiny
 
-from lm_jax.data import sources
+from lm_jax.data import source_kinds, sources
 from lm_jax.data.corpus import open_corpus
 from lm_jax.data.lines import KINDS
 from lm_jax.errors import UserError
@@ -165,4 +165,4 @@ def test_hidden_files_are_left_out_of_what_is_prepared_and_said(tmp_path):
 
 
 def test_every_kind_of_table_has_rows():
-    assert {kind for kind in sources.KINDS.values() if kind in KINDS} == {*KINDS}
+    assert {kind for kind in source_kinds.KINDS.values() if kind in KINDS} == {*KINDS}

@@ -15,7 +15,15 @@ from helpers import ROOT, tiny
 from lm_jax import load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import description, gguf, hugging_face, run
-from lm_jax.data import objectives, shards, special_ids, tokenizer, tokenizer_files
+from lm_jax.data import (
+    hugging_face_tokenizer,
+    objectives,
+    shard_writer,
+    shards,
+    special_ids,
+    tokenizer,
+    tokenizer_files,
+)
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.errors import UserError
 from lm_jax.generate import beam_search, chat_template, decoding
@@ -81,7 +89,7 @@ class shards_of:
     """A corpus of one document, read again from its folder alone."""
 
     def __init__(self, made, folder):
-        writer = shards.ShardWriter(str(folder), made)
+        writer = shard_writer.ShardWriter(str(folder), made)
         writer.add("train", made.encode("a text"), 6)
         writer.close(source="here", left_out={})
         self.folder = folder
@@ -96,7 +104,9 @@ class shards_of:
 def test_the_richer_tokenizer_is_taken_where_there_are_two(tmp_path):
     folder = shapes.write(tmp_path, "mistral")
     (folder / "tokenizer.model").write_bytes(shapes.content("llama's model")[1])
-    assert isinstance(tokenizer_files.load(str(folder)), tokenizer.HuggingFace) and read(folder).first == (1,)
+    assert isinstance(tokenizer_files.load(str(folder)), hugging_face_tokenizer.HuggingFace) and read(folder).first == (
+        1,
+    )
 
 
 TEXT = "The king is here"
@@ -181,7 +191,7 @@ def model():
 
 def shapes_tokenizer(name: str) -> tokenizer.Tokenizer:
     file, its = shapes.content(name)
-    kind = tokenizer.HuggingFace if file.endswith("json") else tokenizer.SentencePiece
+    kind = hugging_face_tokenizer.HuggingFace if file.endswith("json") else tokenizer.SentencePiece
     return kind(its, tokenizer.Stated("<|eot_id|>"))
 
 

@@ -14,7 +14,7 @@ from helpers import LIMIT, ROOT, lines_of, poison
 from lm_jax import checkpoint, cli, load_model, main, spikes
 from lm_jax.batch_ramp import DataState, Ramp
 from lm_jax.config import Mesh
-from lm_jax.data import loader, mixture
+from lm_jax.data import loader, mixed_rows
 from lm_jax.mesh import make_mesh
 from lm_jax.train_state import make_program
 
@@ -145,7 +145,7 @@ def recovered(tmp_path_factory):
 
     def listed(stream, *given):
         read: list[int] = []
-        if isinstance(stream, mixture.SkippingRows):  # not those of an evaluation
+        if isinstance(stream, mixed_rows.SkippingRows):  # not those of an evaluation
             rows.append(read)
         for batch in plain(stream, *given):
             read.extend(np.asarray(batch["row"]).tolist())

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lm_jax import checkpoint, run_folder
-from lm_jax.data import special_ids, tokenizer, tokenizer_files, tokenizer_training
+from lm_jax.data import hugging_face_tokenizer, special_ids, tokenizer, tokenizer_files, tokenizer_training
 from lm_jax.errors import UserError
 
 OTHERS = (
@@ -46,7 +46,7 @@ def made():
 @pytest.fixture(params=["bpe", "unigram", "bytes", "hugging_face"])
 def one(request, made) -> tokenizer.Tokenizer:
     if request.param == "hugging_face" and request.param not in made:
-        made[request.param] = tokenizer.HuggingFace(byte_level())
+        made[request.param] = hugging_face_tokenizer.HuggingFace(byte_level())
     return made[request.param]
 
 
@@ -99,7 +99,7 @@ def test_a_name_is_encoded_as_if_there_were_no_such_token():
     described["added_tokens"] = []
     plain = tokenizers.Tokenizer.from_str(json.dumps(described | {"truncation": None}))
     text = "say <|endoftext|>, </s> or <|im_start|>user"
-    assert tokenizer.HuggingFace(byte_level()).encode(text).tolist() == plain.encode(text).ids
+    assert hugging_face_tokenizer.HuggingFace(byte_level()).encode(text).tolist() == plain.encode(text).ids
 
 
 def test_a_name_in_the_words_of_a_unigram_model_is_taken_apart():
@@ -108,7 +108,7 @@ def test_a_name_in_the_words_of_a_unigram_model_is_taken_apart():
     described = tokenizers.Tokenizer(tokenizers.models.Unigram(words, 0))
     described.add_special_tokens(["</s>"])
     described.decoder = tokenizers.decoders.Fuse()
-    made = tokenizer.HuggingFace(described.to_str().encode())
+    made = hugging_face_tokenizer.HuggingFace(described.to_str().encode())
     assert made.encode("a</s>b").tolist() == [made._tokenizer.token_to_id(c) for c in "a</s>b"]
     assert made.decode(made.encode("a</s>b</s></s>")) == "a</s>b</s></s>"
 

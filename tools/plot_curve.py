@@ -5,6 +5,7 @@ import lzma
 import sys
 
 import matplotlib
+import numpy as np
 from etils import epath
 
 from lm_jax import load_model, metrics
@@ -18,7 +19,7 @@ def main(workdir: str, picture: str) -> None:
     lines = metrics.read(epath.Path(workdir))
     training, held_out = (metrics.series(lines, name) for name in ("train/loss", "eval/bits_per_byte"))
     split = open_corpus(load_model.locate(workdir).config.data)
-    text = split.tokenizer.decode(split.splits["validation"].tokens).encode()
+    text = split.tokenizer.decode(np.asarray(split.splits["validation"].tokens)).encode()
     _, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(*zip(*training, strict=True), color="tab:blue")
     left.set(xlabel="step", ylabel="training loss, nats per token")

@@ -10,9 +10,10 @@ from lm_jax import load_model
 from lm_jax.convert import description, gguf, hugging_face, tensor_map, text_files
 from lm_jax.convert.proof import Exported
 from lm_jax.convert.text_files import Text
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
 from lm_jax.data.objectives import specials
 from lm_jax.data.special_ids import SpecialIds
-from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens
 

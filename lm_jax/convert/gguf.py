@@ -7,8 +7,8 @@ import numpy as np
 
 from lm_jax.convert.text_files import TEMPLATE, Text
 from lm_jax.convert.tokenizer_json import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, pairs_model, special_token, vocab_of
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
 from lm_jax.data.special_ids import SpecialIds
-from lm_jax.data.tokenizer import HuggingFace
 from lm_jax.errors import UserError, needs
 from lm_jax.files import draft
 from lm_jax.regular_files import opened

@@ -15,9 +15,9 @@ from lm_jax import checkpoint, load_model, manifest, run_folder
 from lm_jax.convert import hugging_face
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
-from lm_jax.data.shards import is_url
 from lm_jax.errors import UserError
 from lm_jax.model.build import build
+from lm_jax.regular_files import is_url
 
 
 def write(

@@ -12,8 +12,9 @@ import json
 from typing import Any, NamedTuple
 
 from lm_jax.convert import tokenizer_json
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
 from lm_jax.data.special_ids import SpecialIds
-from lm_jax.data.tokenizer import Bytes, HuggingFace, Tokenizer
+from lm_jax.data.tokenizer import Bytes, Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.model_config import NUM_SENTINELS
 

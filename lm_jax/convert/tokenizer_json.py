@@ -9,7 +9,8 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from lm_jax.data.tokenizer import DOCUMENT, SPACE, Bytes, HuggingFace, Tokenizer
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
+from lm_jax.data.tokenizer import DOCUMENT, SPACE, Bytes, Tokenizer
 from lm_jax.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (

@@ -1,0 +1,1 @@
+"""From text to batches: sources, tokenizer, shards, packing, mixture, objectives, loader, in this order."""

@@ -13,62 +13,52 @@ from etils import epath
 from lm_jax import regular_files
 from lm_jax.config import Data
 from lm_jax.data import sources, tokenizer_files, tokenizer_training
-from lm_jax.data.shards import (
-    MANIFEST,
-    PIPELINE,
-    Corpus,
-    ShardWriter,
-    cache_folder,
-    check_plain,
-    check_url,
-    read,
-    read_manifest,
-)
+from lm_jax.data.shard_writer import ShardWriter
+from lm_jax.data.shards import MANIFEST, PIPELINE, Corpus, read, read_manifest
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.files import draft_folder, locked, write_whole
-from lm_jax.regular_files import is_url
+from lm_jax.files import cache_folder, draft_folder, locked, write_whole
+from lm_jax.regular_files import check_plain, check_url, is_url
 
 TOGETHER = 32  # documents that are tokenised in one call, on all cores
 
 
-def is_prepared(place: str) -> bool:
-    """Whether a place holds shards, not raw text."""
-    check_url("config.data.sources:", place)
-    return place != "python" and (epath.Path(place) / MANIFEST).exists()
+def is_prepared(source: str) -> bool:
+    """Whether a source holds shards, not raw text."""
+    check_url("config.data.sources:", source)
+    return source != "python" and (epath.Path(source) / MANIFEST).exists()
 
 
 def open_corpus(
     data: Data,
     log: Callable[[str], None] = lambda line: None,
-    place: str = "",
+    source: str = "",
     given: Tokenizer | None = None,
 ) -> Corpus:
     """The corpus of a source of a config ("": the first), built on first use: one process writes, others wait.
 
     Raw text is tokenised by `given`, where that is None as `data.tokenizer` says. Raises UserError.
     """
-    place = place or data.sources[0][0]
-    if is_prepared(place):
-        check_plain(*[place] * (not is_url(place)))
-        return read(local_copy(place, log), "prepare it again, or restore it from a copy")
-    pieces = 0 if given else tokenizer_files.vocab_size(data.tokenizer)
-    given = given or (None if pieces else tokenizer_files.load(data.tokenizer))
-    source = place if place == "python" or is_url(place) else os.path.abspath(place)
-    by = given.fingerprint + given.beside.decode() if given else data.tokenizer
-    identity = [2, PIPELINE, source, by, data.validation_fraction, data.test_fraction]
-    if place != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
-        named = lambda name: name if is_url(name) else os.path.abspath(name)
-        found = sources.documents(place, data.tokenizer)
-        identity.append([(named(name), hashlib.sha256(text).hexdigest()) for name, text in found])
+    source = source or data.sources[0][0]
+    if is_prepared(source):
+        check_plain(*[source] * (not is_url(source)))
+        return read(local_copy(source, log), "prepare it again, or restore it from a copy")
+    num_pieces = 0 if given else tokenizer_files.vocab_size(data.tokenizer)
+    given = given or (None if num_pieces else tokenizer_files.load(data.tokenizer))
+    absolute = lambda path: path if is_url(path) else os.path.abspath(path)
+    path = "python" if source == "python" else absolute(source)
+    tokenizer = given.fingerprint + given.beside.decode() if given else data.tokenizer
+    identity = [2, PIPELINE, path, tokenizer, data.validation_fraction, data.test_fraction]
+    if source != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
+        found = sources.documents(source, data.tokenizer)
+        identity.append([(absolute(name), hashlib.sha256(text).hexdigest()) for name, text in found])
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    name = "python" if place == "python" else os.path.basename(source)
-    folder = os.path.join(cache_folder(), "corpora", f"{name}-{pieces or 'given'}-{key}")
+    folder = os.path.join(cache_folder(), "corpora", f"{os.path.basename(path)}-{num_pieces or 'given'}-{key}")
     check_plain(folder, folder + ".lock")
     if not os.path.exists(os.path.join(folder, MANIFEST)):
         with writer_lock(folder + ".lock", log):
             if not os.path.exists(os.path.join(folder, MANIFEST)):
-                build(data, place, given, folder, log)
+                build(data, source, given, folder, log)
     return read(folder, f"remove {folder} and it is built again")
 
 
@@ -78,14 +68,14 @@ def writer_lock(path: str, log: Callable[[str], None]) -> contextlib.AbstractCon
     return locked(path, lambda: log("another process builds this corpus: waiting"))
 
 
-def build(data: Data, place: str, given: Tokenizer | None, folder: str, log: Callable[[str], None]) -> None:
+def build(data: Data, source: str, given: Tokenizer | None, folder: str, log: Callable[[str], None]) -> None:
     """Read, split, train the tokenizer on the training documents (or take the one given), tokenise, write."""
     found: dict[str, dict[str, str]] = {split: {} for split in sources.SPLITS}
     unreadable: list[str] = []
     hidden: list[str] = []
     duplicates, empty = 0, 0
-    for name, raw in sources.documents(place, data.tokenizer, hidden):
-        text = sources.decode(name, raw)
+    for name, raw in sources.documents(source, data.tokenizer, hidden):
+        text = sources.decode(raw)
         if text is None:
             unreadable.append(name)
             continue
@@ -97,10 +87,10 @@ def build(data: Data, place: str, given: Tokenizer | None, folder: str, log: Cal
         found[split][digest] = text
     ordered = {split: [texts[digest] for digest in sorted(texts)] for split, texts in found.items()}
     if not ordered["train"]:
-        raise UserError(f"config.data.sources: {place!r} holds no text (UTF-8 files that are not empty)")
+        raise UserError(f"config.data.sources: {source!r} holds no text (UTF-8 files that are not empty)")
     num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
     dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8, {len(hidden)} hidden"
-    log(f"corpus {place}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
+    log(f"corpus {source}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
     for what, names in (("not UTF-8", unreadable), ("hidden", hidden)):
         for name in names[:3]:
             log(f"{what}, left out: {regular_files.shown(name)}")
@@ -109,7 +99,7 @@ def build(data: Data, place: str, given: Tokenizer | None, folder: str, log: Cal
     trained = given or tokenizer_training.make(data.tokenizer, ordered["train"])
     left_out = {"empty": empty, "duplicates": duplicates, "not_utf8": unreadable, "hidden": hidden}
     with draft_folder(folder) as draft:
-        write_splits(draft, ordered, trained, num_bytes, log).close(source=place, left_out=left_out)
+        write_splits(draft, ordered, trained, num_bytes, log).close(source=source, left_out=left_out)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -130,22 +120,22 @@ def write_splits(
     return writer
 
 
-def local_copy(place: str, log: Callable[[str], None]) -> str:
+def local_copy(source: str, log: Callable[[str], None]) -> str:
     """The folder itself; of a URL a copy in the cache, made once, the manifest last. `read` checks it."""
-    if not is_url(place):
-        return place
-    url = epath.Path(place)
+    if not is_url(source):
+        return source
+    url = epath.Path(source)
     manifest = (url / MANIFEST).read_bytes()
     folder = os.path.join(cache_folder(), "copies", f"{url.name}-{hashlib.sha256(manifest).hexdigest()[:12]}")
     with writer_lock(folder + ".lock", log):
         if not os.path.exists(os.path.join(folder, MANIFEST)):
             os.makedirs(folder, exist_ok=True)
             files = json.loads(manifest)["files"]
-            log(f"copying {place}: {sum(file['bytes'] for file in files.values()) / 1e6:,.1f} MB")
+            log(f"copying {source}: {sum(file['bytes'] for file in files.values()) / 1e6:,.1f} MB")
             for name in files:
                 assert os.path.basename(name) == name
-                with (url / name).open("rb") as source, open(os.path.join(folder, name), "wb") as file:
-                    shutil.copyfileobj(source, file, 1 << 22)
+                with (url / name).open("rb") as there, open(os.path.join(folder, name), "wb") as here:
+                    shutil.copyfileobj(there, here, 1 << 22)
             write_whole(os.path.join(folder, MANIFEST), manifest)
     return folder
 
@@ -153,5 +143,5 @@ def local_copy(place: str, log: Callable[[str], None]) -> str:
 def publish(folder: str, url: str) -> None:
     """Copies a corpus up to a URL, the manifest last: until it is there the URL holds no corpus."""
     for name in (*read_manifest(folder, "prepare it again")["files"], MANIFEST):
-        with open(os.path.join(folder, name), "rb") as source, (epath.Path(url) / name).open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 22)
+        with open(os.path.join(folder, name), "rb") as here, (epath.Path(url) / name).open("wb") as there:
+            shutil.copyfileobj(here, there, 1 << 22)

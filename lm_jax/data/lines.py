@@ -1,6 +1,6 @@
-"""Lines of records as their makers wrote them: JSON, CSV and TSV -> rows, and what is wrong with a line.
+r"""Lines of records as their makers wrote them: JSON, CSV and TSV -> rows, and what is wrong with a line.
 
-A line ends at "\\n" or "\\r\\n" and at no other character. CSV has quotes (RFC 4180: a quoted cell may hold commas, line ends and
+A line ends at "\n" or "\r\n" and at no other character. CSV has quotes (RFC 4180: a quoted cell may hold commas, line ends and
 doubled quotes), TSV has none (a cell holds no tab and no line end). A cell may have any length up to LONGEST. Nothing is
 lost: what is no row is a `Wrong`.
 """
@@ -25,11 +25,15 @@ SEPARATORS = {"csv": ",", "tsv": "\t"}
 
 
 class Row(NamedTuple):
+    """A record: the values of its columns by their names."""
+
     number: int  # of its first line, from 1
     content: dict[str, Any]
 
 
 class Wrong(NamedTuple):
+    """A line that is no record, and why."""
+
     number: int
     reason: str  # before " (" the same for all of its kind
 
@@ -48,7 +52,7 @@ def rows(file: IO[bytes], kind: str) -> Iterator[Row | Wrong]:
 
 
 def _document(file: IO[bytes]) -> Iterator[Row | Wrong]:
-    """The rows of a .json: JSON lines, or one list of objects, or one object; a row's number is then its place in the list."""
+    """The rows of a .json: JSON lines, or one list of objects, or one object; a row's number is then its position in the list."""
     head = file.readline(LONGEST + 1).removeprefix(codecs.BOM_UTF8)
     while head.isspace():
         head = file.readline(LONGEST + 1)
@@ -71,7 +75,7 @@ def _document(file: IO[bytes]) -> Iterator[Row | Wrong]:
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes] | Wrong]:
-    """(number, bytes without "\\n") of each line; the first without a byte-order mark."""
+    r"""(number, bytes without "\n") of each line; the first without a byte-order mark."""
     number = 0
     while line := file.readline(LONGEST + 1):
         number += 1
@@ -112,7 +116,7 @@ def parsed(content: bytes) -> tuple[Any, str]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise _Twice(repeated(name for name, _ in pairs))
+            raise _RepeatedNameError(repeated(name for name, _ in pairs))
         return found
 
     try:
@@ -121,7 +125,7 @@ def parsed(content: bytes) -> tuple[Any, str]:
         return None, f"not UTF-8 (byte {error.start + 1})"
     except RecursionError:
         return None, "nested too deep"
-    except _Twice as error:
+    except _RepeatedNameError as error:
         return None, f"a name stands twice in one object ({error.args[0]!r})"
     except json.JSONDecodeError as error:
         return None, f"{error.msg}, " + f"line {error.lineno}, " * (error.lineno > 1) + f"column {error.colno}"
@@ -131,11 +135,11 @@ def parsed(content: bytes) -> tuple[Any, str]:
 
 def repeated(names: Iterable[str]) -> str | None:
     """The first name that stands twice."""
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    earlier: set[str] = set()
+    return next((name for name in names if name in earlier or earlier.add(name)), None)  # type: ignore[func-returns-value]
 
 
-class _Twice(Exception):
+class _RepeatedNameError(Exception):
     """A name that stands twice."""
 
 
@@ -164,12 +168,15 @@ def no_text(content: Any) -> str:
 
 
 class Cells(NamedTuple):
+    """The cells of one row of a table, before they have names."""
+
     number: int  # of the first line
     values: list[str]
     hint: str = ""  # what may be the cause where these are too many or too few
 
 
 def tsv(lines: Iterator[tuple[int, str] | Wrong]) -> Iterator[Cells | Wrong]:
+    """The cells of each line of a TSV; an empty line has none."""
     for line in lines:
         if isinstance(line, Wrong):
             yield line
@@ -179,6 +186,7 @@ def tsv(lines: Iterator[tuple[int, str] | Wrong]) -> Iterator[Cells | Wrong]:
 
 
 def csv(lines: Iterator[tuple[int, str] | Wrong]) -> Iterator[Cells | Wrong]:
+    """The cells of each row of a CSV, which may go over several lines."""
     waiting = _Csv()
     for line in lines:
         if isinstance(line, Wrong):
@@ -237,7 +245,7 @@ class _Csv:
         return Wrong(self.opened, f"the quote that opens here does not close (for {number - self.opened:,} lines)")
 
     def torn(self) -> Iterator[Wrong]:
-        """What is left where the lines end, or one of them is none."""
+        """The quote that is still open where the lines end, or where one of them is none."""
         if self.quoted is not None:
             self.quoted = None
             yield Wrong(self.opened, "the quote that opens here never closes")

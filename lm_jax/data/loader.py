@@ -1,14 +1,10 @@
 """Rows -> batches, laid over the mesh and fetched ahead.
 
-Our code computes which tokens a row holds (`packing`, `mixture`); Grain runs the threads or workers that fetch rows ahead. The
+Our code computes which tokens a row holds (`packing`, `mixed_rows`); Grain runs the threads or workers that fetch rows ahead. The
 only state is an integer, the cursor: neither batch size, mesh, processes nor workers enter a row.
 """
 
 import contextlib
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
 
 import grain
@@ -19,12 +15,14 @@ from jax.sharding import NamedSharding
 
 from lm_jax import stop
 from lm_jax.config import Config
-from lm_jax.data.mixture import MixedRows, RecordRows, SkippingRows
+from lm_jax.data.best_fit import BestFit
+from lm_jax.data.mixed_rows import MixedRows, SkippingRows
+from lm_jax.data.mixture import RecordRows
 from lm_jax.data.objectives import example
-from lm_jax.data.packing import Batch, BestFit, HeldOutRows, Stream
+from lm_jax.data.packing import Batch, HeldOutRows, Stream
+from lm_jax.data.worker import end_with_parent
 from lm_jax.sharding import computed
 
-SOON = 10.0  # seconds after SIGTERM that a worker is over
 Rows = Stream | BestFit | MixedRows | SkippingRows | HeldOutRows | RecordRows
 
 
@@ -42,46 +40,24 @@ class Batches:
         return self.rows.rows([start + i for i in self.local])
 
 
-def layout(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """How a batch [rows, length] lies on the mesh."""
-    return NamedSharding(mesh, computed(("batch", "length")))
+def layout(mesh: jax.sharding.Mesh, num_dims: int) -> NamedSharding:
+    """How the array [rows] or [rows, length, ...] of a batch lies on the mesh."""
+    return NamedSharding(mesh, computed(("batch", "length")[:num_dims]))
 
 
 def abstract_batch(mesh: jax.sharding.Mesh, size: int, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layouts of a batch, for compiling before there is one."""
     row = example(config.data.objective, config.data.sequence_length, config.model.head, config.train.task)
-    lay = lambda x: NamedSharding(mesh, computed(("batch", "length")[: 1 + x.ndim]))
-    return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=lay(x)) for name, x in row.items()}
+    return {
+        name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=layout(mesh, 1 + x.ndim))
+        for name, x in row.items()
+    }
 
 
 def local_rows(mesh: jax.sharding.Mesh, size: int, length: int) -> tuple[int, ...]:
     """Rows of a batch that the devices of this process hold; several processes may hold the same."""
-    held = layout(mesh).addressable_devices_indices_map((size, length)).values()
+    held = layout(mesh, 2).addressable_devices_indices_map((size, length)).values()
     return tuple(sorted({row for rows, _ in held for row in range(size)[rows]}))  # type: ignore[misc]
-
-
-def leave_soon(*_) -> None:
-    timer = threading.Timer(SOON, os._exit, (1,))
-    timer.daemon = True  # a worker that has nothing more to do does not wait for it
-    timer.start()
-
-
-def end_with_parent(index: int, count: int) -> None:
-    """In a worker: leaves within a second of the process that started it, however that ended.
-
-    Ctrl-C is for the parent to answer. SIGTERM goes to all processes of a job, and the rows that are on their way are needed
-    until the run is saved.
-    """
-    parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, leave_soon)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def batches(
@@ -96,25 +72,24 @@ def batches(
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which our own parser leaves alone
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=end_with_parent)
-    place = {row: index for index, row in enumerate(local)}
+    index_of = {row: index for index, row in enumerate(local)}
     with stop.children_deaf_to_ctrl_c() if num_workers else contextlib.nullcontext():
-        found = iter(dataset)
+        iterator = iter(dataset)
         if num_workers:
-            found.start_prefetch()
+            iterator.start_prefetch()
     try:
-        for batch in found:
-            yield {name: _on_mesh(value, mesh, size, place) for name, value in batch.items()}
+        for batch in iterator:
+            yield {name: _on_mesh(value, mesh, size, index_of) for name, value in batch.items()}
     finally:
-        found.close()
+        iterator.close()
 
 
-def _on_mesh(local: np.ndarray, mesh: jax.sharding.Mesh, size: int, place: dict[int, int]) -> jax.Array:
-    """The global array [size, ...] of which this process holds the rows `place`; they lie in runs, which are not copied."""
-    sharding = NamedSharding(mesh, computed(("batch", "length")[: local.ndim]))
+def _on_mesh(local: np.ndarray, mesh: jax.sharding.Mesh, size: int, index_of: dict[int, int]) -> jax.Array:
+    """The global array [size, ...] whose row r is local[index_of[r]]; a device's rows are neighbours, which are not copied."""
 
     def shard(index):
         rows = range(size)[index[0]]
-        return local[(slice(place[rows[0]], place[rows[-1]] + 1), *index[1:])]
+        return local[(slice(index_of[rows[0]], index_of[rows[-1]] + 1), *index[1:])]
 
     with jax.transfer_guard_host_to_device("allow"):  # the one transfer that the loop means
-        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, shard)
+        return jax.make_array_from_callback((size, *local.shape[1:]), layout(mesh, local.ndim), shard)

@@ -1,8 +1,4 @@
-"""Several sources as one stream: from which source row i comes, and which row of that source it is, in closed form.
-
-Nothing is drawn at random: the number of rows of each source follows its weight exactly (`Quotas`). Each source is a stream of
-its own, with its own epochs.
-"""
+"""The data of a config, opened: the corpora of its sources, one tokenizer, their rows, and what a resumed run must find again."""
 
 import dataclasses
 import functools
@@ -10,123 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
 
 from lm_jax.config import Data
 from lm_jax.data import shards, special_ids, tokenizer_files
+from lm_jax.data.best_fit import BestFit
 from lm_jax.data.corpus import is_prepared, open_corpus
+from lm_jax.data.mixed_rows import MixedRows, Quotas
 from lm_jax.data.objectives import make_corruption
-from lm_jax.data.packing import Batch, BestFit, Corruption, HeldOutRows, Stream, identity, stacked
+from lm_jax.data.packing import Batch, HeldOutRows, Stream
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
-from lm_jax.knob import Weight
-
-
-class Quotas:
-    """How many of rows [0, i) come from each source.
-
-    Source 0 has round(i * w0 / (w0 + w1 + ...)) of them. Of the i' rows that are left, source 1 has
-    round(i' * w1 / (w1 + w2 + ...)), and so on. No count falls when i grows, so that row i is found without looking at any
-    other. A weight is the exact fraction of its decimal text, or a table of (first row, weight): at each first row a stage
-    begins, in which the weights are constant and rows are counted anew.
-    """
-
-    def __init__(self, weights: list[Weight]):
-        tables = [((0, weight),) if isinstance(weight, float) else weight for weight in weights]
-        firsts = sorted({0} | {row for table in tables for row, _ in table})
-        at = lambda table, row: next((Fraction(str(w)) for first, w in reversed(table) if first <= row), Fraction(0))
-        self.weights = [[at(table, first) for table in tables] for first in firsts]
-        self.firsts, self._before = firsts, [[0] * len(weights)]
-        self._ratios = [[self._ratio(stage, k) for k in range(len(stage))] for stage in self.weights]
-        for stage in range(1, len(firsts)):
-            self._before.append(self.counts(firsts[stage]))
-
-    @staticmethod
-    def _ratio(stage: list[Fraction], k: int) -> tuple[int, int]:
-        """(p, q): the weight of source k over that of sources k, k + 1, ... is p / q; round(n p / q) is (2 n p + q) // (2 q)."""
-        rest = sum(stage[k:], Fraction(0))
-        ratio = stage[k] / rest if rest else Fraction(0)
-        return ratio.numerator, ratio.denominator
-
-    def _stage(self, i: int) -> int:
-        """The stage of row i. While `__init__` builds stage s, its first row still counts as the end of stage s - 1."""
-        known = len(self._before)
-        return next(stage for stage in reversed(range(known)) if self.firsts[stage] <= i)
-
-    def counts(self, i: int) -> list[int]:
-        """How many of rows [0, i) are of each source."""
-        stage = self._stage(i)
-        left, found = i - self.firsts[stage], []
-        for before, (p, q) in zip(self._before[stage], self._ratios[stage], strict=True):
-            mine = (2 * left * p + q) // (2 * q)
-            found.append(before + mine)
-            left -= mine
-        return found
-
-    def locate(self, i: int) -> tuple[int, int]:
-        """(source, which of its rows) that row i is."""
-        stage = self._stage(i)
-        left = i - self.firsts[stage]
-        for source, (p, q) in enumerate(self._ratios[stage]):
-            mine = (2 * left * p + q) // (2 * q)
-            if (2 * (left + 1) * p + q) // (2 * q) > mine:
-                return source, self._before[stage][source] + mine
-            left -= mine
-        raise AssertionError(i)
-
-
-class MixedRows:
-    """The training stream: row i is the next row of the source that `quotas` gives for it, then corrupted."""
-
-    def __init__(self, streams: list[Stream | BestFit], quotas: Quotas, corruption: Corruption = identity):
-        self.streams, self.quotas, self.sequence_length = streams, quotas, streams[0].sequence_length
-        self.rows_per_epoch, self.corruption = sum(stream.rows_per_epoch for stream in streams), corruption
-
-    def row(self, i: int) -> Batch:
-        return self.corruption(self.whole, i, 0)
-
-    def whole(self, i: int) -> Batch:
-        """Row i as it was before the corruption."""
-        source, j = self.quotas.locate(i)
-        return self.streams[source].row(j) | {"row": np.uint32(i)}
-
-    def rows(self, indices: list[int]) -> Batch:
-        """These rows as [rows, T] arrays; where nothing is corrupted, those of a source are taken in one call."""
-        if self.corruption is not identity:
-            return stacked([self.row(i) for i in indices])
-        found = np.array([self.quotas.locate(i) for i in indices])
-        given = np.array(indices, np.uint32)
-        parts = [np.flatnonzero(found[:, 0] == source) for source in range(len(self.streams))]
-        taken = [stream.rows(found[at, 1].tolist()) for stream, at in zip(self.streams, parts, strict=True) if len(at)]
-        if len(taken) == 1:
-            return taken[0] | {"row": given}
-        back = np.argsort(np.concatenate(parts))
-        return {name: np.concatenate([part[name] for part in taken])[back] for name in taken[0]} | {"row": given}
-
-
-class SkippingRows:
-    """A stream without the rows in `skipped`, sorted ranges [first, last). The cursor counts only the rows that are left."""
-
-    def __init__(self, mixed: MixedRows, skipped: tuple[tuple[int, int], ...]):
-        self.mixed, self.skipped, self.sequence_length = mixed, skipped, mixed.sequence_length
-
-    def row(self, cursor: int) -> Batch:
-        return self.mixed.row(self.row_at(cursor))
-
-    def rows(self, indices: list[int]) -> Batch:
-        return self.mixed.rows([self.row_at(cursor) for cursor in indices])
-
-    def row_at(self, cursor: int) -> int:
-        """The number of the row in the whole stream that stands at a cursor."""
-        i = cursor
-        for first, last in self.skipped:
-            if i < first:
-                break
-            i += last - first
-        return i
 
 
 class Task(Protocol):
@@ -136,10 +28,17 @@ class Task(Protocol):
     compares: bool  # whether its loss compares a model with the first parameters
 
     @property
-    def chat_template(self) -> object: ...  # in which it writes conversations, None where it writes none
-    def files(self, tokenizer: Tokenizer) -> dict[str, bytes]: ...  # what a run keeps of it, by file name
-    def scores(self, results: tuple) -> dict[str, float]: ...  # its metrics of what a model made of records
-    def kept(self, results: tuple) -> tuple[str, tuple]: ...  # kind of the results that are kept ("" = none), and these
+    def chat_template(self) -> object:
+        """The template in which it writes conversations, None where it writes none."""
+
+    def files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
+        """What a run keeps of it, by file name."""
+
+    def scores(self, results: tuple) -> dict[str, float]:
+        """Its metrics of what a model made of records."""
+
+    def kept(self, results: tuple) -> tuple[str, tuple]:
+        """Kind of the results that are kept ("" = none), and these."""
 
 
 class RecordRows(Protocol):
@@ -149,11 +48,20 @@ class RecordRows(Protocol):
     sequence_length: int
     num_rows: int
 
-    def first(self, num_rows: int) -> "RecordRows": ...
-    def row(self, i: int) -> Batch: ...
-    def rows(self, indices: list[int]) -> Batch: ...
-    def results(self, i: int, logits_TC: np.ndarray) -> list: ...
-    def joined(self, results: tuple) -> tuple: ...
+    def first(self, num_rows: int) -> "RecordRows":
+        """The first of the rows alone."""
+
+    def row(self, i: int) -> Batch:
+        """Row i, as `packing.lay_out` has it."""
+
+    def rows(self, indices: list[int]) -> Batch:
+        """These rows as [rows, T] arrays; padding beyond the last."""
+
+    def results(self, i: int, logits_TC: np.ndarray) -> list:
+        """What the logits of row i say of each of its records."""
+
+    def joined(self, results: tuple) -> tuple:
+        """Results of segments -> one of each record."""
 
 
 HeldOut = Mapping[str, HeldOutRows | RecordRows]  # the rows of a split by source
@@ -161,13 +69,12 @@ HeldOut = Mapping[str, HeldOutRows | RecordRows]  # the rows of a split by sourc
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """The corpora of a config by their short names, in its order, all tokenised by one tokenizer; and the task of its records,
-    None where text is learnt as it is."""
+    """The sources of a config, in its order, all tokenised by one tokenizer."""
 
-    corpora: dict[str, shards.Corpus]
-    places: tuple[str, ...]
+    corpora: dict[str, shards.Corpus]  # by the short names of the sources
+    sources: tuple[str, ...]  # paths, URLs, or "python"
     tokenizer: Tokenizer
-    task: Task | None = None
+    task: Task | None = None  # of the records; None where text is learnt as it is
 
     @property
     def special_ids(self) -> special_ids.SpecialIds:
@@ -212,8 +119,8 @@ class Mixture:
     def facts(self) -> dict[str, Any]:
         """What a run must find again: the tokenizer, every shard, and one hash of all of it."""
         files = {
-            place: {name: file["sha256"][:16] for name, file in corpus.manifest["files"].items()}
-            for place, corpus in zip(self.places, self.corpora.values(), strict=True)
+            source: {name: file["sha256"][:16] for name, file in corpus.manifest["files"].items()}
+            for source, corpus in zip(self.sources, self.corpora.values(), strict=True)
         }
         content = json.dumps([shards.PIPELINE, list(files.values())], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -227,13 +134,14 @@ class Mixture:
     @property
     def alike(self) -> dict[str, Any]:
         """`facts`, flat, for processes that compare what each of them reads: {what it is: hash}."""
-        files = {f"{place}/{name}": digest for place, of in self.facts["shards"].items() for name, digest in of.items()}
+        by_source = self.facts["shards"].items()
+        files = {f"{source}/{name}": digest for source, digests in by_source for name, digest in digests.items()}
         return {name: self.facts[name] for name in ("pipeline", "tokenizer")} | files | {"data": self.facts["data"]}
 
 
 def pieces_expected(data: Data) -> int:
     """Pieces of the tokenizer that will be trained, 0 where one is given and must be opened to know."""
-    return 0 if any(is_prepared(place) for place, _ in data.sources) else tokenizer_files.vocab_size(data.tokenizer)
+    return 0 if any(is_prepared(source) for source, _ in data.sources) else tokenizer_files.vocab_size(data.tokenizer)
 
 
 def open_mixture(data: Data, log: Callable[[str], None] = lambda line: None) -> Mixture:
@@ -241,21 +149,22 @@ def open_mixture(data: Data, log: Callable[[str], None] = lambda line: None) -> 
 
     The tokenizer is that of the first prepared source, else `data.tokenizer`, trained on the first source where it must be.
     """
-    places = tuple(place for place, _ in data.sources)
-    names = short_names(places)
-    first = next((place for place in places if is_prepared(place)), places[0])
+    sources = tuple(source for source, _ in data.sources)
+    first = next((source for source in sources if is_prepared(source)), sources[0])
     opened = {first: open_corpus(data, log, first)}
-    like = opened[first].tokenizer
+    tokenizer = opened[first].tokenizer
     if is_prepared(first) and not tokenizer_files.vocab_size(data.tokenizer):
-        check_same(data.tokenizer, tokenizer_files.load(data.tokenizer), first, like)
-    for place in places:
-        if place not in opened:
-            opened[place] = open_corpus(data, log, place, like)
-            check_same(first, like, place, opened[place].tokenizer)
-    return Mixture({name: opened[place] for name, place in zip(names, places, strict=True)}, places, like)
+        check_same(data.tokenizer, tokenizer_files.load(data.tokenizer), first, tokenizer)
+    for source in sources:
+        if source not in opened:
+            opened[source] = open_corpus(data, log, source, tokenizer)
+            check_same(first, tokenizer, source, opened[source].tokenizer)
+    corpora = {name: opened[source] for name, source in zip(short_names(sources), sources, strict=True)}
+    return Mixture(corpora, sources, tokenizer)
 
 
 def check_same(first: str, a: Tokenizer, second: str, b: Tokenizer) -> None:
+    """Raises UserError where two sources, by their names, have two tokenizers."""
     if a.fingerprint != b.fingerprint:
         raise UserError(
             f"config.data.sources: {second} was made by another tokenizer ({b.vocab_size:,} pieces, {b.fingerprint}) than\n"
@@ -263,8 +172,8 @@ def check_same(first: str, a: Tokenizer, second: str, b: Tokenizer) -> None:
         )
 
 
-def short_names(places: tuple[str, ...]) -> list[str]:
-    """The last part of each place, for the names of metrics; with a number where it is not the first of that name."""
-    last = [os.path.basename(os.path.normpath(place)) for place in places]
+def short_names(sources: tuple[str, ...]) -> list[str]:
+    """The last part of each source, for the names of metrics; with a number where it is not the first of that name."""
+    last = [os.path.basename(os.path.normpath(source)) for source in sources]
     earlier = [last[:k].count(name) for k, name in enumerate(last)]
     return [f"{name}-{1 + number}" if number else name for name, number in zip(last, earlier, strict=True)]

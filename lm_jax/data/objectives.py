@@ -27,7 +27,7 @@ class Specials(NamedTuple):
     """Ids of what an objective writes into rows: the tokenizer's own where it has them, else after its pieces."""
 
     document: int  # also BERT's [SEP], and what a decoder starts with
-    classifier: int  # at the first place of a segment
+    classifier: int  # at the first position of a segment
     mask: int
     first_sentinel: int
     next_sentinel: int  # what it takes from one to the next: T5's tokenizers count down
@@ -35,20 +35,20 @@ class Specials(NamedTuple):
 
 
 def specials(tokenizer: Tokenizer, objective: str) -> Specials:
-    num, known = tokenizer.vocab_size, tokenizer.known_document
-    document = -1 if known is None else known  # a model whose texts nothing ends writes, but is not trained
-    last = f"<extra_id_{NUM_SENTINELS - 1}>"
-    has_its_own = ("[MASK]" if objective.startswith("masked") else last) in tokenizer.special
-    extra = 0 if has_its_own else EXTRA[objective]
-    mask, classifier = tokenizer.special.get("[MASK]", num), tokenizer.special.get("[CLS]", document)
-    first = tokenizer.special["<extra_id_0>"] if last in tokenizer.special else num
-    down = last in tokenizer.special and tokenizer.special[last] < first
-    return Specials(document, classifier, mask, first, -1 if down else 1, num + extra)
+    """The ids that an objective writes into rows of a tokenizer's ids."""
+    special, num, document = tokenizer.special, tokenizer.vocab_size, tokenizer.known_document
+    document = -1 if document is None else document  # a model whose texts nothing ends writes, but is not trained
+    last = special.get(f"<extra_id_{NUM_SENTINELS - 1}>")
+    first = num if last is None else special["<extra_id_0>"]
+    step = -1 if last is not None and last < first else 1
+    has_its_own = "[MASK]" in special if objective.startswith("masked") else last is not None
+    size = num if has_its_own else num + EXTRA[objective]
+    return Specials(document, special.get("[CLS]", document), special.get("[MASK]", num), first, step, size)
 
 
 @dataclasses.dataclass(frozen=True)
 class RowCorruption:
-    """The `Corruption` of an objective: called as (rows, i, number of rows or 0 for endless ones), it gives row i corrupted."""
+    """The `Corruption` of an objective."""
 
     objective: str
     seed: int
@@ -56,6 +56,7 @@ class RowCorruption:
     starts_word: np.ndarray | None
 
     def __call__(self, rows: Callable[[int], Batch], i: int, num_rows: int) -> Batch:
+        """Row i of `rows`, corrupted; there are `num_rows`, or endless ones where that is 0."""
         row, random = rows(i), key(self.objective, self.seed, i)
         if self.objective == "span_corruption":
             return span_corruption(row, random, self.ids.document, self.ids.first_sentinel, step=self.ids.next_sentinel)
@@ -109,9 +110,9 @@ def _uniform(key: Key, num: int) -> np.ndarray:
 
 
 def paired(row: Batch, other: Batch, key: Key, ids: Specials) -> tuple[Batch, np.ndarray]:
-    """The row with two texts in each segment (Devlin et al., 3.1), and the labels, int32 [length]: one at the first position
-    of each segment, -1 at all others.
+    """The row with two texts in each segment (Devlin et al., 3.1), and the labels, int32 [length].
 
+    A label stands at the first position of each segment, -1 at all others.
     A segment becomes [CLS] A [SEP] B [SEP]; the special ids replace the tokens there, so that its length stays. A ends at a
     random position in the middle half of the segment. In half of the segments, at random, B is replaced by the tokens of the row
     `other` at the same positions: label 1 (B does not follow A), else 0. A segment shorter than SHORTEST_PAIR gets only [CLS].
@@ -119,19 +120,19 @@ def paired(row: Batch, other: Batch, key: Key, ids: Specials) -> tuple[Batch, np
     tokens, types = row["tokens"].copy(), np.zeros_like(row["tokens"])
     labels = np.full(len(tokens), -1, np.int32)
     for segment in range(1, int(row["segment_ids"].max(initial=0)) + 1):
-        places = np.flatnonzero(row["segment_ids"] == segment)
+        positions = np.flatnonzero(row["segment_ids"] == segment)
         chance, coin = _uniform(key, 2)
-        tokens[places[0]] = ids.classifier
-        if len(places) < SHORTEST_PAIR:
+        tokens[positions[0]] = ids.classifier
+        if len(positions) < SHORTEST_PAIR:
             continue
-        cut = len(places) // 4 + int(chance * (len(places) // 2))
-        second = places[cut + 1 : -1]
+        cut = len(positions) // 4 + int(chance * (len(positions) // 2))
+        second = positions[cut + 1 : -1]
         if coin < 0.5 and (other["segment_ids"][second] > 0).all() and other["row"] != row["row"]:
-            tokens[second], labels[places[0]] = other["tokens"][second], 1
+            tokens[second], labels[positions[0]] = other["tokens"][second], 1
         else:
-            labels[places[0]] = 0
-        tokens[places[[cut, -1]]] = ids.document
-        types[places[cut + 1 :]] = 1
+            labels[positions[0]] = 0
+        tokens[positions[[cut, -1]]] = ids.document
+        types[positions[cut + 1 :]] = 1
     return row | {"tokens": tokens, "token_type_ids": types}, labels
 
 
@@ -158,9 +159,9 @@ def masked(
     chance, fate = _uniform(key, num), _uniform(key, num)
     replaced = (key.random_raw(num) % np.uint64(vocab_size)).astype(np.int32)
     chosen = (chance[first] < rate) & (row["segment_ids"] > 0) & ~np.isin(tokens, special)
-    seen = np.where(chosen & (fate < 0.8), mask_id, np.where(chosen & (fate >= 0.9), replaced, tokens))
+    inputs = np.where(chosen & (fate < 0.8), mask_id, np.where(chosen & (fate >= 0.9), replaced, tokens))
     return row | {
-        "tokens": seen.astype(np.int32),
+        "tokens": inputs.astype(np.int32),
         "targets": np.where(chosen, tokens, 0).astype(np.int32),
         "loss_mask": chosen.astype(np.float32),
     }
@@ -175,13 +176,13 @@ def span_corruption(
     mean_span: float = 3.0,
     step: int = 1,
 ) -> Batch:
-    """Span corruption (Raffel et al., arXiv:1910.10683, 3.1.4): spans of about `mean_span` tokens are taken out of each segment,
-    together `rate` of its tokens.
+    """Span corruption (Raffel et al., arXiv:1910.10683, 3.1.4).
 
-    The encoder (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) reads the rest, with sentinel k in the place of
-    span k; its id is `first_sentinel` + k * `step`. The decoder starts with `start_id` and predicts sentinel 0, span 0,
-    sentinel 1, ..., and one last sentinel. A segment of fewer than three tokens stays whole, and nothing is predicted for it.
-    All arrays have the length of the row.
+    Spans of about `mean_span` tokens are taken out of each segment, together `rate` of its tokens. The encoder
+    (`encoder_tokens`, `encoder_segment_ids`, `encoder_positions`) reads the rest, with sentinel k instead of span k; its id is
+    `first_sentinel` + k * `step`. The decoder starts with `start_id` and predicts sentinel 0, span 0, sentinel 1, ..., and one
+    last sentinel. A segment of fewer than three tokens stays whole, and nothing is predicted for it. All arrays have the
+    length of the row.
     """
     length = len(row["tokens"])
     encoder: list[np.ndarray] = []
@@ -219,6 +220,6 @@ def _corrupt(
 
 
 def _split(total: int, num: int, key: Key) -> np.ndarray:
-    """int [num]: random sizes, each at least 1, whose sum is `total`; all such lists of sizes are equally likely."""
+    """Int [num]: random sizes, each at least 1, whose sum is `total`; all such lists of sizes are equally likely."""
     cuts = np.sort(np.argsort(key.random_raw(total - 1), kind="stable")[: num - 1]) + 1
     return np.diff(cuts, prepend=0, append=total)

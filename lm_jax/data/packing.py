@@ -1,27 +1,22 @@
 """Documents -> rows. Row i is a pure function of (documents, seed, i): every epoch has its own keyed permutation.
 
-Three ways: concatenated and split, every token a target once an epoch (`Stream`); whole documents by best fit, short rows padded
-(`BestFit`); held-out documents in their order (`HeldOutRows`). A row stands in the batch contract of `lay_out`.
+Documents are concatenated and split, so that every token is a target once an epoch (`Stream`); held-out documents in their order
+(`HeldOutRows`). `best_fit.py` packs whole documents instead. What the arrays of a row are, `lay_out` says.
 """
 
 import copy
 import functools
-import glob
 import hashlib
-import io
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from lm_jax.data.shards import PIPELINE, Split, cache_folder
-from lm_jax.errors import UserError
-from lm_jax.files import write_whole
+from lm_jax.data.shards import Split
 
 Batch = dict[str, Any]  # of numpy arrays
-# (rows, i, number of rows or 0 where they are endless) -> row i of the batch contract with other inputs and targets
+# (rows, i, number of rows or 0 where they are endless) -> row i with other inputs and targets
 Corruption = Callable[[Callable[[int], Batch], int, int], Batch]
 
 
@@ -30,9 +25,9 @@ def identity(rows: Callable[[int], Batch], i: int, num_rows: int) -> Batch:
     return rows(i)
 
 
-def permutation(num: int, seed: int, epoch: int, of: str = "epoch") -> np.ndarray:
+def permutation(num: int, seed: int, epoch: int, name: str = "epoch") -> np.ndarray:
     """A keyed permutation of range(num): the order of Philox words, whose bits no numpy release may change."""
-    key = int.from_bytes(hashlib.sha256(f"{of} {epoch} of seed {seed}".encode()).digest()[:16], "little")
+    key = int.from_bytes(hashlib.sha256(f"{name} {epoch} of seed {seed}".encode()).digest()[:16], "little")
     return np.argsort(np.random.Philox(key=key).random_raw(num), kind="stable")
 
 
@@ -57,18 +52,19 @@ class Stream:
         order = permutation(self.split.num_documents, self.seed, epoch)
         return order, np.concatenate([[0], np.cumsum(np.diff(self.split.offsets)[order])])
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    def chunks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """(document, its tokens there) for the endless stream's tokens [start, stop)."""
         while start < stop:
-            epoch, place = divmod(start, self.tokens_per_epoch)
+            epoch, position = divmod(start, self.tokens_per_epoch)
             order, starts = self._epoch(epoch)
-            index = int(np.searchsorted(starts, place, side="right")) - 1
-            num = min(int(starts[index + 1]) - place, stop - start)
-            first = int(self.split.offsets[order[index]]) + place - int(starts[index])
+            index = int(np.searchsorted(starts, position, side="right")) - 1
+            num = min(int(starts[index + 1]) - position, stop - start)
+            first = int(self.split.offsets[order[index]]) + position - int(starts[index])
             yield int(order[index]), self.split.tokens[first : first + num]
             start += num
 
     def row(self, i: int) -> Batch:
+        """Row i, as `lay_out` has it."""
         return {name: value[0] for name, value in self.block(i, 1).items()}
 
     def rows(self, indices: list[int]) -> Batch:
@@ -80,19 +76,19 @@ class Stream:
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def block(self, first: int, num: int) -> Batch:
-        """Rows [first, first + num) of the batch contract."""
+        """Rows [first, first + num) as [num, T] arrays."""
         length, size = self.sequence_length, num * self.sequence_length
-        pieces = [piece for _, piece in self.pieces(first * length, first * length + size + 1)]
-        tokens, shape = np.concatenate(pieces).astype(np.int32), (num, length)
-        borders = np.cumsum([len(piece) for piece in pieces[:-1]], dtype=np.int64)
+        chunks = [chunk for _, chunk in self.chunks(first * length, first * length + size + 1)]
+        tokens, shape = np.concatenate(chunks).astype(np.int32), (num, length)
+        borders = np.cumsum([len(chunk) for chunk in chunks[:-1]], dtype=np.int64)
         starts = np.zeros(size, bool)  # of segments: at a document's first token, and at a row's
         starts[borders[borders < size]] = starts[::length] = True
-        place = count_to(size)
+        index = count_to(size)
         return {
             "tokens": tokens[:-1].reshape(shape),
             "targets": tokens[1:].reshape(shape),
             "segment_ids": np.cumsum(starts.reshape(shape), axis=1, dtype=np.int32),
-            "positions": (place - np.maximum.accumulate(np.where(starts, place, 0))).reshape(shape),
+            "positions": (index - np.maximum.accumulate(np.where(starts, index, 0))).reshape(shape),
             "loss_mask": np.ones(shape, np.float32),
             "row": np.arange(first, first + num, dtype=np.uint32),
         }
@@ -104,122 +100,9 @@ def stacked(rows: list[Batch]) -> Batch:
 
 
 def stacked_or_padding(row: Callable[[int], Batch], num_rows: int, indices: list[int]) -> Batch:
-    """Held-out rows as one batch; one of padding in the place of each beyond the last, where the last batch is not full."""
+    """Held-out rows as one batch; the last batch is filled up with rows of padding."""
     nothing = {name: np.zeros_like(value) for name, value in row(0).items()}
     return stacked([row(i) if i < num_rows else nothing | {"row": np.uint32(i)} for i in indices])
-
-
-class BestFit:
-    """Whole documents packed into rows of T tokens by best-fit decreasing (Ding et al., arXiv:2404.10830), short rows padded.
-
-    A document that is longer than a row is cut into rows of its own and a rest that is packed, or refused where `cut` is False.
-    Which sizes share a row is planned once, for all epochs; an epoch permutes the documents of equal size, and the rows.
-    The last token of a document predicts `document_id`, as everywhere.
-    """
-
-    def __init__(self, split: Split, sequence_length: int, seed: int, document_id: int, cut: bool = True):
-        self.split, self.sequence_length, self.seed, self.document_id = split, sequence_length, seed, document_id
-        sizes = np.diff(split.offsets)
-        self.num_cut = int((sizes > sequence_length).sum())
-        if self.num_cut and not cut:
-            raise UserError(
-                f"{self.num_cut:,} documents are longer than a row of {sequence_length} tokens, the longest {sizes.max():,}:\n"
-                f"raise config.data.sequence_length, or take config.data.packing = best_fit, which cuts them"
-            )
-        self.document, self.first, self.size = pieces_of(sizes, sequence_length)
-        self.row_of = planned(self.size, sequence_length, keep=split.place is not None)
-        self.rows_per_epoch = int(self.row_of.max()) + 1
-        self.slots = np.argsort(self.row_of, kind="stable")  # slot k: the k-th largest piece; here by row
-        self.starts = np.searchsorted(self.row_of[self.slots], np.arange(self.rows_per_epoch + 1))
-        self._epoch = functools.lru_cache(maxsize=2)(self._epoch)  # type: ignore[method-assign]
-
-    def __reduce__(self):
-        return type(self), (self.split, self.sequence_length, self.seed, self.document_id)
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The piece that each slot holds in this epoch, and the order of the rows."""
-        order = permutation(len(self.size), self.seed, epoch)
-        pieces = order[np.argsort(-self.size[order], kind="stable")]
-        return pieces, permutation(self.rows_per_epoch, self.seed, epoch, "rows of epoch")
-
-    def pieces(self, i: int) -> np.ndarray:
-        """The pieces that row i holds, in their order."""
-        epoch, place = divmod(i, self.rows_per_epoch)
-        pieces, rows = self._epoch(epoch)
-        return pieces[self.slots[self.starts[rows[place]] : self.starts[rows[place] + 1]]]
-
-    def row(self, i: int) -> Batch:
-        pieces, tokens, targets = self.pieces(i), [], []
-        for piece in pieces:
-            start, end = self.split.offsets[self.document[piece] : self.document[piece] + 2].tolist()
-            start += int(self.first[piece])
-            stop = start + int(self.size[piece])
-            found = self.split.tokens[start : min(stop + 1, end)]
-            tokens.append(found[: stop - start])
-            targets.append(found[1:])
-            if stop == end:
-                targets.append(np.array([self.document_id], found.dtype))
-        sizes = [len(piece) for piece in tokens]
-        return lay_out(np.concatenate(tokens), np.concatenate(targets), sizes, self.sequence_length, i)
-
-    def rows(self, indices: list[int]) -> Batch:
-        return stacked([self.row(i) for i in indices])
-
-
-def pieces_of(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents of these sizes as pieces of at most `length` tokens: (document, first token in it, size) of each."""
-    num = -(-sizes // length)
-    document = np.repeat(np.arange(len(sizes)), num)
-    first = (np.arange(len(document)) - np.repeat(np.cumsum(num) - num, num)) * length
-    return document, first, np.minimum(sizes[document] - first, length)
-
-
-def planned(size: np.ndarray, length: int, keep: bool) -> np.ndarray:
-    """`best_fit` of pieces in falling order of their sizes; kept in the cache, by hash, where `keep`."""
-    falling = -np.sort(-size)
-    key = hashlib.sha256(f"{PIPELINE} {length} ".encode() + falling.astype(np.int64).tobytes()).hexdigest()[:16]
-    folder = os.path.join(cache_folder(), "packing")
-    for path in glob.glob(os.path.join(glob.escape(folder), f"{key}-*.npy")) if keep else []:
-        with open(path, "rb") as file:
-            raw = file.read()
-        if path.endswith(f"-{content_hash(raw)}.npy"):
-            return np.load(io.BytesIO(raw))
-    rows = best_fit(falling, length)
-    if keep:
-        content = io.BytesIO()
-        np.save(content, rows)
-        os.makedirs(folder, exist_ok=True)
-        name = f"{key}-{content_hash(content.getvalue())}.npy"
-        write_whole(os.path.join(folder, name), content.getvalue(), alone=False)
-    return rows
-
-
-def content_hash(raw: bytes) -> str:
-    """Stands in the name of a kept plan: one that is not as it was written is made again, under the same name."""
-    return hashlib.sha256(raw).hexdigest()[:16]
-
-
-def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
-    """The row of each piece, in falling order of sizes: the fullest row that has room for it, else a new one.
-
-    Bit r of `open_rows` says that some row has r tokens of room, so that the best one is found by one shift.
-    """
-    rows, num_rows, open_rows = np.empty(len(sizes), np.int64), 0, 0
-    with_room: list[list[int]] = [[] for _ in range(length + 1)]
-    for k, size in enumerate(sizes.tolist()):
-        fitting = open_rows >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                open_rows ^= 1 << room
-        else:
-            row, room, num_rows = num_rows, length, num_rows + 1
-        rows[k] = row
-        if room > size:
-            with_room[room - size].append(row)
-            open_rows |= 1 << (room - size)
-    return rows
 
 
 class HeldOutRows:
@@ -236,6 +119,7 @@ class HeldOutRows:
         return limited
 
     def row(self, i: int) -> Batch:
+        """Row i, corrupted."""
         return self.corruption(self.whole, i, self.num_rows)
 
     def whole(self, i: int) -> Batch:
@@ -250,18 +134,22 @@ class HeldOutRows:
         return lay_out(tokens[:-1], tokens[1:], sizes.tolist(), self.sequence_length, i)
 
     def rows(self, indices: list[int]) -> Batch:
+        """These rows as [rows, T] arrays; padding beyond the last."""
         return stacked_or_padding(self.row, self.num_rows, indices)
 
 
-def make_row(pieces: list[tuple[int, np.ndarray]], length: int, i: int) -> Batch:
-    """A row of the batch contract from up to length + 1 tokens: the last is a target only; what is short is padding."""
-    tokens = np.concatenate([piece for _, piece in pieces])[: length + 1]
-    return lay_out(tokens[:-1], tokens[1:], [len(piece) for _, piece in pieces], length, i)
+def make_row(chunks: list[tuple[int, np.ndarray]], length: int, i: int) -> Batch:
+    """Row i from up to length + 1 tokens, the last of them a target only; what is missing is padding."""
+    tokens = np.concatenate([chunk for _, chunk in chunks])[: length + 1]
+    return lay_out(tokens[:-1], tokens[1:], [len(chunk) for _, chunk in chunks], length, i)
 
 
 def lay_out(tokens: np.ndarray, targets: np.ndarray, sizes: list[int], length: int, i: int) -> Batch:
-    """Row i of the batch contract: at most `length` tokens and their targets, in segments of `sizes` (the last may reach
-    beyond the row); then padding."""
+    """Row i: int32 [length] `tokens`, `targets`, `segment_ids` (0 = padding), `positions`; float32 `loss_mask`; uint32 [] `row`.
+
+    There are at most `length` tokens, in segments of `sizes` (the last may reach beyond the row); then padding. Positions
+    begin anew in every segment.
+    """
     num, start = len(tokens), 0
     ints = np.zeros((4, length), np.int32)
     ints[0, :num], ints[1, :num] = tokens, targets
@@ -277,4 +165,5 @@ def lay_out(tokens: np.ndarray, targets: np.ndarray, sizes: list[int], length: i
 
 @functools.cache
 def count_to(length: int) -> np.ndarray:
+    """0, 1, ..., int32 [length], made once."""
     return np.arange(length, dtype=np.int32)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm_jax.data.tokenizer import HuggingFace, SentencePiece, Tokenizer
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
+from lm_jax.data.tokenizer import SentencePiece, Tokenizer
 from lm_jax.data.tokenizer_files import stated_in, token_in
 from lm_jax.files import BESIDE
 from lm_jax.regular_files import read_object
@@ -75,8 +76,11 @@ def end_of_tokenizer(folder: epath.Path, tokenizer: Tokenizer) -> tuple[int, ...
 
 
 def around(folder: epath.Path, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What a tokenizer puts before a text and after it, as `transformers` has it: by the post-processor of a tokenizer.json;
-    beside a SentencePiece model by `add_bos_token` and `add_eos_token` of tokenizer_config.json, else nothing."""
+    """Ids that a tokenizer puts before a text and after it, as `transformers` has it.
+
+    By the post-processor of a tokenizer.json; beside a SentencePiece model by `add_bos_token` and `add_eos_token` of
+    tokenizer_config.json; else none.
+    """
     if isinstance(tokenizer, HuggingFace):
         before, after = tokenizer.around()
         return tuple(before), tuple(after)

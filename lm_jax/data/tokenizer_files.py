@@ -10,7 +10,8 @@ from typing import Any
 from etils import epath
 
 from lm_jax import regular_files
-from lm_jax.data.tokenizer import Bytes, HuggingFace, SentencePiece, Stated, Tokenizer
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
+from lm_jax.data.tokenizer import Bytes, SentencePiece, Stated, Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.files import BESIDE
 from lm_jax.regular_files import read_object
@@ -62,6 +63,7 @@ def token_in(value: Any) -> str | None:
 
 
 def first_of(value: Any) -> int | None:
+    """An id, or the first of a list of ids; None where there is none."""
     found = value[0] if isinstance(value, list) and value else value
     return found if isinstance(found, int) else None
 

@@ -17,8 +17,10 @@ SAMPLE_BYTES = 8_000_000  # characters of text that a tokenizer is trained on
 
 def make(setting: str, texts: Iterable[str], size: int = SAMPLE_BYTES) -> Tokenizer:
     """The tokenizer of any setting, where it has to be trained then on `size` characters of the texts. Raises UserError."""
-    pieces = vocab_size(setting)
-    return train(sample(texts, size), pieces, TRAINED[setting.partition(":")[0]]) if pieces else load(setting)
+    num_pieces = vocab_size(setting)
+    if not num_pieces:
+        return load(setting)
+    return train(sample(texts, size), num_pieces, TRAINED[setting.partition(":")[0]])
 
 
 def sample(texts: Iterable[str], size: int = SAMPLE_BYTES) -> list[str]:
@@ -37,7 +39,7 @@ def sample(texts: Iterable[str], size: int = SAMPLE_BYTES) -> list[str]:
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of a length that SentencePiece takes (it leaves out what is longer than 4192 bytes): long ones in pieces."""
+    """Lines of a length that SentencePiece takes (it leaves out what is longer than 4192 bytes): long ones in parts."""
     for text in texts:
         for line in text.split("\n"):
             if line and len(line) < 4096:
@@ -46,7 +48,7 @@ def lines(texts: Iterable[str]) -> Iterator[str]:
                 yield from (line[start : start + 1000] for start in range(0, len(line), 1000))
 
 
-def train(texts: Iterable[str], pieces: int, model_type: str = "bpe") -> SentencePiece:
+def train(texts: Iterable[str], num_pieces: int, model_type: str = "bpe") -> SentencePiece:
     """SentencePiece with byte fallback: a newline is a piece of its own, runs of spaces may be pieces, nothing is normalised.
 
     `model_type` is "bpe" or "unigram". Raises UserError where the text is too small for so many pieces.
@@ -57,7 +59,7 @@ def train(texts: Iterable[str], pieces: int, model_type: str = "bpe") -> Sentenc
             sentence_iterator=lines(texts),
             model_writer=model,
             model_type=model_type,
-            vocab_size=pieces,
+            vocab_size=num_pieces,
             byte_fallback=True,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],
@@ -76,7 +78,7 @@ def train(texts: Iterable[str], pieces: int, model_type: str = "bpe") -> Sentenc
         largest = re.search(r"<= (\d+)", str(error))
         hint = f"; at most {largest[1]} for this text" if largest else ""
         raise UserError(
-            f"config.data.tokenizer: {pieces} pieces cannot be trained{hint}: {str(error).splitlines()[-1]}"
+            f"config.data.tokenizer: {num_pieces} pieces cannot be trained{hint}: {str(error).splitlines()[-1]}"
         ) from error
     return SentencePiece(on_grid(model.getvalue()) if model_type == "unigram" else model.getvalue())
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lm_jax import regular_files
-from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
+from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}

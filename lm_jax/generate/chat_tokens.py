@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax.data.tokenizer import HuggingFace, Tokenizer
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
+from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate.chat_template import Message, Template, shown, user
 from lm_jax.generate.chat_words import Filled, fill, names_of

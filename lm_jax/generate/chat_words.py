@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
 from lm_jax.errors import UserError
 from lm_jax.generate.chat_template import THOUGHTS, Message, Template, shown
 from lm_jax.generate.render_template import Job, render

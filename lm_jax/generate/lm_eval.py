@@ -16,7 +16,7 @@ import numpy as np
 
 from lm_jax import load_model
 from lm_jax.config import Mesh
-from lm_jax.data.tokenizer import HuggingFace
+from lm_jax.data.hugging_face_tokenizer import HuggingFace
 from lm_jax.errors import UserError, nearest, needs
 from lm_jax.generate import chat_template as chat
 from lm_jax.generate import chat_tokens, render_template

@@ -4,18 +4,18 @@ import itertools
 
 import numpy as np
 
-from lm_jax.data import mixture
+from lm_jax.data import mixed_rows, mixture
 from lm_jax.data.tokenizer import DOCUMENT, Tokenizer, continuation
 
 TRAINED, REJECTED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\x1b[1;35m", "\x1b[0m"
 
 
-def show(mixed: mixture.Mixture, stream: mixture.MixedRows, i: int, colours: bool) -> list[str]:
+def show(mixed: mixture.Mixture, stream: mixed_rows.MixedRows, i: int, colours: bool) -> list[str]:
     """Row i as lines: what it is, and its text. Without colours, what is not trained on stands in [brackets]."""
     row, (source, j) = stream.row(i), stream.quotas.locate(i)
     epoch = j / stream.streams[source].rows_per_epoch
     used, segments = int((row["segment_ids"] > 0).sum()), int(row["segment_ids"].max())
-    title = f"row {i:,}: {mixed.places[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
+    title = f"row {i:,}: {mixed.sources[source]}, its row {j:,} (epoch {epoch:.2f}), {segments} segments, {used} tokens"
     if mixed.task and (mixed.task.writes or mixed.task.compares):
         return [title, *_answers(mixed.tokenizer, row, colours), ""]
     starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) + 1j * np.diff(row["loss_mask"], prepend=0)).tolist()
@@ -68,7 +68,7 @@ def _spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray, start
     return "".join(text(a, b) for a, b in itertools.pairwise(borders) if a < b)
 
 
-def statistics(mixed: mixture.Mixture, stream: mixture.MixedRows, first: int, last: int) -> list[str]:
+def statistics(mixed: mixture.Mixture, stream: mixed_rows.MixedRows, first: int, last: int) -> list[str]:
     """A table by source: its weight at row `first`, and its share of the rows [first, last), read one by one."""
     names = list(mixed.corpora)
     rows, trained, documents = (dict.fromkeys(names, 0) for _ in range(3))

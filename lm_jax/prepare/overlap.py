@@ -3,7 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from lm_jax.data import lines, sources
+from lm_jax.data import lines
+from lm_jax.data.source_kinds import kind_of
 from lm_jax.errors import UserError
 from lm_jax.prepare import clean, readers
 from lm_jax.prepare.readers import Bad, Document
@@ -47,7 +48,7 @@ def evaluation_index(paths: tuple[str, ...], text_key: str) -> tuple[dict, dict[
 
 def evaluation_items(path: str, text_key: str) -> Iterator[str]:
     """The text of each item; of a record in a table all its strings, so that question and answer are one item."""
-    if sources.kind_of(path) not in lines.KINDS:
+    if kind_of(path) not in lines.KINDS:
         for record in readers.records(path, text_key):
             if isinstance(record, Bad):
                 raise UserError(f"--decontaminate {record.id}: {record.reason}")
@@ -55,7 +56,7 @@ def evaluation_items(path: str, text_key: str) -> Iterator[str]:
         return
     try:
         with readers.opened(path) as file:
-            for row in lines.rows(file, sources.kind_of(path)):
+            for row in lines.rows(file, kind_of(path)):
                 if isinstance(row, lines.Wrong):
                     raise UserError(f"--decontaminate {path}:{row.number}: {row.reason}")
                 yield "\n".join(lines.strings(row.content))

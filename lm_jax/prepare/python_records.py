@@ -46,7 +46,7 @@ def of_library() -> Iterator[tuple[str, dict[str, str]]]:
     """(task, record) of every docstring, and 8,000 questions on arguments and default values of the library."""
     pairs: dict[tuple[str, str], None] = {}
     for name, data in sources.documents("python"):
-        package, text = name.split("/")[0].removesuffix(".py"), sources.decode(name, data)
+        package, text = name.split("/")[0].removesuffix(".py"), sources.decode(data)
         if name.startswith("manual/") or text is None:
             continue
         for node in ast.walk(ast.parse(text)):

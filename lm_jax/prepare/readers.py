@@ -20,6 +20,7 @@ import fsspec
 
 from lm_jax import regular_files
 from lm_jax.data import lines, sources
+from lm_jax.data.source_kinds import kind_of
 from lm_jax.errors import UserError, needs
 
 CHUNK = 1_000_000  # characters of the longest document; a longer one is cut, so that no stage holds more at once
@@ -146,11 +147,11 @@ def opened(path: str, progress: Callable[[int], None] = lambda num_bytes: None):
     `progress` is called with the number of bytes that were read of the file.
     """
     with fsspec.open(path, "rb") if regular_files.is_url(path) else regular_files.opened(path) as raw:
-        if sources.kind_of(path) == "parquet":  # read by its own index
+        if kind_of(path) == "parquet":  # read by its own index
             yield raw
             return
         inner = _Heard(raw, progress)
-        if path.lower().endswith(".gz") and sources.kind_of(path) != "warc":
+        if path.lower().endswith(".gz") and kind_of(path) != "warc":
             # With a buffer around it, whole lines before a torn end would be lost.
             yield gzip.GzipFile(fileobj=io.BufferedReader(inner))
         elif path.lower().endswith(".zst"):
@@ -194,7 +195,7 @@ def records(
         return
     where = Where(path)
     own = {"parquet": _parquet, "html": _html, "warc": _warc, "text": _text}
-    read = own.get(sources.kind_of(path), _rows)
+    read = own.get(kind_of(path), _rows)
     try:
         with opened(path, progress) as file:
             for record in read(where, file, text_key):
@@ -227,7 +228,7 @@ def cut(text: str) -> int:
 
 
 def _whole(name: str, content: bytes) -> Iterator[Document | Bad]:
-    text = sources.decode(name, content)
+    text = sources.decode(content)
     yield from _checked(Bad(name, "not UTF-8") if text is None else Document(text, name))
 
 
@@ -255,7 +256,7 @@ def _text(where: Where, file, _: str) -> Iterator[Document | Bad]:
 
 def _rows(where: Where, file, text_key: str) -> Iterator[Document | Bad]:
     """JSON, CSV or TSV."""
-    for row in lines.rows(file, sources.kind_of(where.path)):
+    for row in lines.rows(file, kind_of(where.path)):
         where.line = row.number
         found = lines.text_of(row.content, text_key, "--text_key") if isinstance(row, lines.Row) else row
         yield Document(found, str(where)) if isinstance(found, str) else Bad(str(where), found.reason)

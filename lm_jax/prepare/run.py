@@ -29,14 +29,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lm_jax.data import shards, sources, tokenizer_files
+from lm_jax.data import shard_writer, shards, sources, tokenizer_files
 from lm_jax.data.corpus import is_prepared, writer_lock
 from lm_jax.data.corpus import publish as publish_corpus
 from lm_jax.errors import UserError, needs
-from lm_jax.files import draft_folder, locked, write_whole
+from lm_jax.files import cache_folder, draft_folder, locked, write_whole
 from lm_jax.prepare import clean, overlap, readers, report, steps
 from lm_jax.prepare.executors import Choice, Log, Stage, run_stage
 from lm_jax.prepare.report import Dropped, Tally
+from lm_jax.regular_files import check_url, is_url
 
 VERSION = 1  # of what a plan means: another version does not go on with a work folder
 TASK_BYTES = 16_000_000  # of input that a task reads
@@ -67,8 +68,8 @@ class Settings(Choice):
     @property
     def folder(self) -> str:
         """The work folder, absolute: beside the output, or in the cache for an output behind a URL."""
-        here = os.path.join(shards.cache_folder(), "work", re.sub(r"\W+", "-", self.output))
-        return os.path.abspath(self.work or (here if shards.is_url(self.output) else self.output.rstrip("/") + ".work"))
+        here = os.path.join(cache_folder(), "work", re.sub(r"\W+", "-", self.output))
+        return os.path.abspath(self.work or (here if is_url(self.output) else self.output.rstrip("/") + ".work"))
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide on the corpus, {name: value}."""
@@ -112,11 +113,11 @@ def make_plan(settings: Settings, log: Log = lambda line: None) -> Plan:
 def run(settings: Settings, log: Log = print) -> dict[str, Any]:
     """Prepares the corpus, or goes on where an earlier run was stopped. Returns the report. Raises UserError."""
     check(settings)
-    shards.check_url("--output", settings.output)
+    check_url("--output", settings.output)
     plan = make_plan(settings, log)
     if is_prepared(settings.output):
         return already(settings, plan, log)
-    if not shards.is_url(settings.output) and os.path.exists(settings.output) and os.listdir(settings.output):
+    if not is_url(settings.output) and os.path.exists(settings.output) and os.listdir(settings.output):
         raise UserError(f"--output {settings.output} is not empty, and no corpus of ours; name another")
     folder = settings.folder
     with writer_lock(folder + ".lock", log):
@@ -136,7 +137,7 @@ def run(settings: Settings, log: Log = print) -> dict[str, Any]:
 
 def publish(draft: str, output: str) -> None:
     """Moves the finished folder to its name, or copies it to a bucket with the manifest last."""
-    if shards.is_url(output):
+    if is_url(output):
         for name in ("report.json", "report.html"):
             (epath.Path(output) / name).write_text((epath.Path(draft) / name).read_text())
         publish_corpus(draft, output)
@@ -260,7 +261,7 @@ def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float
     draft = os.path.join(folder, "corpus")
     shutil.rmtree(draft, ignore_errors=True)
     made = tokenizer_files.load(os.path.join(folder, "tokenizer", "model"))
-    writer, lengths = shards.ShardWriter(draft, made), Counter[int]()
+    writer, lengths = shard_writer.ShardWriter(draft, made), Counter[int]()
     for rank in range(plan.buckets):
         ids, index = (np.load(os.path.join(folder, "tokens", f"{rank:05}.{part}.npy")) for part in ("ids", "index"))
         offset = 0
@@ -279,7 +280,7 @@ def finish(settings: Settings, plan: Plan, folder: str, seconds: dict[str, float
     return told
 
 
-def describe(settings, plan, folder, writer: shards.ShardWriter, lengths: Counter, seconds) -> dict[str, Any]:
+def describe(settings, plan, folder, writer: shard_writer.ShardWriter, lengths: Counter, seconds) -> dict[str, Any]:
     """The report of a prepared corpus, as JSON."""
     tallies = {}
     for name in ("read", "gather", "tokenise"):

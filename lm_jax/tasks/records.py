@@ -9,15 +9,18 @@ from collections.abc import Callable
 import numpy as np
 
 from lm_jax.config import Config, Data
+from lm_jax.data.best_fit import BestFit
 from lm_jax.data.lines import listed
-from lm_jax.data.mixture import MixedRows, Mixture, Quotas, short_names
-from lm_jax.data.packing import Batch, BestFit, lay_out, stacked_or_padding
-from lm_jax.data.shards import Corpus, Split, file_hash
+from lm_jax.data.mixed_rows import MixedRows, Quotas
+from lm_jax.data.mixture import Mixture, short_names
+from lm_jax.data.packing import Batch, lay_out, stacked_or_padding
+from lm_jax.data.shards import Corpus, Split
 from lm_jax.data.sources import SPLITS, split_of
 from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.data.tokenizer_training import make
 from lm_jax.errors import UserError
+from lm_jax.files import file_hash
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Segment, with_two_lengths
@@ -57,7 +60,7 @@ class Examples(BestFit):
 
     def records(self, i: int) -> np.ndarray:
         """Which records row i holds, in the order of its segments."""
-        return self.document[self.pieces(i)]
+        return self.document[self.chunks(i)]
 
     def row(self, i: int) -> Batch:
         """Row i of the packed records: arrays [sequence_length], with the columns of the task."""
