@@ -111,7 +111,7 @@ def run_command(main: Callable[[list[str]], int | None], arguments: list[str] | 
 
 def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """Runs `main` of a command; its exit code. An error is written to stderr and told to the job's other processes."""
-    from lm_jax import distributed
+    from lm_jax import distributed, job
 
     try:
         fault_points.arm(os.environ.get("LM_JAX_FAULT", ""))
@@ -124,7 +124,7 @@ def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> 
         return code
     except UserError as error:
         print(f"lm_jax: {error}", file=sys.stderr)
-        distributed.join_for_last_words()
+        job.join_for_last_words()
         stop.others.end(EXIT_USER, str(error))
         return EXIT_USER
     except PeerError as error:

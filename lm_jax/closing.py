@@ -8,7 +8,7 @@ import time
 
 from etils import epath
 
-from lm_jax import checkpoint, cli, metrics, terminal
+from lm_jax import cli, metrics, step_folders, terminal
 from lm_jax.config import Config
 from lm_jax.data import mixture
 from lm_jax.errors import UserError
@@ -48,7 +48,7 @@ def already_done(desk: LocalMirror, log: terminal.Terminal) -> int:
 
 def give_up(run: Run, trouble: str) -> None:
     """Says it, and leaves the checkpoints as they are: those before are finite, but near what breaks them."""
-    newest = max(checkpoint.complete_steps(checkpoint.steps_folder(run.workdir)), default=0)
+    newest = max(step_folders.complete_steps(step_folders.steps_folder(run.workdir)), default=0)
     run.log(
         f"stopped: {trouble}\n"
         f"the same command goes on from step {newest:,} and comes here again, unless something changes: a lower\n"
@@ -78,7 +78,7 @@ def next_commands(run: Run, given: str) -> str:
     asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
     writes = run.config.data.objective == "causal" and (not run.config.train.task or chats)
     longer = [f"--config.train.num_steps={4 * run.num_steps}", "--workdir", free_place(f"{run.workdir}-longer")]
-    logs = str(checkpoint.steps_folder(run.workdir).parent.parent)
+    logs = str(step_folders.steps_folder(run.workdir).parent.parent)
     lines = [
         f"done in {counts.duration(time.monotonic() - run.goodput.start)}; next:",
         f"  longer     {given} {shlex.join(longer)}",

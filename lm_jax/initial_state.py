@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import checkpoint, fault_points, load_model, terminal
+from lm_jax import checkpoint, fault_points, load_model, step_folders, terminal
 from lm_jax.batch_ramp import START, DataState
 from lm_jax.data import mixture
 from lm_jax.distributed import agree
@@ -64,7 +64,7 @@ def starting_point(
 ) -> tuple[TrainState, DataState]:
     """The state on the mesh that is set, and where the data stand. `source` is what `find_init` found, `run` the
     identity that the steps of the workdir must have."""
-    step = checkpoint.newest_valid(workdir, log, quarantine=True, run=run)
+    step = step_folders.newest_valid(workdir, log, quarantine=True, run=run)
     if step is not None:
         fault_points.reach("restore")
         state, data = checkpoint.restore(workdir, step, program)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm_jax import sharding
+from lm_jax import collectives, sharding
 from lm_jax.model import task_heads
 from lm_jax.model.build import ModelDef
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
@@ -172,8 +172,8 @@ def _on_devices(settings: ChunkSettings, *arrays):
 
 
 def _on_a_device(settings: ChunkSettings, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT):
-    bias_V = None if bias_V is None else sharding.gathered(bias_V, "vocab")
-    table_VD = sharding.gathered(table_VD.astype(hidden_BTD.dtype), "vocab", "model")
+    bias_V = None if bias_V is None else collectives.gathered(bias_V, "vocab")
+    table_VD = collectives.gathered(table_VD.astype(hidden_BTD.dtype), "vocab", "model")
     num_chunks = math.ceil(targets_BT.size / CHUNK)
     size = math.ceil(targets_BT.size / num_chunks)
     padding = num_chunks * size - targets_BT.size  # masked tokens at the end of the last chunk
@@ -191,17 +191,17 @@ def _on_a_device(settings: ChunkSettings, hidden_BTD, table_VD, bias_V, targets_
         zeros += jnp.zeros(table_VD.shape), None if bias_V is None else jnp.zeros(bias_V.shape)
     parts = chunks(hidden_BTD, hidden_BTD.shape[-1]), chunks(targets_BT), chunks(mask_BT)
     sums, of_hidden = jax.lax.scan(add, zeros, parts)
-    totals = tuple(sharding.sum_over(x, "batch") for x in sums[:2])
+    totals = tuple(collectives.sum_over(x, "batch") for x in sums[:2])
     if not settings.with_gradients:
         return totals
     of_hidden_BTD = of_hidden.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)
-    of_bias_V = None if bias_V is None else sharding.scattered(sums[3], "vocab")
-    return *totals, of_hidden_BTD, sharding.scattered(sums[2], "vocab", "model"), of_bias_V
+    of_bias_V = None if bias_V is None else collectives.scattered(sums[3], "vocab")
+    return *totals, of_hidden_BTD, collectives.scattered(sums[2], "vocab", "model"), of_bias_V
 
 
 def _chunk(settings: ChunkSettings, table_VD, bias_V, hidden_CD, target_C, mask_C):
     """((objective, cross entropy, gradients of table and bias) of a chunk, gradient of its hidden states)."""
-    id_V = sharding.part_index("vocab") * len(table_VD) + jnp.arange(len(table_VD))
+    id_V = collectives.part_index("vocab") * len(table_VD) + jnp.arange(len(table_VD))
     full = sharding.precision(hidden_CD.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=full)
     logits_CV = product("CD,VD->CV", hidden_CD, table_VD)
@@ -210,11 +210,11 @@ def _chunk(settings: ChunkSettings, table_VD, bias_V, hidden_CD, target_C, mask_
     of_capped_CV = 1 - jnp.square(logits_CV / settings.softcap) if settings.softcap else 1.0  # derivative of the cap
     logits_CV = jnp.where(id_V[None] < settings.vocab_size, logits_CV, -1e9)  # padding of the vocabulary never wins
     is_target_CV = id_V[None] == target_C[:, None]
-    highest_C = sharding.max_over(logits_CV.max(-1), "vocab")
+    highest_C = collectives.max_over(logits_CV.max(-1), "vocab")
     powers_CV = jnp.exp(logits_CV - highest_C[:, None])
-    total_C = sharding.sum_over(powers_CV.sum(-1), "vocab")
+    total_C = collectives.sum_over(powers_CV.sum(-1), "vocab")
     log_total_C = jnp.log(total_C) + highest_C
-    target_logit_C = sharding.sum_over(jnp.where(is_target_CV, logits_CV, 0).sum(-1), "vocab")
+    target_logit_C = collectives.sum_over(jnp.where(is_target_CV, logits_CV, 0).sum(-1), "vocab")
     entropy = ((log_total_C - target_logit_C) * mask_C).sum()
     sums = entropy + settings.z_loss * (jnp.square(log_total_C) * mask_C).sum(), entropy
     if not settings.with_gradients:
@@ -224,5 +224,5 @@ def _chunk(settings: ChunkSettings, table_VD, bias_V, hidden_CD, target_C, mask_
     of_logits_CV = of_logits_CV * of_capped_CV if settings.softcap else of_logits_CV
     of_bias_V = None if bias_V is None else of_logits_CV.sum(0)
     of_logits_CV = of_logits_CV.astype(hidden_CD.dtype)
-    of_hidden_CD = sharding.sum_over(product("CV,VD->CD", of_logits_CV, table_VD), "vocab")
+    of_hidden_CD = collectives.sum_over(product("CV,VD->CD", of_logits_CV, table_VD), "vocab")
     return (*sums, product("CV,CD->VD", of_logits_CV, hidden_CD), of_bias_V), of_hidden_CD.astype(hidden_CD.dtype)

@@ -11,7 +11,7 @@ from lm_jax.config import Config, Length
 from lm_jax.data import mixture
 from lm_jax.distributed import agree
 from lm_jax.goodput import Goodput
-from lm_jax.optimizer import averaged
+from lm_jax.parameter_average import averaged
 from lm_jax.remote import LocalMirror
 from lm_jax.run_plan import Plan
 from lm_jax.stop import Stopped, StopSignal

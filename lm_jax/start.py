@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax import checkpoint, fault_points, load_model, run_folder, run_plan, terminal
+from lm_jax import fault_points, load_model, run_folder, run_plan, step_folders, terminal
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import is_over
 from lm_jax.config import Config, flatten
@@ -16,7 +16,7 @@ from lm_jax.data import mixture, special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import tell_losses
-from lm_jax.distributed import agree, devices, find_together, is_main_process, own
+from lm_jax.distributed import agree, devices, is_main_process, own
 from lm_jax.errors import UserError
 from lm_jax.evaluate import check_scores, open_data
 from lm_jax.experiment import run_name
@@ -30,6 +30,7 @@ from lm_jax.run import Run
 from lm_jax.run_plan import Plan
 from lm_jax.samples import settle_reference
 from lm_jax.stop import NEVER, StopSignal
+from lm_jax.workdir_lock import find_together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     peers.compare(settings(config, experiment, dry_run))
     run_plan.check(config, here)
     saved = agree(
-        run_folder.read_config(workdir) if is_main_process() and checkpoint.has_steps(workdir) else {}, "config.json"
+        run_folder.read_config(workdir) if is_main_process() and step_folders.has_steps(workdir) else {}, "config.json"
     )
     check_scores(config)
     with goodput("data"):
@@ -90,7 +91,9 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
         tell_losses(mixed.tokenizer, log)
         stream = mixed.stream(config.data)
     peers.compare(mixed.alike)
-    expected = DataState.of_lists(agree(checkpoint.expected_data_state(workdir) if is_main_process() else None, "data"))
+    expected = DataState.of_lists(
+        agree(step_folders.expected_data_state(workdir) if is_main_process() else None, "data")
+    )
     known = specials(mixed.tokenizer, config.data.objective).vocab_size, here, stream.rows_per_epoch
     with goodput("plan"):
         plan = run_plan.make_plan(config, *known, expected, run_plan.rows_of_microbatch(saved, device))
@@ -122,7 +125,7 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
         desk.fetch()
         log.log_to(desk.folder / "log.txt")
         peers.log_to(desk.folder / "log.txt")
-        checkpoint.clean(workdir, log)
+        step_folders.clean(workdir, log)
     for line in opening.changes:
         log(line)
     with opening.goodput("state"):

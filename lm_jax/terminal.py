@@ -10,7 +10,7 @@ from typing import IO
 import jax
 from etils import epath
 
-from lm_jax import distributed
+from lm_jax import job
 from lm_jax.config import Config
 from lm_jax.data.mixture import Mixture, Quotas
 from lm_jax.plan import counts as costs
@@ -91,7 +91,7 @@ def header(plan: Plan, name: str, mixed: Mixture, device: jax.Device, flops_here
         *data_lines(config, mixed, tokens),
     ]
     on_cpu, num_devices = device.platform == "cpu", math.prod(plan.sizes.values())
-    if together := distributed.described(num_devices):
+    if together := job.described(num_devices):
         lines.append(together)
     num_units = len(os.sched_getaffinity(0)) if on_cpu else num_devices
     what = f"{costs.device_name(device)} x{num_units}"

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 
-from lm_jax import checkpoint, cli, fault_points, metrics, spikes, start, terminal
+from lm_jax import checkpoint, cli, fault_points, metrics, spikes, start, step_folders, terminal
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import already_done, compare_with_compressors, give_up, next_commands
 from lm_jax.config import Config, flatten
 from lm_jax.data import loader, mixture
-from lm_jax.distributed import agree, everyone, is_main_process, workdir_lock
+from lm_jax.distributed import agree, everyone, is_main_process
 from lm_jax.experiment import as_given, run_name
 from lm_jax.goodput import traced
 from lm_jax.knob import parse_length
@@ -28,6 +28,7 @@ from lm_jax.samples import Evaluation, answer_now, evaluate_now, is_evaluated, m
 from lm_jax.step_log import MOST_IN_A_ROW, StepLog
 from lm_jax.stop import EXIT_PREEMPTED, Stopped, StopSignal
 from lm_jax.train_step import CompiledStep, compile_step
+from lm_jax.workdir_lock import workdir_lock
 
 
 def run(config: Config, experiment: str, path: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
@@ -97,7 +98,7 @@ def stretch(
     What was trained is saved, unless there is trouble or a spike (`step_log.spike`).
     """
     writer = metrics.Writer(run.desk.folder, run.data.step, run.log) if is_main_process() else metrics.NullWriter()
-    kept = checkpoint.saved_beside(run.workdir, run.data.step) if is_main_process() else {}  # whose spikes count
+    kept = step_folders.saved_beside(run.workdir, run.data.step) if is_main_process() else {}  # whose spikes count
     step_log = StepLog(run, writer, watch or spikes.Watch(kept))
     try:
         try:

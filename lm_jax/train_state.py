@@ -8,8 +8,9 @@ import optax
 
 from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import Config
+from lm_jax.loss_scale import Guarded
 from lm_jax.model import build as graphs
-from lm_jax.optimizer import Guarded, make_optimizer
+from lm_jax.optimizer import make_optimizer
 from lm_jax.sharding import laid_out
 from lm_jax.trainable import partition_params, rates, trained_paths
 

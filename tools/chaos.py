@@ -24,7 +24,7 @@ import numpy as np
 from bucket_emulator import bucket, free_port
 from etils import epath
 
-from lm_jax import checkpoint, cli, fault_points, load_model, manifest, metrics
+from lm_jax import checkpoint, cli, fault_points, load_model, manifest, metrics, step_folders
 from lm_jax.config import Mesh
 from lm_jax.mesh import make_mesh
 from lm_jax.plan.counts import duration
@@ -109,7 +109,7 @@ class Chaos:
 
     def card(self, workdir: str) -> str:
         """What is killed next: every point, and twice any moments; then all again in another order."""
-        num_saved = len(checkpoint.complete_steps(checkpoint.steps_folder(epath.Path(workdir))))
+        num_saved = len(step_folders.complete_steps(step_folders.steps_folder(epath.Path(workdir))))
         for card in self.cards:
             if num_saved >= {"restore": 1, "quarantine": 2}.get(card, 0):
                 self.cards.remove(card)
@@ -125,7 +125,7 @@ class Chaos:
         victim = 0 if card in LEADING else chance.randrange(num)
         times, after, moment = chance.randint(1, TIMES.get(card, 2)), chance.randint(1, 2 * EVERY), chance.random()
         if card == "quarantine":
-            turn_a_bit(checkpoint.steps_folder(epath.Path(workdir)))
+            turn_a_bit(step_folders.steps_folder(epath.Path(workdir)))
         fault = f"kill@{card}:{times}#{victim}" if card in fault_points.POINTS else ""
         line = [f"--config.train.num_steps={self.flags.steps}", f"--workdir={workdir}"]
         started, seconds = Started(num, self.folder, line, fault), 0.0
@@ -206,7 +206,7 @@ def tell(line: str) -> None:
 
 def turn_a_bit(steps: epath.Path) -> None:
     """Of the newest step: who restores is to set it aside."""
-    folder = steps / str(checkpoint.complete_steps(steps)[-1])
+    folder = steps / str(step_folders.complete_steps(steps)[-1])
     path = folder / max(manifest.read_manifest(folder)["files"].items(), key=lambda item: item[1]["bytes"])[0]
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1

@@ -15,7 +15,7 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
-from lm_jax import cli, distributed, load_model
+from lm_jax import cli, distributed, job, load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import description, export, hugging_face, proof, run, text_files
 from lm_jax.errors import UserError
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> int:
     flags, log = parser.parse_args(arguments), Terminal()
     again = shlex.join(["python", "tools/convert_checkpoint.py", *arguments, "--unproven"])
     to_gguf = flags.output.endswith(".gguf")
-    if not distributed.does_it_alone():
+    if not job.does_it_alone():
         return 0
     with jax.set_mesh(make_mesh(Mesh(data=1), [distributed.own(distributed.devices())])):
         if flags.model.endswith(".gguf") and not flags.over:

@@ -7,7 +7,7 @@ person knows (licence, use, what is known to be wrong) stands as a line to FILL 
 import json
 import re
 
-from lm_jax import checkpoint, load_model, metrics, run_folder
+from lm_jax import load_model, metrics, run_folder, step_folders
 from lm_jax.plan import counts
 from lm_jax.train_state import make_program
 
@@ -53,7 +53,7 @@ def evaluation(workdir, lines: list[dict]) -> str:
 def training(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict]) -> str:
     """What the steps cost, as a table."""
     config, log = found.config, found.workdir / "log.txt"
-    seen = checkpoint.read_data_state(found.workdir, found.step)
+    seen = step_folders.read_data_state(found.workdir, found.step)
     tokens, dropped = seen.cursor * config.data.sequence_length, sum(last - first for first, last in seen.skipped)
     spent, device = hours(lines, log.read_text() if log.exists() else "")
     facts = [
