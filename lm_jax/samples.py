@@ -6,7 +6,7 @@ from lm_jax import fault_points, metrics
 from lm_jax.data import mixture
 from lm_jax.distributed import agree, is_main_process
 from lm_jax.errors import UserError
-from lm_jax.evaluate import Evaluator, by_source
+from lm_jax.evaluator import Evaluator, by_source
 from lm_jax.run import Run
 
 SAMPLE_TOKENS = 96

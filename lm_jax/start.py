@@ -18,12 +18,12 @@ from lm_jax.data.shards import check_plain, check_url, is_url
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.distributed import agree, devices, is_main_process, own
 from lm_jax.errors import UserError
-from lm_jax.evaluate import check_scores, open_data
 from lm_jax.experiment import run_name
 from lm_jax.files import BESIDE, check_room
 from lm_jax.goodput import Goodput
 from lm_jax.initial_state import Source, find_init, starting_point
 from lm_jax.multihost import peers
+from lm_jax.open_data import check_scores, open_data
 from lm_jax.plan import counts
 from lm_jax.remote import LocalMirror
 from lm_jax.run import Run

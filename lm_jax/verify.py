@@ -19,9 +19,9 @@ from lm_jax.data import loader, shards
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.objectives import specials
 from lm_jax.errors import UserError
-from lm_jax.evaluate import open_data
 from lm_jax.mesh import by_slice, legal_meshes, mesh_shape, parameter_table, preflight
 from lm_jax.model.language_model import padded
+from lm_jax.open_data import open_data
 from lm_jax.run_plan import Plan, make_plan
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import fresh

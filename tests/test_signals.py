@@ -12,7 +12,7 @@ import time
 import pytest
 from helpers import LIMIT, ROOT, lines_of
 
-from lm_jax import checkpoint, evaluate, main, step_folders, stop
+from lm_jax import checkpoint, evaluator, main, step_folders, stop
 
 EVERY, STEPS = 3, 8
 RUN = [
@@ -179,7 +179,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-EVALUATION, NEXT_STEP = (evaluate.Evaluator, "__call__"), (checkpoint.Saver, "poll")
+EVALUATION, NEXT_STEP = (evaluator.Evaluator, "__call__"), (checkpoint.Saver, "poll")
 CRASHES = [
     (8, EVALUATION, 1, 2),
     (8, EVALUATION, 2, 4),

@@ -9,7 +9,7 @@ from helpers import RECORDS, command, tiny, write_table
 
 from lm_jax import metrics
 from lm_jax.errors import UserError
-from lm_jax.evaluate import open_data
+from lm_jax.open_data import open_data
 from lm_jax.prepare import readers
 from lm_jax.tasks.regression import Regression
 from lm_jax.tasks.results import Result

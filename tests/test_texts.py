@@ -10,10 +10,10 @@ from helpers import KINDS, tiny, write_table
 from lm_jax import evaluate, load_model, main, metrics
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
-from lm_jax.evaluate import open_data
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
+from lm_jax.open_data import open_data
 from lm_jax.tasks import generate_answers
 
 END = 256  # of the byte tokenizer, before and after a text

@@ -15,7 +15,7 @@ from lm_jax import cli, experiment
 from lm_jax.batch_ramp import make_ramp, with_steps
 from lm_jax.data import mixture
 from lm_jax.data.tokenizer import DOCUMENT, Tokenizer, continuation
-from lm_jax.evaluate import open_data
+from lm_jax.open_data import open_data
 
 TRAINED, REJECTED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\x1b[1;35m", "\x1b[0m"
 

@@ -13,8 +13,8 @@ from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
-from lm_jax.model.stack import Unstacked, is_unstacked
 from lm_jax.model.transformer import Transformer
+from lm_jax.model.unstacked import Unstacked, is_unstacked
 
 KINDS: dict[str, type[LanguageModel]] = {
     "transformer": Transformer,

@@ -11,7 +11,8 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
-from lm_jax.model.attention_layer import Attention, Cache, empty_cache, visible_keys
+from lm_jax.model.attention_layer import Attention
+from lm_jax.model.kv_cache import Cache, empty_cache, visible_keys
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
 from lm_jax.model.layers import Dropout, Embedding, Norm, apply_dropout, model_norm
 from lm_jax.model.positions import RelativeBias, RopeAngles, add_positions, learned_positions, rope_angles

@@ -106,21 +106,6 @@ class Dense(nnx.Module):
         self.kernel = declare(sizes, (*inputs, *outputs), normal(stddev), *dims)
         self.bias = declare(outputs.values(), outputs, constant(0.0)) if bias else None
 
-    def adapt(self, rank: int, alpha: float) -> None:
-        """An adapter beside the declared kernel (LoRA, arXiv:2106.09685): x W + alpha / rank * x A B. B is zero at first."""
-        of = self.kernel.get_metadata("declared")
-        start, middle = len(of.layers), len(of.layers) + len(of.inputs)
-        parts = lambda dims: (dims[:start], dims[start:middle], dims[middle:])
-        (layers, inputs, outputs), (of_layers, of_inputs, of_outputs) = parts(of.shape), parts(of.axes)
-        self.lora_a = declare(
-            (*layers, *inputs, rank), (*of_layers, *of_inputs, "rank"), normal(1 / math.sqrt(math.prod(inputs))),
-            of.inputs, (middle,), of.layers,
-        )  # fmt: skip
-        dims = tuple(range(start + 1, start + 1 + len(outputs)))
-        shape, axes = (*layers, rank, *outputs), (*of_layers, "rank", *of_outputs)
-        self.lora_b = declare(shape, axes, constant(0.0), (start,), dims, of.layers)
-        self.lora_scale = alpha / rank
-
     def __call__(self, x: jax.Array) -> jax.Array:
         of = self.kernel.get_metadata("declared")
         outputs, sizes = of.axes[-len(of.outputs) :], self.kernel[...].shape[self.num_inputs :]

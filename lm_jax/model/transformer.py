@@ -13,11 +13,12 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
-from lm_jax.model.attention_layer import Attention, Cache, empty_cache
+from lm_jax.model.attention_layer import Attention
+from lm_jax.model.kv_cache import Cache, empty_cache
 from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Dense, Dropout, Norm, apply_dropout, model_norm
 from lm_jax.model.moe import Experts
-from lm_jax.model.positions import RopeAngles, add_positions, learned_positions, rope_angles
+from lm_jax.model.positions import RopeAngles, add_positions, learned_positions, rope_of_blocks
 from lm_jax.model.stack import run_layers, stacked
 from lm_jax.sharding import constrain
 
@@ -138,7 +139,7 @@ class Transformer(LanguageModel):
         """What `__call__` returns, from embedded tokens [B, T, D]."""
         config = self.config
         x_BTD = apply_dropout(dropout, x_BTD, config.dropout, "embedding")
-        rope, remat = self.angles_of_blocks(context.positions), config.remat if caches is None else "none"
+        rope, remat = rope_of_blocks(config, context.positions), config.remat if caches is None else "none"
         # The input of a recomputed layer is kept for the backward pass: split over devices that would all hold the same, and
         # gathered again in every layer.
         kept = None if remat == "none" else "kept"
@@ -157,25 +158,6 @@ class Transformer(LanguageModel):
         x_BTD, aux = run_layers(blocks, period, x_BTD, caches, remat, config.unroll)
         x_BTD = constrain(x_BTD, "batch", "length", None)
         return self.norm(x_BTD) if self.norm else x_BTD, aux
-
-    def angles_of_blocks(self, positions_BT: jax.Array) -> list[RopeAngles | None]:
-        """The rope angles of each block of the period. Blocks with a window may have another base, without scaling (Gemma 3);
-        each rotates its share of a head's width (0: no rotation). Blocks with the same angles share one array."""
-        config = self.config
-        made: dict[tuple[int, tuple], RopeAngles] = {}
-
-        def of_block(window: int, share: float) -> RopeAngles | None:
-            width = int(config.head_dim * share)
-            if config.positions != "rotary" or not width:
-                return None
-            settings: tuple = (config.rotary_base, config.rotary_scaling, config.rotary_scaling_kind)
-            settings = (config.rotary_local_base,) if window and config.rotary_local_base else settings
-            if (width, settings) not in made:
-                made[width, settings] = rope_angles(positions_BT, width, *settings)
-            return made[width, settings]
-
-        shares = config.rotary_share * (self.period // len(config.rotary_share))
-        return [of_block(*each) for each in zip(config.window, shares, strict=True)]
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.compute_dtype)
