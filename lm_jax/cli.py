@@ -37,9 +37,11 @@ class Parser(argparse.ArgumentParser):
         self._reach: dict[str, dict[str, tuple]] = {}
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError instead of ending the process."""
         raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
 
     def parse_args(self, arguments=None, namespace=None):
+        """The flags. Raises UserError for unknown ones, and for those that nothing reads."""
         check_text(arguments or ())
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
@@ -83,6 +85,7 @@ class Once(argparse.Action):
     stood = False
 
     def __call__(self, parser, namespace, values, option_string=None):
+        """Sets the flag. Raises UserError where it has stood before."""
         if self.stood and option_string:
             raise UserError(f"{option_string} stands twice")
         self.stood = True  # the parser is made anew for every command line

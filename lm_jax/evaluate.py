@@ -46,6 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the command with its arguments. Returns the exit code; raises UserError."""
     flags, log = parse(arguments), Terminal()
     devices = distributed.devices()  # of several processes each verifies its share of the model
     found = load_model.locate(flags.model, log)

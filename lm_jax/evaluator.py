@@ -22,7 +22,7 @@ from lm_jax.model_config import OBJECTIVES
 
 
 class Totals(NamedTuple):
-    """Sums over the tokens of some rows, and the results of a task."""
+    """Sums over the tokens of rows, and the results of a task."""
 
     loss: float  # nats
     tokens: float
@@ -30,6 +30,7 @@ class Totals(NamedTuple):
     results: tuple = ()  # one for each record
 
     def metrics(self, prefix: str) -> dict[str, float]:
+        """{"<prefix>/loss": nats per token, ...}: also perplexity and bits per byte, but not of a task's results."""
         mean = self.loss / max(self.tokens, 1)
         if self.results:
             return {f"{prefix}/loss": mean}
@@ -55,7 +56,7 @@ def by_source(totals: dict[str, Totals], prefix: str, task: mixture.Task | None 
 
 
 def added(parts: Sequence[tuple]) -> Totals:
-    """The totals of parts (loss, tokens, bytes, results), added in float64 without rounding errors between."""
+    """The totals of parts (loss, tokens, bytes, results), added in float64 with one rounding."""
     loss, tokens, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
     return Totals(loss, tokens, num_bytes, tuple(itertools.chain.from_iterable(part[3] for part in parts)))
 
@@ -63,8 +64,8 @@ def added(parts: Sequence[tuple]) -> Totals:
 class Evaluator:
     """Adds up rows in batches of `size`, by one compiled program; the last batch is filled with rows whose mask is 0.
 
-    Bytes are those of the original text: of all rows as they were counted when it was read, of some rows the bytes of their
-    tokens, where the tokenizer's add up to the text.
+    Bytes are those of the original text. Those of a whole split were counted when the text was read; those of a part of it
+    are the bytes of its tokens, with tokenizers whose tokens add up to the text.
     """
 
     def __init__(self, graph: ModelDef, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, size: int):
@@ -102,7 +103,7 @@ class Evaluator:
 
 
 def batch_sums(graph: ModelDef, bytes_per_piece: np.ndarray, parameters: dict, batch: dict) -> tuple:
-    """(loss, tokens, bytes) of a batch, float32 [] each, and what a task's head answered, [B, T, C] on every process, or None."""
+    """(loss, tokens, bytes) of a batch, float32 [] each, and the outputs of a task's head, [B, T, C] on every device, or None."""
     found, mask_BT = batch_loss(graph, parameters, batch), batch["loss_mask"]
     if found.answers_BTC is not None:
         everywhere = jax.sharding.reshard(found.answers_BTC, jax.sharding.PartitionSpec())

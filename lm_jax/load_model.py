@@ -142,7 +142,7 @@ def context_of(located: ModelRef) -> int:
 
 
 def fingerprint(located: ModelRef) -> str:
-    """sha256 over the hashes of the files that hold a model's arrays; the folder's place does not enter."""
+    """sha256 over the hashes of the files that hold a model's arrays; the path of the folder does not enter."""
     if located.described:
         names = convert_modules()[1].weight_files(str(located.workdir))
         files = {name: file_hash(located.workdir / name) for name in names}

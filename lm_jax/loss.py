@@ -107,7 +107,7 @@ def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_
 
 
 def target_log_probabilities(model: LanguageModel, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """log softmax(logits)[target] in nats, float32 [B, T].
+    """Log probabilities of the targets, log softmax(logits)[target] in nats, float32 [B, T].
 
     Logits exist for a chunk of each row at a time, and are computed again for the gradient.
     """

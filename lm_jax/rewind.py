@@ -12,13 +12,13 @@ from lm_jax.stop import NEVER
 
 
 def go_back(run: Run, step_log: StepLog, saver: checkpoint.Saver) -> str:
-    """Goes back behind `step_log.spike`. Returns why not, where that was done often enough.
+    """Goes back to a step before `step_log.checks.spike`. Returns why not, where that was done often enough.
 
-    Nothing but the workdir says that it was done, and `step_folders.go_back` says it before anything goes on: a run that
-    is killed goes back once more, or has gone back.
+    The workdir alone records it, and `step_folders.go_back` does so before anything goes on: a run that is killed meanwhile
+    goes back once more, or has gone back already.
     """
     saver.wait()
-    good, log = good_step(run, step_log.spike), run.log
+    good, log = good_step(run, step_log.checks.spike), run.log
     if good == NEVER:
         log(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
         return ""
@@ -28,7 +28,7 @@ def go_back(run: Run, step_log: StepLog, saver: checkpoint.Saver) -> str:
     row_at = mixture.SkippingRows(run.stream, found.skipped).row_at
     if spikes.times_gone_back(found, row_at) >= spikes.MOST:
         return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
-    data = spikes.without_rows_around(step_log.spike, found, run.plan.ramp, row_at)
+    data = spikes.without_rows_around(step_log.checks.spike, found, run.plan.ramp, row_at)
     (first, last), *_ = set(data.skipped) - set(found.skipped)
     if is_main_process():
         step_folders.go_back(run.workdir, data)
@@ -36,7 +36,7 @@ def go_back(run: Run, step_log: StepLog, saver: checkpoint.Saver) -> str:
     jax.tree.map(lambda x: x.delete(), run.state)  # there may be no room for two
     run.state, run.data = checkpoint.restore(run.workdir, good, run.plan.program)[0], data
     run.stop.done = run.stop.saved = good
-    step_log.watch = None
+    step_log.checks.watch = None
     log(f"went back to step {good:,}: from there on rows {first:,} to {last - 1:,} are left out")
     return ""
 

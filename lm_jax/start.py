@@ -28,17 +28,17 @@ from lm_jax.plan import counts
 from lm_jax.remote import LocalMirror
 from lm_jax.run import Run
 from lm_jax.run_plan import Plan
-from lm_jax.samples import settle_reference
+from lm_jax.samples import attach_reference
 from lm_jax.stop import NEVER, StopSignal
 from lm_jax.workdir_lock import find_together
 
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """A run that was looked at: what it will be, and what its workdir says of it."""
+    """A run before it begins: what it will be, and what its workdir has of it."""
 
     workdir: epath.Path
-    desk: LocalMirror
+    mirror: LocalMirror
     log: terminal.Terminal
     goodput: Goodput
     saved: dict[str, Any]  # config.json of a run that is gone on with, {} of a new one
@@ -47,9 +47,9 @@ class Opening:
     mixed: mixture.Mixture
     stream: mixture.MixedRows
     plan: Plan  # from `expected`
-    plan_from: Callable[[DataState], Plan]  # the same, from where the data turn out to stand
+    plan_from: Callable[[DataState], Plan]  # the same, from the data state that is restored
     changes: list[str]  # since the run was started, in words
-    facts: dict[str, Any]  # what a run must find again
+    facts: dict[str, Any]  # by which a resumed run checks that its data and tokenizer are the same
     source: Source | None  # of the parameters of a new run
     peak_flops: float
 
@@ -74,7 +74,7 @@ def find_workdir(path: str, name: str) -> epath.Path:
 def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     """Opens the data, makes the plan, finds what the run starts from. Raises UserError, also where processes differ."""
     log, goodput, workdir = terminal.Terminal(), Goodput(), find_workdir(path, run_name(experiment))
-    desk = LocalMirror(workdir)
+    mirror = LocalMirror(workdir)
     with goodput("devices"):
         here = devices()
     device = own(here)
@@ -104,7 +104,7 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.ModelRef) else 0})
     with goodput("peak"):
         peak = counts.peak_flops(plan.mesh, config.model.compute_dtype)
-    inside = workdir, desk, log, goodput, saved, expected
+    inside = workdir, mirror, log, goodput, saved, expected
     return Opening(*inside, device, mixed, stream, plan, plan_from, changes, facts, source, peak)
 
 
@@ -119,12 +119,12 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
 
     `origins` says where the values of the config come from. Raises UserError.
     """
-    workdir, desk, log = opening.workdir, opening.desk, opening.log
+    workdir, mirror, log = opening.workdir, opening.mirror, opening.log
     find_together(workdir)
     if is_main_process():
-        desk.fetch()
-        log.log_to(desk.folder / "log.txt")
-        peers.log_to(desk.folder / "log.txt")
+        mirror.fetch()
+        log.log_to(mirror.folder / "log.txt")
+        peers.log_to(mirror.folder / "log.txt")
         step_folders.clean(workdir, log)
     for line in opening.changes:
         log(line)
@@ -133,13 +133,13 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
     newest_is_whole = data[:2] == opening.expected[:2]
     plan = opening.plan if newest_is_whole else opening.plan_from(data)
     stop.done, stop.saved = data.step, data.step if opening.saved else NEVER
-    if agree(is_over(desk, opening.mixed, plan, data.step) if is_main_process() else None, "is over"):
+    if agree(is_over(mirror, opening.mixed, plan, data.step) if is_main_process() else None, "is over"):
         return None
     if is_main_process():
         write_run_files(opening)
-    given = workdir, log, desk, opening.mixed, opening.stream, opening.peak_flops
+    given = workdir, log, mirror, opening.mixed, opening.stream, opening.peak_flops
     run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
-    settle_reference(run)
+    attach_reference(run)
     if is_main_process():
         run_folder.write_config(workdir, plan.config, origins, opening.facts | kept_context(opening))
     return run

@@ -32,6 +32,7 @@ class Terminal:
         self.silent = False  # for all processes of a run but one
 
     def log_to(self, path: epath.Path) -> None:
+        """Writes all lines so far, and those to come, into a log file."""
         self._log = open(path, "a")  # noqa: SIM115  (open for the life of the run)
         for line in self._kept:
             self._keep(line)
@@ -43,6 +44,7 @@ class Terminal:
             self._log = None
 
     def __call__(self, text: str = "") -> None:
+        """Prints lines."""
         if self.silent:
             return
         if self._open_line:

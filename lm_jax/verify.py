@@ -65,6 +65,7 @@ def hashed_whole(mixed: Mixture) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the command with its arguments. Returns the exit code; raises UserError."""
     overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("lm_jax.verify", __doc__)
     parser.add_argument("--config", required=True, help="an experiment file, file.py:variant; it is executed")

@@ -20,7 +20,7 @@ from lm_jax import (
     checkpoint,
     distributed,
     experiment,
-    metrics,
+    metrics_file,
     rewind,
     run_folder,
     samples,
@@ -371,7 +371,7 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
         if not script.is_main_process:
             patch.setattr(workdir_lock, "TOGETHER", 0)
             patch.setattr(checkpoint, "wait_for", lambda path: None)
-            patch.setattr(metrics, "read", lambda folder, log=None: [])
+            patch.setattr(metrics_file, "read", lambda folder, log=None: [])
             for module in (train, start, samples, rewind, checkpoint, step_folders, workdir_lock, distributed):
                 patch.setattr(module, "is_main_process", lambda: False)
             for module, name in ((run_folder, "read_config"), (step_folders, "expected_data_state")):

@@ -16,7 +16,7 @@ from helpers import FAMILIES, LIMIT, ROOT, assert_same_run, command, damage, lin
 from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lm_jax import checkpoint, experiment, files, manifest, metrics, step_folders
+from lm_jax import checkpoint, experiment, files, manifest, metrics_file, step_folders
 from lm_jax.config import Config, Mesh, default_config
 from lm_jax.config_check import resolve
 from lm_jax.data import loader
@@ -92,7 +92,7 @@ def test_a_finished_run_prints_its_result_and_changes_nothing(reference):
 def test_an_event_file_holds_every_scalar_of_the_metrics(reference):
     events = EventAccumulator(str(reference / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
-    lines = metrics.read(reference)
+    lines = metrics_file.read(reference)
     expected = {(line["step"], name): value for line in lines for name, value in line.items() if name != "step"}
     found = {(event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
     assert found.keys() == expected.keys() and len(found) > 50
@@ -111,10 +111,10 @@ def test_samples_are_in_the_event_file(finished):
 
 
 def test_the_metrics_have_no_hole_and_count_tokens(reference):
-    lines = [line for line in metrics.read(reference) if "train/loss" in line]
+    lines = [line for line in metrics_file.read(reference) if "train/loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["train/tokens"] for line in lines] == [8 * 64 * step for step in range(1, STEPS + 1)]
-    assert [line["step"] for line in metrics.read(reference) if "eval/loss" in line] == [4, 8, 12]
+    assert [line["step"] for line in metrics_file.read(reference) if "eval/loss" in line] == [4, 8, 12]
 
 
 def test_the_config_is_kept_with_where_values_came_from(reference):
@@ -311,7 +311,7 @@ def smoke(name: str, folder: pathlib.Path) -> list[str]:
 def test_smoke_of_every_experiment_runs_two_steps(names, tmp_path):
     for name, result in zip(names, performed([smoke(name, tmp_path / name) for name in names], tmp_path), strict=True):
         assert result["code"] == 0, name + result["output"]
-        found, config = metrics.read(tmp_path / name / "run"), command_config(name)
+        found, config = metrics_file.read(tmp_path / name / "run"), command_config(name)
         assert [line["step"] for line in found if "train/loss" in line] == [1, 2], name
         for words in ("parameters", "this machine: cpu", "validation loss", "next:", "done in"):
             assert words in result["output"], name

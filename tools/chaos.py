@@ -24,7 +24,7 @@ import numpy as np
 from bucket_emulator import bucket, free_port
 from etils import epath
 
-from lm_jax import checkpoint, cli, fault_points, load_model, manifest, metrics, step_folders
+from lm_jax import checkpoint, cli, fault_points, load_model, manifest, metrics_file, step_folders
 from lm_jax.config import Mesh
 from lm_jax.mesh import make_mesh
 from lm_jax.plan.counts import duration
@@ -215,7 +215,7 @@ def turn_a_bit(steps: epath.Path) -> None:
 
 def outcome(workdir: str) -> dict[str, list]:
     """The log of a run, and the arrays of its newest step: parameters and the optimizer's state."""
-    lines, found = metrics.read(epath.Path(workdir)), load_model.locate(workdir)
+    lines, found = metrics_file.read(epath.Path(workdir)), load_model.locate(workdir)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         state, _ = checkpoint.restore(found.workdir, found.step, make_program(found.config, found.vocab_size))
     numbers = [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]

@@ -7,7 +7,7 @@ import sys
 import matplotlib
 from etils import epath
 
-from lm_jax import cli, metrics, run_folder
+from lm_jax import cli, metrics_file, run_folder
 from lm_jax.config import difference
 from lm_jax.errors import UserError
 from lm_jax.tasks import results
@@ -24,10 +24,10 @@ def draw(runs: dict[str, list[dict]], picture: str) -> None:
     """One panel a curve that any run has, over tokens; a run without it is not in it."""
     _, panels = pyplot.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 3.6), layout="constrained")
     for panel, (scalar, title) in zip(panels, CURVES.items(), strict=True):
-        tokens = {run: dict(metrics.series(lines, "train/tokens")) for run, lines in runs.items()}
+        tokens = {run: dict(metrics_file.series(lines, "train/tokens")) for run, lines in runs.items()}
         for run, lines in runs.items():
             points = [
-                (tokens[run][step], value) for step, value in metrics.series(lines, scalar) if step in tokens[run]
+                (tokens[run][step], value) for step, value in metrics_file.series(lines, scalar) if step in tokens[run]
             ]
             if points:
                 panel.plot(*zip(*points, strict=True), label=run, linewidth=1.2)
@@ -43,7 +43,7 @@ def table(runs: dict[str, list[dict]]) -> str:
     rows = [["", *runs]]
     rows.append(["steps", *(f"{lines[-1]['step']:,}" for lines in runs.values())])
     for scalar in ("train/tokens", *NUMBERS):
-        last = [metrics.series(lines, scalar)[-1:] for lines in runs.values()]
+        last = [metrics_file.series(lines, scalar)[-1:] for lines in runs.values()]
         if any(last):
             rows.append([scalar, *(f"{value[0][1]:,.5g}" if value else "-" for value in last)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         if len(set(map(os.path.basename, flags.runs))) < len(flags.runs)
         else map(os.path.basename, flags.runs)
     )
-    runs = {name: metrics.read(epath.Path(place), print) for name, place in zip(names, flags.runs, strict=True)}
+    runs = {name: metrics_file.read(epath.Path(place), print) for name, place in zip(names, flags.runs, strict=True)}
     if empty := [name for name, lines in runs.items() if not lines]:
         raise UserError(
             f"no metrics in {', '.join(empty)}: name the folder that holds metrics.jsonl, such as runs/quickstart"

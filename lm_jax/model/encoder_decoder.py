@@ -77,6 +77,7 @@ class EncoderDecoder(LanguageModel):
         return empty_cache(config, config.num_layers, batch, slots)
 
     def read(self, batch: dict, dropout: Dropout | None = None) -> ModelOutputs:
+        """The outputs of the decoder for a batch, which has `encoder_*` arrays too."""
         source = Context(batch["encoder_positions"], batch["encoder_segment_ids"])
         encoded_BSD = self.encode(batch["encoder_tokens"], source, dropout)
         target = Context(batch["positions"], batch["segment_ids"])

@@ -118,4 +118,5 @@ class Recurrent(LanguageModel):
         return x_BTD.astype(jnp.dtype(config.compute_dtype)), None if caches is None else states
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """int32 tokens [B, T] -> [B, T, D] in the compute dtype; a recurrent model needs no positions."""
         return self.embedding(tokens_BT, jnp.dtype(self.config.compute_dtype))
