@@ -10,6 +10,7 @@ from jax._src import distributed
 
 from lm_jax.errors import PeerError, UserError
 from lm_jax.multihost import cluster, peers, roll_call
+from lm_jax.multihost.cluster import Cluster
 from lm_jax.stop import SIGNALS
 
 LAST_WORDS = 10  # seconds that a process which ends waits for the others to hear why
@@ -19,7 +20,7 @@ LAST_WORDS = 10  # seconds that a process which ends waits for the others to hea
 class Job:
     """The job that this process has joined, and the host of each of its processes."""
 
-    cluster: cluster.Cluster
+    cluster: Cluster
     hosts: list[str]
 
 

@@ -13,8 +13,8 @@ from lm_jax import sharding
 from lm_jax.chunked_cross_entropy import in_chunks
 from lm_jax.model import task_heads
 from lm_jax.model.build import ModelDef
+from lm_jax.model.dropout import Dropout
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
-from lm_jax.model.layers import Dropout
 
 SMALL = 2**22  # logits of a device up to which all exist at once: as fast as in chunks
 

@@ -1,4 +1,4 @@
-"""What shows how good the model is while it is trained: validation loss, a sample, answers to held-out records."""
+"""How good the model is while it is trained: validation loss, a sample, answers to held-out records."""
 
 import jax
 

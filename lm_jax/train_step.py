@@ -15,7 +15,7 @@ import optax
 from lm_jax.data.loader import abstract_batch
 from lm_jax.distributed import block_on_cpu
 from lm_jax.loss import batch_loss
-from lm_jax.model.layers import Dropout
+from lm_jax.model.dropout import Dropout
 from lm_jax.optimizer import schedule
 from lm_jax.sharding import laid_out
 from lm_jax.train_state import TrainSetup, TrainState, abstract

@@ -19,16 +19,16 @@ tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts gen
 generate.chat_words generate.chat_tokens tasks.instruction tasks.preference tasks.records data.loader prepare.readers
 prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run remote faults compile_cache
 multihost.cluster multihost.roll_call multihost.connection multihost.watchdog multihost.peers job distributed manifest
-model.layers trainable model.lora model.attention model.language_model collectives model.moe model.unstacked
-model.stack model.positions model.kv_cache model.attention_layer model.transformer model.encoder model.encoder_decoder
-model.recurrent model.build convert.safetensors convert.config_reader convert.rotary convert.config_fields
-convert.families convert.encoders convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json
-convert.text_files convert.gguf chunked_cross_entropy loss plan.counts loss_scale parameter_average optimizer
-train_state train_step metrics_file metrics goodput run_plan terminal step_folders checkpoint run_folder load_model
-convert.run cli experiment generate.sampling generate.decoding convert.proof convert.export generate.beam_search
-generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluator
-open_data evaluate run step_checks step_log samples closing rewind initial_state workdir_lock start train main verify
-generate.lm_eval generate.__main__ trust.card
+model.layers trainable model.lora model.attention model.dropout model.language_model collectives model.moe
+model.unstacked model.stack model.positions model.kv_cache model.attention_layer model.transformer model.encoder
+model.encoder_decoder model.recurrent model.build convert.safetensors convert.config_reader convert.rotary
+convert.config_fields convert.families convert.encoders convert.description convert.tensor_map convert.hugging_face
+convert.tokenizer_json convert.text_files convert.gguf chunked_cross_entropy loss plan.counts loss_scale
+parameter_average optimizer train_state train_step metrics_file metrics goodput run_plan terminal step_folders
+checkpoint run_folder load_model convert.run cli experiment generate.sampling generate.decoding convert.proof
+convert.export generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_reference
+generate.likelihood generate.command evaluator open_data evaluate run step_checks step_log samples closing rewind
+initial_state workdir_lock start train main verify generate.lm_eval generate.__main__ trust.card
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}

@@ -15,8 +15,9 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
+from lm_jax.model.dropout import Dropout, apply_dropout
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dense, Dropout, apply_dropout, declare, normal
+from lm_jax.model.layers import Dense, declare, normal
 from lm_jax.model.stack import run_layers, stacked
 from lm_jax.sharding import constrain, einsum
 

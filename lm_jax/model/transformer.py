@@ -14,9 +14,10 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.model.attention_layer import Attention
+from lm_jax.model.dropout import Dropout, apply_dropout
 from lm_jax.model.kv_cache import Cache, empty_cache
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dense, Dropout, Norm, apply_dropout, model_norm
+from lm_jax.model.layers import Dense, Norm, model_norm
 from lm_jax.model.moe import Experts
 from lm_jax.model.positions import RopeAngles, add_positions, learned_positions, rope_of_blocks
 from lm_jax.model.stack import run_layers, stacked
