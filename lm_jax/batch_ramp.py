@@ -69,10 +69,10 @@ class Ramp:
         return first + math.ceil((row - start) / rows)
 
     def through(self, step: int, row: int) -> "Ramp":
-        """The same sizes at the same rows, where `row` rows are consumed before `step`: moved in steps, and by the part of a
-        batch that the rows are beyond a step of this ramp. What lies before `step` is as if it had always been so.
+        """The ramp with the same sizes at the same rows, moved so that `row` rows are consumed before `step`.
 
-        From any later place on its way the ramp is moved by as much, so that it does not matter how often a run is resumed.
+        It is moved in steps, and by the rows by which `row` is beyond a step of this ramp. From any later point of the moved
+        ramp it would be moved by as much, so that it does not matter how often a run is resumed.
         """
         first, start, rows = self._stage_of_row(row)
         own = first + (row - start) // rows
@@ -82,7 +82,7 @@ class Ramp:
 
 
 def make_ramp(config: Config) -> Ramp:
-    """The batch grows linearly in rows seen, in multiples of its first size (GPT-3, arXiv:2005.14165, appendix B)."""
+    """The batch grows linearly in the rows consumed, in multiples of its first size (GPT-3, arXiv:2005.14165, appendix B)."""
     full, (start, length) = config.data.global_batch_size, config.data.batch_ramp
     if not start or start == full:
         return Ramp(((0, 0, full),))
@@ -143,8 +143,10 @@ def clocks(config: Config, ramp: Ramp) -> Clocks:
 
 
 def with_steps(config: Config, ramp: Ramp, rows_per_epoch: float) -> Config:
-    """The same config with the lengths of training in steps: `num_steps` counted from the start of the run, `warmup` and
-    `decay_over` on their own `clocks`. What is due again and again (`Every`) stays as it was given."""
+    """The config with `num_steps`, `warmup` and `decay_over` in steps; the intervals of `Every` stay as they were given.
+
+    `num_steps` is counted from the start of the run, the other two on their own `clocks`.
+    """
     steps = lambda length, ahead: to_steps(length, config, ramp, rows_per_epoch, ahead)
     ahead, num_steps = clocks(config, ramp), config.train.num_steps
     optimizer = dataclasses.replace(

@@ -37,9 +37,11 @@ class Parser(argparse.ArgumentParser):
         self._reach: dict[str, dict[str, tuple]] = {}
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError instead of ending the process."""
         raise UserError(message if len(message) <= 400 else f"{message[:200]} ... {message[-100:]}")
 
     def parse_args(self, arguments=None, namespace=None):
+        """The flags. Raises UserError for unknown ones, and for those that nothing reads."""
         check_text(arguments or ())
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
@@ -83,6 +85,7 @@ class Once(argparse.Action):
     stood = False
 
     def __call__(self, parser, namespace, values, option_string=None):
+        """Sets the flag. Raises UserError where it has stood before."""
         if self.stood and option_string:
             raise UserError(f"{option_string} stands twice")
         self.stood = True  # the parser is made anew for every command line
@@ -111,7 +114,7 @@ def run_command(main: Callable[[list[str]], int | None], arguments: list[str] | 
 
 def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """Runs `main` of a command; its exit code. An error is written to stderr and told to the job's other processes."""
-    from lm_jax import distributed
+    from lm_jax import distributed, job
 
     try:
         fault_points.arm(os.environ.get("LM_JAX_FAULT", ""))
@@ -124,7 +127,7 @@ def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> 
         return code
     except UserError as error:
         print(f"lm_jax: {error}", file=sys.stderr)
-        distributed.join_for_last_words()
+        job.join_for_last_words()
         stop.others.end(EXIT_USER, str(error))
         return EXIT_USER
     except PeerError as error:

@@ -1,4 +1,4 @@
-"""How a run ends: whether it is over, what a finished one says of itself, and what one that cannot go on says."""
+"""How a run ends: whether it is over, what a finished run logs, and what a run logs that cannot go on."""
 
 import gzip
 import itertools
@@ -8,7 +8,7 @@ import time
 
 from etils import epath
 
-from lm_jax import checkpoint, cli, metrics, terminal
+from lm_jax import cli, metrics_file, step_folders, terminal
 from lm_jax.config import Config
 from lm_jax.data import mixture
 from lm_jax.errors import UserError
@@ -20,11 +20,11 @@ from lm_jax.run_plan import Plan
 GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked
 
 
-def is_over(desk: LocalMirror, mixed: mixture.Mixture, plan: Plan, step: int) -> bool:
+def is_over(mirror: LocalMirror, mixed: mixture.Mixture, plan: Plan, step: int) -> bool:
     """Whether all steps are done, and the last evaluation as well, which comes after the last step is saved."""
     if step < plan.num_steps:
         return False
-    evaluated = any("final/loss" in line and line["step"] == step for line in metrics.read(desk.folder))
+    evaluated = any("final/loss" in line and line["step"] == step for line in metrics_file.read(mirror.folder))
     return evaluated or step > plan.num_steps or not has_split(mixed, plan.config, "validation")
 
 
@@ -36,9 +36,9 @@ def has_split(mixed: mixture.Mixture, config: Config, split: str) -> bool:
         return False
 
 
-def already_done(desk: LocalMirror, log: terminal.Terminal) -> int:
+def already_done(mirror: LocalMirror, log: terminal.Terminal) -> int:
     """Says the result of a run that is over. Returns the exit code."""
-    last = [line for line in metrics.read(desk.folder, log) if "final/loss" in line][-1:]
+    last = [line for line in metrics_file.read(mirror.folder, log) if "final/loss" in line][-1:]
     shown = lambda value: "not finite" if value is None else f"{value:.4f}"
     values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
     result = ", ".join(values) or "no result"
@@ -48,7 +48,7 @@ def already_done(desk: LocalMirror, log: terminal.Terminal) -> int:
 
 def give_up(run: Run, trouble: str) -> None:
     """Says it, and leaves the checkpoints as they are: those before are finite, but near what breaks them."""
-    newest = max(checkpoint.complete_steps(checkpoint.steps_folder(run.workdir)), default=0)
+    newest = max(step_folders.complete_steps(step_folders.steps_folder(run.workdir)), default=0)
     run.log(
         f"stopped: {trouble}\n"
         f"the same command goes on from step {newest:,} and comes here again, unless something changes: a lower\n"
@@ -78,7 +78,7 @@ def next_commands(run: Run, given: str) -> str:
     asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
     writes = run.config.data.objective == "causal" and (not run.config.train.task or chats)
     longer = [f"--config.train.num_steps={4 * run.num_steps}", "--workdir", free_place(f"{run.workdir}-longer")]
-    logs = str(checkpoint.steps_folder(run.workdir).parent.parent)
+    logs = str(step_folders.steps_folder(run.workdir).parent.parent)
     lines = [
         f"done in {counts.duration(time.monotonic() - run.goodput.start)}; next:",
         f"  longer     {given} {shlex.join(longer)}",
@@ -90,6 +90,6 @@ def next_commands(run: Run, given: str) -> str:
 
 
 def free_place(path: str) -> str:
-    """`place`, or where that is taken the first of place-2, place-3, ... that is not."""
+    """`path`, or where something is there already the first of path-2, path-3, ... where nothing is."""
     paths = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
     return next(path for path in paths if not epath.Path(path).exists())

@@ -1,6 +1,6 @@
 """Compiled programs kept for the next run, each with a hash: one that is not as it was written is compiled again.
 
-JAX's own cache writes in place and believes what it reads: a kill leaves half a program, a turned bit another one.
+JAX's own cache writes in place and does not check what it reads: a kill leaves half a program, a flipped bit another one.
 """
 
 import hashlib
@@ -19,12 +19,13 @@ SIZE = HASH().digest_size
 
 
 class CompileCache(CacheInterface):
-    """`<folder>/<key>.program`: the hash, then what JAX keeps. A folder that cannot be written is said once."""
+    """`<folder>/<key>.program`: the hash, then what JAX keeps. That a folder cannot be written is printed once."""
 
     def __init__(self, folder: str):
         self._path, self._said = pathlib.Path(folder), False
 
     def get(self, key: str) -> bytes | None:
+        """The program, None where there is none or its hash does not match."""
         try:
             with open(self._file(key), "rb") as file:
                 raw = file.read()
@@ -33,6 +34,7 @@ class CompileCache(CacheInterface):
         return raw[SIZE:] if HASH(raw[SIZE:]).digest() == raw[:SIZE] else None
 
     def put(self, key: str, value: bytes) -> None:
+        """Keeps a program, where the folder can be written."""
         try:
             os.makedirs(self._path, exist_ok=True)
             write_whole(self._file(key), HASH(value).digest() + value, alone=False)

@@ -10,16 +10,18 @@ from typing import Any
 
 import ml_collections
 
-from lm_jax.knob import Length, Sources, knob
+from lm_jax.knob import Length, Sources, axis, knob, length
 from lm_jax.model_config import DECODERS, TASKS, WRITING, Model
 
-MOST_STEPS = 2**31 - 1  # the step is an int32
 ONE_LESS = 0.999999  # float32 tells it from 1
-LARGEST_LOSS_SCALE = 2**24  # beyond it nothing is left to rescue
+LARGEST_LOSS_SCALE = 2**24  # a larger one would overflow before it helps
+FALLING = {"optimizer.schedule": ("cosine", "linear", "warmup_stable_decay")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
+    """What is trained on, and how it becomes rows and batches."""
+
     sources: Sources = knob(
         (("python", 1.0),),
         '((path, weight), ...): "python" = the interpreter\'s library and manual, a folder of text, or a prepared folder; '
@@ -30,14 +32,10 @@ class Data:
         "sentencepiece:PIECES or unigram:PIECES (trained on the first source at first use), bytes, a tokenizer's file or "
         "folder; a prepared source brings its own",
     )
-    sequence_length: int = knob(256, "tokens in a row", low=2, high=2**24)
-    global_batch_size: int = knob(16, "rows in a step, over all devices", low=1, fixed=False, high=2**24)
-    batch_ramp: tuple[int, Length] = knob(
-        (0, 0),
-        "(rows at the start, length over which they grow to the full batch); (0, 0) = off",
-        low=0,
-        fixed=False,
-        high=MOST_STEPS,
+    sequence_length: int = knob(256, "tokens in a row", within=(2, 2**24))
+    global_batch_size: int = knob(16, "rows in a step, over all devices", within=(1, 2**24), fixed=False)
+    batch_ramp: tuple[int, Length] = length(
+        (0, 0), "(rows at the start, length over which they grow to the full batch); (0, 0) = off"
     )
     packing: str = knob(
         "split",
@@ -49,92 +47,76 @@ class Data:
         "what is predicted: the next token, masked tokens (BERT; or whole words), or spans (T5)",
         choices=("causal", "masked", "masked_words", "span_corruption"),
     )
-    seed: int = knob(0, "order of the documents, and what the objective hides", low=0, high=2**32 - 1)
+    seed: int = knob(0, "seed of the order of documents, and of what the objective masks", within=(0, 2**32 - 1))
     columns: tuple[str, ...] = knob(
         (),
-        "names of the columns that a task reads, in the order in which it names its own; () = its own",
+        "names of the columns that a task reads, in the order of the task's own names; () = those names",
         fixed=False,
         reach={"train.task": ()},
     )
     prompt: str = knob(
         "",
-        'what a model reads of a record before it writes, the columns in {braces} filled in; "" = {source}, and where one text '
-        "is both read and written a blank line after it",
+        'template of the text that a model reads of a record, with columns in {braces}; "" = {source}, and in a causal model a '
+        "blank line after it",
         reach={"train.task": ("text_to_text",)},
     )
-    num_workers: int = knob(0, "processes that load rows; 0 = a thread", low=0, fixed=False, high=128, machine=True)
-    validation_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
-    test_fraction: float = knob(0.02, "share of the documents, by content hash", low=0.0, high=0.5)
+    num_workers: int = knob(0, "processes that load rows; 0 = a thread", within=(0, 128), fixed=False, machine=True)
+    validation_fraction: float = knob(0.02, "share of the documents, by content hash", within=(0.0, 0.5))
+    test_fraction: float = knob(0.02, "share of the documents, by content hash", within=(0.0, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
+    """How parameters change: update rule, learning rate, decay."""
+
     name: str = knob(
         "adamw",
         "update rule; adam: no decay; adafactor: rate times the parameter's size; muon: adamw but for the blocks' matrices; "
         "sgd: momentum beta1",
         choices=("adamw", "adam", "adafactor", "lion", "muon", "sgd"),
     )
-    learning_rate: float = knob(1e-3, "peak", low=0.0, fixed=False, high=1000.0)
+    learning_rate: float = knob(1e-3, "peak", within=(0.0, 1000.0), fixed=False)
     schedule: str = knob(
         "cosine",
         "after the warm-up; inverse_square_root falls without end, warmup_stable_decay in the last fifth of decay_over",
         choices=("cosine", "constant", "linear", "inverse_square_root", "warmup_stable_decay"),
         fixed=False,
     )
-    warmup: Length = knob(100, "linear from 0 to the peak", low=0, fixed=False, high=MOST_STEPS)
-    decay_over: Length = knob(
-        0,
-        "length from step 0 to the end of the decay; 0 = train.num_steps",
-        low=0,
-        fixed=False,
-        high=MOST_STEPS,
-        reach={"optimizer.schedule": ("cosine", "linear", "warmup_stable_decay")},
-    )
-    decay_to: float = knob(
-        0.1,
-        "final rate as a share of the peak",
-        low=0.0,
-        high=1.0,
-        fixed=False,
-        reach={"optimizer.schedule": ("cosine", "linear", "warmup_stable_decay")},
-    )
+    warmup: Length = length(100, "linear from 0 to the peak")
+    decay_over: Length = length(0, "length from step 0 to the end of the decay; 0 = train.num_steps", reach=FALLING)
+    decay_to: float = knob(0.1, "final rate as a share of the peak", within=(0.0, 1.0), fixed=False, reach=FALLING)
     beta1: float = knob(
         0.9,
         "decay of the first moment, or momentum",
-        low=0.0,
-        high=ONE_LESS,
+        within=(0.0, ONE_LESS),
         fixed=False,
         reach={"optimizer.name": ("adamw", "adam", "lion", "muon", "sgd")},
     )
     beta2: float = knob(
         0.95,
         "decay of the second moment",
-        low=0.0,
-        high=ONE_LESS,
+        within=(0.0, ONE_LESS),
         fixed=False,
         reach={"optimizer.name": ("adamw", "adam", "lion", "muon")},
     )
     epsilon: float = knob(
         1e-8,
         "added to the root of the second moment",
-        low=1e-20,
+        within=(1e-20, 1.0),
         fixed=False,
-        high=1.0,
         reach={"optimizer.name": ("adamw", "adam", "muon")},
     )
     weight_decay: float = knob(
         0.1,
-        "decoupled; only on parameters that are inside a product",
-        low=0.0,
+        "decoupled; only of matrices and tables",
+        within=(0.0, 100.0),
         fixed=False,
-        high=100.0,
         reach={"optimizer.name": ("adamw", "adafactor", "lion", "muon", "sgd")},
         idle=(0.0,),
     )
-    clip_norm: float = knob(1.0, "largest global gradient norm; 0 = no clipping", low=0.0, fixed=False, high=1e9)
+    clip_norm: float = knob(1.0, "largest global gradient norm; 0 = no clipping", within=(0.0, 1e9), fixed=False)
     ema: float = knob(
-        0.0, "decay of an average of the parameters, which is then the model; 0 = off", low=0.0, high=ONE_LESS
+        0.0, "decay of an average of the parameters, which is then the model; 0 = off", within=(0.0, ONE_LESS)
     )
     trainable: str = knob(
         "",
@@ -144,73 +126,64 @@ class Optimizer:
     layer_decay: float = knob(
         1.0,
         "rate of a layer as a share of that of the layer above; heads have the whole rate, embeddings the least; 1 = off",
-        low=1e-3,
-        high=1.0,
+        within=(1e-3, 1.0),
         fixed=False,
     )
     loss_scale: int = knob(
         0,
-        "first factor of the loss, a power of two; halves on overflow, doubles after 2,000 good steps; 0 = off",
-        low=0,
-        high=LARGEST_LOSS_SCALE,
+        "initial factor of the loss, a power of two; halves on overflow, doubles after 2,000 good steps; 0 = off",
+        within=(0, LARGEST_LOSS_SCALE),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    task: str = knob(
-        "",
-        'what is learnt from records; "" = a text, by data.objective',
-        choices=("", *TASKS),
-    )
-    num_steps: Length = knob(1000, "steps, or tokens or epochs with their unit", low=1, fixed=False, high=MOST_STEPS)
+    """What is learnt, for how long, and from where."""
+
+    task: str = knob("", 'what is learnt from records; "" = a text, by data.objective', choices=("", *TASKS))
+    num_steps: Length = length(1000, "steps, or tokens or epochs with their unit", low=1)
     microbatch_rows: int | str = knob(
         "auto",
         "rows in one pass of the model, over all devices; auto = what fits",
+        within=(1, 2**24),
         choices=("auto",),
-        low=1,
         fixed=False,
-        high=2**24,
         machine=True,
     )
     z_loss: float = knob(
         0.0,
         "weight of log(softmax's denominator)^2 a token, which keeps logits near 0; PaLM: 1e-4",
-        low=0.0,
+        within=(0.0, 1.0),
         fixed=False,
-        high=1.0,
         reach={"train.task": ("", *WRITING)},
     )
     balance_loss: float = knob(
         0.01,
-        "weight of how unevenly experts are chosen, a token and layer; Mixtral: 0.02",
-        low=0.0,
+        "weight of the experts' load-balancing loss, a token and layer; Mixtral: 0.02",
+        within=(0.0, 1000.0),
         fixed=False,
-        high=1000.0,
         reach={"model.num_experts": ()},
         idle=(0.0,),
     )
     router_z_loss: float = knob(
         0.0,
         "weight of log(router's denominator)^2, a token and layer; ST-MoE: 1e-3",
-        low=0.0,
+        within=(0.0, 1000.0),
         fixed=False,
-        high=1000.0,
         reach={"model.num_experts": ()},
     )
     dpo_beta: float = knob(
         0.1,
-        "of the task preference: how much a preference costs the distance from the first parameters",
-        low=1e-6,
-        high=1000.0,
+        "of the task preference: the weight of staying near the first parameters",
+        within=(1e-6, 1000.0),
         reach={"train.task": ("preference",)},
     )
-    seed: int = knob(0, "of initialisation and dropout", low=0, high=2**32 - 1)
+    seed: int = knob(0, "seed of initialisation and dropout", within=(0, 2**32 - 1))
     init_from: str = knob("", "what a fresh run starts from: MODEL, or a text file of word vectors", fixed=False)
     on_spike: str = knob(
         "log",
-        "what is done where loss and gradient norm jump: nothing, it is said, or the run goes back to a saved step before and "
-        "leaves out the rows around it",
+        "what a spike of loss and gradient norm leads to: nothing, a line in the log, or the run goes back to a saved step "
+        "before it and leaves out the rows around it",
         choices=("off", "log", "rewind"),
         fixed=False,
     )
@@ -218,45 +191,31 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int = knob(
-        -1,
-        "devices that hold copies of the parameters and split the batch; -1 = the rest",
-        fixed=False,
-        low=-1,
-        high=2**20,
-        machine=True,
-    )
-    fsdp: int = knob(
-        1, "devices that split parameters and batch; -1 = the rest", fixed=False, low=-1, high=2**20, machine=True
-    )
-    tensor: int = knob(
-        1, "devices that split heads, MLP and vocabulary; -1 = the rest", fixed=False, low=-1, high=2**20, machine=True
-    )
-    slices: int = knob(
-        1,
-        "parts of the machine that a slower network joins, which split data; -1 = as many as the devices say",
-        fixed=False,
-        low=-1,
-        high=2**20,
-        machine=True,
+    """How many devices split what; one of them may be -1."""
+
+    data: int = axis(-1, "devices that hold copies of the parameters and split the batch; -1 = the rest")
+    fsdp: int = axis(1, "devices that split parameters and batch; -1 = the rest")
+    tensor: int = axis(1, "devices that split heads, MLP and vocabulary; -1 = the rest")
+    slices: int = axis(
+        1, "slices of the machine, joined by a slower network, which split data; -1 = as many as the devices say"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every: Length = knob(1000, 'between saves; also in time: "30 min"', low=1, fixed=False, high=MOST_STEPS)
-    keep_last: int = knob(2, "newest checkpoints kept", low=1, fixed=False, high=MOST_STEPS)
-    keep_every: int = knob(0, "steps whose multiples are kept for ever; 0 = none", low=0, fixed=False, high=MOST_STEPS)
+    """When a run is saved, and which saved steps are kept."""
+
+    every: Length = length(1000, 'between saves; also in time: "30 min"', low=1)
+    keep_last: int = length(2, "newest checkpoints kept", low=1)
+    keep_every: int = length(0, "steps whose multiples are kept for ever; 0 = none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    every: Length = knob(
-        500, "between evaluations, also one at the end; 0 = only at the end", low=0, fixed=False, high=MOST_STEPS
-    )
-    num_rows: int = knob(
-        64, "validation rows each time (at the end: all); 0 = all", low=0, fixed=False, high=MOST_STEPS
-    )
+    """When a run is evaluated, on how many rows, and what it writes."""
+
+    every: Length = length(500, "between evaluations, also one at the end; 0 = only at the end")
+    num_rows: int = length(64, "validation rows each time (at the end: all); 0 = all")
     metrics: str = knob(
         "",
         "how texts that the model writes for held-out records are scored at the end: answers (exact match, F1), summaries "
@@ -276,12 +235,16 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    every: Length = knob(10, "between lines of metrics", low=1, fixed=False, high=MOST_STEPS)
-    profile: int = knob(0, "step from which three are traced for XProf; 0 = none", low=0, fixed=False, high=MOST_STEPS)
+    """What is written of the steps."""
+
+    every: Length = length(10, "between lines of metrics", low=1)
+    profile: int = length(0, "step from which three are traced for XProf; 0 = none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """All settings of a run."""
+
     model: Model = Model()
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
@@ -314,6 +277,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The nested dict of a flat one."""
     nested: dict[str, dict[str, Any]] = {}
     for path, value in flat.items():
         section, name = path.split(".")

@@ -117,4 +117,5 @@ def raised_at(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,6 +20,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Inside, time is counted as `name`."""
         start = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
@@ -35,6 +36,7 @@ class Goodput:
             yield item
 
     def start_up(self) -> str:
+        """One line: the seconds of each part so far."""
         return "start-up: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
 
     def parts(self) -> dict[str, float]:

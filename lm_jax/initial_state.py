@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from lm_jax import checkpoint, fault_points, load_model, terminal
+from lm_jax import checkpoint, fault_points, load_model, step_folders, terminal
 from lm_jax.batch_ramp import START, DataState
 from lm_jax.data import mixture
 from lm_jax.distributed import agree
@@ -62,9 +62,11 @@ def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) 
 def starting_point(
     program: TrainSetup, workdir: epath.Path, source: Source | None, log: terminal.Terminal, run: str = ""
 ) -> tuple[TrainState, DataState]:
-    """The state on the mesh that is set, and where the data stand. `source` is what `find_init` found, `run` the
-    identity that the steps of the workdir must have."""
-    step = checkpoint.newest_valid(workdir, log, quarantine=True, run=run)
+    """The state on the mesh that is set, and the data state.
+
+    `source` is what `find_init` found, `run` the identity that the steps of the workdir must have.
+    """
+    step = step_folders.newest_valid(workdir, log, quarantine=True, run=run)
     if step is not None:
         fault_points.reach("restore")
         state, data = checkpoint.restore(workdir, step, program)
@@ -86,7 +88,7 @@ def starting_point(
 
 
 def with_the_rest(program: TrainSetup, given: dict, log: terminal.Terminal) -> dict:
-    """The parameters of the program: the given ones, and those that are missing as they are initialised; both said."""
+    """The parameters of the model: the given ones, and initial values for those that are missing; the log lists both."""
     flat, mine = nnx.traversals.flatten_mapping(given), program.graph.declarations
     if all(path in mine and x.shape == mine[path].shape for path, x in flat.items()) and len(flat) == len(mine):
         return given

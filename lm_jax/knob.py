@@ -15,20 +15,33 @@ Sources = tuple[tuple[str, Weight], ...]
 SMALLEST, LARGEST = 1e-30, 1e30  # of a number that is not 0, which float32 is to hold, and its square root or square
 LONGEST_TEXT, LONGEST_TUPLE = 10_000, 1_000
 LONGEST = 1e18  # tokens, epochs or minutes
+MOST_STEPS = 2**31 - 1  # the step is an int32
 LENGTH = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)(?P<prefix>[kKMBT]?) ?(?P<unit>tokens|epochs|steps|min)")
 
 
-def knob(default, meaning: str, *, choices=(), low=None, high=None, fixed=True, reach=None, idle=(), machine=False):
-    """A dataclass field with its default, meaning and range; `fixed`: a run that resumes must keep the value.
+def knob(default, meaning: str, *, choices=(), within=(None, None), fixed=True, reach=None, idle=(), machine=False):
+    """A dataclass field with its default, its meaning, and the range (low, high) of its numbers.
 
-    `reach`, {path of another setting: the values with which this one is read; () = any that is not its default and not
-    off}, says where the setting is read: where all of it holds. Elsewhere it must have its default, or a value in
-    `idle`, which states what is true there anyway. `machine`: it concerns the machine of the training alone, and a reader
-    of the trained model ignores it.
+    `fixed`: a run that resumes must keep the value.
+
+    `reach` is {path of another setting: the values with which this one is read; () = any but the default and "off"}. The
+    setting is read where all of these conditions hold; elsewhere it must have its default, or a value in `idle`, which
+    describes what happens there anyway. `machine`: the setting concerns only the machine that trains; whoever reads the
+    trained model ignores it.
     """
-    metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high, "fixed": fixed}
+    metadata = {"meaning": meaning, "choices": choices, "low": within[0], "high": within[1], "fixed": fixed}
     metadata |= {"reach": reach or {}, "idle": idle, "machine": machine}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def length(default, meaning: str, low: int = 0, **more):
+    """A field that is a length of time or a number of steps; a run that resumes may change it."""
+    return knob(default, meaning, within=(low, MOST_STEPS), fixed=False, **more)
+
+
+def axis(default: int, meaning: str):
+    """A field that is the size of a mesh axis, which the machine of the training decides."""
+    return knob(default, meaning, within=(-1, 2**20), fixed=False, machine=True)
 
 
 def parse_length(length: Length) -> tuple[float, str]:
@@ -138,8 +151,8 @@ def checked_sources(path: str, value: Any) -> Sources:
         if problem := _fault_of_text(name):
             raise UserError(f"config.{path} = {shown(name)}: {problem}; expected a path, or pairs such as {example}")
         found.append((name, _checked_weight(f"config.{path}: weight {shown(weight)} of {shown(name)}", weight)))
-    places = [name for name, _ in found]
-    if not found or len(set(places)) < len(places):
+    names = [name for name, _ in found]
+    if not found or len(set(names)) < len(names):
         problem = "a path stands twice" if found else "no source"
         raise UserError(f"config.{path} = {shown(value)}: {problem}; expected a path, or pairs such as {example}")
     tables = [weight if isinstance(weight, tuple) else ((0, weight),) for _, weight in found]

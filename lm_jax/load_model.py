@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax.checkpoint import STEP, by_path, complete_steps, has_steps, newest_valid, steps_folder
+from lm_jax.checkpoint import by_path
 from lm_jax.config import Config, unflatten
 from lm_jax.config_check import resolve_found
 from lm_jax.data import special_ids
@@ -31,6 +31,7 @@ from lm_jax.model.build import ModelDef, build
 from lm_jax.model.lora import merged
 from lm_jax.regular_files import check_plain, check_url, read_object
 from lm_jax.run_folder import CONFIG, check_run_files, read_config
+from lm_jax.step_folders import STEP, complete_steps, has_steps, newest_valid, steps_folder
 from lm_jax.stop import NEVER
 from lm_jax.train_state import TrainSetup, abstract, make_program
 from lm_jax.trainable import merge_params
@@ -140,7 +141,7 @@ def context_of(located: ModelRef) -> int:
 
 
 def fingerprint(located: ModelRef) -> str:
-    """sha256 over the hashes of the files that hold a model's arrays; the folder's place does not enter."""
+    """sha256 over the hashes of the files that hold a model's arrays; the path of the folder does not enter."""
     if located.described:
         names = convert_modules()[1].weight_files(str(located.workdir))
         files = {name: file_hash(located.workdir / name) for name in names}

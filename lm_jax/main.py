@@ -7,6 +7,7 @@ DEFAULT = "experiments/quickstart.py"
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the command with its arguments. Returns the exit code; raises UserError."""
     overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("lm_jax.main", __doc__)
     parser.add_argument("--config", default=DEFAULT, help="an experiment file, file.py:variant; it is executed")
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
 
 
 def table(config: Config, origins: dict[str, dict]) -> str:
+    """One line a setting: path, value, where the value came from, meaning."""
     rows = []
     for path, field in leaves().items():
         section, name = path.split(".")

@@ -38,6 +38,7 @@ def writer_of(path: str) -> int:
 
 
 def is_part_of_step(name: str) -> bool:
+    """Whether a file is hashed: all but the manifest and its parts."""
     return not os.path.basename(name).startswith("MANIFEST.")
 
 
@@ -59,12 +60,14 @@ def written_here(folder: epath.Path) -> dict[str, Hash]:
 
 
 def names_below(folder: epath.Path) -> list[str]:
+    """The files of a step, in order."""
     if is_url(folder):
         return sorted(filter(is_part_of_step, listed(folder)))
     return sorted(filter(is_part_of_step, (os.path.relpath(path, folder) for path in files_below(folder))))
 
 
 def part_of(folder: epath.Path, process: int) -> epath.Path:
+    """Where a process writes its part of the manifest."""
     return folder / f"MANIFEST.p{process}.json"
 
 

@@ -91,7 +91,7 @@ class LocalMirror:
                 (self.folder / name).write_bytes((self.workdir / name).read_bytes())
 
     def send(self) -> None:
-        """Copies every file up, whole, that changed since it was sent. Of several processes the leading one does."""
+        """Copies every file up, whole, that changed since it was sent. Only the main process does it."""
         if self.folder == self.workdir or jax.process_index():
             return
         for path in files_below(self.folder):
@@ -150,6 +150,7 @@ class Lease:
             time.sleep(LEASE / 6)
 
     def renew(self) -> None:
+        """Renews the lease until `give_back`; ends the process where another run has taken the lock."""
         while not self._over.wait(LEASE / 3):
             if self._numbers()[-1:] != [self.number]:  # this run slept past its lease: it must not write any more
                 os.write(2, b"\nlm_jax: another run took the lock of the workdir: leaving\n")
@@ -157,6 +158,7 @@ class Lease:
             self._store.write(str(self.number), self._mine()).result()
 
     def give_back(self, thread: threading.Thread) -> None:
+        """Ends the lease."""
         self._over.set()
         thread.join()
         self._store.write(str(self.number), None).result()

@@ -2,7 +2,7 @@
 
 import jax
 
-from lm_jax import checkpoint, manifest, spikes
+from lm_jax import checkpoint, manifest, spikes, step_folders
 from lm_jax.batch_ramp import DataState
 from lm_jax.data import mixed_rows
 from lm_jax.distributed import agree, is_main_process
@@ -12,31 +12,31 @@ from lm_jax.stop import NEVER
 
 
 def go_back(run: Run, step_log: StepLog, saver: checkpoint.Saver) -> str:
-    """Goes back behind `step_log.spike`. Returns why not, where that was done often enough.
+    """Goes back to a step before `step_log.checks.spike`. Returns why not, where that was done often enough.
 
-    Nothing but the workdir says that it was done, and `checkpoint.go_back` says it before anything goes on: a run that
-    is killed goes back once more, or has gone back.
+    The workdir alone records it, and `step_folders.go_back` does so before anything goes on: a run that is killed meanwhile
+    goes back once more, or has gone back already.
     """
     saver.wait()
-    good, log = good_step(run, step_log.spike), run.log
+    good, log = good_step(run, step_log.checks.spike), run.log
     if good == NEVER:
         log(f"no saved step is {spikes.MARGIN} steps before it, with the same batches since: the run goes on")
         return ""
     found = DataState.of_lists(
-        agree(checkpoint.read_data_state(run.workdir, good) if is_main_process() else None, "data state")
+        agree(step_folders.read_data_state(run.workdir, good) if is_main_process() else None, "data state")
     )
     row_at = mixed_rows.SkippingRows(run.stream, found.skipped).row_at
     if spikes.times_gone_back(found, row_at) >= spikes.MOST:
         return f"the loss jumps again, after rows were left out {spikes.MOST} times from step {good:,} on"
-    data = spikes.without_rows_around(step_log.spike, found, run.plan.ramp, row_at)
+    data = spikes.without_rows_around(step_log.checks.spike, found, run.plan.ramp, row_at)
     (first, last), *_ = set(data.skipped) - set(found.skipped)
     if is_main_process():
-        checkpoint.go_back(run.workdir, data)
+        step_folders.go_back(run.workdir, data)
     agree(good, "went back")  # all wait until that is done
     jax.tree.map(lambda x: x.delete(), run.state)  # there may be no room for two
     run.state, run.data = checkpoint.restore(run.workdir, good, run.plan.program)[0], data
     run.stop.done = run.stop.saved = good
-    step_log.watch = None
+    step_log.checks.watch = None
     log(f"went back to step {good:,}: from there on rows {first:,} to {last - 1:,} are left out")
     return ""
 
@@ -46,10 +46,10 @@ def good_step(run: Run, spike: int) -> int:
 
     One from which other batches were taken than now would need another schedule, so another program.
     """
-    folder = checkpoint.steps_folder(run.workdir)
+    folder = step_folders.steps_folder(run.workdir)
     is_good = lambda step: (
         step <= spike - spikes.MARGIN
         and not manifest.invalid_reason(folder / str(step))
-        and checkpoint.read_data_state(run.workdir, step).cursor == run.plan.ramp.cursor(step)
+        and step_folders.read_data_state(run.workdir, step).cursor == run.plan.ramp.cursor(step)
     )
-    return next(filter(is_good, checkpoint.newest_first(folder)), NEVER)
+    return next(filter(is_good, step_folders.newest_first(folder)), NEVER)

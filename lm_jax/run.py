@@ -6,12 +6,12 @@ from typing import Any
 from etils import epath
 
 from lm_jax import terminal
-from lm_jax.batch_ramp import DataState, every
+from lm_jax.batch_ramp import DataState, Every, every
 from lm_jax.config import Config, Length
 from lm_jax.data import mixed_rows, mixture
 from lm_jax.distributed import agree
 from lm_jax.goodput import Goodput
-from lm_jax.optimizer import averaged
+from lm_jax.parameter_average import averaged
 from lm_jax.remote import LocalMirror
 from lm_jax.run_plan import Plan
 from lm_jax.stop import Stopped, StopSignal
@@ -20,27 +20,30 @@ from lm_jax.train_state import TrainState
 
 @dataclasses.dataclass
 class Run:
-    """Nothing here changes but `state`, `data` and the marks of time."""
+    """What the loop holds on to; of it only `state`, `data` and times change."""
 
     plan: Plan
     workdir: epath.Path
     log: terminal.Terminal
-    desk: LocalMirror  # where metrics and log grow
+    mirror: LocalMirror  # where metrics and log grow
     mixed: mixture.Mixture
     stream: mixed_rows.MixedRows
     peak_flops: float  # FLOP/s of all devices, 0 where it is not known
     state: TrainState
     data: DataState
     goodput: Goodput
-    facts: dict[str, Any]  # what a run must find again
+    facts: dict[str, Any]  # by which a resumed run checks that its data and tokenizer are the same
     stop: StopSignal
+    _every: dict[Length, Every] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def config(self) -> Config:
+        """The config with lengths in steps, and the rows of a microbatch as a number."""
         return self.plan.config
 
     @property
     def num_steps(self) -> int:
+        """Steps from the start of the run to its end."""
         return self.plan.num_steps
 
     @property
@@ -50,9 +53,12 @@ class Run:
 
     def is_due(self, length: Length, step: int) -> bool:
         """Whether what is due again after every such length (steps, tokens, epochs) is due after `step` steps."""
-        return every(length, self.config, self.stream.rows_per_epoch).due(self.plan.ramp, step)
+        if length not in self._every:
+            self._every[length] = every(length, self.config, self.stream.rows_per_epoch)
+        return self._every[length].due(self.plan.ramp, step)
 
     def is_asked_to_stop(self) -> bool:
+        """Whether a signal has asked the main process to stop; all processes ask together."""
         return bool(agree(self.stop.requested, "stop"))
 
     def progress(self, text: str) -> None:

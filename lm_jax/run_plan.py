@@ -1,7 +1,7 @@
-"""The plan of a run, decided before anything is placed on a device: config -> mesh -> model -> microbatch -> program.
+"""The plan of a run, made before any array exists: config -> mesh -> model -> microbatch -> program.
 
-`train`, `verify` and tools/compile_tpu.py make it here. A plan is a function of what it is given alone, so that a run
-whose newest step turns out to be broken makes it again, from the data state of the step before.
+`train`, `verify` and tools/compile_tpu.py call it. A plan depends on its arguments alone: a run whose newest step turns out
+to be broken makes it again, from the data state of the step before.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
+        """Steps from the start of the run to its end."""
         return int(self.config.train.num_steps)
 
     @property
@@ -59,10 +60,10 @@ class Plan:
 
 
 def check(config: Config, devices: list[jax.Device]) -> None:
-    """What is known to be wrong before any data are opened. Raises UserError.
+    """Raises UserError for what is known to be wrong before any data are opened.
 
-    These devices are not such a mesh, the attention backend cannot train this model there, or a dim does not divide
-    over the mesh; the last is not asked here where a tokenizer is given, which must be opened to know its vocabulary.
+    That is: the devices do not form the mesh, the attention backend cannot train the model on them, or a dim does not divide
+    over the mesh. The last is not known yet where the tokenizer is a file, which must be opened for its vocabulary.
     """
     sizes = mesh_shape(config.mesh, len(devices))
     attention.preflight(config.model, config.data.sequence_length, devices[0].platform)
@@ -80,9 +81,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a config as it is written, for a tokenizer of `vocab_size` and the devices of all processes.
 
-    `rows_per_epoch` of the training stream turn a length in epochs into rows, `data` is where that stream stands.
-    `choose_rows` decides the rows of a microbatch where the config says "auto"; without it a microbatch is the whole
-    batch. Raises UserError where a dim does not divide over the mesh.
+    `rows_per_epoch` turns lengths in epochs into rows; `data` is the data state. `choose_rows` decides the rows of a
+    microbatch where the config says "auto" (None: the whole batch). Raises UserError where a dim does not divide over the mesh.
     """
     ramp = make_ramp(config).through(data.step, data.cursor)
     in_steps = with_steps(config, ramp, rows_per_epoch)
@@ -99,12 +99,16 @@ def make_plan(
 
 
 def with_microbatch(config: Config, rows: int | str) -> Config:
+    """The config with so many rows in a microbatch."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
 
 
 def rows_of_microbatch(saved: dict[str, Any], device: jax.Device) -> ChooseRows:
-    """Decides the rows of a microbatch for all processes: as the run has them (`saved`: its config.json, {} of a new
-    one) if this mesh can, else the fewest that a process chooses for its own `device`."""
+    """A function that decides the rows of a microbatch, for all processes alike.
+
+    A resumed run (`saved`: its config.json, {} of a new run) keeps its rows if they fit the mesh. Otherwise each process
+    chooses for its own `device`, and the smallest choice counts.
+    """
 
     def choose(config: Config, counted: counts.Costs, sizes: dict[str, int], ramp: Ramp) -> int:
         chosen = min(everyone(counts.choose_microbatch(config, counted, sizes, ramp, device), "microbatch"))
@@ -117,9 +121,9 @@ def rows_of_microbatch(saved: dict[str, Any], device: jax.Device) -> ChooseRows:
 
 
 def check_memory(plan: Plan, device: jax.Device) -> None:
-    """Raises OSError where a run needs more memory than this machine has.
+    """Raises OSError where a run needs more memory than this CPU has, which would swap until a process is killed.
 
-    An accelerator's own compiler says that better; a CPU would wait for its disk until something is killed.
+    An accelerator's compiler reports it itself, more exactly.
     """
     needed, memory = sum(plan.memory.values()), counts.device_memory(device)
     if device.platform == "cpu" and needed > memory:

@@ -1,12 +1,12 @@
-"""What is seen of a model that is trained: its loss on held-out rows, a sample, answers to held-out records."""
+"""How good the model is while it is trained: validation loss, a sample, answers to held-out records."""
 
 import jax
 
-from lm_jax import fault_points, metrics
+from lm_jax import fault_points, metrics, metrics_file
 from lm_jax.data import mixture
 from lm_jax.distributed import agree, is_main_process
 from lm_jax.errors import UserError
-from lm_jax.evaluate import Evaluator, by_source
+from lm_jax.evaluator import Evaluator, by_source
 from lm_jax.run import Run
 
 SAMPLE_TOKENS = 96
@@ -14,6 +14,7 @@ Evaluation = tuple[Evaluator, mixture.HeldOut]  # what evaluates a run, and the 
 
 
 def make_evaluator(run: Run) -> Evaluator:
+    """The evaluator of a run: batches of as many rows as a microbatch."""
     return Evaluator(run.plan.program.graph, run.plan.mesh, run.mixed.tokenizer, run.plan.microbatch)
 
 
@@ -48,7 +49,7 @@ def evaluate_now(run: Run, evaluation: Evaluation, num_rows: int, *prefixes: str
 
 def is_evaluated(run: Run) -> bool:
     """Whether the metrics have an evaluation of the step at hand: a run may have been stopped before or after it."""
-    lines = metrics.read(run.desk.folder) if is_main_process() else []
+    lines = metrics_file.read(run.mirror.folder) if is_main_process() else []
     return bool(agree(any("eval/loss" in line and line["step"] == run.data.step for line in lines), "is evaluated"))
 
 
@@ -95,8 +96,8 @@ def answer_now(run: Run) -> dict[str, float]:
     return {f"final/{name}": value for name, value in values.items()}
 
 
-def settle_reference(run: Run) -> None:
-    """Where the loss compares with the first parameters: what they say of every pair, once before the first step."""
+def attach_reference(run: Run) -> None:
+    """Computes what the first parameters say of every pair of answers, once before the first step, for a loss that compares."""
     if not (run.mixed.task and run.mixed.task.compares):
         return
     from lm_jax.tasks import dpo_reference

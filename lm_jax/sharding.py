@@ -1,8 +1,7 @@
 """Parallelism is this table: which mesh axis splits each logical axis of a stored parameter and of a computed value.
 
-Model code names logical axes only, through `constrain`, `einsum` and `reshape`. The mesh has Explicit axes: the
-sharding of every array is part of its type, so that a layout nobody asked for is an error while tracing, not a slow
-program.
+Model code names logical axes only, through `constrain`, `einsum` and `reshape`. The mesh has Explicit axes: the layout of
+every array is part of its type, so that a layout nobody asked for is an error while tracing instead of a slow program.
 """
 
 import math
@@ -47,44 +46,47 @@ def computed(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(TABLE[axis][1] if axis else None for axis in axes))
 
 
-def _on_mesh() -> bool:
+def on_mesh() -> bool:
+    """Whether a mesh is set (`jax.set_mesh`); without one there are no layouts."""
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def _layout(axes: tuple[str | None, ...]) -> PartitionSpec | None:
+    return computed(axes) if on_mesh() else None
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` in the computed layout of its logical axes; for a parameter this is the gather of its fsdp shards."""
-    return jax.sharding.reshard(x, computed(axes)) if _on_mesh() else x
+    return jax.sharding.reshard(x, computed(axes)) if on_mesh() else x
 
 
 def precision(dtype) -> jax.lax.Precision | None:
-    """The precision of a product of arrays of this dtype.
+    """The precision of a product of arrays of this dtype: HIGHEST for float32, None (one way only) for narrower dtypes.
 
-    HIGHEST for float32, which a TPU would otherwise round to bfloat16 and a GPU to TF32; None for narrower dtypes,
-    which have one way to be multiplied.
+    Otherwise a TPU would round float32 to bfloat16, and a GPU to TF32.
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def einsum(formula: str, x: jax.Array, y: jax.Array, *axes: str | None, dtype=None) -> jax.Array:
     """`jnp.einsum` at `precision` whose result has the computed layout of `axes`, and `dtype` (None: that of x)."""
-    layout = computed(axes) if _on_mesh() else None
-    full = precision(x.dtype)
+    full, layout = precision(x.dtype), _layout(axes)
     return jnp.einsum(formula, x, y, precision=full, preferred_element_type=dtype, out_sharding=layout)
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
     """`jnp.reshape` whose result has the computed layout of `axes`."""
-    return jnp.reshape(x, shape, out_sharding=computed(axes) if _on_mesh() else None)
+    return jnp.reshape(x, shape, out_sharding=_layout(axes))
 
 
 def stored_reshape(x: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-    """`jnp.reshape` of an array in the stored layout (a parameter, its gradient), to the stored layout of `axes`."""
-    return jnp.reshape(x, shape, out_sharding=stored(axes) if _on_mesh() else None)
+    """`jnp.reshape` of a parameter or its gradient, in the stored layout, to the stored layout of `axes`."""
+    return jnp.reshape(x, shape, out_sharding=stored(axes) if on_mesh() else None)
 
 
 def automatic(function, like, *arguments):
     """`function(*arguments)` with the layouts inside left to the compiler; the result has the layouts of `like`."""
-    if not _on_mesh():
+    if not on_mesh():
         return function(*arguments)
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
     return jax.sharding.auto_axes(function, out_sharding=layouts)(*arguments)
@@ -92,8 +94,7 @@ def automatic(function, like, *arguments):
 
 def iota(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
     """int32 indices along the last dim of `shape`, in the computed layout of `axes`."""
-    layout = computed(axes) if _on_mesh() else None
-    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1, out_sharding=layout)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1, out_sharding=_layout(axes))
 
 
 def take(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
@@ -101,13 +102,13 @@ def take(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
 
     A row's gradient is a sum over all that read it, in the dtype of the table: cast what is taken, never the table.
     """
-    return table.at[ids].get(out_sharding=computed(axes) if _on_mesh() else None)
+    return table.at[ids].get(out_sharding=_layout(axes))
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes that split a computed value's logical axis; () off a mesh."""
     names = TABLE[axis][1] or ()
-    return ((names,) if isinstance(names, str) else names) if _on_mesh() else ()
+    return ((names,) if isinstance(names, str) else names) if on_mesh() else ()
 
 
 def ways(axis: str) -> int:
@@ -125,10 +126,10 @@ def platform() -> str:
 def on_each_device(function: Callable, inputs: tuple, outputs) -> Callable:
     """`function` of whole arrays, run by every device on its part of them (`jax.shard_map`); off a mesh, `function`.
 
-    `inputs` and `outputs` are the layouts of arguments and results. Inside, arrays are local; the functions below reach
-    the other devices.
+    `inputs` and `outputs` are the layouts of arguments and results. Inside, arrays are local: `collectives.py` has what
+    reaches the other devices.
     """
-    if not _on_mesh():
+    if not on_mesh():
         return function
 
     def laid_out_first(*arguments):
@@ -136,46 +137,6 @@ def on_each_device(function: Callable, inputs: tuple, outputs) -> Callable:
         return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)(*placed)
 
     return laid_out_first
-
-
-def sum_over(x: jax.Array, axis: str) -> jax.Array:
-    """The sum of every device's `x` over the parts of a logical axis."""
-    names = mesh_axes(axis)
-    return jax.lax.psum(x, names) if names else x
-
-
-def max_over(x: jax.Array, axis: str) -> jax.Array:
-    """The elementwise maximum of every device's `x` over the parts of a logical axis."""
-    names = mesh_axes(axis)
-    return jax.lax.pmax(x, names) if names else x
-
-
-def part_index(axis: str) -> jax.Array | int:
-    """Which part of a logical axis this device holds."""
-    names = mesh_axes(axis)
-    return jax.lax.axis_index(names) if names else 0
-
-
-def gathered(parameter: jax.Array, *axes: str) -> jax.Array:
-    """A device's stored part of a parameter -> the part that it computes with."""
-    for dim, name in _scattered_dims(axes):
-        parameter = jax.lax.all_gather(parameter, name, axis=dim, tiled=True)
-    return parameter
-
-
-def scattered(gradient: jax.Array, *axes: str) -> jax.Array:
-    """The transpose of `gathered`: a device's gradient -> its stored part of the sum over the whole batch."""
-    rest = set(mesh_axes("batch"))
-    for dim, name in _scattered_dims(axes):
-        gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=dim, tiled=True)
-        rest.remove(name)
-    return jax.lax.psum(gradient, tuple(rest)) if rest else gradient
-
-
-def _scattered_dims(axes: tuple[str, ...]) -> list[tuple[int, str]]:
-    """(dim, mesh axis) of the dims that are split only while a parameter is stored."""
-    split = [(dim, TABLE[axis][0]) for dim, axis in enumerate(axes) if TABLE[axis][0] != TABLE[axis][1]]
-    return [(dim, name) for dim, name in split if name] if _on_mesh() else []
 
 
 def laid_out(shapes):

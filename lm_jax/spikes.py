@@ -29,13 +29,14 @@ def limit(values) -> float:
 
 
 class Watch:
-    """Judges one step after another by those before it. What it knows is saved with every step: `kept`."""
+    """Judges one step after another by those before it. Its state is saved with every step: `kept`."""
 
     def __init__(self, kept: dict[str, Any]):
         self.recent: deque[tuple[float, float]] = deque(map(tuple, kept.get("recent", ())), maxlen=WINDOW)
         self.inside = kept.get("inside", False)  # of a spike: the last step was one
 
     def kept(self) -> dict[str, Any]:
+        """What must be known to go on judging after a restart, for the manifest of a step."""
         return {"recent": list(self.recent), "inside": self.inside}
 
     def __call__(self, loss: float, norm: float) -> str:

@@ -8,36 +8,37 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax import checkpoint, fault_points, load_model, run_folder, run_plan, terminal
+from lm_jax import fault_points, load_model, run_folder, run_plan, step_folders, terminal
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import is_over
 from lm_jax.config import Config, flatten
 from lm_jax.data import mixed_rows, mixture, special_ids
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import tell_losses
-from lm_jax.distributed import agree, devices, find_together, is_main_process, own
+from lm_jax.distributed import agree, devices, is_main_process, own
 from lm_jax.errors import UserError
-from lm_jax.evaluate import check_scores, open_data
 from lm_jax.experiment import run_name
 from lm_jax.files import BESIDE, check_room
 from lm_jax.goodput import Goodput
 from lm_jax.initial_state import Source, find_init, starting_point
 from lm_jax.multihost import peers
+from lm_jax.open_data import check_scores, open_data
 from lm_jax.plan import counts
 from lm_jax.regular_files import check_plain, check_url, is_url
 from lm_jax.remote import LocalMirror
 from lm_jax.run import Run
 from lm_jax.run_plan import Plan
-from lm_jax.samples import settle_reference
+from lm_jax.samples import attach_reference
 from lm_jax.stop import NEVER, StopSignal
+from lm_jax.workdir_lock import find_together
 
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """A run that was looked at: what it will be, and what its workdir says of it."""
+    """A run before it begins: what it will be, and what its workdir has of it."""
 
     workdir: epath.Path
-    desk: LocalMirror
+    mirror: LocalMirror
     log: terminal.Terminal
     goodput: Goodput
     saved: dict[str, Any]  # config.json of a run that is gone on with, {} of a new one
@@ -46,9 +47,9 @@ class Opening:
     mixed: mixture.Mixture
     stream: mixed_rows.MixedRows
     plan: Plan  # from `expected`
-    plan_from: Callable[[DataState], Plan]  # the same, from where the data turn out to stand
+    plan_from: Callable[[DataState], Plan]  # the same, from the data state that is restored
     changes: list[str]  # since the run was started, in words
-    facts: dict[str, Any]  # what a run must find again
+    facts: dict[str, Any]  # by which a resumed run checks that its data and tokenizer are the same
     source: Source | None  # of the parameters of a new run
     peak_flops: float
 
@@ -73,7 +74,7 @@ def find_workdir(path: str, name: str) -> epath.Path:
 def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     """Opens the data, makes the plan, finds what the run starts from. Raises UserError, also where processes differ."""
     log, goodput, workdir = terminal.Terminal(), Goodput(), find_workdir(path, run_name(experiment))
-    desk = LocalMirror(workdir)
+    mirror = LocalMirror(workdir)
     with goodput("devices"):
         here = devices()
     device = own(here)
@@ -82,7 +83,7 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     peers.compare(settings(config, experiment, dry_run))
     run_plan.check(config, here)
     saved = agree(
-        run_folder.read_config(workdir) if is_main_process() and checkpoint.has_steps(workdir) else {}, "config.json"
+        run_folder.read_config(workdir) if is_main_process() and step_folders.has_steps(workdir) else {}, "config.json"
     )
     check_scores(config)
     with goodput("data"):
@@ -90,7 +91,9 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
         tell_losses(mixed.tokenizer, log)
         stream = mixed.stream(config.data)
     peers.compare(mixed.alike)
-    expected = DataState.of_lists(agree(checkpoint.expected_data_state(workdir) if is_main_process() else None, "data"))
+    expected = DataState.of_lists(
+        agree(step_folders.expected_data_state(workdir) if is_main_process() else None, "data")
+    )
     known = specials(mixed.tokenizer, config.data.objective).vocab_size, here, stream.rows_per_epoch
     with goodput("plan"):
         plan = run_plan.make_plan(config, *known, expected, run_plan.rows_of_microbatch(saved, device))
@@ -101,7 +104,7 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.ModelRef) else 0})
     with goodput("peak"):
         peak = counts.peak_flops(plan.mesh, config.model.compute_dtype)
-    inside = workdir, desk, log, goodput, saved, expected
+    inside = workdir, mirror, log, goodput, saved, expected
     return Opening(*inside, device, mixed, stream, plan, plan_from, changes, facts, source, peak)
 
 
@@ -116,13 +119,13 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
 
     `origins` says where the values of the config come from. Raises UserError.
     """
-    workdir, desk, log = opening.workdir, opening.desk, opening.log
+    workdir, mirror, log = opening.workdir, opening.mirror, opening.log
     find_together(workdir)
     if is_main_process():
-        desk.fetch()
-        log.log_to(desk.folder / "log.txt")
-        peers.log_to(desk.folder / "log.txt")
-        checkpoint.clean(workdir, log)
+        mirror.fetch()
+        log.log_to(mirror.folder / "log.txt")
+        peers.log_to(mirror.folder / "log.txt")
+        step_folders.clean(workdir, log)
     for line in opening.changes:
         log(line)
     with opening.goodput("state"):
@@ -130,13 +133,13 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
     newest_is_whole = data[:2] == opening.expected[:2]
     plan = opening.plan if newest_is_whole else opening.plan_from(data)
     stop.done, stop.saved = data.step, data.step if opening.saved else NEVER
-    if agree(is_over(desk, opening.mixed, plan, data.step) if is_main_process() else None, "is over"):
+    if agree(is_over(mirror, opening.mixed, plan, data.step) if is_main_process() else None, "is over"):
         return None
     if is_main_process():
         write_run_files(opening)
-    given = workdir, log, desk, opening.mixed, opening.stream, opening.peak_flops
+    given = workdir, log, mirror, opening.mixed, opening.stream, opening.peak_flops
     run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
-    settle_reference(run)
+    attach_reference(run)
     if is_main_process():
         run_folder.write_config(workdir, plan.config, origins, opening.facts | kept_context(opening))
     return run

@@ -41,8 +41,8 @@ ALONE = Alone()
 others: Alone = ALONE  # or the line to the other processes, while they are joined
 
 
-class Stopped(Exception):
-    """The process was asked to stop, in the middle of what can be done again."""
+class Stopped(Exception):  # noqa: N818  (it is no error)
+    """The process was asked to stop, in the middle of something that can be done again."""
 
 
 class StopSignal:

@@ -10,7 +10,7 @@ from typing import IO
 import jax
 from etils import epath
 
-from lm_jax import distributed
+from lm_jax import job
 from lm_jax.config import Config
 from lm_jax.data.mixed_rows import Quotas
 from lm_jax.data.mixture import Mixture
@@ -33,6 +33,7 @@ class Terminal:
         self.silent = False  # for all processes of a run but one
 
     def log_to(self, path: epath.Path) -> None:
+        """Writes all lines so far, and those to come, into a log file."""
         self._log = open(path, "a")  # noqa: SIM115  (open for the life of the run)
         for line in self._kept:
             self._keep(line)
@@ -44,6 +45,7 @@ class Terminal:
             self._log = None
 
     def __call__(self, text: str = "") -> None:
+        """Prints lines."""
         if self.silent:
             return
         if self._open_line:
@@ -92,7 +94,7 @@ def header(plan: Plan, name: str, mixed: Mixture, device: jax.Device, flops_here
         *data_lines(config, mixed, tokens),
     ]
     on_cpu, num_devices = device.platform == "cpu", math.prod(plan.sizes.values())
-    if together := distributed.described(num_devices):
+    if together := job.described(num_devices):
         lines.append(together)
     num_units = len(os.sched_getaffinity(0)) if on_cpu else num_devices
     what = f"{costs.device_name(device)} x{num_units}"

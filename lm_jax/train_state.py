@@ -1,4 +1,4 @@
-"""What training is at a step: parameters, optimizer state and the step. Abstract first, then made sharded under jit."""
+"""The state of training: parameters, optimizer state and step number, described without arrays or made on the mesh."""
 
 from typing import NamedTuple
 
@@ -8,43 +8,47 @@ import optax
 
 from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import Config
+from lm_jax.loss_scale import Guarded
 from lm_jax.model import build as graphs
-from lm_jax.optimizer import Guarded, make_optimizer
-from lm_jax.sharding import laid_out
+from lm_jax.optimizer import make_optimizer
+from lm_jax.sharding import laid_out, on_mesh
 from lm_jax.trainable import partition_params, rates, trained_paths
 
 
 class TrainState(NamedTuple):
+    """What a step changes."""
+
     step: jax.Array  # int32 []: updates done
     parameters: dict
     optimizer_state: Guarded
 
 
 class TrainSetup(NamedTuple):
-    """What does not change in a run: the model, the update rule, and the root of all random numbers."""
+    """What does not change in a run: config, model, update rule, and the root key of all random numbers."""
 
     config: Config
     graph: graphs.ModelDef
     optimizer: optax.GradientTransformationExtraArgs
-    trained: frozenset[tuple[str, ...]]  # paths of the parameters that it updates
+    trained: frozenset[tuple[str, ...]]  # paths of the parameters that the optimizer updates
     clocks: Clocks = UPDATES  # of the schedule
 
     def split(self, parameters: dict) -> tuple[dict, dict]:
-        """(what is trained, what keeps every bit)."""
+        """(parameters that are trained, parameters that are frozen)."""
         return partition_params(parameters, self.trained)
 
     @property
     def root(self) -> jax.Array:
+        """The key from which every random number of a run is derived."""
         return jax.random.key(self.config.train.seed)
 
 
 def make_program(config: Config, vocab_size: int, clocks: Clocks = UPDATES) -> TrainSetup:
-    """The program of a config whose lengths are in steps, for a tokenizer of `vocab_size`."""
+    """The setup of a config whose lengths are in steps, for a tokenizer of `vocab_size`."""
     return program_of(config, graphs.build(config.model, vocab_size, config.data.sequence_length), clocks)
 
 
 def program_of(config: Config, graph: graphs.ModelDef, clocks: Clocks) -> TrainSetup:
-    """What trains a model that is built."""
+    """The setup that trains a model."""
     trained = trained_paths(config, graph.declarations)
     declared, _ = partition_params(graph.tree(lambda declared: declared), trained)
     factors = rates(config, {path: graph.declarations[path] for path in trained})
@@ -53,7 +57,7 @@ def program_of(config: Config, graph: graphs.ModelDef, clocks: Clocks) -> TrainS
 
 def fresh(program: TrainSetup) -> TrainState:
     """The state before the first step. Under `jax.set_mesh` and jit every device makes its own shards."""
-    parameters = program.graph.init(program.root, sharded=not jax.sharding.get_abstract_mesh().empty)
+    parameters = program.graph.init(program.root, sharded=on_mesh())
     return TrainState(jnp.zeros((), jnp.int32), parameters, program.optimizer.init(program.split(parameters)[0]))
 
 

@@ -15,7 +15,7 @@ import optax
 from lm_jax.data.loader import abstract_batch
 from lm_jax.distributed import block_on_cpu
 from lm_jax.loss import batch_loss
-from lm_jax.model.layers import Dropout
+from lm_jax.model.dropout import Dropout
 from lm_jax.optimizer import schedule
 from lm_jax.sharding import laid_out
 from lm_jax.train_state import TrainSetup, TrainState, abstract
@@ -23,26 +23,31 @@ from lm_jax.trainable import merge_params
 
 
 class Sums(NamedTuple):
-    """Over the microbatches of a step so far: the loss in nats times the loss scale, its gradients by what is trained, tokens."""
+    """Sums over the microbatches of a step so far; loss and gradients are multiplied by the loss scale."""
 
-    gradients: dict
-    loss: jax.Array
+    gradients: dict  # like the trained parameters
+    loss: jax.Array  # nats
     tokens: jax.Array  # float32: exact up to 16.7M tokens a step
 
 
 def zeros(program: TrainSetup, parameters: dict) -> Sums:
+    """The sums before the first microbatch."""
     return Sums(jax.tree.map(jnp.zeros_like, program.split(parameters)[0]), jnp.zeros(()), jnp.zeros(()))
 
 
 def accumulate(program: TrainSetup, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
-    """`sums` with one more microbatch (None: nothing yet)."""
-    drop = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
+    """`sums` (None: zeros) with one more microbatch."""
+    dropout = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
     scaled = batch | {"loss_mask": batch["loss_mask"] * state.optimizer_state.scale}
+    trained, frozen = program.split(state.parameters)
     weights = program.config.train
     routing = weights.balance_loss, weights.router_z_loss
-    trained, frozen = program.split(state.parameters)
-    of = lambda part: batch_loss(program.graph, merge_params(frozen, part), scaled, drop, weights.z_loss, routing)[:2]
-    (_, loss), gradients = jax.value_and_grad(of, has_aux=True)(trained)
+
+    def loss_of(trained: dict):
+        parameters = merge_params(frozen, trained)
+        return batch_loss(program.graph, parameters, scaled, dropout, weights.z_loss, routing)[:2]
+
+    (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
     new = Sums(gradients, loss, batch["loss_mask"].sum())
     return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
@@ -50,7 +55,7 @@ def accumulate(program: TrainSetup, state: TrainState, sums: Sums | None, batch:
 def update(program: TrainSetup, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer update on the mean gradient over the step's tokens -> the next state and float32 metrics.
 
-    Where the gradient is not finite, nothing but the step and the counts of the guard changes.
+    Where the update would not be finite it is skipped: only the step and the counts of the guard change.
     """
     num_tokens, before = jnp.maximum(sums.tokens, 1), state.optimizer_state
     gradients = jax.tree.map(lambda g: g / num_tokens, sums.gradients)
@@ -76,7 +81,7 @@ def train_step(program: TrainSetup, state: TrainState, batch: dict) -> tuple[Tra
 
 
 class CompiledStep(NamedTuple):
-    """The compiled programs of a run: `whole`, where every step is one microbatch, else the other three."""
+    """The compiled programs of a run: `whole` where every step is one microbatch, else the other three."""
 
     whole: Callable | None
     zeros: Callable | None
@@ -86,8 +91,8 @@ class CompiledStep(NamedTuple):
     def __call__(self, state: TrainState, num_microbatches: int, batches: Iterator[dict], watch: Callable[[int], bool]):
         """(state, metrics) after one step over the next microbatches. Donates `state`.
 
-        `watch(done)` is called after each microbatch but the last; where it returns True the step is given up: None, and
-        `state` is as it was.
+        `watch(done)` is called after each microbatch but the last. Where it returns True the step is given up: None is
+        returned, and `state` has not changed.
         """
         if self.whole:
             return block_on_cpu(self.whole(state, next(batches)))
@@ -101,7 +106,7 @@ class CompiledStep(NamedTuple):
 
 
 def compile_step(program: TrainSetup, mesh: jax.sharding.Mesh, one_microbatch: bool) -> CompiledStep:
-    """Compiled for the microbatches of the program's config on this mesh. What comes back changed is donated."""
+    """Compiles the step for the microbatches of the config on this mesh. Arguments that come back changed are donated."""
     config, state = program.config, abstract(program)
     batch = abstract_batch(mesh, int(config.train.microbatch_rows), config)
 

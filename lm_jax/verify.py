@@ -19,9 +19,9 @@ from lm_jax.data import corpus_verification, loader
 from lm_jax.data.mixture import Mixture
 from lm_jax.data.objectives import specials
 from lm_jax.errors import UserError
-from lm_jax.evaluate import open_data
 from lm_jax.mesh import by_slice, legal_meshes, mesh_shape, parameter_table, preflight
 from lm_jax.model.language_model import padded
+from lm_jax.open_data import open_data
 from lm_jax.run_plan import Plan, make_plan
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import fresh
@@ -67,6 +67,7 @@ def hashed_whole(mixed: Mixture) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the command with its arguments. Returns the exit code; raises UserError."""
     overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("lm_jax.verify", __doc__)
     parser.add_argument("--config", required=True, help="an experiment file, file.py:variant; it is executed")

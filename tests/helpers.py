@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from one_process import LIMIT, ROOT
 
-from lm_jax import checkpoint, load_model, metrics
+from lm_jax import checkpoint, load_model, metrics_file
 from lm_jax.config import Config, Mesh, default_config, flatten, unflatten
 from lm_jax.config_check import resolve
 from lm_jax.data import loader, shard_writer
@@ -205,7 +205,7 @@ def poison(first: int, last: int) -> None:
 
 def lines_of(workdir) -> list[dict]:
     """The metrics, without what depends on the clock."""
-    lines = metrics.read(epath.Path(workdir))
+    lines = metrics_file.read(epath.Path(workdir))
     return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
 
 

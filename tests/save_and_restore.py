@@ -16,7 +16,7 @@ from etils import epath
 from helpers import tiny
 from jax.experimental import multihost_utils
 
-from lm_jax import checkpoint, distributed, files
+from lm_jax import checkpoint, distributed, files, step_folders
 from lm_jax.batch_ramp import DataState
 from lm_jax.config import Mesh
 from lm_jax.data.objectives import specials
@@ -72,7 +72,7 @@ def main(mesh, restore: str = "", save: str = "", steps=(3,)) -> None:
     program, said, told = run_program(), [], {}
     with jax.set_mesh(make_mesh(Mesh(*mesh), devices)):
         if restore:
-            found = checkpoint.newest_valid(epath.Path(restore), said.append, quarantine=True)
+            found = step_folders.newest_valid(epath.Path(restore), said.append, quarantine=True)
             told |= {"verified": told_hashes(), "step": found, "said": said}
             state, data = checkpoint.restore(epath.Path(restore), found, program)
         else:

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from helpers import ROOT, command, tiny
 
-from lm_jax import load_model, metrics
+from lm_jax import load_model, metrics_file
 from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
-from lm_jax.evaluate import Evaluator, open_data
+from lm_jax.evaluator import Evaluator
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
+from lm_jax.open_data import open_data
 from lm_jax.tasks import scores
 
 LABELS = ("bad", "good", "odd")
@@ -242,7 +243,7 @@ def trained(place, tmp_path_factory):
 
 
 def test_it_learns_and_the_command_evaluates(trained, place):
-    last = [line for line in metrics.read(trained) if "final/accuracy" in line][-1]
+    last = [line for line in metrics_file.read(trained) if "final/accuracy" in line][-1]
     assert last["final/accuracy"] > 0.9 and "final/perplexity" not in last
     result = command("evaluate", "--model", str(trained), "--split", "validation", "--batch_size", "3")
     found = json.loads(result.stdout.strip().split("\n")[-1])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, tiny
 
-from lm_jax import checkpoint, main, metrics
+from lm_jax import checkpoint, main, metrics_file, step_folders
 from lm_jax.batch_ramp import DataState, Ramp, clocks, every, make_ramp, with_steps
 from lm_jax.data import loader
 from lm_jax.optimizer import schedule
@@ -191,7 +191,7 @@ def test_a_run_that_is_resumed_with_other_batches_counts_what_it_read(folder, tm
         assert f"row {[0, 40, 88][session]}" in said or not session
         assert ("step 8 skipped: the gradient of rows 72 to 87 is not finite" in said) == (session == 1)
     per_epoch = (3 * (2143 + 1)) / LENGTH
-    lines = [line for line in metrics.read(workdir) if "train/loss" in line]
+    lines = [line for line in metrics_file.read(workdir) if "train/loss" in line]
     after = np.cumsum([8] * 5 + [16] * 3 + [4] * 100)[: len(lines)]
     assert fed == list(range(after[-1])), "every row once, in order"
     assert [line["train/tokens"] for line in lines] == (after * LENGTH).tolist()
@@ -202,11 +202,11 @@ def test_a_run_that_is_resumed_with_other_batches_counts_what_it_read(folder, tm
         expected = min(at / warmup, (whole - at) / (whole - warmup))
         assert abs(rate - expected) < 2 * 16 / warmup, (rate, at)
     assert rates[-1] < 0.05
-    saved = [step for step in checkpoint.complete_steps(workdir / "checkpoints") if step not in (5, 8, len(lines))]
+    saved = [step for step in step_folders.complete_steps(workdir / "checkpoints") if step not in (5, 8, len(lines))]
     half = per_epoch / 2
     crossed = [k + 1 for k in range(len(lines)) if after[k] // half > before[k] // half]
     assert saved == [step for step in crossed if step not in (5, 8, len(lines))] and saved
-    data = checkpoint.read_data_state(checkpoint.epath.Path(workdir), len(lines))
+    data = step_folders.read_data_state(checkpoint.epath.Path(workdir), len(lines))
     assert data == (len(lines), after[-1], ())
     assert card(["--model", str(workdir)]) == 0
     assert f"| tokens seen | {after[-1] * LENGTH:,} |" in capsys.readouterr().out

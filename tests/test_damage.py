@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from lm_jax import checkpoint, compile_cache, evaluate, files, load_model, main, metrics, run_folder
+from lm_jax import checkpoint, compile_cache, evaluate, files, load_model, main, metrics, metrics_file, run_folder
 from lm_jax.config import Mesh
 from lm_jax.data import best_fit, corpus_verification, shards
 from lm_jax.errors import UserError
@@ -64,7 +64,7 @@ def arrays(place: pathlib.Path) -> list[np.ndarray]:
 def numbers(place: pathlib.Path) -> list[dict]:
     """The metrics, without what depends on the clock, and without the last evaluation of the first four steps alone."""
     left = lambda line, name: name.startswith("perf/") or (name.startswith("final/") and line["step"] == 4)
-    lines = [{name: x for name, x in line.items() if not left(line, name)} for line in metrics.read(place / "run")]
+    lines = [{name: x for name, x in line.items() if not left(line, name)} for line in metrics_file.read(place / "run")]
     return [line for line in lines if len(line) > 1]
 
 
@@ -121,7 +121,7 @@ class Undisturbed:
         if not same:
             return f"main: {code}, {said}"
         lost = numbers(place) != self.numbers
-        return f"metrics altered and nothing said: {said}" if lost and metrics.FILE not in said else ""
+        return f"metrics altered and nothing said: {said}" if lost and metrics_file.FILE not in said else ""
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_a_damaged_line_of_the_metrics_costs_that_line_alone(begun, tmp_path, li
         path, said = place / "run" / "metrics.jsonl", []
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(b"".join([*lines[:2], line, *lines[3:]]))
-        found = metrics.read(checkpoint.epath.Path(place / "run"), said.append)
+        found = metrics_file.read(checkpoint.epath.Path(place / "run"), said.append)
         assert len(found) == len(lines) - 1 and "line 3 lost" in said[0]
         code, out = train(place)
         assert code == 0 and "line 3 lost" in out and len(numbers(place)) > len(lines)
@@ -270,7 +270,7 @@ def test_lines_that_are_gone_are_said(begun, tmp_path):
     with copied(begun, tmp_path / "place") as place:
         path, said = place / "run" / "metrics.jsonl", []
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
-        metrics.read(checkpoint.epath.Path(place / "run"), said.append)
+        metrics_file.read(checkpoint.epath.Path(place / "run"), said.append)
         assert "the last 2 of its lines are lost" in said[0]
         path.unlink()
         metrics.Writer(checkpoint.epath.Path(place / "run"), 4, said.append).close()
@@ -284,9 +284,9 @@ def test_a_value_that_is_not_finite_is_null_and_an_altered_one_is_said(tmp_path)
     writer.close()
     raw = (tmp_path / "metrics.jsonl").read_bytes()
     assert b"NaN" not in raw and json.loads(raw.splitlines()[1])["b"] is None
-    assert metrics.series(metrics.read(tmp_path, said.append), "b") == [(1, 1.0), (3, 1.0)] and not said
+    assert metrics_file.series(metrics_file.read(tmp_path, said.append), "b") == [(1, 1.0), (3, 1.0)] and not said
     (tmp_path / "metrics.jsonl").write_bytes(raw.replace(b"1.5", b"1.6"))
-    assert len(metrics.read(tmp_path, said.append)) == 3 and "line 3 altered" in said[0]
+    assert len(metrics_file.read(tmp_path, said.append)) == 3 and "line 3 altered" in said[0]
 
 
 def test_a_packing_plan_that_is_not_as_written_is_made_again(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import pytest
 from helpers import LIMIT, ROOT, assert_same_run, free_port
 from one_process import QUICK
 
-from lm_jax import checkpoint, manifest
+from lm_jax import checkpoint, manifest, step_folders
 
 # Runs in every process before anything else: the clocks of process k are 7 k seconds ahead and run 1 + k / 4 times as fast; a
 # file that appears says what happens there.
@@ -149,7 +149,7 @@ class Job:
 
 def newest(job: Job) -> int:
     """The newest step; it is whole."""
-    steps = checkpoint.complete_steps(checkpoint.steps_folder(checkpoint.epath.Path(job.workdir)))
+    steps = step_folders.complete_steps(step_folders.steps_folder(checkpoint.epath.Path(job.workdir)))
     assert steps and manifest.invalid_reason(checkpoint.epath.Path(job.workdir) / "checkpoints" / str(steps[-1])) == ""
     return steps[-1]
 

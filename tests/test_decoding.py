@@ -11,7 +11,7 @@ from lm_jax.data import hugging_face_tokenizer, objectives, shard_writer, shards
 from lm_jax.data.packing import HeldOutRows
 from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import continuation
-from lm_jax.evaluate import Evaluator, by_source
+from lm_jax.evaluator import Evaluator, by_source
 from lm_jax.generate import beam_search
 from lm_jax.generate.command import grown
 from lm_jax.generate.decoding import complete, stream, written_by

@@ -9,7 +9,7 @@ from helpers import command, tiny
 
 from lm_jax.config import Mesh
 from lm_jax.data import loader, shards
-from lm_jax.evaluate import Evaluator
+from lm_jax.evaluator import Evaluator
 from lm_jax.loss import token_losses
 from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context

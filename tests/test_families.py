@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
-from lm_jax import experiment, load_model, metrics, train, verify
+from lm_jax import experiment, load_model, metrics_file, train, verify
 from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture, objectives
 from lm_jax.errors import UserError
@@ -90,7 +90,7 @@ def test_a_run_goes_on_as_if_nothing_had_been(kind, tmp_path):
         for num in steps:
             assert train.run(in_steps(num), "experiments/quickstart.py", str(tmp_path / place), {}) == 0
     whole, parts = (
-        {line["step"]: line["train/loss"] for line in metrics.read(tmp_path / place) if "train/loss" in line}
+        {line["step"]: line["train/loss"] for line in metrics_file.read(tmp_path / place) if "train/loss" in line}
         for place in ("whole", "parts")
     )
     assert whole == parts and list(whole) == [1, 2, 3, 4]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import command, tiny
 
-from lm_jax import metrics, train
+from lm_jax import metrics_file, train
 from lm_jax.data import loader
 from lm_jax.goodput import Goodput, traced
 
@@ -52,7 +52,7 @@ def test_one_compile_of_the_step_across_evaluation_checkpoint_and_resume(tmp_pat
         assert len(again) == 1, "a resumed process compiles it once, whatever it restores"
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert [line["step"] for line in metrics.read(tmp_path / "run") if "train/loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in metrics_file.read(tmp_path / "run") if "train/loss" in line] == list(range(1, 9))
 
 
 def test_a_transfer_that_nobody_asked_for_stops_the_loop(tmp_path, monkeypatch):

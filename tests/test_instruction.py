@@ -13,8 +13,8 @@ from helpers import tiny
 
 from lm_jax.data.hugging_face_tokenizer import HuggingFace
 from lm_jax.errors import UserError
-from lm_jax.evaluate import open_data
 from lm_jax.generate import chat_template, chat_tokens
+from lm_jax.open_data import open_data
 
 SYSTEM = {"role": "system", "content": "Be short."}
 USER = [{"role": "user", "content": words} for words in ("Name a colour.", "  人工 and two\nlines?  ", "Thanks!")]

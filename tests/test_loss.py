@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
-from lm_jax import loss
+from lm_jax import chunked_cross_entropy, loss
 from lm_jax.config import Mesh
 from lm_jax.mesh import make_mesh
 from lm_jax.sharding import computed, stored
@@ -47,13 +47,13 @@ def plainly(hidden_BTD, table_VD, bias_V, targets_BT, mask_BT, z_loss: float, so
 )
 def test_chunks_equal_the_whole(mesh, z_loss, biased, softcap, eight, monkeypatch):
     """To 1e-5, the vocabulary padded and split, 60 tokens a row in chunks of 7; twice the cotangent, twice the gradient."""
-    monkeypatch.setattr(loss, "CHUNK", 7)
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK", 7)
     hidden, table, bias, *tokens = arrays()
     given = (hidden, table, bias if biased else None, *tokens)
     expected = jax.value_and_grad(plainly, (0, 1, 2))(*given, z_loss, softcap)
 
     def in_chunks(*arrays):
-        objective, entropy = loss.in_chunks(PIECES, z_loss, *arrays, softcap)
+        objective, entropy = chunked_cross_entropy.in_chunks(PIECES, z_loss, *arrays, softcap)
         return 2 * objective, entropy
 
     layouts = computed(("batch", "length", None)), stored(("vocab", "model")), stored(("vocab",)) if biased else None
@@ -61,7 +61,7 @@ def test_chunks_equal_the_whole(mesh, z_loss, biased, softcap, eight, monkeypatc
     with jax.set_mesh(mesh_of(mesh, eight)):
         placed = [jax.device_put(x, layout) for x, layout in zip(given, layouts, strict=True)]
         (found, entropy), gradients = jax.jit(jax.value_and_grad(in_chunks, (0, 1, 2), has_aux=True))(*placed)
-        only_value = jax.jit(lambda *placed: loss.in_chunks(PIECES, z_loss, *placed, softcap))(*placed)
+        only_value = jax.jit(lambda *placed: chunked_cross_entropy.in_chunks(PIECES, z_loss, *placed, softcap))(*placed)
     np.testing.assert_allclose([found / 2, entropy], only_value, rtol=1e-6)
     np.testing.assert_allclose([found / 2, entropy], [expected[0], plainly(*given, 0.0, softcap)], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a / 2, b, rtol=1e-5, atol=1e-5), gradients, expected[1])

@@ -10,11 +10,12 @@ import optax
 import pytest
 from helpers import KERNEL, batch, final_arrays, lines_of, tiny
 
-from lm_jax import checkpoint, cli, evaluate, load_model, main, optimizer, train
+from lm_jax import checkpoint, cli, evaluate, load_model, loss_scale, main, optimizer, step_folders, train
 from lm_jax.config import Mesh
 from lm_jax.data import loader
+from lm_jax.loss_scale import all_finite, dynamic_loss_scale, skip_nonfinite
 from lm_jax.mesh import make_mesh
-from lm_jax.optimizer import all_finite, dynamic_loss_scale, make_optimizer
+from lm_jax.optimizer import make_optimizer
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import accumulate, compile_step
 
@@ -36,7 +37,7 @@ def same_bits(a, b) -> bool:
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_a_skipped_update_never_was(bad):
-    rule = dynamic_loss_scale(optax.adam(0.1))
+    rule = skip_nonfinite(optax.adam(0.1))
     parameters, state = feed(rule, [bad])
     assert same_bits(parameters, {"w": np.float32([2.0, -0.0])})
     found, expected = feed(rule, [3.0, bad, bad, -1.0]), feed(rule, [3.0, -1.0])
@@ -66,7 +67,7 @@ def test_overflow_counts_towards_the_end_only_at_the_smallest_scale():
 def test_a_power_of_two_changes_no_bit():
     plain = optax.sgd(0.1, momentum=0.9)  # unlike Adam's, its updates are as large as the gradient
     scaled, gradients = dynamic_loss_scale(plain, initial=1024, largest=2**24), np.random.RandomState(0).randn(20)
-    found, expected = feed(scaled, gradients * 1024), feed(dynamic_loss_scale(plain), gradients)
+    found, expected = feed(scaled, gradients * 1024), feed(skip_nonfinite(plain), gradients)
     assert same_bits(found[0], expected[0])
 
 
@@ -246,7 +247,7 @@ def test_nothing_but_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, ca
     said = capsys.readouterr().out
     assert "step 6 skipped: the gradient of rows 40 to 47 is not finite" in said and "steps 7 to 8 skipped" in said
     assert f"stopped: {train.MOST_IN_A_ROW} updates in a row were not finite" in said and "from step 16 " in said
-    assert checkpoint.complete_steps(workdir / "checkpoints")[:3] == [2, 4, 6], "the good ones are kept meanwhile"
+    assert step_folders.complete_steps(workdir / "checkpoints")[:3] == [2, 4, 6], "the good ones are kept meanwhile"
     assert len(lines_of(workdir)) <= 6, "it went on for long"
     assert all(np.isfinite(x).all() for x in final_arrays(workdir))
 
@@ -267,7 +268,7 @@ def test_nothing_but_updates_that_are_not_finite_ends_the_run(tmp_path, capsys, 
 
 def test_a_run_whose_state_is_not_finite_ends_before_it_saves(tmp_path, capsys, monkeypatch, decays_too_much):
     """The guard switched off: nothing else stands between NaN and a checkpoint."""
-    monkeypatch.setattr(optimizer, "all_finite", lambda tree: True)
+    monkeypatch.setattr(loss_scale, "all_finite", lambda tree: True)
     assert main.main([*OFTEN, "--config.train.num_steps=50", "--workdir", str(tmp_path / "run")]) == cli.EXIT_FAULT
     assert "stopped: the state after step 2 is not finite (inf or NaN), and is not saved" in capsys.readouterr().out
-    assert not checkpoint.complete_steps(tmp_path / "run" / "checkpoints")
+    assert not step_folders.complete_steps(tmp_path / "run" / "checkpoints")

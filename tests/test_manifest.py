@@ -15,7 +15,7 @@ from etils import epath
 from helpers import LIMIT, ROOT, outputs, start_processes, tiny
 from save_and_restore import digest, run_program
 
-from lm_jax import checkpoint, distributed, load_model, manifest, remote
+from lm_jax import checkpoint, distributed, load_model, manifest, remote, step_folders
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
 from lm_jax.mesh import make_mesh
@@ -117,7 +117,7 @@ def test_in_a_bucket_nothing_is_read_back_and_every_damage_is_found(bucket, tmp_
     assert manifest.invalid_reason(step) == ""
     (step / files.popitem()[0]).unlink()
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
-        checkpoint.newest_valid(place, print, quarantine=True)
+        step_folders.newest_valid(place, print, quarantine=True)
     assert not step.exists() and (place / "checkpoints" / "3.broken" / "MANIFEST.json").exists()
 
 
@@ -264,7 +264,7 @@ def test_only_what_is_read_is_verified(finished, tmp_path, name, how):
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1])) if how == "turned" else path.unlink()
     if how == "gone" and name == "MANIFEST.json":
-        assert checkpoint.complete_steps(epath.Path(run / "checkpoints")) == []
+        assert step_folders.complete_steps(epath.Path(run / "checkpoints")) == []
         return
     assert manifest.invalid_reason(epath.Path(step))
     for model in (str(run), f"{run}@{step.name}"):

@@ -15,7 +15,7 @@ from lm_jax.config import Mesh, flatten
 from lm_jax.data import best_fit, loader, mixed_rows, mixture, packing, shards
 from lm_jax.data.corpus import open_corpus
 from lm_jax.errors import UserError
-from lm_jax.evaluate import Totals, by_source
+from lm_jax.evaluator import Totals, by_source
 from lm_jax.mesh import make_mesh
 
 positive = st.floats(0.01, 10)

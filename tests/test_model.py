@@ -14,8 +14,8 @@ from lm_jax.generate.decoding import next_logits, prefill
 from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
-from lm_jax.model.layers import row_keys
-from lm_jax.model.stack import is_unstacked
+from lm_jax.model.dropout import row_keys
+from lm_jax.model.unstacked import is_unstacked
 
 LENGTH = 64
 

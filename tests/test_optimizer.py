@@ -13,7 +13,8 @@ from lm_jax.config import Mesh, leaves
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.layers import Declaration, constant
-from lm_jax.optimizer import averaged, is_matrix, make_optimizer, schedule
+from lm_jax.optimizer import is_matrix, make_optimizer, schedule
+from lm_jax.parameter_average import averaged
 
 RULES = leaves()["optimizer.name"].metadata["choices"]
 SCALE = Declaration((1,), ("model",), constant(1.0))

@@ -14,11 +14,12 @@ from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
-from lm_jax.evaluate import Evaluator, open_data
+from lm_jax.evaluator import Evaluator
 from lm_jax.generate import chat_template
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.task_heads import label_losses
+from lm_jax.open_data import open_data
 from lm_jax.tasks import dpo_reference
 
 END = 256

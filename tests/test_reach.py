@@ -16,7 +16,7 @@ from lm_jax.data.objectives import example
 from lm_jax.errors import UserError
 from lm_jax.experiment import SHRUNK
 from lm_jax.loss import batch_loss
-from lm_jax.model.layers import Dropout
+from lm_jax.model.dropout import Dropout
 from lm_jax.model_config import RECURRENT
 from lm_jax.reach import is_read
 from lm_jax.train_state import make_program

@@ -12,7 +12,7 @@ import time
 import pytest
 from helpers import LIMIT, ROOT, lines_of
 
-from lm_jax import checkpoint, evaluate, main, stop
+from lm_jax import checkpoint, evaluator, main, step_folders, stop
 
 EVERY, STEPS = 3, 8
 RUN = [
@@ -78,7 +78,7 @@ def check(workdir, phase: str, numbers: tuple[int, ...], code: int, output: str)
     told = f"{phase}, {numbers}, exit {code}:\n{output}"
     assert "Traceback" not in output and "Exception" not in output, told
     done = max([0, *(int(step.replace(",", "")) for step in re.findall(r"^step +([\d,]+) of", output, re.MULTILINE))])
-    saved = max(checkpoint.complete_steps(checkpoint.steps_folder(checkpoint.epath.Path(workdir))), default=0)
+    saved = max(step_folders.complete_steps(step_folders.steps_folder(checkpoint.epath.Path(workdir))), default=0)
     if code == 0:  # it was over before
         assert saved == STEPS, told
     elif code == stop.EXIT_PREEMPTED:
@@ -139,7 +139,7 @@ def test_a_finetune_that_is_stopped_while_it_compiles_begins_again_where_it_woul
     words = [*RUN[:4], f"--config.train.init_from={finished}", "--workdir", str(tmp_path / "run")]
     code, output, _ = signalled(words, "parameters from", 0.1, (signal.SIGTERM,))
     assert code == 143 and output.endswith("lm_jax: stopped\n") and "sample at" not in output, output
-    assert not checkpoint.has_steps(checkpoint.epath.Path(tmp_path / "run"))
+    assert not step_folders.has_steps(checkpoint.epath.Path(tmp_path / "run"))
     for workdir in (tmp_path / "run", tmp_path / "whole"):
         assert main.main([*words[2:-1], str(workdir), "--config.mesh.data=1"]) == 0
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
@@ -179,7 +179,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-EVALUATION, NEXT_STEP = (evaluate.Evaluator, "__call__"), (checkpoint.Saver, "poll")
+EVALUATION, NEXT_STEP = (evaluator.Evaluator, "__call__"), (checkpoint.Saver, "poll")
 CRASHES = [
     (8, EVALUATION, 1, 2),
     (8, EVALUATION, 2, 4),
@@ -205,7 +205,7 @@ def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(
     monkeypatch.setattr(*where, crashing)
     with pytest.raises(Crash):
         main.main(line)
-    assert checkpoint.complete_steps(tmp_path / "checkpoints")[-1] == saved
+    assert step_folders.complete_steps(tmp_path / "checkpoints")[-1] == saved
     assert main.main(line) == 0
     assert lines_of(tmp_path) == lines_of(whole / str(num_rows))
 

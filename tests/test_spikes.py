@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from helpers import LIMIT, ROOT, lines_of, poison
 
-from lm_jax import checkpoint, cli, load_model, main, spikes
+from lm_jax import checkpoint, cli, load_model, main, spikes, step_folders
 from lm_jax.batch_ramp import DataState, Ramp
 from lm_jax.config import Mesh
 from lm_jax.data import loader, mixed_rows
+from lm_jax.manifest import MANIFEST
 from lm_jax.mesh import make_mesh
 from lm_jax.train_state import make_program
 
@@ -128,7 +129,7 @@ def last_state(workdir):
     return (
         [np.asarray(x) for x in jax.tree.leaves(state)],
         data,
-        checkpoint.saved_beside(found.workdir, found.step)["recent"],
+        step_folders.saved_beside(found.workdir, found.step)["recent"],
     )
 
 
@@ -183,25 +184,25 @@ MORE_POINTS = ["before", "restoring", "at the next save"]
 def test_a_run_that_is_killed_while_it_goes_back_is_the_one_that_was_not(recovered, poisoned, tmp_path, point):
     """Wherever it dies on the way, the same command ends with the same bits."""
     poisoned(240, 264)
-    line, real = [*REWIND, "--workdir", str(tmp_path / "killed")], checkpoint.go_back
+    line, real = [*REWIND, "--workdir", str(tmp_path / "killed")], step_folders.go_back
     with pytest.MonkeyPatch.context() as patched:
 
         def dying(*given):
             if point == "before":
                 die()
             if point == "later steps removed":
-                patched.setattr(checkpoint, "write_whole", die_at_the_manifest)
+                patched.setattr(step_folders, "write_whole", die_at_the_manifest)
             real(*given)
             if point == "manifest written":
                 die()
             patched.setattr(*(checkpoint, "restore") if point == "restoring" else (checkpoint.Saver, "save"), die)
 
-        def die_at_the_manifest(path, content, write=checkpoint.write_whole):
-            if path.name == checkpoint.MANIFEST:
+        def die_at_the_manifest(path, content, write=step_folders.write_whole):
+            if path.name == MANIFEST:
                 die()
             write(path, content)
 
-        patched.setattr(checkpoint, "go_back", dying)
+        patched.setattr(step_folders, "go_back", dying)
         with pytest.raises(Killed):
             main.main(line)
     assert main.main(line) == 0
@@ -212,15 +213,15 @@ KILLING = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from helpers import poison
-from lm_jax import checkpoint, cli, main, spikes
+from lm_jax import cli, main, spikes, step_folders
 vars(spikes).update({SMALL})
 poison(240, 264)
-remove = checkpoint.remove_step
+remove = step_folders.remove_step
 def removed(folder, step):
     remove(folder, step)
     if step == 30:
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.remove_step = removed
+step_folders.remove_step = removed
 cli.run_command(main.main)
 """
 
@@ -241,9 +242,9 @@ def test_what_comes_again_and_again_ends_with_70(poisoned, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("went back to step 24") == SMALL["MOST"]
     assert "stopped: the loss jumps again, after rows were left out 2 times from step 24 on" in said
-    steps = checkpoint.complete_steps(tmp_path / "run" / "checkpoints")
+    steps = step_folders.complete_steps(tmp_path / "run" / "checkpoints")
     assert main.main(line) == cli.EXIT_FAULT and "went back" not in capsys.readouterr().out
-    assert checkpoint.complete_steps(tmp_path / "run" / "checkpoints") == steps
+    assert step_folders.complete_steps(tmp_path / "run" / "checkpoints") == steps
     assert main.main([*LINE, "--config.train.on_spike=log", "--workdir", str(tmp_path / "run")]) == 0
 
 

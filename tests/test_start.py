@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from helpers import tiny
 
-from lm_jax import checkpoint, initial_state, load_model, metrics
+from lm_jax import checkpoint, initial_state, load_model, metrics, metrics_file
 from lm_jax.config import Mesh
 from lm_jax.convert import run
 from lm_jax.mesh import make_mesh
@@ -38,7 +38,7 @@ def test_the_lines_up_to_any_step_are_kept(step, kept, tmp_path):
     lines = [{"step": number, "train/loss": 1.0} for number in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     metrics.Writer(epath.Path(tmp_path), step).close()
-    assert [line["step"] for line in metrics.read(epath.Path(tmp_path))] == kept
+    assert [line["step"] for line in metrics_file.read(epath.Path(tmp_path))] == kept
 
 
 def test_a_model_at_step_0_is_found_by_that_name(finished, tmp_path):

@@ -12,12 +12,12 @@ import pytest
 from helpers import LLAMA, tiny
 
 from lm_jax.data.objectives import example, specials
-from lm_jax.evaluate import open_data
 from lm_jax.generate.decoding import next_logits, prefill
 from lm_jax.generate.likelihood import of_rows
 from lm_jax.loss import batch_loss
 from lm_jax.model.build import build
 from lm_jax.model_config import RECURRENT
+from lm_jax.open_data import open_data
 from lm_jax.sharding import einsum
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import train_step

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from helpers import RECORDS, command, tiny, write_table
 
-from lm_jax import metrics
+from lm_jax import metrics_file
 from lm_jax.errors import UserError
-from lm_jax.evaluate import open_data
+from lm_jax.open_data import open_data
 from lm_jax.prepare import readers
 from lm_jax.tasks.regression import Regression
 from lm_jax.tasks.results import Result
@@ -176,7 +176,7 @@ def test_a_value_is_learnt_and_the_command_gives_its_scores(tmp_path):
     quickstart = ["--config", "experiments/quickstart.py:smoke"]
     result = command("main", *quickstart, *arguments(place, "regression"), "--workdir", str(workdir))
     assert result.returncode == 0, result.stderr
-    last = [line for line in metrics.read(workdir) if "final/rmse" in line][-1]
+    last = [line for line in metrics_file.read(workdir) if "final/rmse" in line][-1]
     assert last["final/pearson"] > 0.5, last
     result = command("evaluate", "--model", str(workdir), "--batch_size", "5")
     found = json.loads(result.stdout.strip().split("\n")[-1])

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from helpers import KINDS, tiny, write_table
 
-from lm_jax import evaluate, load_model, main, metrics
+from lm_jax import evaluate, load_model, main, metrics_file
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
-from lm_jax.evaluate import open_data
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
+from lm_jax.open_data import open_data
 from lm_jax.tasks import generate_answers
 
 END = 256  # of the byte tokenizer, before and after a text
@@ -188,7 +188,7 @@ def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsy
         "--config.evaluate.metrics=answers",
     ]
     assert main.main(arguments(place, tmp_path / "run", *kinds, *steps)) == 0
-    last = [line for line in metrics.read(tmp_path / "run") if "final/exact_match" in line][-1]
+    last = [line for line in metrics_file.read(tmp_path / "run") if "final/exact_match" in line][-1]
     assert last["final/exact_match"] > 0.9
     capsys.readouterr()
     assert evaluate.main(["--model", str(tmp_path / "run")]) == 0

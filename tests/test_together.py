@@ -16,7 +16,20 @@ import types
 import pytest
 from helpers import LIMIT, ROOT
 
-from lm_jax import checkpoint, distributed, experiment, metrics, rewind, run_folder, samples, start, stop, train
+from lm_jax import (
+    checkpoint,
+    distributed,
+    experiment,
+    metrics_file,
+    rewind,
+    run_folder,
+    samples,
+    start,
+    step_folders,
+    stop,
+    train,
+    workdir_lock,
+)
 from lm_jax.errors import PeerError, UserError
 from lm_jax.multihost import connection, peers, watchdog
 
@@ -356,12 +369,12 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "line", script)
         if not script.is_main_process:
-            patch.setattr(distributed, "TOGETHER", 0)
+            patch.setattr(workdir_lock, "TOGETHER", 0)
             patch.setattr(checkpoint, "wait_for", lambda path: None)
-            patch.setattr(metrics, "read", lambda folder, log=None: [])
-            for module in (train, start, samples, rewind, checkpoint, distributed):
+            patch.setattr(metrics_file, "read", lambda folder, log=None: [])
+            for module in (train, start, samples, rewind, checkpoint, step_folders, workdir_lock, distributed):
                 patch.setattr(module, "is_main_process", lambda: False)
-            for module, name in ((run_folder, "read_config"), (checkpoint, "expected_data_state")):
+            for module, name in ((run_folder, "read_config"), (step_folders, "expected_data_state")):
                 patch.setattr(module, name, never)
         patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
 

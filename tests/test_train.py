@@ -16,7 +16,7 @@ from helpers import FAMILIES, LIMIT, ROOT, assert_same_run, command, damage, lin
 from one_process import performed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lm_jax import checkpoint, experiment, files, manifest, metrics
+from lm_jax import checkpoint, experiment, files, manifest, metrics_file, step_folders
 from lm_jax.config import Config, Mesh, default_config
 from lm_jax.config_check import resolve
 from lm_jax.data import loader
@@ -70,7 +70,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(reference, tmp_path, numbe
     out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 75, out
     assert "the same command goes on from there" in out and "Traceback" not in out
-    saved = checkpoint.complete_steps(workdir / "checkpoints")[-1]
+    saved = step_folders.complete_steps(workdir / "checkpoints")[-1]
     assert 2 <= saved < STEPS
     if number == signal.SIGTERM:
         result = command("main", *ARGUMENTS, "--workdir", str(workdir), cwd=ROOT)
@@ -92,7 +92,7 @@ def test_a_finished_run_prints_its_result_and_changes_nothing(reference):
 def test_an_event_file_holds_every_scalar_of_the_metrics(reference):
     events = EventAccumulator(str(reference / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
-    lines = metrics.read(reference)
+    lines = metrics_file.read(reference)
     expected = {(line["step"], name): value for line in lines for name, value in line.items() if name != "step"}
     found = {(event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
     assert found.keys() == expected.keys() and len(found) > 50
@@ -111,10 +111,10 @@ def test_samples_are_in_the_event_file(finished):
 
 
 def test_the_metrics_have_no_hole_and_count_tokens(reference):
-    lines = [line for line in metrics.read(reference) if "train/loss" in line]
+    lines = [line for line in metrics_file.read(reference) if "train/loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["train/tokens"] for line in lines] == [8 * 64 * step for step in range(1, STEPS + 1)]
-    assert [line["step"] for line in metrics.read(reference) if "eval/loss" in line] == [4, 8, 12]
+    assert [line["step"] for line in metrics_file.read(reference) if "eval/loss" in line] == [4, 8, 12]
 
 
 def test_the_config_is_kept_with_where_values_came_from(reference):
@@ -125,7 +125,7 @@ def test_the_config_is_kept_with_where_values_came_from(reference):
 
 
 def test_retention_keeps_the_newest(reference):
-    assert checkpoint.complete_steps(reference / "checkpoints") == [9, 12]
+    assert step_folders.complete_steps(reference / "checkpoints") == [9, 12]
     assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["12", "9"]
 
 
@@ -174,7 +174,7 @@ def test_a_step_that_was_never_finished_is_removed(copy):
     (copy / "checkpoints" / "12.unfinished").touch()
     (copy / "checkpoints" / "15.orbax-checkpoint-tmp").mkdir()
     said = []
-    checkpoint.clean(checkpoint.epath.Path(copy), said.append)
+    step_folders.clean(checkpoint.epath.Path(copy), said.append)
     assert [path.name for path in (copy / "checkpoints").iterdir()] == ["9"] and len(said) == 2
 
 
@@ -182,11 +182,11 @@ def test_a_step_that_lost_its_manifest_is_set_aside_and_a_run_without_another_do
     folder, said = copy / "checkpoints", []
     for step in ("9", "12"):
         (folder / step / "MANIFEST.json").unlink()
-    assert checkpoint.has_steps(checkpoint.epath.Path(copy))
-    checkpoint.clean(checkpoint.epath.Path(copy), said.append)
+    assert step_folders.has_steps(checkpoint.epath.Path(copy))
+    step_folders.clean(checkpoint.epath.Path(copy), said.append)
     assert sorted(path.name for path in folder.iterdir()) == ["12.broken", "9.broken"] and len(said) == 2
     with pytest.raises(UserError, match="is whole; remove the folder to start over"):
-        checkpoint.newest_valid(checkpoint.epath.Path(copy), said.append, quarantine=True)
+        step_folders.newest_valid(checkpoint.epath.Path(copy), said.append, quarantine=True)
 
 
 def test_what_is_not_ours_beside_the_steps_stays(copy):
@@ -195,9 +195,9 @@ def test_what_is_not_ours_beside_the_steps_stays(copy):
     for name in names:
         (folder / name).mkdir()
         (folder / name / "notes.txt").write_text("mine")
-    checkpoint.clean(checkpoint.epath.Path(copy), print)
+    step_folders.clean(checkpoint.epath.Path(copy), print)
     assert all((folder / name / "notes.txt").read_text() == "mine" for name in names)
-    assert checkpoint.complete_steps(checkpoint.epath.Path(folder)) == [9, 12]
+    assert step_folders.complete_steps(checkpoint.epath.Path(folder)) == [9, 12]
 
 
 def test_a_second_run_in_the_workdir_is_refused(copy):
@@ -311,7 +311,7 @@ def smoke(name: str, folder: pathlib.Path) -> list[str]:
 def test_smoke_of_every_experiment_runs_two_steps(names, tmp_path):
     for name, result in zip(names, performed([smoke(name, tmp_path / name) for name in names], tmp_path), strict=True):
         assert result["code"] == 0, name + result["output"]
-        found, config = metrics.read(tmp_path / name / "run"), command_config(name)
+        found, config = metrics_file.read(tmp_path / name / "run"), command_config(name)
         assert [line["step"] for line in found if "train/loss" in line] == [1, 2], name
         for words in ("parameters", "this machine: cpu", "validation loss", "next:", "done in"):
             assert words in result["output"], name

@@ -12,11 +12,12 @@ from helpers import tiny
 from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
-from lm_jax.evaluate import Evaluator, open_data
+from lm_jax.evaluator import Evaluator
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model import task_heads
 from lm_jax.model.build import build
+from lm_jax.open_data import open_data
 from lm_jax.tasks.questions import QuestionAnswering, best_span, windows
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.tags import TokenClassification

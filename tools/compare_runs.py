@@ -6,7 +6,7 @@ import sys
 
 from etils import epath
 
-from lm_jax import cli, metrics, run_folder
+from lm_jax import cli, metrics_file, run_folder
 from lm_jax.config import difference
 from lm_jax.errors import UserError
 from lm_jax.tasks import results
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     short = [os.path.basename(path) for path in flags.runs]
     names = short if len({*short}) == len(short) else flags.runs
-    runs = {name: metrics.read(epath.Path(path), print) for name, path in zip(names, flags.runs, strict=True)}
+    runs = {name: metrics_file.read(epath.Path(path), print) for name, path in zip(names, flags.runs, strict=True)}
     if empty := [name for name, lines in runs.items() if not lines]:
         raise UserError(
             f"no metrics in {', '.join(empty)}: name the folder that holds metrics.jsonl, such as runs/quickstart"

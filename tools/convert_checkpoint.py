@@ -14,7 +14,7 @@ import shlex
 
 from transformers_peer import prover
 
-from lm_jax import cli, distributed, load_model
+from lm_jax import cli, distributed, job, load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import export, hugging_face, run
 from lm_jax.mesh import make_mesh
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     flags, log = parser.parse_args(arguments), Terminal()
     again = shlex.join(["python", "tools/convert_checkpoint.py", *arguments, "--unproven"])
     to_gguf = flags.output.endswith(".gguf")
-    if not distributed.does_it_alone():
+    if not job.does_it_alone():
         return 0
     with jax.set_mesh(make_mesh(Mesh(data=1), [distributed.own(distributed.devices())])):
         if flags.model.endswith(".gguf") and not flags.over:

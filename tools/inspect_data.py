@@ -10,7 +10,7 @@ import sys
 
 from lm_jax import cli, experiment
 from lm_jax.batch_ramp import make_ramp, with_steps
-from lm_jax.evaluate import open_data
+from lm_jax.open_data import open_data
 from lm_jax.plan.inspection import show, statistics
 
 

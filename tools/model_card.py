@@ -3,7 +3,7 @@
 Without --output it is printed. What only a person knows stands in it as a line to FILL IN.
 """
 
-from lm_jax import checkpoint, cli, load_model, manifest
+from lm_jax import checkpoint, cli, load_model, manifest, step_folders
 from lm_jax.errors import UserError
 from lm_jax.files import write_whole
 from lm_jax.terminal import Terminal
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     found = load_model.locate(flags.model, log)
     if found.described:
         parser.error(f"--model {flags.model} is a Hugging Face folder: the run knows what it was trained on")
-    step = checkpoint.steps_folder(found.workdir) / str(found.step)
+    step = step_folders.steps_folder(found.workdir) / str(found.step)
     if problem := manifest.invalid_reason(step, items=("data",)):  # the card says what was read of the text, too
         raise UserError(f"--model {flags.model}: step {found.step}: {problem}")
     text = card(found)

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from etils import epath
 
-from lm_jax import load_model, metrics
+from lm_jax import load_model, metrics_file
 from lm_jax.data.corpus import open_corpus
 
 matplotlib.use("Agg")
@@ -16,8 +16,8 @@ from matplotlib import pyplot  # noqa: E402
 
 
 def main(workdir: str, picture: str) -> None:
-    lines = metrics.read(epath.Path(workdir))
-    training, held_out = (metrics.series(lines, name) for name in ("train/loss", "eval/bits_per_byte"))
+    lines = metrics_file.read(epath.Path(workdir))
+    training, held_out = (metrics_file.series(lines, name) for name in ("train/loss", "eval/bits_per_byte"))
     split = open_corpus(load_model.locate(workdir).config.data)
     text = split.tokenizer.decode(np.asarray(split.splits["validation"].tokens)).encode()
     _, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

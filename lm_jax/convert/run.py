@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax import checkpoint, load_model, manifest, run_folder
+from lm_jax import checkpoint, load_model, manifest, run_folder, step_folders
 from lm_jax.convert import hugging_face
 from lm_jax.data import special_ids
 from lm_jax.data.objectives import specials
@@ -49,7 +49,7 @@ def write(
     )
     flat = flatten_mapping(parameters).items()
     kept = unflatten_mapping({path: x[: graph.declarations[path].shape[0]] for path, x in flat})
-    folder = checkpoint.steps_folder(workdir) / "0"
+    folder = step_folders.steps_folder(workdir) / "0"
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
         orbax.save(folder, args=ocp.args.Composite(parameters=ocp.args.StandardSave(kept)))
     manifest.write_manifest(folder, {"step": 0} | {name: facts[name] for name in checkpoint.FACTS})

@@ -19,7 +19,7 @@ from lm_jax.data.special_ids import SpecialIds, of_documents
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.generate.decoding import Completion, Prompt, State, contexts, is_any, lay, next_logits, prefill, written_by
 from lm_jax.model.build import ModelDef
-from lm_jax.model.stack import Unstacked
+from lm_jax.model.unstacked import Unstacked
 from lm_jax.sharding import iota, reshape
 
 NEVER = -1e9

@@ -21,7 +21,7 @@ from lm_jax.mesh import batch_shards
 from lm_jax.model.attention import Context
 from lm_jax.model.build import ModelDef
 from lm_jax.model.encoder_decoder import EncoderDecoder
-from lm_jax.model.stack import Unstacked, is_unstacked
+from lm_jax.model.unstacked import Unstacked, is_unstacked
 from lm_jax.model_config import OBJECTIVES
 from lm_jax.sharding import computed, constrain, iota, on_each_device
 

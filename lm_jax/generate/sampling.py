@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.model.layers import row_keys
+from lm_jax.model.dropout import row_keys
 from lm_jax.sharding import computed, on_each_device
 
 

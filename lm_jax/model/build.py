@@ -1,4 +1,4 @@
-"""Builds the model of a config: a Flax NNX module whose parameters are kept outside of it, in a nested dict of arrays."""
+"""Builds the model of a config: a Flax NNX module, whose parameters are kept in a nested dict of arrays beside it."""
 
 import dataclasses
 import functools
@@ -13,8 +13,8 @@ from lm_jax.model.language_model import LanguageModel
 from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
-from lm_jax.model.stack import Unstacked, is_unstacked
 from lm_jax.model.transformer import Transformer
+from lm_jax.model.unstacked import Unstacked, is_unstacked
 
 KINDS: dict[str, type[LanguageModel]] = {
     "transformer": Transformer,
@@ -28,22 +28,17 @@ KINDS: dict[str, type[LanguageModel]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument of compiled functions
 class ModelDef:
-    """A model without its arrays: `declarations` says what its parameters are, `init` makes them, `module` computes with them."""
+    """A model without its arrays: `declarations` describes the parameters, `init` makes them, `module` computes with them."""
 
     config: Model
     sequence_length: int
-    graph_and_state: tuple  # the module as `layers.split` takes it apart
+    graph_and_state: tuple  # the module as `layers.split` returns it
     declarations: dict[tuple[str, ...], Declaration]  # by the path of the parameter
 
     def init(self, root: jax.Array, sharded: bool = False) -> dict:
         """Fresh parameters from a root key, as a nested dict. With `sharded` (under jit) each device makes only its shards."""
-        parameters: dict = {}
-        for path, declared in self.declarations.items():
-            node = parameters
-            for name in path[:-1]:
-                node = node.setdefault(name, {})
-            node[path[-1]] = make(declared, path, root, sharded)
-        return parameters
+        flat = {path: make(declared, path, root, sharded) for path, declared in self.declarations.items()}
+        return nnx.traversals.unflatten_mapping(flat)
 
     def module(self, parameters: dict) -> LanguageModel:
         """The module with these parameters in place. Call it inside a traced function."""
@@ -52,9 +47,9 @@ class ModelDef:
         return module
 
     def unstacked(self, parameters: dict) -> dict:
-        """The parameters as generation reads them: where `config.unroll`, every stack [L, ...] as L arrays (`Unstacked`).
+        """The parameters as generation reads them: with `config.unroll` a copy of every stack [L, ...] as L arrays (`Unstacked`).
 
-        The stacks are copied. Parameters whose layers are unstacked already come back as they are.
+        Parameters whose layers are unstacked already come back as they are.
         """
         return _unstacked(self, parameters) if self.config.unroll and not is_unstacked(parameters) else parameters
 
@@ -63,7 +58,7 @@ class ModelDef:
         return KINDS[self.config.kind].empty_caches(self.config, batch, slots)
 
     def tree(self, of_declaration) -> dict:
-        """A nested dict like the parameters, with `of_declaration(declared)` at each leaf."""
+        """A nested dict like the parameters, with `of_declaration(declaration)` at each leaf."""
         flat = {path: of_declaration(declared) for path, declared in self.declarations.items()}
         return nnx.traversals.unflatten_mapping(flat)
 

@@ -1,5 +1,6 @@
-"""BERT (Devlin et al., arXiv:1810.04805): blocks that are not causal, token types, and its heads: in pretraining two, for masked
-tokens and for the next sentence; in finetuning that of the task.
+"""BERT (Devlin et al., arXiv:1810.04805): blocks that are not causal, token types, and heads.
+
+In pretraining there are two heads, for masked tokens and for the next sentence; in finetuning there is that of the task.
 
 Shape suffixes: B batch, T length, D model, C labels.
 """
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
+from lm_jax.model.dropout import Dropout
 from lm_jax.model.language_model import ModelOutputs
-from lm_jax.model.layers import Dense, Dropout, Embedding, constant, declare, model_norm
+from lm_jax.model.layers import Dense, Embedding, constant, declare, model_norm
 from lm_jax.model.task_heads import PER_TOKEN
 from lm_jax.model.transformer import ACTIVATIONS, Transformer
 
@@ -18,7 +20,7 @@ NUM_SEGMENTS = 2  # token types of BERT: a segment has two texts; the second fol
 
 
 class Encoder(Transformer):
-    """A Transformer that is not causal. The first token of a segment answers for all of it, a masked token for itself."""
+    """A Transformer that is not causal. Heads read the first token of a segment, or a masked token."""
 
     def __init__(self, config: Model, vocab_size: int, sequence_length: int):
         super().__init__(config, vocab_size, sequence_length)
@@ -34,8 +36,10 @@ class Encoder(Transformer):
         self.next_sentence = dense(2)
 
     def __call__(self, tokens_BT, context: Context, dropout: Dropout | None = None, caches=None, types_BT=None):
-        """int32 tokens [B, T] -> final states [B, T, D], and what blocks return beside them. `types_BT`: which of the two texts
-        a token is of, 0 or 1; None: 0."""
+        """int32 tokens [B, T] -> final states [B, T, D], and the second output of the blocks.
+
+        `types_BT` says to which of two texts a token belongs, 0 or 1 (None: all 0).
+        """
         assert caches is None, "an encoder writes no text"
         x_BTD = self.embed(tokens_BT, context.positions)
         types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
@@ -43,6 +47,7 @@ class Encoder(Transformer):
         return self.through(x_BTD, context, dropout)
 
     def read(self, batch: dict, dropout: Dropout | None = None) -> ModelOutputs:
+        """The outputs for a batch, which has `token_type_ids` too."""
         context = Context(batch["positions"], batch["segment_ids"])
         states_BTD, aux = self(batch["tokens"], context, dropout, types_BT=batch["token_type_ids"])
         return ModelOutputs(None if self.config.head else self.fill(states_BTD), self.label_logits(states_BTD), aux)

@@ -11,9 +11,11 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
-from lm_jax.model.attention_layer import Attention, Cache, empty_cache, visible_keys
+from lm_jax.model.attention_layer import Attention
+from lm_jax.model.dropout import Dropout, apply_dropout
+from lm_jax.model.kv_cache import Cache, empty_cache, visible_keys
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
-from lm_jax.model.layers import Dropout, Embedding, Norm, apply_dropout, model_norm
+from lm_jax.model.layers import Embedding, Norm, model_norm
 from lm_jax.model.positions import RelativeBias, RopeAngles, add_positions, learned_positions, rope_angles
 from lm_jax.model.stack import run_layers, stacked
 from lm_jax.model.transformer import Mlp
@@ -76,6 +78,7 @@ class EncoderDecoder(LanguageModel):
         return empty_cache(config, config.num_layers, batch, slots)
 
     def read(self, batch: dict, dropout: Dropout | None = None) -> ModelOutputs:
+        """The outputs of the decoder for a batch, which has `encoder_*` arrays too."""
         source = Context(batch["encoder_positions"], batch["encoder_segment_ids"])
         encoded_BSD = self.encode(batch["encoder_tokens"], source, dropout)
         target = Context(batch["positions"], batch["segment_ids"])

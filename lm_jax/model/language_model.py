@@ -1,4 +1,4 @@
-"""What every language model has: a vocabulary with an embedding and an output table, and how it reads a batch.
+"""What every language model has: an embedding, an output table, and how it reads a batch.
 
 Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, V padded vocabulary, C labels.
 """
@@ -12,21 +12,22 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
-from lm_jax.model.layers import Dense, Dropout, Embedding, capped
+from lm_jax.model.dropout import Dropout
+from lm_jax.model.layers import Dense, Embedding, capped
 from lm_jax.model.task_heads import num_outputs
 from lm_jax.sharding import constrain, einsum, iota, reshape
 
 
 class ModelOutputs(NamedTuple):
-    """What a model makes of a batch for the loss. Logits of tokens are hidden states times the output table."""
+    """What the loss of a batch is computed from. Logits of tokens are hidden states times the output table."""
 
     hidden_BTD: jax.Array | None  # None where a task's head predicts instead of the output table
-    labels_BTC: jax.Array | None = None  # float32 logits of that head, or of the next sentence (first tokens)
-    aux: Any = None  # of experts: the routing losses
+    labels_BTC: jax.Array | None = None  # float32 logits of that head, or of the next sentence (read at first tokens)
+    aux: Any = None  # the routing losses of experts
 
 
 class LanguageModel(nnx.Module):
-    """Embedding and output table. `padded_vocab_size` is padded; `vocab_size` of it are real."""
+    """Embedding and output table. The tables have `padded_vocab_size` rows, the first `vocab_size` of them for tokens."""
 
     output_bias: nnx.Param | None = None
     softcap, divisor = 0.0, 1.0  # logits are divided by `divisor`, then bounded by `softcap` (0: not at all)
@@ -41,7 +42,7 @@ class LanguageModel(nnx.Module):
         self.labels = task_head() if config.head else None
 
     def __call__(self, tokens_BT: jax.Array, context: Context, dropout: Dropout | None = None, caches=None):
-        """int32 tokens [B, T] -> final hidden states [B, T, D], and what layers return beside them, such as caches."""
+        """int32 tokens [B, T] -> final hidden states [B, T, D], and what layers return beside them: caches, routing losses."""
         raise NotImplementedError
 
     @staticmethod
@@ -50,7 +51,7 @@ class LanguageModel(nnx.Module):
         raise NotImplementedError
 
     def read(self, batch: dict, dropout: Dropout | None = None) -> ModelOutputs:
-        """The outputs for a batch, a dict of arrays [B, T]: tokens, positions, segment_ids and what the kind of model needs."""
+        """The outputs for a batch: arrays [B, T] of tokens, positions, segment_ids, and what the kind of model needs."""
         hidden_BTD, aux = self(batch["tokens"], Context(batch["positions"], batch["segment_ids"]), dropout)
         if self.labels is None:
             return ModelOutputs(hidden_BTD, aux=aux)
@@ -58,16 +59,16 @@ class LanguageModel(nnx.Module):
 
     @property
     def output_table(self) -> jax.Array:
-        """[V, D] as it is stored: the logit of a token is its row times the hidden state."""
+        """[V, D] in the stored layout: the logit of a token is its row times the hidden state."""
         return (self.unembedding or self.embedding).table[...]
 
     @property
-    def bias_V(self) -> jax.Array | None:
-        """The bias of the logits, as it is stored."""
+    def bias_V(self) -> jax.Array | None:  # noqa: N802  (V is a shape suffix)
+        """The bias of the logits, in the stored layout."""
         return None if self.output_bias is None else self.output_bias[...]
 
     def before_table(self, x_BTD: jax.Array) -> jax.Array:
-        """Hidden states as they are multiplied with the output table: divided here where the logits are to be."""
+        """Hidden states as they are multiplied with the output table, which divides the logits by `divisor`."""
         return x_BTD if self.divisor == 1 else x_BTD / self.divisor
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

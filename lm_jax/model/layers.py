@@ -18,29 +18,34 @@ from lm_jax.sharding import constrain, einsum, reshape, stored, take
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """A parameter before it exists. `inputs` and `outputs` are the dims that a product maps from and to; the optimizer's rules
-    (weight decay, Muon, Adafactor) read them."""
+    """A parameter before its array exists.
+
+    `inputs` and `outputs` are the dims that a product maps from and to: weight decay, Muon and Adafactor read them.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     initializer: Callable[..., jax.Array]
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
-    layers: tuple[int, ...] = ()  # leading dims over which matrices are stacked: layers, experts
+    layers: tuple[int, ...] = ()  # the leading dims over which matrices are stacked: layers, experts
     dtype: jnp.dtype = jnp.dtype("float32")
 
 
 def declare(shape, axes, initializer, inputs=(), outputs=(), layers=()) -> nnx.Param:
+    """A parameter with its declaration as metadata and a shape instead of an array."""
     assert len(shape) == len(axes)
     declared = Declaration(tuple(shape), tuple(axes), initializer, inputs, outputs, layers)
     return nnx.Param(jax.ShapeDtypeStruct(declared.shape, declared.dtype), declared=declared)
 
 
 def normal(stddev: float) -> Callable[..., jax.Array]:
+    """Initialiser: normal numbers with mean 0."""
     return lambda key, shape, dtype, layout: stddev * jax.random.normal(key, shape, dtype, out_sharding=layout)
 
 
 def constant(value: float) -> Callable[..., jax.Array]:
+    """Initialiser: one value everywhere."""
     return lambda key, shape, dtype, layout: jnp.full(shape, value, dtype, out_sharding=layout)
 
 
@@ -56,42 +61,14 @@ def make(declared: Declaration, path: tuple[str, ...], root: jax.Array, sharded:
 
 
 def repeated(create: Callable[[jax.Array], jax.Array], size: int) -> Callable[[jax.Array], jax.Array]:
-    """`create`, `size` times over, each with the key folded with its index."""
+    """`create` for `size` layers, each with the key folded with the index of the layer."""
     return lambda key: jax.vmap(create)(jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(size)))
 
 
-def row_keys(root: jax.Array, name: str, step: jax.Array, layer: jax.Array | int, row_B: jax.Array) -> jax.Array:
-    """One key a row: root folded with crc32(name), step, layer, row. No mesh, batch or process enters."""
-    key = jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, layer), row_B)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-    """Dropout of a batch, whose random numbers depend on the root key, the step and the rows [B] of the training stream."""
-
-    root: jax.Array
-    step: jax.Array
-    row_B: jax.Array
-
-    def __call__(self, x_BTD: jax.Array, rate: float, name: str, layer: jax.Array | int = 0) -> jax.Array:
-        """Inverted dropout (arXiv:1207.0580) at a rate above 0, each row from its own key; `name` is the place in a layer."""
-        keys_B = row_keys(self.root, f"dropout/{name}", self.step, layer, self.row_B)
-        keep_BTD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys_B)
-        return jnp.where(keep_BTD, x_BTD / (1 - rate), 0)
-
-
-def apply_dropout(
-    dropout: Dropout | None, x_BTD: jax.Array, rate: float, name: str, layer: jax.Array | int = 0
-) -> jax.Array:
-    """`x` with dropout; `x` itself outside of training (`dropout` is None) and at rate 0."""
-    return dropout(x_BTD, rate, name, layer) if dropout and rate else x_BTD
-
-
 class Dense(nnx.Module):
-    """Affine map from the last `len(inputs)` dims: [B, T, *inputs] -> [B, T, *outputs].
+    """Affine map [B, T, *inputs] -> [B, T, *outputs], with an adapter where `lora.py` adds one.
 
-    The product itself has two dims, [B*T, I] x [I, O]: on CPU products of rank 3 cost half as much again.
+    The product is one of matrices, [B*T, I] x [I, O]: on a CPU products of rank 3 take half as long again.
     """
 
     lora_a: nnx.Param | None = None
@@ -106,22 +83,8 @@ class Dense(nnx.Module):
         self.kernel = declare(sizes, (*inputs, *outputs), normal(stddev), *dims)
         self.bias = declare(outputs.values(), outputs, constant(0.0)) if bias else None
 
-    def adapt(self, rank: int, alpha: float) -> None:
-        """An adapter beside the declared kernel (LoRA, arXiv:2106.09685): x W + alpha / rank * x A B. B is zero at first."""
-        of = self.kernel.get_metadata("declared")
-        start, middle = len(of.layers), len(of.layers) + len(of.inputs)
-        parts = lambda dims: (dims[:start], dims[start:middle], dims[middle:])
-        (layers, inputs, outputs), (of_layers, of_inputs, of_outputs) = parts(of.shape), parts(of.axes)
-        self.lora_a = declare(
-            (*layers, *inputs, rank), (*of_layers, *of_inputs, "rank"), normal(1 / math.sqrt(math.prod(inputs))),
-            of.inputs, (middle,), of.layers,
-        )  # fmt: skip
-        dims = tuple(range(start + 1, start + 1 + len(outputs)))
-        shape, axes = (*layers, rank, *outputs), (*of_layers, "rank", *of_outputs)
-        self.lora_b = declare(shape, axes, constant(0.0), (start,), dims, of.layers)
-        self.lora_scale = alpha / rank
-
     def __call__(self, x: jax.Array) -> jax.Array:
+        """-> [B, T, *outputs] in the dtype of `x`."""
         of = self.kernel.get_metadata("declared")
         outputs, sizes = of.axes[-len(of.outputs) :], self.kernel[...].shape[self.num_inputs :]
         batch, length = x.shape[:2]
@@ -135,7 +98,7 @@ class Dense(nnx.Module):
         y = reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
         if self.bias is None:
             return y
-        bias = constrain(self.bias[...], *outputs)  # float32, as is the sum over all tokens that is its gradient
+        bias = constrain(self.bias[...], *outputs)  # float32, because its gradient is a sum over all tokens
         return (y.astype(bias.dtype) + bias[None, None]).astype(x.dtype)
 
 
@@ -159,6 +122,7 @@ class Norm(nnx.Module):
         self.bias = declare(sizes, self.axes, constant(0.0)) if bias and kind == "layernorm" else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """-> like `x`, in its dtype."""
         num = len(self.axes)
         x, lead, last = x_BTD.astype(jnp.float32), (None,) * (x_BTD.ndim - num), tuple(range(-num, 0))
         if self.kind == "layernorm":
@@ -171,12 +135,12 @@ class Norm(nnx.Module):
 
 
 def model_norm(config: Model) -> Norm:
-    """A norm over the model dim, of the kind that the config names."""
+    """A norm over the model dim, of the kind `config.norm`."""
     return Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, read by id."""
+    """A table with a vector for each id."""
 
     def __init__(self, num: int, dim: int, axis: str, stddev: float):
         self.table = declare((num, dim), (axis, "model"), normal(stddev), (0,), (1,))
@@ -188,7 +152,7 @@ class Embedding(nnx.Module):
 
 
 def capped(logits: jax.Array, cap: float) -> jax.Array:
-    """Logits between -cap and cap, as they are near 0 (Gemma 2, arXiv:2408.00118, section 2)."""
+    """Logits bounded by -cap and cap, nearly unchanged near 0 (Gemma 2, arXiv:2408.00118, section 2)."""
     return cap * jnp.tanh(logits / cap)
 
 
@@ -201,7 +165,6 @@ def split(block: nnx.Module):
 def merge(graph_and_state, parameters: dict) -> nnx.Module:
     """The module that `split` took apart, with these parameters in place."""
     graph, state = graph_and_state
-    # A copy of the containers, not of arrays: `replace_by_pure_dict` writes in place.
-    state = jax.tree.map(lambda leaf: leaf, state)
+    state = jax.tree.map(lambda leaf: leaf, state)  # copies containers, no arrays: the next line writes in place
     nnx.replace_by_pure_dict(state, parameters)
     return nnx.merge(graph, state)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm_jax.collectives import sum_over
 from lm_jax.config import Model
 from lm_jax.model.layers import Declaration, Dense, declare, normal
-from lm_jax.sharding import computed, constrain, on_each_device, precision, sum_over
+from lm_jax.sharding import computed, constrain, on_each_device, precision
 
 
 class Experts(nnx.Module):

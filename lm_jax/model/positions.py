@@ -70,11 +70,32 @@ def rope_angles(
     return RopeAngles(*jax.lax.optimization_barrier(both))
 
 
-def llama3_scaled(frequency_R: jax.Array, factor: float, low: float, high: float, length: float) -> jax.Array:
-    """Frequencies for longer texts: low ones divided by `factor`, high ones kept, a linear passage between (Llama 3,
-    arXiv:2407.21783, section 3.2).
+def rope_of_blocks(config: Model, positions_BT: jax.Array) -> list[RopeAngles | None]:
+    """The rope angles of each block of the layer pattern (`config.window`); blocks with the same angles share the arrays.
 
-    Low is a frequency of less than `low` rotations over `length` tokens, high one of more than `high`. `length` 0: all are low.
+    Blocks with a window may have another base, without scaling (Gemma 3); each rotates its share of a head's width (0: none).
+    """
+    made: dict[tuple[int, tuple], RopeAngles] = {}
+
+    def of_block(window: int, share: float) -> RopeAngles | None:
+        width = int(config.head_dim * share)
+        if config.positions != "rotary" or not width:
+            return None
+        settings: tuple = (config.rotary_base, config.rotary_scaling, config.rotary_scaling_kind)
+        settings = (config.rotary_local_base,) if window and config.rotary_local_base else settings
+        if (width, settings) not in made:
+            made[width, settings] = rope_angles(positions_BT, width, *settings)
+        return made[width, settings]
+
+    shares = config.rotary_share * (len(config.window) // len(config.rotary_share))
+    return [of_block(*each) for each in zip(config.window, shares, strict=True)]
+
+
+def llama3_scaled(frequency_R: jax.Array, factor: float, low: float, high: float, length: float) -> jax.Array:
+    """Frequencies for longer texts (Llama 3, arXiv:2407.21783, section 3.2): low ones divided by `factor`, high ones kept.
+
+    Low is a frequency of less than `low` rotations over `length` tokens, high one of more than `high`; between them the
+    factor changes linearly. `length` 0: all are low.
     """
     rotations_R = length * frequency_R / (2 * jnp.pi)
     share_R = jnp.clip((rotations_R - low) / (high - low), 0, 1)
@@ -82,8 +103,7 @@ def llama3_scaled(frequency_R: jax.Array, factor: float, low: float, high: float
 
 
 def yarn_scaled(frequency_R, factor: float, low: float, high: float, length: float, base: float) -> jax.Array:
-    """As `llama3_scaled`, but the passage is linear in the index of the pair, between whole indices (YaRN,
-    arXiv:2309.00071, section 3.2)."""
+    """As `llama3_scaled`, but the factor changes linearly in the index of the pair (YaRN, arXiv:2309.00071, section 3.2)."""
     half = len(frequency_R)
     index = lambda rotations: half * math.log(length / (rotations * 2 * math.pi)) / math.log(base)  # of the pair
     first, last = max(math.floor(index(high)), 0), min(math.ceil(index(low)), 2 * half - 1)

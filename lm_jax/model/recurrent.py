@@ -15,8 +15,9 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
+from lm_jax.model.dropout import Dropout, apply_dropout
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dense, Dropout, apply_dropout, declare, normal
+from lm_jax.model.layers import Dense, declare, normal
 from lm_jax.model.stack import run_layers, stacked
 from lm_jax.sharding import constrain, einsum
 
@@ -118,4 +119,5 @@ class Recurrent(LanguageModel):
         return x_BTD.astype(jnp.dtype(config.compute_dtype)), None if caches is None else states
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """int32 tokens [B, T] -> [B, T, D] in the compute dtype; a recurrent model needs no positions."""
         return self.embedding(tokens_BT, jnp.dtype(self.config.compute_dtype))

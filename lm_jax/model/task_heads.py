@@ -1,7 +1,7 @@
-"""The heads of tasks, which take the place of the output table: how many outputs each has for a token, and its loss.
+"""The heads of tasks, which replace the output table: how many outputs each has for a token, and the losses of tasks.
 
-`labels` and `value` answer once a segment (at the first token of an encoder's, at the last of a causal model's), `tags` at every
-token; `spans` compares all tokens of a segment.
+The heads `labels` and `value` answer once a segment (at its first token in an encoder, at its last in a causal model),
+`tags` at every token; `spans` compares all tokens of a segment.
 
 Shape suffixes: B batch, T length, S the tokens that each is compared with, C outputs of the head.
 """
@@ -22,8 +22,7 @@ def num_outputs(head: str, labels: tuple[str, ...]) -> int:
 
 
 def losses(head: str, logits_BTC: jax.Array, batch: dict) -> jax.Array:
-    """From float32 outputs of a head the losses [B, T], to be masked: cross entropy of labels or of spans in nats, or the squared
-    error of a value."""
+    """Losses [B, T], to be masked, from the float32 outputs of a head: cross entropy in nats, or the squared error of a value."""
     if head == "value":
         return jnp.square(logits_BTC[..., 0] - batch["targets"])
     if head == "spans":
@@ -38,8 +37,11 @@ def label_losses(logits_BTC: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def span_losses(logits_BTC: jax.Array, targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """The loss of a segment in nats, at each of its tokens, [B, T]: the mean of -log softmax(logits)[start of the answer] and the
-    same of its end (Devlin et al., arXiv:1810.04805, 4.2). Each softmax is over the segment's tokens where one may be."""
+    """The loss of a segment in nats, at each of its tokens, [B, T] (Devlin et al., arXiv:1810.04805, section 4.2).
+
+    It is the mean of -log softmax(logits)[start of the answer] and the same of its end. Each softmax is over those tokens of
+    the segment where an answer may start, or end.
+    """
     logits_BSC = constrain(logits_BTC, "batch", None, None)
     targets_BS, segments_BS = (constrain(x, "batch", None) for x in (targets_BT, segment_ids_BT))
     own_BTS = segment_ids_BT[:, :, None] == segments_BS[:, None]
@@ -51,3 +53,16 @@ def span_losses(logits_BTC: jax.Array, targets_BT: jax.Array, segment_ids_BT: ja
         return log_total_BT - jnp.where(answer_BTS, logits_B1S, 0).sum(-1)
 
     return (loss_of(0, MAY_START, STARTS) + loss_of(1, MAY_END, ENDS)) / 2
+
+
+def preference_margins(log_BT: jax.Array, batch: dict) -> jax.Array:
+    """Margins of direct preference optimisation (arXiv:2305.18290, equation 7), float32 [B, T].
+
+    They are read at the first token of a pair: beta * (log pi(chosen) - log pi(rejected)), less the same of the reference
+    model; the loss is -log sigmoid(margin). `log_BT` has log pi of each target. Segments 2k + 1 and 2k + 2 are a pair;
+    `weight` is beta at the targets of the chosen answer, -beta at those of the rejected one; `reference` has the
+    reference's part.
+    """
+    pair_BT = (batch["segment_ids"] + 1) // 2
+    is_same_BTS = pair_BT[:, :, None] == pair_BT[:, None, :]
+    return jnp.where(is_same_BTS, (batch["weight"] * log_BT)[:, None, :], 0).sum(-1) - batch["reference"]

@@ -1,4 +1,4 @@
-"""The Transformer, one stack of blocks: a decoder, and what an encoder is made of.
+"""The Transformer, one stack of blocks: decoders, and the base of encoders.
 
 Shape suffixes: B batch, T length, S cache slots, D model, F mlp, G kv heads, K head, L layers. Layers are stacked: the body of
 the scan is one *period* of the layer pattern (`config.window`), and its parameters are [L / period, ...].
@@ -13,11 +13,13 @@ from flax import nnx
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
-from lm_jax.model.attention_layer import Attention, Cache, empty_cache
+from lm_jax.model.attention_layer import Attention
+from lm_jax.model.dropout import Dropout, apply_dropout
+from lm_jax.model.kv_cache import Cache, empty_cache
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dense, Dropout, Norm, apply_dropout, model_norm
+from lm_jax.model.layers import Dense, Norm, model_norm
 from lm_jax.model.moe import Experts
-from lm_jax.model.positions import RopeAngles, add_positions, learned_positions, rope_angles
+from lm_jax.model.positions import RopeAngles, add_positions, learned_positions, rope_of_blocks
 from lm_jax.model.stack import run_layers, stacked
 from lm_jax.sharding import constrain
 
@@ -30,7 +32,7 @@ ACTIVATIONS = {
 
 
 class Mlp(nnx.Module):
-    """Two products with an activation between; gated: the activation of one half scales the other (arXiv:2002.05202)."""
+    """Two dense layers with an activation between; gated: the activation of a third scales the first (arXiv:2002.05202)."""
 
     def __init__(self, config: Model, output_stddev: float):
         self.config = config
@@ -40,6 +42,7 @@ class Mlp(nnx.Module):
         self.down = Dense(mlp, model, output_stddev, config.bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """-> [B, T, D]."""
         activation = ACTIVATIONS[self.config.activation]
         h_BTF = activation(self.up(x_BTD)) if self.gate is None else activation(self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(h_BTF)
@@ -48,9 +51,9 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Transformer block: attention, then an MLP or experts; output kernels start smaller by sqrt(2 layers) (GPT-2).
 
-    By `config.norm_place`, a branch f (attention or MLP) makes of the residual stream x:
-    pre: x + f(norm(x)) (arXiv:2002.04745); post: norm(x + f(x)) (arXiv:1706.03762); both: x + norm(f(norm(x)));
-    branch: x + norm(f(x)) (arXiv:2501.00656).
+    Each is a branch f of the residual stream x. By `config.norm_place` the stream becomes
+    pre: x + f(norm(x)) (arXiv:2002.04745); post: norm(x + f(x)) (arXiv:1706.03762);
+    both: x + norm(f(norm(x))); branch: x + norm(f(x)) (arXiv:2501.00656).
     """
 
     def __init__(self, config: Model, window: int):
@@ -76,7 +79,7 @@ class Block(nnx.Module):
         dropout: Dropout | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, Any]:
-        """-> [B, T, D], and the cache where there was one, else the routing losses [B, 2] of experts, else None."""
+        """-> [B, T, D], and the new cache where one was given, else the routing losses [B, 2] of experts, else None."""
         post, rate, multiplier = self.config.norm_place == "post", self.config.dropout, self.config.multipliers[1]
         before = lambda x_BTD, norm: x_BTD if post or norm is None else norm(x_BTD)
 
@@ -124,8 +127,10 @@ class Transformer(LanguageModel):
         dropout: Dropout | None = None,
         caches: list[Cache] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """int32 tokens [B, T] -> final hidden states [B, T, D], and for each block of the period what it returned beside them
-        (its caches, or the routing losses [L / period, B, 2] of its experts), stacked over the periods."""
+        """int32 tokens [B, T] -> final hidden states [B, T, D], and the second output of each block of the period.
+
+        That is its caches, or the routing losses [L / period, B, 2] of its experts, stacked over the periods.
+        """
         return self.through(self.embed(tokens_BT, context.positions), context, dropout, caches)
 
     def through(
@@ -135,12 +140,12 @@ class Transformer(LanguageModel):
         dropout: Dropout | None = None,
         caches: list[Cache] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """What `__call__` returns, from embedded tokens [B, T, D]."""
+        """As `__call__`, from embedded tokens [B, T, D]."""
         config = self.config
         x_BTD = apply_dropout(dropout, x_BTD, config.dropout, "embedding")
-        rope, remat = self.angles_of_blocks(context.positions), config.remat if caches is None else "none"
-        # The input of a recomputed layer is kept for the backward pass: split over devices that would all hold the same, and
-        # gathered again in every layer.
+        rope, remat = rope_of_blocks(config, context.positions), config.remat if caches is None else "none"
+        # The input of a recomputed layer is kept for the backward pass. Devices of a tensor group would all hold the same, so
+        # it is split over them, and gathered again in every layer.
         kept = None if remat == "none" else "kept"
 
         def period(blocks, x_BTD, index, caches):
@@ -158,26 +163,8 @@ class Transformer(LanguageModel):
         x_BTD = constrain(x_BTD, "batch", "length", None)
         return self.norm(x_BTD) if self.norm else x_BTD, aux
 
-    def angles_of_blocks(self, positions_BT: jax.Array) -> list[RopeAngles | None]:
-        """The rope angles of each block of the period. Blocks with a window may have another base, without scaling (Gemma 3);
-        each rotates its share of a head's width (0: no rotation). Blocks with the same angles share one array."""
-        config = self.config
-        made: dict[tuple[int, tuple], RopeAngles] = {}
-
-        def of_block(window: int, share: float) -> RopeAngles | None:
-            width = int(config.head_dim * share)
-            if config.positions != "rotary" or not width:
-                return None
-            settings: tuple = (config.rotary_base, config.rotary_scaling, config.rotary_scaling_kind)
-            settings = (config.rotary_local_base,) if window and config.rotary_local_base else settings
-            if (width, settings) not in made:
-                made[width, settings] = rope_angles(positions_BT, width, *settings)
-            return made[width, settings]
-
-        shares = config.rotary_share * (self.period // len(config.rotary_share))
-        return [of_block(*each) for each in zip(config.window, shares, strict=True)]
-
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """int32 tokens and positions [B, T] -> [B, T, D] in the compute dtype."""
         dtype = jnp.dtype(self.config.compute_dtype)
         x_BTD = self.embedding(tokens_BT, dtype)
         if self.config.scale_embedding:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.batch_ramp import Ramp
+from lm_jax.chunked_cross_entropy import CHUNK
 from lm_jax.config import Config
-from lm_jax.loss import CHUNK, is_chunked
+from lm_jax.loss import is_chunked
 from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS

@@ -3,8 +3,8 @@
 {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
 
 A prompt is a text, which the answers continue, or a list of messages, which they answer in the chat template. Both halves of a
-pair stand in one row as two segments; the loss (`loss.preferences`) is one of a pair. A long prompt loses its start, never an
-answer a part.
+pair stand in one row as two segments; the loss is one of a pair (`task_heads.preference_margins`). A long prompt loses its
+start, never an answer a part.
 """
 
 import numpy as np

@@ -7,7 +7,7 @@ person knows (licence, use, what is known to be wrong) stands as a line to FILL 
 import json
 import re
 
-from lm_jax import checkpoint, load_model, metrics, run_folder
+from lm_jax import load_model, metrics_file, run_folder, step_folders
 from lm_jax.plan import counts
 from lm_jax.train_state import make_program
 
@@ -54,7 +54,7 @@ def evaluation(workdir, lines: list[dict]) -> str:
 def training(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict]) -> str:
     """What the steps cost, as a Markdown table."""
     config, log = found.config, found.workdir / "log.txt"
-    consumed = checkpoint.read_data_state(found.workdir, found.step)
+    consumed = step_folders.read_data_state(found.workdir, found.step)
     tokens, dropped = (
         consumed.cursor * config.data.sequence_length,
         sum(last - first for first, last in consumed.skipped),
@@ -75,7 +75,7 @@ def training(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict
 def card(found: load_model.ModelRef) -> str:
     """The card of a run, or of a step of it: Markdown with a head of YAML."""
     config, workdir, saved = found.config, found.workdir, run_folder.read_config(found.workdir)
-    lines = [line for line in metrics.read(workdir, print) if line["step"] <= found.step]
+    lines = [line for line in metrics_file.read(workdir, print) if line["step"] <= found.step]
     counted = counts.count(config, make_program(config, found.vocab_size).graph.declarations)
     task, data = config.train.task, config.data
     what = TASKS.get(task) or KINDS.get(config.model.kind, "text-generation")

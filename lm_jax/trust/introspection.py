@@ -11,6 +11,7 @@ import numpy as np
 
 from lm_jax.model.attention import Context, attend
 from lm_jax.model.layers import merge, split
+from lm_jax.model.positions import rope_of_blocks
 
 
 def log_probabilities(model, tokens: np.ndarray) -> np.ndarray:
@@ -22,7 +23,7 @@ def log_probabilities(model, tokens: np.ndarray) -> np.ndarray:
 def attention_weights(model, tokens: np.ndarray, layer: int) -> np.ndarray:
     """[T, H, S] of one layer, counted from 0: what attention does to values that are the rows of the identity."""
     tokens_BT, context = _as_batch(tokens)
-    x_BTD, angles = model.embed(tokens_BT, context.positions), model.angles_of_blocks(context.positions)
+    x_BTD, angles = model.embed(tokens_BT, context.positions), rope_of_blocks(model.config, context.positions)
     for i in range(layer + 1):
         graph, stack = split(getattr(model, f"block_{i % model.period}"))
         block: Any = merge(graph, jax.tree.map(lambda x, i=i: x[i // model.period], stack))

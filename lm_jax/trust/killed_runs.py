@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm_jax import checkpoint, fault_points, load_model, manifest, metrics
+from lm_jax import checkpoint, fault_points, load_model, manifest, metrics_file, step_folders
 from lm_jax.config import Mesh
 from lm_jax.mesh import make_mesh
 from lm_jax.multihost.roll_call import free_port
@@ -110,7 +110,7 @@ class KilledRuns:
 
     def next_phase(self, workdir: str) -> str:
         """Where the next kill is: every point once, and twice any moments; then all again in another order."""
-        num_saved = len(checkpoint.complete_steps(checkpoint.steps_folder(epath.Path(workdir))))
+        num_saved = len(step_folders.complete_steps(checkpoint.steps_folder(epath.Path(workdir))))
         for phase in self.phases:
             if num_saved >= {"restore": 1, "quarantine": 2}.get(phase, 0):
                 self.phases.remove(phase)
@@ -202,7 +202,7 @@ class KilledRuns:
 
 def _flip_a_bit(steps: epath.Path) -> None:
     """Flips a bit of the newest step, so that the next start has to set it aside."""
-    folder = steps / str(checkpoint.complete_steps(steps)[-1])
+    folder = steps / str(step_folders.complete_steps(steps)[-1])
     path = folder / max(manifest.read_manifest(folder)["files"].items(), key=lambda item: item[1]["bytes"])[0]
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -211,7 +211,7 @@ def _flip_a_bit(steps: epath.Path) -> None:
 
 def outcome(workdir: str) -> dict[str, list]:
     """The log of a run, and the arrays of its newest step: parameters and the optimizer's state."""
-    lines, found = metrics.read(epath.Path(workdir)), load_model.locate(workdir)
+    lines, found = metrics_file.read(epath.Path(workdir)), load_model.locate(workdir)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         state, _ = checkpoint.restore(found.workdir, found.step, make_program(found.config, found.vocab_size))
     numbers = [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]

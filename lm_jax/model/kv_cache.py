@@ -1,0 +1,68 @@
+"""The KV cache of generation: keys and values of the tokens so far, in slots that are used again where a window ends.
+
+Shape suffixes: B batch, T query length, S cache slots, G kv heads, K head, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.config import Model
+from lm_jax.model.attention import Context
+from lm_jax.sharding import computed, constrain, iota, on_each_device
+
+AXES = "batch", "length", "kv_heads", "head_dim"  # of a cache
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, [B, S, G, K] each; the token at position p is in slot p mod S."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def empty_cache(config: Model, num_layers: int, batch: int, slots: int) -> Cache:
+    """Zeros [L, B, S, G, K] in the compute dtype, laid out on the mesh that is set."""
+    shape = (num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    zeros = lambda: constrain(jnp.zeros(shape, config.compute_dtype), "layers", *AXES)
+    return Cache(zeros(), zeros())
+
+
+def slot_context(context: Context, num_slots: int) -> Context:
+    """Position and segment of every slot, [B, S], once the tokens of `context` are written.
+
+    Slot s holds the last position p with p mod S = s, in segment 1; its segment is 0 where there is no such token yet.
+    """
+    last_B = jnp.where(context.segment_ids > 0, context.positions, -1).max(axis=1)
+    slots_BS = iota((last_B.shape[0], num_slots), "batch", "length")
+    positions_BS = last_B[:, None] - (last_B[:, None] - slots_BS) % num_slots
+    return Context(positions_BS, (positions_BS >= 0).astype(jnp.int32))
+
+
+def visible_keys(context: Context, num_slots: int) -> Context:
+    """The keys that queries attend to where there is a cache.
+
+    One new token attends to all slots; the tokens of a prompt, which start the cache, attend to each other.
+    """
+    return slot_context(context, num_slots) if context.positions.shape[1] == 1 else context
+
+
+def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, context: Context) -> jax.Array:
+    """The cache with new keys or values in the slots of their positions.
+
+    They are those of one token a row, at any position, or of a prompt from position 0 on, of which the last S tokens stay.
+    """
+    length, size = new_BTGK.shape[1], cache_BSGK.shape[1]
+    new_BTGK = new_BTGK.astype(cache_BSGK.dtype)
+    if length == 1:
+        here_BS = iota((len(new_BTGK), size), "batch", "length") == context.positions % size
+        written = jnp.where(here_BS[:, :, None, None], new_BTGK, cache_BSGK)
+    elif length <= size:
+        written = jnp.concatenate([new_BTGK, cache_BSGK[:, length:]], axis=1)
+    else:
+        take = lambda new_BTGK, at_BS: jnp.take_along_axis(new_BTGK, at_BS[:, :, None, None], axis=1)
+        layouts = computed(AXES), computed(("batch", "length"))
+        positions_BS = jnp.maximum(slot_context(context, size).positions, 0)
+        written = on_each_device(take, layouts, layouts[0])(new_BTGK, positions_BS)
+    return constrain(written, *AXES)
