@@ -12,7 +12,10 @@ from lm_jax import metrics, train
 from lm_jax.data import loader
 from lm_jax.goodput import Goodput, traced
 
-SMALL = dict(train__num_steps=4, evaluate__every=2, evaluate__prompt="", checkpoint__every=2, optimizer__warmup=1)
+SMALL = dict(
+    train__num_steps=4, evaluate__every=2, evaluate__prompt="", checkpoint__every=2, optimizer__warmup=1, mesh__data=1,
+    model__num_layers=1,
+)  # fmt: skip
 
 
 def run(workdir, **changes) -> int:
