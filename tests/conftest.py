@@ -30,6 +30,28 @@ def pytest_configure(config):
     its passes. So does the default run with XLA_FLAGS set, even to nothing."""
     if "not proof" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", FAST)
+    config.option.loadscopereorder = False  # else files begin by their number of tests
+
+
+# The files that take longest begin first, so that none of them is alone at the end; seconds of processor in docs/notebook.md.
+LONGEST = (
+    "tour",
+    "train",
+    "sharding",
+    "families",
+    "model",
+    "convert",
+    "export",
+    "damage",
+    "spikes",
+    "generate",
+    "adapters",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

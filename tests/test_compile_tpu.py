@@ -1,12 +1,16 @@
 """A train step for a TPU that is not here, compiled by libtpu (extra `[tpu]`)."""
 
+import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT
+
+from lm_jax.errors import UserError
 
 # Twelve layers of 768, rows of 1,024 tokens, eight a device, everything recomputed: what others' numbers are given for.
 CASE = [
@@ -50,10 +54,14 @@ def test_only_sums_over_data_cross_from_one_slice_to_another():
     assert json.loads(result.stdout.strip().split("\n")[-1])["between_slices"] == ["all-reduce"]
 
 
-def test_a_number_of_slices_that_cannot_be_is_refused():
+def test_a_number_of_slices_that_cannot_be_is_refused(monkeypatch):
+    result = compile_tpu(*CASE[:2], "--topology", "0*v5e:2x2")
+    assert result.returncode == 2 and "is no number of slices; such as 2*v5e:2x4" in result.stderr
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # the tool asks for CPUs when it is imported
+    chips = importlib.import_module("compile_tpu").chips
     for topology in ("0*v5e:2x2", "*v5e:2x2", "two*v5e:2x2", "2**v5e:2x2"):
-        result = compile_tpu(*CASE[:2], "--topology", topology)
-        assert result.returncode == 2 and "is no number of slices; such as 2*v5e:2x4" in result.stderr, topology
+        with pytest.raises(UserError, match=r"is no number of slices; such as 2\*v5e:2x4"):
+            chips(topology)
 
 
 def test_a_step_that_cannot_be_is_refused_before_libtpu_is_asked():

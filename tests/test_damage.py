@@ -25,7 +25,7 @@ SMALL = dict(
     model__model_dim=16, model__num_layers=1, model__num_heads=2, model__num_kv_heads=2, model__head_dim=8, model__mlp_dim=32,
     data__sequence_length=32, data__global_batch_size=8, data__packing="best_fit", data__tokenizer="sentencepiece:512",
     train__microbatch_rows=8, checkpoint__every=2, checkpoint__keep_last=3, evaluate__every=2, evaluate__prompt="",
-    optimizer__decay_over=6, model__dropout=0.1,
+    optimizer__decay_over=6, model__dropout=0.1, mesh__data=1,
 )  # fmt: skip
 # What nobody reads again: a picture of the metrics, and words for people.
 FOR_PEOPLE = ("tensorboard/", "log.txt", "lock", "results/test.md")
@@ -372,8 +372,7 @@ def test_a_run_of_the_first_format_is_read_and_goes_on(tmp_path, monkeypatch):
     flags = [f"--config.{path}={saved['config'][path]}" for path, value in saved["origins"].items()
              if value["from"] == "command line"]  # fmt: skip
     line = ["--config", f"{ROOT}/experiments/quickstart.py:smoke", "--workdir", str(tmp_path / "run"), *flags]
-    mesh = ["--config.mesh.data=4", "--config.mesh.tensor=2"]
-    code, said = said_and_code(main.main, [*line, *mesh, "--config.train.num_steps=3"])
+    code, said = said_and_code(main.main, [*line, "--config.mesh.data=1", "--config.train.num_steps=3"])
     if "holds a run on other data" not in said:  # the interpreter's own text depends on its patch level
         assert code == 0 and "resumed at step 2" in said, said
         assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == 2

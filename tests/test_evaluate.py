@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import command, tiny
 
+from lm_jax import evaluate
 from lm_jax.config import Mesh
 from lm_jax.data import loader, shards
 from lm_jax.evaluator import Evaluator
@@ -76,14 +77,15 @@ def test_a_part_of_the_rows(corpus, graph, held):
     assert totals.tokens == 3 * 64
 
 
-def test_the_command_prints_one_object(finished):
-    found = {}
-    for batch, devices in ((1, 1), (8, 8)):
-        result = command(
-            "evaluate", "--model", str(finished), "--split", "test", "--batch_size", str(batch), devices=devices
-        )
-        assert result.returncode == 0, result.stderr
-        found[devices] = json.loads(result.stdout.strip().split("\n")[-1])
+def test_the_command_prints_one_object(finished, eight, capsys):
+    """On one device as a real process, on eight in this one."""
+    line = ["--model", str(finished), "--split", "test", "--batch_size"]
+    result = command("evaluate", *line, "1")
+    assert result.returncode == 0, result.stderr
+    capsys.readouterr()
+    assert evaluate.main([*line, "8"]) == 0
+    printed = {1: result.stdout, 8: capsys.readouterr().out}
+    found = {devices: json.loads(text.strip().split("\n")[-1]) for devices, text in printed.items()}
     assert found[1]["split"] == "test" and found[1]["step"] == 2
     assert found[1]["documents"] > 5 and found[1]["tokens"] == found[8]["tokens"]
     np.testing.assert_allclose(found[1]["eval/loss"], found[8]["eval/loss"], rtol=1e-6)

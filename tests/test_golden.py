@@ -26,7 +26,7 @@ GOLDEN = {found}
 def test_golden_step():
     config = tiny(
         model__dropout=0.1, model__num_layers=4, model__window=(0, 8), model__num_kv_heads=2, data__global_batch_size=4,
-        train__microbatch_rows=2, train__num_steps=10, optimizer__decay_over=10, optimizer__warmup=2,
+        train__microbatch_rows=2, train__num_steps=10, optimizer__decay_over=10, optimizer__warmup=2, model__unroll=False,
     )  # fmt: skip
     mesh, losses = make_mesh(Mesh(), jax.devices()[:1]), []
     with jax.set_mesh(mesh):

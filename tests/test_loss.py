@@ -77,7 +77,11 @@ def a_batch(rows: int, length: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(model__logit_softcap=(0.0, 0.5), model__multipliers=(9.0, 1.0, 0.0, 0.2))]
+    "changes",
+    [
+        dict(model__logit_softcap=(0.0, 0.5), model__multipliers=(9.0, 1.0, 0.0, 0.2)),
+        pytest.param({}, marks=pytest.mark.proof),
+    ],
 )
 def test_the_step_takes_the_loss_that_fits(changes, eight, monkeypatch):
     """Through the whole model: both forms give one gradient; the reported loss is the entropy without the z-loss."""

@@ -37,7 +37,11 @@ def schedule_off_by_one(monkeypatch):
     monkeypatch.setattr(optimizer, "schedule", lambda *given: lambda count: right(*given)(jnp.maximum(count - 1, 0)))
 
 
-@pytest.mark.parametrize("mistake", [decay_on_norms, clip_after_scaling, schedule_off_by_one])
+# test_optimizer.py holds the schedule to its formula; what follows clipping is a proof.
+@pytest.mark.parametrize(
+    "mistake",
+    [decay_on_norms, *(pytest.param(x, marks=pytest.mark.proof) for x in (clip_after_scaling, schedule_off_by_one))],
+)
 def test_a_planted_mistake_is_seen(mistake, monkeypatch):
     mistake(monkeypatch)
     assert here("float32", FEW) > 2 * parity.LIMITS["float32"]

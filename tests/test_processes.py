@@ -40,15 +40,12 @@ def stream_hash(sources, packing, num_processes=1, mesh=(-1, 1, 1), num_workers=
 
 
 MESHES = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "4x2": (4, 1, 2), "2x2x2": (2, 2, 2)}
-# Each pair of (processes, mesh), (processes, workers), (mesh, workers) stands here once where the product is small.
-PAIRS = [(2, "2x4", 1, "split"), (2, "4x2", 0, "best_fit")]
 
 
 def test_two_processes_see_the_stream_of_one(sources):
-    expected = {way: stream_hash(sources, way, devices=1) for way in ("split", "best_fit")}
-    for num_processes, mesh, num_workers, way in PAIRS:
-        found = stream_hash(sources, way, num_processes, MESHES[mesh], num_workers)
-        assert found == expected[way], (num_processes, mesh, num_workers, way)
+    """With a worker each, on a mesh where some devices have the same rows; the product is a proof."""
+    expected = stream_hash(sources, "best_fit", devices=1)
+    assert stream_hash(sources, "best_fit", 2, MESHES["4x2"], num_workers=1) == expected
 
 
 @pytest.mark.proof

@@ -61,9 +61,8 @@ def check_proposals(kinds: list[str], folder) -> None:
         given = line_of(place, case) if case else [*SMOKE, "--config.data.tokenizer=bytes"]
         given = [word for word in given if "train.num_steps" not in word and "checkpoint.every" not in word]
         given = [str(ROOT / word) if word.startswith("experiments/") else word for word in given]
-        trained.append(
-            ["-m", "lm_jax.main", *given, *more, "--config.train.num_steps=1", "--workdir", str(place / "run")]
-        )
+        small = ["--config.train.num_steps=1", "--config.model.num_layers=1"]
+        trained.append(["-m", "lm_jax.main", *given, *more, *small, "--workdir", str(place / "run")])
     next_ones = []
     for kind, done in zip(kinds, performed(trained, folder), strict=True):
         assert done["code"] == 0, f"{kind}:\n{done['output']}"

@@ -7,11 +7,12 @@ from task_runs import CASES, line_of
 from lm_jax import main
 
 QUICK = ("question_answering",)  # the others are proofs; adapters and preferences have their own tests
+SMALL = ["--config.model.num_layers=1", "--config.mesh.data=1"]
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.proof) for c in CASES])
 def test_a_killed_run_goes_on_to_the_bit(case, tmp_path):
-    line = line_of(tmp_path, case)
+    line = line_of(tmp_path, case) + (SMALL if case in QUICK else [])
     assert main.main([*line, "--workdir", str(tmp_path / "whole")]) == 0
     line += ["--workdir", str(tmp_path / "killed")]
     kill_once_saved(line)

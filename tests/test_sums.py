@@ -51,7 +51,7 @@ KINDS = {
 }
 
 
-DEFAULT = ("decoder", "gru", "train moe", "train encoder_decoder", "train muon", "write decoder")
+DEFAULT = ("decoder", "train moe", "train encoder_decoder", "train muon", "write decoder")
 some = lambda names: [pytest.param(n, marks=[pytest.mark.proof] * (n not in DEFAULT)) for n in names]
 
 

@@ -19,8 +19,11 @@ CHUNK = 256  # queries in one chunk of the chunked backend
 
 
 class Context(NamedTuple):
-    """Where tokens stand. A query at position t sees the keys of its own segment at positions s, causal: 0 <= t - s, and
-    t - s < window where there is a window."""
+    """Where tokens stand.
+
+    A query at position t sees the keys of its own segment at positions s, causal: 0 <= t - s, and t - s < window where there
+    is a window.
+    """
 
     positions: jax.Array  # [B, T] int32, from 0 in each segment
     segment_ids: jax.Array  # [B, T] int32, 0 = padding
@@ -161,7 +164,7 @@ def _chunked(
 def _cudnn(
     q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True, implementation="cudnn"
 ) -> jax.Array:
-    """cuDNN's flash attention. JAX's function has no segment ids: the mask says them, two bytes for each query and key."""
+    """Flash attention of cuDNN. JAX's function has no segment ids: the mask says them, two bytes for each query and key."""
     fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
     mask = lambda queries, keys: attention_mask(queries, keys, window, causal)[:, None]
     on_a_device = lambda q, k, v, queries, keys: fused(q, k, v, mask=mask(queries, keys))
