@@ -4,6 +4,7 @@ Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, I inp
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -132,11 +133,34 @@ class Dense(nnx.Module):
             a_IR, b_RO = (as_matrix(part, x.dtype)[0] for part in (self.lora_a, self.lora_b))
             x_NR = einsum("NI,IR->NR", x_NI, a_IR, "tokens", "rank")
             y_NO = y_NO + self.lora_scale * einsum("NR,RO->NO", x_NR, b_RO, "tokens", outputs[0])
-        y = reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
-        if self.bias is None:
-            return y
-        bias = constrain(self.bias[...], *outputs)  # float32, as is the sum over all tokens that is its gradient
-        return (y.astype(bias.dtype) + bias[None, None]).astype(x.dtype)
+        if self.bias is not None:
+            bias = constrain(self.bias[...], *outputs)
+            y_NO = add_bias(outputs[0], y_NO, reshape(bias, (y_NO.shape[1],), outputs[0]))
+        return reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def add_bias(axis: str, y_NO: jax.Array, bias_O: jax.Array) -> jax.Array:
+    """y + bias in float32, in the dtype of y; `axis` is the logical axis of O.
+
+    The gradient of the bias is a sum over all tokens, in float32. Below float32 it is a product with ones: a plain sum would be
+    fused with what makes `y`'s gradient, which is then computed once more (0.29 ms a layer instead of 0.06, GPT-2 124M on an H200).
+    """
+    return (y_NO.astype(bias_O.dtype) + bias_O[None]).astype(y_NO.dtype)
+
+
+def _add_bias_forward(axis: str, y_NO: jax.Array, bias_O: jax.Array):
+    return add_bias(axis, y_NO, bias_O), None
+
+
+def _add_bias_backward(axis: str, _, of_y_NO: jax.Array):
+    if of_y_NO.dtype == jnp.float32:
+        return of_y_NO, of_y_NO.sum(0)
+    ones_NR = constrain(jnp.ones((of_y_NO.shape[0], 8), of_y_NO.dtype), "tokens", None)
+    return of_y_NO, einsum("NR,NO->RO", ones_NR, of_y_NO, None, axis, dtype=jnp.float32)[0]
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
