@@ -12,9 +12,16 @@ import jax.numpy as jnp
 
 from lm_jax.collectives import gathered, max_over, part_index, scattered, sum_over
 from lm_jax.model.layers import capped
-from lm_jax.sharding import computed, on_each_device, precision, stored
+from lm_jax.sharding import computed, on_each_device, platform, precision, stored
 
 CHUNK = 1024  # tokens of a device whose logits exist at the same time
+LARGER = {"gpu": 4}  # so many times as many: larger products, 3% more tokens/s of GPT-2 124M on an H200
+MOST = 2**28  # logits at the same time, where a chunk is larger
+
+
+def chunk_size(padded_vocab_size: int) -> int:
+    """Tokens of a chunk on the platform that is compiled for, where a device has so many of the vocabulary."""
+    return max(CHUNK, min(CHUNK * LARGER.get(platform(), 1), MOST // padded_vocab_size))
 
 
 class ChunkSettings(NamedTuple):
@@ -30,7 +37,7 @@ class ChunkSettings(NamedTuple):
 def in_chunks(vocab_size: int, z_loss: float, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT, softcap: float = 0.0):
     """(objective, cross entropy in nats), sums over the masked tokens, float32 []; see `loss.vocabulary_loss`.
 
-    Output table and bias (or None) are given as they are stored. Each device takes `CHUNK` of its tokens at a time. The
+    Output table and bias (or None) are given as they are stored. Each device takes `chunk_size` of its tokens at a time. The
     forward pass computes the gradients beside the sums: three products a chunk, none of them twice. No token leaves its
     device; the table is gathered once, and its gradient scattered once.
     """
@@ -68,7 +75,7 @@ def _on_devices(settings: ChunkSettings, *arrays):
 def _on_a_device(settings: ChunkSettings, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT):
     bias_V = None if bias_V is None else gathered(bias_V, "vocab")
     table_VD = gathered(table_VD.astype(hidden_BTD.dtype), "vocab", "model")
-    num_chunks = math.ceil(targets_BT.size / CHUNK)
+    num_chunks = math.ceil(targets_BT.size / chunk_size(len(table_VD)))
     size = math.ceil(targets_BT.size / num_chunks)
     padding = num_chunks * size - targets_BT.size  # masked tokens at the end of the last chunk
 

@@ -99,13 +99,21 @@ class Stored(NamedTuple):
     def read(self, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
         """float32: the part between (first, end) of each dim; their tensors are mapped one after the other."""
         num_stacked = len(next(iter(self.parts)))
-        ours = np.empty([end - first for first, end in bounds], np.float32)
+        shape = [end - first for first, end in bounds]
+        of_one = lambda at: self._read_one(tuple(i + first for i, (first, _) in zip(at, bounds, strict=False)), bounds)
+        if math.prod(shape[:num_stacked]) == 1:  # no second copy of it
+            return of_one((0,) * num_stacked).reshape(shape)
+        ours = np.empty(shape, np.float32)
         for at in np.ndindex(ours.shape[:num_stacked]):
-            slot, x, outputs = self.parts[tuple(i + first for i, (first, _) in zip(at, bounds, strict=False))]
-            x = x.read() if isinstance(x, safetensors.Tensor) else np.asarray(x)
-            x = x[outputs] if slot.output_axis == 0 else x[..., outputs]
-            ours[at] = slot.to_ours(x, bounds[num_stacked:])
+            ours[at] = of_one(at)
         return ours
+
+    def _read_one(self, at: tuple[int, ...], bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The part at one place of the stack."""
+        slot, x, outputs = self.parts[at]
+        x = x.read() if isinstance(x, safetensors.Tensor) else np.asarray(x)
+        x = x[outputs] if slot.output_axis == 0 else x[..., outputs]
+        return slot.to_ours(x, bounds[len(at) :])
 
     def on_mesh(self, like: jax.ShapeDtypeStruct) -> jax.Array:
         """The array, with the sharding of `like`; at most AT_ONCE bytes of it are on the host at a time."""

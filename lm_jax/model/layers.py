@@ -95,11 +95,29 @@ class Dense(nnx.Module):
             a_IR, b_RO = (as_matrix(part, x.dtype)[0] for part in (self.lora_a, self.lora_b))
             x_NR = einsum("NI,IR->NR", x_NI, a_IR, "tokens", "rank")
             y_NO = y_NO + self.lora_scale * einsum("NR,RO->NO", x_NR, b_RO, "tokens", outputs[0])
-        y = reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
-        if self.bias is None:
-            return y
-        bias = constrain(self.bias[...], *outputs)  # float32, because its gradient is a sum over all tokens
-        return (y.astype(bias.dtype) + bias[None, None]).astype(x.dtype)
+        if self.bias is not None:
+            bias = constrain(self.bias[...], *outputs)
+            y_NO = add_bias(y_NO, reshape(bias, (y_NO.shape[1],), outputs[0]))
+        return reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
+
+
+@jax.custom_vjp
+def add_bias(y_NO: jax.Array, bias_O: jax.Array) -> jax.Array:
+    """The sum y + bias, in float32, in the dtype of y.
+
+    The gradient of the bias is a sum over all tokens in float32. Below float32 it reads the gradient of y as it is stored: fused
+    with what makes that, a GPU computes it once more, and slowly.
+    """
+    return (y_NO.astype(bias_O.dtype) + bias_O[None]).astype(y_NO.dtype)
+
+
+def _add_bias_backward(_, of_y_NO: jax.Array):
+    if of_y_NO.dtype != jnp.float32:
+        of_y_NO = jax.lax.optimization_barrier(of_y_NO)
+    return of_y_NO, of_y_NO.astype(jnp.float32).sum(0)
+
+
+add_bias.defvjp(lambda y_NO, bias_O: (add_bias(y_NO, bias_O), None), _add_bias_backward)
 
 
 def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
