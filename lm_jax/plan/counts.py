@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.batch_ramp import Ramp
-from lm_jax.chunked_cross_entropy import CHUNK
+from lm_jax.chunked_cross_entropy import chunk_size
 from lm_jax.config import Config
 from lm_jax.loss import is_chunked
 from lm_jax.model.layers import Declaration
@@ -133,7 +133,11 @@ def bytes_by_class(
     squares *= 3 if model.kind == "encoder_decoder" else 1
     width = costs.padded_vocab_size / tensor
     in_chunks = is_chunked(tokens * width, model.compute_dtype)
-    logits = 4 * (3 * min(tokens, CHUNK) * width + width * model.model_dim) if in_chunks else 4 * 3 * tokens * width
+    logits = (
+        4 * (3 * min(tokens, chunk_size(int(width))) * width + width * model.model_dim)
+        if in_chunks
+        else 4 * 3 * tokens * width
+    )
     return {
         "parameters": 4 * costs.parameters / shards,
         "optimizer": 4 * moments * costs.trained / shards,
