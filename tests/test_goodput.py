@@ -77,8 +77,8 @@ def test_traced_steps_are_all_steps(tmp_path):
 
 def test_a_run_writes_its_trace_and_says_where_the_time_went(tmp_path):
     workdir = tmp_path / "run"
-    more = ["--config.train.num_steps=4", "--config.log.profile=2", "--workdir", str(workdir)]
-    result = command("main", "--config", "experiments/quickstart.py:smoke", *more)
+    more = ["--config.train.num_steps=4", "--config.model.num_layers=1", "--config.log.profile=2"]
+    result = command("main", "--config", "experiments/quickstart.py:smoke", *more, "--workdir", str(workdir))
     assert result.returncode == 0, result.stderr
     assert list((workdir / "profile").rglob("*.xplane.pb")), "what XProf reads"
     for part in ("goodput", "start-up", "compile", "data wait", "evaluation", "checkpoint", "samples", "step"):
