@@ -254,7 +254,10 @@ def test_it_learns_and_the_command_evaluates(trained, place):
 def test_init_from_takes_all_but_the_head_and_says_so(place, tmp_path, capsys):
     """From a run that hid tokens: equal parameters but for the heads; shorter rows take the first places."""
     pretraining = ["--config.train.task=", "--config.model.labels=()", "--config.evaluate.every=0"]
-    once = ["--config.train.num_steps=1", "--config.optimizer.learning_rate=0.0", "--config.mesh.data=1"]
+    once = [
+        f"--config.{x}"
+        for x in ("train.num_steps=1", "optimizer.learning_rate=0.0", "mesh.data=1", "model.num_layers=1")
+    ]
     given = [
         a for a in arguments(place) if not a.startswith(("--config.optimizer", "--config.model", "--config.evaluate"))
     ]

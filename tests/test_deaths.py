@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -205,8 +206,16 @@ def check_alike(name: str, folder: pathlib.Path, num: int) -> Job:
     return job
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Iterator[None]:
+    """What a process compiled in one test is there for that process in the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LM_JAX_CACHES", str(tmp_path_factory.mktemp("caches")))
+        yield
+
+
 @pytest.mark.parametrize("name", ["SIGTERM to 1 in a step"])
-def test_two_processes_end_alike(name, tmp_path):
+def test_two_processes_end_alike(name, tmp_path, compiled):
     check_alike(name, tmp_path, 2)
 
 
@@ -274,7 +283,7 @@ PHASES = {
 }
 DIES = {"SIGKILL": "without a word", "SIGSTOP": "silent", "raise": "ZeroDivisionError", "exit": "without a word"}
 DYING = [
-    "--config.train.num_steps=5000",
+    LONG[0],
     "--config.checkpoint.every=5",
     "--config.evaluate.every=4",
     "--config.evaluate.num_rows=2000",
@@ -298,7 +307,7 @@ def death(folder: pathlib.Path, num: int, phase: str, who: int, how: str) -> flo
     return took
 
 
-def test_who_is_killed_is_named_and_the_other_leaves(tmp_path):
+def test_who_is_killed_is_named_and_the_other_leaves(tmp_path, compiled):
     death(tmp_path, 2, "step", 1, "SIGKILL")
 
 

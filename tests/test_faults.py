@@ -16,7 +16,7 @@ from lm_jax import faults, files, manifest
 
 TRAIN = [
     "-m", "lm_jax.main", "--config", str(ROOT / "experiments" / "quickstart.py:smoke"), "--config.data.tokenizer=bytes",
-    "--config.checkpoint.every=1", "--config.evaluate.prompt=",
+    "--config.checkpoint.every=1", "--config.evaluate.prompt=", "--config.model.num_layers=1",
 ]  # fmt: skip
 RUN, NEW = "{folder}/run", "{folder}/new-{index}"  # a finished run; where none is yet
 
@@ -26,7 +26,8 @@ def at(part: str, number: int, reads: bool = False) -> dict:
 
 
 def run(*words: str, workdir: str = NEW, **situation) -> dict:
-    return {"words": [*TRAIN, *words, "--workdir", workdir]} | situation
+    small = TRAIN[:-1] if any("num_layers" in word for word in words) else TRAIN
+    return {"words": [*small, *words, "--workdir", workdir]} | situation
 
 
 def tool(name: str, *words: str, **situation) -> dict:

@@ -1,5 +1,6 @@
 """The launchers: what each step would run, what a loop of restarts does, and that what runs on a worker is a shell's."""
 
+import functools
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ def launched(name: str, *words: str, **environment: str) -> subprocess.Completed
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=LIMIT)
 
 
+@functools.cache
 def dry(name: str, step: str, *words: str) -> str:
     at = words.index("--") if "--" in words else len(words)
     result = launched(name, step, *words[:at], "--dry_run", *words[at:])

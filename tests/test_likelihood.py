@@ -1,5 +1,7 @@
 """The log-probability of a continuation is the full model's, whatever stands beside it and however rows are padded."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ SIZES = [(5, 3), (1, 1), (30, 2), (9, 40), (1, 100), (99, 2), (140, 4), (70, 90)
 PAIRS = [(RNG.integers(0, 256, a).tolist(), RNG.integers(0, 256, b).tolist()) for a, b in SIZES]
 
 
+@functools.cache
 def made(name: str, devices: int = 1):
     graph = build(tiny(**{"model__init_scale": 0.2} | FAMILIES[name]).model, 257, SEES)
     mesh = make_mesh(Mesh(), jax.devices()[:devices])

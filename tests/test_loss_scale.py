@@ -115,7 +115,7 @@ def test_adapters_without_a_gradient_yet_stay_as_they_were():
 
 @pytest.mark.parametrize("part", ["parameters", "mu", "average", "scale"])
 def test_a_state_that_is_not_finite_is_not_saved(one_device, tmp_path, part):
-    program = make_program(tiny(optimizer__ema=0.9), vocab_size=500)
+    program = make_program(tiny(optimizer__ema=0.9, model__num_layers=1), vocab_size=500)
     facts = dict.fromkeys(checkpoint.FACTS, "")
     saver = checkpoint.Saver(checkpoint.epath.Path(tmp_path), program.config, facts)
     state = jax.jit(lambda: fresh(program))()
@@ -142,7 +142,8 @@ def halves_of(whole):
 
 def test_nan_in_a_batch_leaves_the_run_without_that_update(one_device):
     """Four steps of two microbatches, NaN in the loss mask of one row of the second."""
-    program = make_program(tiny(train__microbatch_rows=2, optimizer__ema=0.9, optimizer__warmup=2), vocab_size=500)
+    config = tiny(train__microbatch_rows=2, optimizer__ema=0.9, optimizer__warmup=2, model__num_layers=1)
+    program = make_program(config, vocab_size=500)
     start, one_step = jax.jit(lambda: fresh(program)), compile_step(program, one_device, one_microbatch=False)
     whole = batch(1)
     bad = whole | {"loss_mask": np.where(whole["row"][:, None] == 7, np.nan, whole["loss_mask"])}
@@ -183,7 +184,7 @@ def test_half_precision_stays_near_float32(one_device, dtype, tolerance):
 SMOKE = [
     "--config", "experiments/quickstart.py:smoke", "--config.evaluate.prompt=", "--config.evaluate.every=0",
     "--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=1e-2", "--config.checkpoint.every=8",
-    "--config.mesh.data=1",
+    "--config.mesh.data=1", "--config.model.num_layers=1",
 ]  # fmt: skip
 OFTEN = [*(flag for flag in SMOKE if "checkpoint" not in flag), "--config.checkpoint.every=2"]
 FLOAT16 = [*SMOKE, "--config.model.compute_dtype=float16", f"--config.optimizer.loss_scale={2**18}",

@@ -203,6 +203,7 @@ def test_it_starts_at_ln_2_and_a_step_goes_the_right_way_on_any_mesh(model):
 
 def arguments(place: str, workdir) -> list[str]:
     given = PREFERENCE | {"data__sources": place, "train__num_steps": 12, "checkpoint__every": 4, "evaluate__every": 0}
+    given |= {"model__num_layers": 1, "mesh__data": 1}
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in given.items()]
     return ["--config", "experiments/quickstart.py:smoke", *flags, "--config.optimizer.learning_rate=3e-3",
             "--workdir", str(workdir)]  # fmt: skip

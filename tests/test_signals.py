@@ -168,6 +168,7 @@ def evaluated(num_rows: int, workdir) -> list[str]:
     words = ["--config", "experiments/quickstart.py:smoke", "--config.train.num_steps=4", "--config.checkpoint.every=2"]
     words += ["--config.evaluate.every=2", f"--config.evaluate.num_rows={num_rows}", "--config.evaluate.prompt="]
     words += ["--config.data.tokenizer=bytes", "--config.data.validation_fraction=0.002", "--config.mesh.data=1"]
+    words += ["--config.model.num_layers=1"]
     return [*words, "--workdir", str(workdir)]
 
 
@@ -189,7 +190,14 @@ CRASHES = [
 ]
 
 
-@pytest.mark.parametrize(("num_rows", "where", "call", "saved"), [*CRASHES, (8, NEXT_STEP, 3, 2)])
+# In the last part of the last evaluation of several, in the only part of the first of all, and in the step after one.
+FEW = [(8, EVALUATION, 3, 4), (0, EVALUATION, 1, 2), (8, NEXT_STEP, 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "where", "call", "saved"),
+    [*FEW, *(pytest.param(*crash, marks=pytest.mark.proof) for crash in CRASHES if crash not in FEW)],
+)
 def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(
     num_rows, where, call, saved, whole, tmp_path, monkeypatch
 ):

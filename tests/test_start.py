@@ -18,7 +18,7 @@ from lm_jax.train_state import fresh, make_program
 @pytest.mark.parametrize("step", [0, 1, 7])
 def test_a_run_goes_on_from_any_step_that_was_saved(step, corpus, tmp_path):
     """Also from step 0: the parameters are those that were saved, not random ones."""
-    program, said = make_program(tiny(), corpus.tokenizer.vocab_size), []
+    program, said = make_program(tiny(model__num_layers=1), corpus.tokenizer.vocab_size), []
     facts = dict.fromkeys(checkpoint.FACTS, "made up")
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         state = jax.jit(lambda: fresh(program))()
