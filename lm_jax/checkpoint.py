@@ -9,6 +9,7 @@ is removed. `step_folders.py` finds the steps, removes old ones and sets broken 
 import concurrent.futures
 import contextlib
 import time
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def items(state: TrainState, data: DataState) -> dict[str, Any]:
     }
 
 
-def by_path(tree) -> dict[str, Any]:
+def by_path(tree: object) -> dict[str, Any]:
     """Any pytree as {path: leaf}, so that files on disk do not depend on the classes of a library."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     return {name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -78,7 +79,9 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         """After an error in the loop, waits until the step that is being saved is finished, or has failed as well."""
         if error is not None and self._commit is not None:
             concurrent.futures.wait([self._commit], PATIENCE)

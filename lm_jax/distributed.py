@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 
@@ -13,6 +14,8 @@ from lm_jax.errors import UserError
 from lm_jax.files import cache_folder
 from lm_jax.multihost.peers import agree as agree
 from lm_jax.multihost.peers import everyone as everyone
+
+Tree = TypeVar("Tree")  # of arrays
 
 
 def configure() -> None:
@@ -69,7 +72,7 @@ def first_answer(ask: Callable[[], str], about: str) -> str:
     return next((text for _, text, _ in answers if text), "")
 
 
-def block_on_cpu(tree):
+def block_on_cpu(tree: Tree) -> Tree:
     """Waits for the arrays of `tree` on a CPU, whose fake devices deadlock where several steps are in flight.
 
     On accelerators the next step is dispatched while this one runs. No other place decides that.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm_jax import sharding
 from lm_jax.chunked_cross_entropy import in_chunks
@@ -19,7 +20,7 @@ from lm_jax.model.language_model import LanguageModel, ModelOutputs
 SMALL = 2**22  # logits of a device up to which all exist at once: as fast as in chunks
 
 
-def is_chunked(num_logits: float, dtype) -> bool:
+def is_chunked(num_logits: float, dtype: DTypeLike) -> bool:
     """Whether so many logits of a device, from hidden states of this dtype, are computed in chunks.
 
     Always below float32: without chunks the gradient of the output table would be rounded to that dtype.
@@ -91,13 +92,16 @@ def routing_loss(losses: list[jax.Array], mask_BT: jax.Array, weights: tuple[flo
     return (of_row_B * mask_BT.sum(1)).sum()
 
 
-def vocabulary_loss(model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float):
+def vocabulary_loss(
+    model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
     """(objective, cross entropy in nats) of a model that predicts tokens: sums over the masked tokens, float32 []."""
     num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.padded_vocab_size // sharding.ways("vocab"))
     if is_chunked(num_logits, hidden_BTD.dtype):
         hidden_BTD = model.before_table(hidden_BTD)
         arrays = hidden_BTD, model.output_table, model.bias_V, batch["targets"], batch["loss_mask"]
-        return in_chunks(model.vocab_size, z_loss, *arrays, model.softcap)
+        objective, loss = in_chunks(model.vocab_size, z_loss, *arrays, model.softcap)
+        return objective, loss
     logits_BTV = model.logits(hidden_BTD)
     loss = (token_losses(logits_BTV, batch["targets"]) * batch["loss_mask"]).sum()
     if not z_loss:

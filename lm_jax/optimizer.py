@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
+from jax.typing import ArrayLike
 
 from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import LARGEST_LOSS_SCALE, Optimizer
@@ -21,6 +22,7 @@ from lm_jax.sharding import automatic, stored_reshape
 
 STABLE_SHARE = 0.8  # of the whole length, before warmup_stable_decay decays (arXiv:2405.18392: the last fifth)
 MUON_RMS = 0.2  # of Muon's update, that of AdamW's: one learning rate and decay for both (arXiv:2502.16982)
+Updated = tuple[optax.Updates, optax.OptState]  # what the update of a rule returns
 
 
 def schedule(config: Optimizer, clocks: Clocks = UPDATES) -> optax.Schedule:
@@ -48,9 +50,9 @@ def schedule(config: Optimizer, clocks: Clocks = UPDATES) -> optax.Schedule:
     rise = optax.linear_schedule(0.0, peak, max(1, warmup))
     falls_from = clocks.warmup if config.schedule == "inverse_square_root" else clocks.decay
 
-    def rate(count):
+    def rate(count: ArrayLike) -> jax.Array:
         rising, falling = count + 1 + clocks.warmup, count + 1 + falls_from
-        return jnp.where(rising < warmup, rise(rising), after(jnp.maximum(falling - warmup, 0)))
+        return jnp.where(jnp.less(rising, warmup), rise(rising), after(jnp.maximum(falling - warmup, 0)))
 
     return rate
 
@@ -65,24 +67,28 @@ def is_table(declared: Declaration) -> bool:
     return is_matrix(declared) and not {"vocab", "positions", "segments", "buckets"}.isdisjoint(declared.axes)
 
 
-def per_layer(rule_of: Callable[[Declaration], optax.GradientTransformation], declared) -> optax.GradientTransformation:
+def per_layer(
+    rule_of: Callable[[Declaration], optax.GradientTransformation], declared: dict
+) -> optax.GradientTransformation:
     """Applies `rule_of(declaration)` to each layer of each parameter: to a matrix [inputs, outputs], or to a vector.
 
     `declared` is a tree of declarations like the parameters, and the state a tree of the rules' states, stacked over layers.
     On a mesh the compiler chooses the layouts inside a rule; results have the layouts of the arguments.
     """
 
-    def over_layers(one: Declaration, function):
+    def over_layers(one: Declaration, function: Callable) -> Callable:
         for _ in one.layers:
             function = jax.vmap(function)
         return function
 
-    def init(parameters):
+    def init(parameters: optax.Params) -> optax.OptState:
         state_of = lambda one, x: over_layers(one, rule_of(one).init)(as_matrix(one, x))
         return jax.tree.map(state_of, declared, parameters)
 
-    def update(gradients, state, parameters):
-        def one_parameter(one: Declaration, gradient, state, parameter):
+    def update(gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
+        def one_parameter(
+            one: Declaration, gradient: jax.Array, state: optax.OptState, parameter: jax.Array
+        ) -> Updated:
             gradient, parameter = as_matrix(one, gradient), as_matrix(one, parameter)
             function = over_layers(one, rule_of(one).update)
             changes, state = automatic(function, (gradient, state), gradient, state, parameter)
@@ -112,18 +118,19 @@ def muon(beta: float) -> optax.GradientTransformation:
     """Muon of one matrix (github.com/KellerJordan/Muon): orthogonalised momentum, scaled to the RMS of AdamW's updates."""
     rule = optax.contrib.scale_by_muon(beta=beta)
 
-    def in_float32(changes, state, parameters):
+    def in_float32(changes: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
         with jax.default_matmul_precision("highest"):
-            return rule.update(changes, state, parameters)
+            updated: Updated = rule.update(changes, state, parameters)
+            return updated
 
-    def as_large_as_adamw(changes, parameters):
+    def as_large_as_adamw(changes: jax.Array, parameters: jax.Array | None) -> jax.Array:
         return MUON_RMS * math.sqrt(max(changes.shape)) * changes
 
     momentum = optax.GradientTransformation(rule.init, in_float32)
     return optax.chain(momentum, optax.stateless(as_large_as_adamw))
 
 
-def update_rule(config: Optimizer, declared) -> optax.GradientTransformation:
+def update_rule(config: Optimizer, declared: dict) -> optax.GradientTransformation:
     """The rule of `optimizer.name`. Elementwise rules take stacked and sharded parameters as they are."""
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.name in ("adam", "adamw"):
@@ -142,7 +149,7 @@ def update_rule(config: Optimizer, declared) -> optax.GradientTransformation:
 def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.GradientTransformation:
     """`rule` with its updates multiplied by `factors`, {path: factor}; the state is that of `rule`."""
 
-    def update(gradients, state, parameters=None):
+    def update(gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
         changes, state = rule.update(gradients, state, parameters)
         flat = flatten_mapping(changes)
         return unflatten_mapping({path: factors[path] * change for path, change in flat.items()}), state
@@ -151,7 +158,7 @@ def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.Gradien
 
 
 def make_optimizer(
-    config: Optimizer, declared, factors: dict | None = None, clocks: Clocks = UPDATES
+    config: Optimizer, declared: dict, factors: dict | None = None, clocks: Clocks = UPDATES
 ) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; takes mean gradients.
 

@@ -111,11 +111,12 @@ def rows_of_microbatch(saved: dict[str, Any], device: jax.Device) -> ChooseRows:
     """
 
     def choose(config: Config, counted: counts.Costs, sizes: dict[str, int], ramp: Ramp) -> int:
-        chosen = min(everyone(counts.choose_microbatch(config, counted, sizes, ramp, device), "microbatch"))
+        chosen: list[int] = everyone(counts.choose_microbatch(config, counted, sizes, ramp, device), "microbatch")
         before = saved.get("config", {}).get("train.microbatch_rows", 0)
         smallest = config.data.batch_ramp[0] or config.data.global_batch_size
-        kept = isinstance(before, int) and before and smallest % before == 0 and before % batch_shards(sizes) == 0
-        return before if kept else chosen
+        if isinstance(before, int) and before and smallest % before == 0 and before % batch_shards(sizes) == 0:
+            return before
+        return min(chosen)
 
     return choose
 

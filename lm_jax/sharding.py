@@ -6,11 +6,14 @@ every array is part of its type, so that a layout nobody asked for is an error w
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
+Tree = TypeVar("Tree")  # of arrays
 AXES = ("data", "fsdp", "tensor")
 
 #   logical axis   a stored parameter   a computed value (also a parameter gathered for use)
@@ -60,7 +63,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.sharding.reshard(x, computed(axes)) if on_mesh() else x
 
 
-def precision(dtype) -> jax.lax.Precision | None:
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """The precision of a product of arrays of this dtype: HIGHEST for float32, None (one way only) for narrower dtypes.
 
     Otherwise a TPU would round float32 to bfloat16, and a GPU to TF32.
@@ -68,7 +71,7 @@ def precision(dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def einsum(formula: str, x: jax.Array, y: jax.Array, *axes: str | None, dtype=None) -> jax.Array:
+def einsum(formula: str, x: jax.Array, y: jax.Array, *axes: str | None, dtype: DTypeLike | None = None) -> jax.Array:
     """`jnp.einsum` at `precision` whose result has the computed layout of `axes`, and `dtype` (None: that of x)."""
     full, layout = precision(x.dtype), _layout(axes)
     return jnp.einsum(formula, x, y, precision=full, preferred_element_type=dtype, out_sharding=layout)
@@ -84,12 +87,13 @@ def stored_reshape(x: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) 
     return jnp.reshape(x, shape, out_sharding=stored(axes) if on_mesh() else None)
 
 
-def automatic(function, like, *arguments):
+def automatic(function: Callable[..., Tree], like: Tree, *arguments: object) -> Tree:
     """`function(*arguments)` with the layouts inside left to the compiler; the result has the layouts of `like`."""
     if not on_mesh():
         return function(*arguments)
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
-    return jax.sharding.auto_axes(function, out_sharding=layouts)(*arguments)
+    result: Tree = jax.sharding.auto_axes(function, out_sharding=layouts)(*arguments)
+    return result
 
 
 def iota(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
@@ -123,7 +127,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def on_each_device(function: Callable, inputs: tuple, outputs) -> Callable:
+def on_each_device(function: Callable[..., Tree], inputs: tuple, outputs: PartitionSpec | tuple) -> Callable[..., Tree]:
     """`function` of whole arrays, run by every device on its part of them (`jax.shard_map`); off a mesh, `function`.
 
     `inputs` and `outputs` are the layouts of arguments and results. Inside, arrays are local: `collectives.py` has what
@@ -132,19 +136,20 @@ def on_each_device(function: Callable, inputs: tuple, outputs) -> Callable:
     if not on_mesh():
         return function
 
-    def laid_out_first(*arguments):
+    def laid_out_first(*arguments: object) -> Tree:
         placed = jax.tree.map(jax.sharding.reshard, arguments, inputs)
         return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)(*placed)
 
     return laid_out_first
 
 
-def laid_out(shapes):
+def laid_out(shapes: Tree) -> Tree:
     """Abstract arrays (of `jax.eval_shape`) with their layouts on the devices of the mesh that is set."""
     mesh = jax.sharding.get_mesh()
 
-    def one(x):
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, shapes)
+    result: Tree = jax.tree.map(one, shapes)
+    return result

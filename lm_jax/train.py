@@ -93,7 +93,11 @@ def compiled(run: Run) -> CompiledStep:
 
 
 def stretch(
-    run: Run, one_step: CompiledStep | None, evaluation: Evaluation | None, saver: checkpoint.Saver, watch=None
+    run: Run,
+    one_step: CompiledStep | None,
+    evaluation: Evaluation | None,
+    saver: checkpoint.Saver,
+    watch: spikes.Watch | None = None,
 ) -> tuple[StepLog, str]:
     """Trains from where the run is to its end, a signal, a spike or trouble -> (the log of the steps, the trouble or "").
 

@@ -63,4 +63,5 @@ def fresh(program: TrainSetup) -> TrainState:
 
 def abstract(program: TrainSetup) -> TrainState:
     """Shapes, dtypes and shardings of the state on the mesh that is set, without any array."""
-    return laid_out(jax.eval_shape(lambda: fresh(program)))
+    shapes: TrainState = jax.eval_shape(lambda: fresh(program))
+    return laid_out(shapes)

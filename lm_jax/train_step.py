@@ -43,7 +43,7 @@ def accumulate(program: TrainSetup, state: TrainState, sums: Sums | None, batch:
     weights = program.config.train
     routing = weights.balance_loss, weights.router_z_loss
 
-    def loss_of(trained: dict):
+    def loss_of(trained: dict) -> tuple[jax.Array, jax.Array]:
         parameters = merge_params(frozen, trained)
         return batch_loss(program.graph, parameters, scaled, dropout, weights.z_loss, routing)[:2]
 
@@ -80,15 +80,20 @@ def train_step(program: TrainSetup, state: TrainState, batch: dict) -> tuple[Tra
     return update(program, state, accumulate(program, state, None, batch))
 
 
+Stepped = tuple[TrainState, dict[str, jax.Array]]  # a state, and the metrics of the step to it
+
+
 class CompiledStep(NamedTuple):
     """The compiled programs of a run: `whole` where every step is one microbatch, else the other three."""
 
-    whole: Callable | None
-    zeros: Callable | None
-    accumulate: Callable | None
-    update: Callable | None
+    whole: Callable[[TrainState, dict], Stepped] | None
+    zeros: Callable[[dict], Sums] | None
+    accumulate: Callable[[TrainState, Sums, dict], Sums] | None
+    update: Callable[[TrainState, Sums], Stepped] | None
 
-    def __call__(self, state: TrainState, num_microbatches: int, batches: Iterator[dict], watch: Callable[[int], bool]):
+    def __call__(
+        self, state: TrainState, num_microbatches: int, batches: Iterator[dict], watch: Callable[[int], bool]
+    ) -> Stepped | None:
         """(state, metrics) after one step over the next microbatches. Donates `state`.
 
         `watch(done)` is called after each microbatch but the last. Where it returns True the step is given up: None is
@@ -110,7 +115,7 @@ def compile_step(program: TrainSetup, mesh: jax.sharding.Mesh, one_microbatch: b
     config, state = program.config, abstract(program)
     batch = abstract_batch(mesh, int(config.train.microbatch_rows), config)
 
-    def compiled(function, *arguments, donate):
+    def compiled(function: Callable, *arguments: object, donate: int | tuple[int, ...]) -> jax.stages.Compiled:
         return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
 
     if one_microbatch:

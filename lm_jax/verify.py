@@ -50,7 +50,9 @@ def trace(plan: Plan, stream: loader.Rows, num_steps: int) -> Trace:
         batches = loader.batches(stream, plan.mesh, 0, num_steps * rows // size, size)
         losses = []
         for _ in range(num_steps):
-            state, metrics = one_step(state, rows // size, batches, lambda done: False)
+            outcome = one_step(state, rows // size, batches, lambda done: False)
+            assert outcome is not None  # no step is given up
+            state, metrics = outcome
             losses.append(float(metrics["train/loss"]))
         return Trace(digest[:12], losses, jax.tree.map(np.asarray, state.parameters))
 

@@ -6,6 +6,7 @@ only state is an integer, the cursor: neither batch size, mesh, processes nor wo
 
 import contextlib
 from collections.abc import Iterator
+from typing import SupportsIndex
 
 import grain
 import jax
@@ -35,7 +36,7 @@ class Batches:
     def __len__(self) -> int:
         return self.num
 
-    def __getitem__(self, j) -> Batch:
+    def __getitem__(self, j: SupportsIndex) -> Batch:
         start = self.first + int(j) * self.size
         return self.rows.rows([start + i for i in self.local])
 
@@ -87,7 +88,8 @@ def batches(
 def _on_mesh(local: np.ndarray, mesh: jax.sharding.Mesh, size: int, index_of: dict[int, int]) -> jax.Array:
     """The global array [size, ...] whose row r is local[index_of[r]]; a device's rows are neighbours, which are not copied."""
 
-    def shard(index):
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         rows = range(size)[index[0]]
         return local[(slice(index_of[rows[0]], index_of[rows[-1]] + 1), *index[1:])]
 

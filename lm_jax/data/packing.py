@@ -44,7 +44,9 @@ class Stream:
         self.rows_per_epoch = self.tokens_per_epoch / sequence_length
         self._epoch = functools.lru_cache(maxsize=2)(self._epoch)  # type: ignore[method-assign]
 
-    def __reduce__(self):  # for worker processes: the cache stays behind
+    def __reduce__(
+        self,
+    ) -> tuple[type["Stream"], tuple[Split, int, int]]:  # for worker processes: the cache stays behind
         return type(self), (self.split, self.sequence_length, self.seed)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ A document is its `<|endoftext|>` and its tokens. `shard_writer.py` writes such 
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class ShardedArray:
         found = [part[max(0, start - begin) : stop - begin] for part, begin in parts]
         return found[0] if len(found) == 1 else np.concatenate(found or [self.parts[0][:0]])
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.concatenate(self.parts).astype(dtype or self.dtype)
 
 
@@ -61,7 +62,7 @@ class Split:
         """How many documents it has."""
         return len(self.offsets) - 1
 
-    def __reduce__(self):  # worker processes map the files anew
+    def __reduce__(self) -> tuple[Callable[..., "Split"], tuple]:  # worker processes map the files anew
         if self.origin:
             return open_split, self.origin
         return Split, (self.tokens, self.offsets, self.num_bytes)

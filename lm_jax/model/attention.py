@@ -4,11 +4,12 @@ Shape suffixes: B batch, T query length, S key length, D model, H heads, G kv he
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lm_jax.config import Model
 from lm_jax.errors import UserError
@@ -105,15 +106,15 @@ def preflight(config: Model, sequence_length: int, platform: str) -> None:
 
 
 def attend(
-    q_BTHK,
-    k_BSGK,
-    v_BSGK,
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
     queries: Context,
     keys: Context,
     window: int,
     backend: str,
     causal: bool = True,
-    bias_BHTS=None,
+    bias_BHTS: jax.Array | None = None,
     softcap: float = 0.0,
 ) -> jax.Array:
     """Softmax attention (arXiv:1706.03762) in segments and windows, heads in groups -> [B, T, H, K].
@@ -129,14 +130,24 @@ def attend(
         return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window, causal, softcap)
     arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal
     if backend == "cudnn":
-        return checkpoint_name(_cudnn(*arguments), "attended")
-    if backend == "chunked":
-        return checkpoint_name(_chunked(*arguments, softcap), "attended")
-    return checkpoint_name(_xla(*arguments, softcap, bias_BHTS), "attended")
+        out_BTHK = _cudnn(*arguments)
+    elif backend == "chunked":
+        out_BTHK = _chunked(*arguments, softcap)
+    else:
+        out_BTHK = _xla(*arguments, softcap, bias_BHTS)
+    named_BTHK: jax.Array = checkpoint_name(out_BTHK, "attended")
+    return named_BTHK
 
 
 def _chunked(
-    q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True, softcap: float = 0.0
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    queries: Context,
+    keys: Context,
+    window: int,
+    causal: bool = True,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """`CHUNK` queries at a time with the keys they may see; the backward pass computes the logits of a chunk again."""
     num_queries, num_keys = q_BTHK.shape[1], k_BSGK.shape[1]
@@ -162,19 +173,33 @@ def _chunked(
 
 
 def _cudnn(
-    q_BTHK, k_BSGK, v_BSGK, queries: Context, keys: Context, window: int, causal: bool = True, implementation="cudnn"
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    queries: Context,
+    keys: Context,
+    window: int,
+    causal: bool = True,
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> jax.Array:
     """Flash attention of cuDNN. JAX's function has no segment ids: the mask says them, two bytes for each query and key."""
     fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
     mask = lambda queries, keys: attention_mask(queries, keys, window, causal)[:, None]
     on_a_device = lambda q, k, v, queries, keys: fused(q, k, v, mask=mask(queries, keys))
     heads, tokens = _layouts()
-    inputs = (*heads, Context(tokens, tokens), Context(tokens, tokens))
+    inputs = (*heads, *2 * [Context._make((tokens, tokens))])
     return on_each_device(on_a_device, inputs, heads[0])(q_BTHK, k_BSGK, v_BSGK, queries, keys)
 
 
 def _splash(
-    q_BTHK, k_BSGK, v_BSGK, context: Context, window: int, causal=True, softcap: float = 0.0, interpret: bool = False
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    context: Context,
+    window: int,
+    causal: bool = True,
+    softcap: float = 0.0,
+    interpret: bool = False,
 ) -> jax.Array:
     """The Pallas kernel for TPUs: it skips blocks of keys that no query of a block may see, in both passes."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, on a TPU only
@@ -185,7 +210,7 @@ def _splash(
     square = length, length
     mask = splash.LocalMask(square, (window - 1 if window else None, 0), 0) if causal else splash.FullMask(square)
 
-    def on_a_device(q_BTHK, k_BSGK, v_BSGK, ids_BT):
+    def on_a_device(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, ids_BT: jax.Array) -> jax.Array:
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * q_BTHK.shape[2]),
             block_sizes=blocks,
@@ -196,13 +221,14 @@ def _splash(
         heads_first = (x.swapaxes(1, 2) for x in (q_BTHK / head_dim**0.5, k_BSGK, v_BSGK))
         full = precision(q_BTHK.dtype)
         with jax.default_matmul_precision(full and "highest"):  # the kernel's products state none
-            return jax.vmap(kernel)(*heads_first, splash.SegmentIds(ids_BT, ids_BT)).swapaxes(1, 2)
+            out_BHTK: jax.Array = jax.vmap(kernel)(*heads_first, splash.SegmentIds(ids_BT, ids_BT))
+            return out_BHTK.swapaxes(1, 2)
 
     heads, tokens = _layouts()
     return on_each_device(on_a_device, (*heads, tokens), heads[0])(q_BTHK, k_BSGK, v_BSGK, context.segment_ids)
 
 
-def _layouts():
+def _layouts() -> tuple[list[PartitionSpec], PartitionSpec]:
     """Shardings of (queries, keys, values), and of arrays [B, T]."""
     layouts = [computed(("batch", "length", heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
     return layouts, computed(("batch", "length"))
@@ -219,15 +245,15 @@ def attention_mask(queries: Context, keys: Context, window: int, causal: bool = 
 
 
 def _xla(
-    q_BTHK,
-    k_BSGK,
-    v_BSGK,
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
     queries: Context,
     keys: Context,
     window: int,
     causal: bool = True,
     softcap: float = 0.0,
-    bias_BHTS=None,
+    bias_BHTS: jax.Array | None = None,
 ) -> jax.Array:
     """All logits at once, in plain JAX: for any platform, with caches and biases."""
     batch, num_queries, num_heads, head_dim = q_BTHK.shape

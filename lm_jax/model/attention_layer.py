@@ -68,7 +68,9 @@ class Attention(nnx.Module):
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, context, visible, *settings)
         return checkpoint_name(self.output(out_BTHK), "attention"), cache
 
-    def queries_and_keys(self, x_BTD, source_BSD, rope: RopeAngles | None) -> tuple[jax.Array, jax.Array]:
+    def queries_and_keys(
+        self, x_BTD: jax.Array, source_BSD: jax.Array, rope: RopeAngles | None
+    ) -> tuple[jax.Array, jax.Array]:
         """[B, T, H, K] and [B, S, G, K], normalised and rotated: their products over sqrt(K) are the logits."""
         q_BTHK, k_BSGK = self.query(x_BTD), self.key(source_BSD)
         if self.query_norm and self.key_norm:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -9,7 +10,7 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.encoder import Encoder
 from lm_jax.model.encoder_decoder import EncoderDecoder
-from lm_jax.model.language_model import LanguageModel
+from lm_jax.model.language_model import Caches, LanguageModel
 from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
@@ -53,11 +54,11 @@ class ModelDef:
         """
         return _unstacked(self, parameters) if self.config.unroll and not is_unstacked(parameters) else parameters
 
-    def empty_caches(self, batch: int, slots: int):
+    def empty_caches(self, batch: int, slots: int) -> Caches:
         """The caches of generation (keys and values, or recurrent states) before the first token of `batch` texts."""
         return KINDS[self.config.kind].empty_caches(self.config, batch, slots)
 
-    def tree(self, of_declaration) -> dict:
+    def tree(self, of_declaration: Callable[[Declaration], object]) -> dict:
         """A nested dict like the parameters, with `of_declaration(declaration)` at each leaf."""
         flat = {path: of_declaration(declared) for path, declared in self.declarations.items()}
         return nnx.traversals.unflatten_mapping(flat)
@@ -66,7 +67,8 @@ class ModelDef:
 @functools.partial(jax.jit, static_argnames=("graph",))
 def _unstacked(graph: ModelDef, parameters: dict) -> dict:
     unstack = lambda declared, x: Unstacked.of(x) if "layers" in declared.axes else x
-    return jax.tree.map(unstack, graph.tree(lambda declared: declared), parameters)
+    unstacked: dict = jax.tree.map(unstack, graph.tree(lambda declared: declared), parameters)
+    return unstacked
 
 
 def build(config: Model, vocab_size: int, sequence_length: int) -> ModelDef:

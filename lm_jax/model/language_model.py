@@ -17,6 +17,8 @@ from lm_jax.model.layers import Dense, Embedding, capped
 from lm_jax.model.task_heads import num_outputs
 from lm_jax.sharding import constrain, einsum, iota, reshape
 
+Caches = Any  # of generation, a tree of arrays: each kind of model has its own, and takes no other's
+
 
 class ModelOutputs(NamedTuple):
     """What the loss of a batch is computed from. Logits of tokens are hidden states times the output table."""
@@ -41,12 +43,14 @@ class LanguageModel(nnx.Module):
         task_head = lambda: Dense({"model": config.model_dim}, outputs, config.init_scale, config.bias)
         self.labels = task_head() if config.head else None
 
-    def __call__(self, tokens_BT: jax.Array, context: Context, dropout: Dropout | None = None, caches=None):
+    def __call__(
+        self, tokens_BT: jax.Array, context: Context, dropout: Dropout | None = None, caches: Caches = None
+    ) -> tuple[jax.Array, Any]:
         """int32 tokens [B, T] -> final hidden states [B, T, D], and what layers return beside them: caches, routing losses."""
         raise NotImplementedError
 
     @staticmethod
-    def empty_caches(config: Model, batch: int, slots: int):
+    def empty_caches(config: Model, batch: int, slots: int) -> Caches:
         """The caches before the first token, for `batch` texts of at most `slots` tokens."""
         raise NotImplementedError
 

@@ -6,11 +6,12 @@ Shape suffixes: B batch, T length, N tokens (B and T as one dim), D model, I inp
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from lm_jax.config import Model
 from lm_jax.sharding import constrain, einsum, reshape, stored, take
@@ -32,7 +33,14 @@ class Declaration:
     dtype: jnp.dtype = jnp.dtype("float32")
 
 
-def declare(shape, axes, initializer, inputs=(), outputs=(), layers=()) -> nnx.Param:
+def declare(
+    shape: Collection[int],
+    axes: Collection[str],
+    initializer: Callable[..., jax.Array],
+    inputs: tuple[int, ...] = (),
+    outputs: tuple[int, ...] = (),
+    layers: tuple[int, ...] = (),
+) -> nnx.Param:
     """A parameter with its declaration as metadata and a shape instead of an array."""
     assert len(shape) == len(axes)
     declared = Declaration(tuple(shape), tuple(axes), initializer, inputs, outputs, layers)
@@ -111,7 +119,7 @@ def add_bias(y_NO: jax.Array, bias_O: jax.Array) -> jax.Array:
     return (y_NO.astype(bias_O.dtype) + bias_O[None]).astype(y_NO.dtype)
 
 
-def _add_bias_backward(_, of_y_NO: jax.Array):
+def _add_bias_backward(_: None, of_y_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
     if of_y_NO.dtype != jnp.float32:
         of_y_NO = jax.lax.optimization_barrier(of_y_NO)
     return of_y_NO, of_y_NO.astype(jnp.float32).sum(0)
@@ -120,7 +128,7 @@ def _add_bias_backward(_, of_y_NO: jax.Array):
 add_bias.defvjp(lambda y_NO, bias_O: (add_bias(y_NO, bias_O), None), _add_bias_backward)
 
 
-def as_matrix(parameter: nnx.Param, dtype) -> tuple[jax.Array, str]:
+def as_matrix(parameter: nnx.Param, dtype: DTypeLike) -> tuple[jax.Array, str]:
     """The parameter of one layer as a matrix [I, O] in `dtype`, and the logical axis of I."""
     declared = parameter.get_metadata("declared")
     axes, num_inputs = declared.axes[len(declared.layers) :], len(declared.inputs)
@@ -163,7 +171,7 @@ class Embedding(nnx.Module):
     def __init__(self, num: int, dim: int, axis: str, stddev: float):
         self.table = declare((num, dim), (axis, "model"), normal(stddev), (0,), (1,))
 
-    def __call__(self, ids_BT: jax.Array, dtype) -> jax.Array:
+    def __call__(self, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
         """-> [B, T, D] in `dtype`. The gradient of the table is a sum over tokens, in float32."""
         axes = self.table.get_metadata("declared").axes
         return take(constrain(self.table[...], *axes), ids_BT, "batch", "length", None).astype(dtype)
@@ -174,15 +182,16 @@ def capped(logits: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(logits / cap)
 
 
-def split(block: nnx.Module):
+def split(block: nnx.Module) -> tuple[tuple[nnx.GraphDef, nnx.State], dict]:
     """A module -> ((graph definition, state), parameters as a plain nested dict); `merge` is the way back."""
     graph, state = nnx.split(block)
     return (graph, state), nnx.to_pure_dict(state)
 
 
-def merge(graph_and_state, parameters: dict) -> nnx.Module:
+def merge(graph_and_state: tuple[nnx.GraphDef, nnx.State], parameters: dict) -> nnx.Module:
     """The module that `split` took apart, with these parameters in place."""
     graph, state = graph_and_state
     state = jax.tree.map(lambda leaf: leaf, state)  # copies containers, no arrays: the next line writes in place
     nnx.replace_by_pure_dict(state, parameters)
-    return nnx.merge(graph, state)
+    module: nnx.Module = nnx.merge(graph, state)
+    return module

@@ -5,6 +5,7 @@ Shape suffixes: L layers.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from flax import nnx
 
 from lm_jax.model.layers import merge, split
 from lm_jax.model.unstacked import is_unstacked, run_unstacked
+
+Output = TypeVar("Output")  # of a layer: a tree of arrays
 
 # `config.remat`: what a layer keeps for the backward pass beside its input; the rest is computed again. From most to least
 # memory: every product; the results of attention, so that only the MLP's first half is computed twice; nothing.
@@ -43,7 +46,14 @@ def stacked(layer: nnx.Module, num: int) -> nnx.Module:
     return layer
 
 
-def run_layers(modules: Sequence[nnx.Module], apply: Callable, x, caches, remat: str, unroll: bool):
+def run_layers(
+    modules: Sequence[nnx.Module],
+    apply: Callable[..., tuple[jax.Array, Output]],
+    x: jax.Array,
+    caches: object,
+    remat: str,
+    unroll: bool,
+) -> tuple[jax.Array, Output]:
     """(`x` after all layers, the outputs of `apply` of each layer, stacked over the layers).
 
     `modules` are stacked; `apply(layers, x, index, cache) -> (x, output)` runs one layer of each of them, one after the other.
@@ -51,7 +61,7 @@ def run_layers(modules: Sequence[nnx.Module], apply: Callable, x, caches, remat:
     """
     graphs, parameters = zip(*map(split, modules), strict=True)
 
-    def body(x, scanned):
+    def body(x: jax.Array, scanned: tuple) -> tuple[jax.Array, Output]:
         index, parameters, cache = scanned
         return apply([merge(*both) for both in zip(graphs, parameters, strict=True)], x, index, cache)
 

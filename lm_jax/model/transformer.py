@@ -83,7 +83,7 @@ class Block(nnx.Module):
         post, rate, multiplier = self.config.norm_place == "post", self.config.dropout, self.config.multipliers[1]
         before = lambda x_BTD, norm: x_BTD if post or norm is None else norm(x_BTD)
 
-        def join(x_BTD, y_BTD, name: str, norm: Norm | None, post_norm: Norm | None):
+        def join(x_BTD: jax.Array, y_BTD: jax.Array, name: str, norm: Norm | None, post_norm: Norm | None) -> jax.Array:
             y_BTD = post_norm(y_BTD) if post_norm else y_BTD
             y_BTD = y_BTD if multiplier == 1 else y_BTD * multiplier
             x_BTD = x_BTD + apply_dropout(dropout, y_BTD, rate, name, layer)
@@ -148,7 +148,9 @@ class Transformer(LanguageModel):
         # it is split over them, and gathered again in every layer.
         kept = None if remat == "none" else "kept"
 
-        def period(blocks, x_BTD, index, caches):
+        def period(
+            blocks: list[Block], x_BTD: jax.Array, index: jax.Array, caches: list[Cache] | None
+        ) -> tuple[jax.Array, list]:
             x_BTD = constrain(x_BTD, "batch", "length", None) if kept else x_BTD
             aux = []
             for i, block in enumerate(blocks):

@@ -38,7 +38,7 @@ def attention_weights(model, tokens: np.ndarray, layer: int) -> np.ndarray:
     weights, more = [], (own.causal, None, own.softcap)
     for start in range(0, num, width):
         values = np.broadcast_to(identity[None, :, None, start : start + width], k_BSGK.shape)
-        weights.append(attend(q_BTHK, k_BSGK, values, context, context, own.window, "xla", *more))
+        weights.append(attend(q_BTHK, k_BSGK, jnp.asarray(values), context, context, own.window, "xla", *more))
     return np.concatenate(weights, axis=-1)[0, :, :, :num]
 
 
