@@ -124,6 +124,9 @@ def test_the_map_has_every_module_once_and_every_module_that_it_has():
             assert {name for name in names if name not in told} == set(), wing
 
 
-def test_the_reading_list_is_short():
+def test_the_reading_list_is_short_and_its_types_are_strict():
     text = (ROOT / "docs" / "architecture.md").read_text().split("## Beside the core")[0]
-    assert len(re.findall(r"^\| `lm_jax/", text, re.MULTILINE)) <= 28
+    files = re.findall(r"^\| `(lm_jax/[\w/]+)\.py`", text, re.MULTILINE)
+    assert len(files) <= 28 and sum(len((ROOT / f"{file}.py").read_text().splitlines()) for file in files) <= 4000
+    strict = re.search(r"^\[mypy-(lm_jax\.main.*)\]$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert strict and strict[1].split(",") == [file.replace("/", ".") for file in files]
