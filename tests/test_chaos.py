@@ -61,7 +61,7 @@ def test_what_differs_is_told(what, monkeypatch, capsys):
 
 
 def test_every_point_is_killed_once_before_one_is_killed_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(killed_runs.checkpoint, "complete_steps", lambda folder: [5, 10])
+    monkeypatch.setattr(killed_runs.step_folders, "complete_steps", lambda folder: [5, 10])
     for processes, place, left_out in ((1, "local", {"send", "save.part"}), (4, "gs", set())):
         flags = types.SimpleNamespace(processes=processes, place=place, seed=3)
         made = killed_runs.KilledRuns(flags, str(tmp_path), str(tmp_path))
