@@ -268,7 +268,7 @@ def read(text: str):
 def test_a_tpu_program_is_read():
     """A collective that two fusions carry on with is one; loops have their rounds; what is inside a fusion is not added."""
     found = read(TPU_TEXT)
-    assert found.collectives == {"all-gather": [1, 2 * 768 * 3072], "all-reduce": [4, 4 * 400]}
+    assert found.collectives == {"all-gather": [1, 2 * 768 * 3072], "all-reduce": [16, 16 * 400]}
     assert found.kernels == {"splash_mha_fwd": 16}
     assert found.cycles == {"products": 1500, "elementwise": 160, "rest": 7}
     assert found.float32_products == {"jit(step)/router/dot_general": 1}

@@ -24,7 +24,14 @@ from lm_jax.run_plan import Plan, make_plan
 from lm_jax.train_step import compile_step
 
 TARGETS = pathlib.Path(__file__).parent / "targets"
-NOBODY_IS_ASKED = {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# What libtpu would look for on a TPU's host, and complain of elsewhere; and it is loaded beside another process that has it.
+NOBODY_IS_ASKED = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +112,10 @@ def compiled(found: Estimate) -> Compiled:
 
 def misfit(message: str) -> tuple[float, float]:
     """(bytes needed, bytes there are) in what a compiler says of a program that does not fit; inf and 0 where it does not say."""
-    pairs = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", message) or re.search(
-        r"\(([\d.]+)([KMG])\) exceeds available \w+ \(([\d.]+)([KMG])\)", message
+    pairs = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message) or re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)", message
     )
-    scale = {"K": 2**10, "M": 2**20, "G": 2**30}
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return (float(pairs[1]) * scale[pairs[2]], float(pairs[3]) * scale[pairs[4]]) if pairs else (math.inf, 0.0)
 
 

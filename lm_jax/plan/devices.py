@@ -51,19 +51,19 @@ def _gpu(
     return Device("gpu", 0.75 * memory, peak, bandwidth, links, network, watts, **more)
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "System architecture": memory (of it libtpu keeps a quarter of a
-# GiB a chip on v5e, v6e), peak, memory bandwidth; links are half of "bidirectional ICI bandwidth per chip"; the network is a
-# host's cards (v5e 2 x 100 Gbit/s of 8 chips, v5p 50 Gbit/s a chip, v6e 4 x 200 Gbit/s of 8 chips). The clock is the peak
-# over two FLOPs of every cell of the matrix units: 4 of 128 x 128 (v5e), 8 (v5p). Google rates no power.
+# TPUs: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "System architecture": peak, memory bandwidth; links are half of
+# "bidirectional ICI bandwidth per chip"; the network is a host's cards (v5e 2 x 100 Gbit/s of 8 chips, v5p 50 Gbit/s a chip,
+# v6e 4 x 200 Gbit/s of 8 chips). Memory is what libtpu 0.0.52 gives a program ("available HBM") of 16, 95, 32 and 96 GiB. The
+# clock is the peak over two FLOPs of every cell of the matrix units: 4 of 128 x 128 (v5e), 8 (v5p). Google rates no power.
 # GPUs: NVIDIA's data sheets of each card, SXM where there is one, without sparsity: memory, Tensor Core peak in float16 and
 # bfloat16, FP32, memory bandwidth, half of NVLink's or PCIe's two-way bandwidth, power. B200 is an eighth of DGX B200's sheet.
 # Their network is a card a GPU of NVIDIA's DGX of that kind (DGX A100 200, DGX H100, H200, B200 400 Gbit/s).
 # A T4 (Turing) has no bfloat16.
 DEVICES: dict[str, Device] = {
     "v5e": _tpu(15.75 * GIB, 197e12, 819e9, 200e9, 3.125e9, 2, clock=197e12 / (2 * 4 * 128**2)),
-    "v5p": _tpu(95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, clock=459e12 / (2 * 8 * 128**2)),
-    "v6e": _tpu(31.25 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2),
-    "tpu7x": _tpu(96 * GIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, 0.0, 3, per_chip=2),
+    "v5p": _tpu(95.73 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, clock=459e12 / (2 * 8 * 128**2)),
+    "v6e": _tpu(31.24 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2),
+    "tpu7x": _tpu(94.74 * GIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, 0.0, 3, per_chip=2),
     "H100": _gpu(80e9, 989.4e12, 67e12, 3350e9, 450e9, 50e9, 700),
     "H200": _gpu(141e9, 989.4e12, 67e12, 4800e9, 450e9, 50e9, 700),
     "A100": _gpu(80e9, 312e12, 19.5e12, 2039e9, 300e9, 25e9, 400),

@@ -96,8 +96,8 @@ def estimate(config: Config, topology: Topology) -> Estimate:
             * (able[0] == "float16")
         )
     has_end = parse_length(config.train.num_steps)[1] != "epochs"
-    slices = topology.islands if topology.platform == "tpu" else 1
-    if config.mesh.slices not in (-1, slices) and topology.platform != "cpu":
+    slices = {"tpu": topology.islands, "gpu": 1}.get(topology.platform, config.mesh.slices)
+    if config.mesh.slices not in (-1, slices):
         raise UserError(
             f"config.mesh.slices = {config.mesh.slices}: {topology.text} is {slices}; say --config.mesh.slices={slices}"
         )
@@ -159,11 +159,8 @@ def seconds(found: Estimate) -> dict[str, float]:
     act = jnp.dtype(config.model.compute_dtype).itemsize
     remat = config.model.remat if costs.backward else "none"
     again = {"full": costs.flops_per_token / 3, "names": 2 * costs.matrix_parameters}.get(remat, 0.0)
-    times = {
-        "compute": found.tokens
-        * (costs.flops_per_token + again)
-        / (found.topology.size * device.peak[config.model.compute_dtype])
-    }
+    flops = found.tokens * (costs.flops_per_token + again)
+    times = {"compute": flops / (found.topology.size * device.peak[config.model.compute_dtype])}
     weights, k = costs.parameters * act / sizes["tensor"], found.num_microbatches
     if device.bandwidth:
         passes = weights * (2 if remat == "none" else 3) + 2 * (found.memory["activations"] + found.memory["logits"])

@@ -29,9 +29,22 @@ class Instruction(NamedTuple):
 
     @property
     def inside(self) -> list[str]:
-        """Computations that it runs once."""
+        """Computations that it runs once; what a start has begun, its end does not begin again."""
+        if self.op.endswith(("-done", "-update")):
+            return []
         attributes = ("calls", "branch_computations", "true_computation", "false_computation")
         return [name for one in (*attributes, *["to_apply"] * (self.op == "call")) for name in self.called(one)]
+
+    @property
+    def channel(self) -> str:
+        """What collectives that are one have in common."""
+        found = re.search(r"channel_id=(\d+)", self.rest)
+        return found[1] if found else self.name
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a matrix product."""
+        return self.op in ("dot", "convolution") or (self.op == "custom-call" and "$gemm" in self.rest)
 
     @property
     def op_name(self) -> str:
@@ -120,13 +133,13 @@ def read(text: str, rounds: Callable[[str], int], length: int, tokens: int, voca
         lines = named.get(name, [])
         shapes = {line.name: line.shape for line in lines}
         for line in lines:
-            if (kind := _collective(line)) and (key := _channel(line, kind, name)) not in channels:
-                channels.add(key)
+            kind = _collective(line)
+            if kind and not (fused and (kind, line.channel) in channels):  # several fusions may carry on with one
+                channels.add((kind, line.channel))
                 number, size = reading.collectives.get(kind, [0, 0.0])
                 reading.collectives[kind] = [number + times, size + times * max(_sides(line, shapes))]
-            if line.op in ("dot", "convolution") and all(
-                shapes.get(one, "").startswith("f32") for one in line.operands
-            ):
+            factors = line.operands[:2] if line.is_product else ()
+            if factors and all(shapes.get(one, "").startswith("f32") for one in factors):
                 reading.float32_products[line.op_name or line.name] += 1
             if not fused:
                 _own_work(reading, line, times)
@@ -139,12 +152,6 @@ def read(text: str, rounds: Callable[[str], int], length: int, tokens: int, voca
 
     walk(entry, 1, False)
     return reading
-
-
-def _channel(line: Instruction, kind: str, computation: str) -> tuple[str, str]:
-    """What is one collective, which several fusions may carry on with."""
-    channel = re.search(r"channel_id=(\d+)", line.rest)
-    return kind, channel[1] if channel else f"{computation} {line.name}"
 
 
 def _collective(line: Instruction) -> str:
