@@ -1,7 +1,7 @@
 """What a run needs on devices that are not here: counted, proposed, compiled, and read out of the program's text."""
 
-import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -261,8 +261,8 @@ ENTRY %main.1 (p0: f32[96]) -> f32[768] {
 """
 
 
-def read(text: str):
-    return program_text.read(text, lambda name: 12, length=256, tokens=512, vocab=50304, widths={768, 3072, 256})
+def read(text: str, widths: tuple[int, ...] = (768,)):
+    return program_text.read(text, lambda name: 12, length=256, tokens=512, vocab=50304, widths={*widths})
 
 
 def test_a_tpu_program_is_read():
@@ -272,7 +272,9 @@ def test_a_tpu_program_is_read():
     assert found.kernels == {"splash_mha_fwd": 16}
     assert found.cycles == {"products": 1500, "elementwise": 160, "rest": 7}
     assert found.float32_products == {"jit(step)/router/dot_general": 1}
-    assert found.large == {"bf16[2,12,256,256]": 2 * 24 * 256**2, "f32[2,256,50304]": 4 * 512 * 50304}
+    squares = {"bf16[2,12,256,256]": 2 * 24 * 256**2, "f32[256,256]": 4 * 256**2}
+    assert found.large == squares | {"f32[2,256,50304]": 4 * 512 * 50304}
+    assert list(read(TPU_TEXT, {256}).large) == ["f32[2,256,50304]"]  # a width of the model
     assert [(loop.rounds, loop.known) for loop in found.loops] == [(4, True), (12, False)]
 
 
@@ -300,14 +302,31 @@ def test_a_misfit_is_read_from_what_the_compiler_says():
     assert compiler.misfit(said) == (21.54 * GIB, 15.75 * GIB)
     said = "the total memory required for HLO temporaries (512.0M) exceeds available HBM (15.75G)"
     assert compiler.misfit(said) == (GIB / 2, 15.75 * GIB)
-    assert compiler.misfit("RESOURCE_EXHAUSTED") == (float("inf"), 0.0)
+    assert (
+        compiler.misfit("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.1M of 16.0M vmem.") is None
+    )
 
 
-def test_the_compilers_figures_of_an_h100_are_those_of_the_table():
-    text = compiler.target("H100").read_text()
-    assert "core_count: 132" in text and "major: 9" in text and compiler.target("T4") is None
-    bandwidth = int(text.split("memory_bandwidth: ")[1].split()[0])
-    assert bandwidth == pytest.approx(devices.DEVICES["H100"].bandwidth, rel=0.01)
+@pytest.mark.parametrize(("kind", "units"), [("H100", 132), ("H200", 132), ("A100", 108), ("L4", 58), ("T4", 40)])
+def test_the_compilers_figures_of_a_gpu_are_those_of_the_table(kind, units):
+    """Memory and bandwidth, and multiprocessors x FP32 units x 2 FLOPs x clock = the table's float32 peak."""
+    figure = lambda name: float(re.search(rf"\b{name}: ([\d.]+)", compiler.target(kind).read_text())[1])
+    device = devices.DEVICES[kind]
+    assert figure("core_count") == units
+    assert figure("memory_bandwidth") == pytest.approx(device.bandwidth, rel=0.01)
+    assert figure("device_memory_size") == pytest.approx(device.memory / 0.75, rel=0.07)
+    peak = 2e9 * units * figure("fpus_per_core") * figure("clock_rate_ghz")
+    assert peak == pytest.approx(device.peak["float32"], rel=0.01)
+
+
+def test_a_gpu_without_figures_for_the_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(compiler, "installed", lambda *names: True)
+    with pytest.raises(UserError, match="no target of a B200 to compile for; add --counted"):
+        compiler.absent_devices(devices.parse("gpu:8xB200"))
+    monkeypatch.setattr(compiler, "installed", lambda *names: False)
+    for topology, extra in (("gpu:8xH100", "cuda12"), ("v5e:2x4", "tpu")):
+        with pytest.raises(UserError, match=rf"without --counted, .* pip install -e '.\[{extra}\]'"):
+            compiler.absent_devices(devices.parse(topology))
 
 
 # Compiled
@@ -324,8 +343,10 @@ CASE = [
 ]
 CASE += ["--config.data.tokenizer=sentencepiece:50304", "--config.data.global_batch_size=64"]
 CASE += ["--config.train.microbatch_rows=64", "--config.model.unroll=False"]
-libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu]'")
-cuda = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs pip install '.[cuda12]'")
+libtpu = pytest.mark.skipif(not compiler.installed("libtpu"), reason="needs libtpu: pip install '.[tpu]'")
+cuda = pytest.mark.skipif(
+    not compiler.installed("jax_plugins", "jax_plugins.xla_cuda12"), reason="needs pip install '.[cuda12]'"
+)
 
 
 def plan(*arguments: str) -> dict:

@@ -191,5 +191,7 @@ def compiled_lines(found: estimate.Estimate, compiled: compiler.Compiled, facts:
     if large := facts["large_buffers"]:
         largest = sorted(large, key=lambda shape: -large[shape])[:3]
         lines.append(f"large buffers: {', '.join(f'{shape} {gib(large[shape])} GiB' for shape in largest)}")
+    if (length := found.config.data.sequence_length) in compiler.widths(found):
+        lines.append(f"buffers of [length, length] were not looked for: {length} is also a width of the model")
     assumed = [f"{loop['op_name']} {loop['rounds']}" for loop in facts["loops"] if not loop["known"]]
     return lines + ([f"assumed rounds of loops: {', '.join(assumed)}"] if assumed else [])

@@ -48,7 +48,7 @@ class Compiled:
     @property
     def fits(self) -> bool:
         """Whether the peak is at most what a program may take."""
-        return self.peak <= self.limit
+        return bool(self.arguments) and self.peak <= self.limit
 
 
 def target(kind: str) -> pathlib.Path | None:
@@ -57,20 +57,25 @@ def target(kind: str) -> pathlib.Path | None:
     return file if file.exists() else None
 
 
+def installed(*modules: str) -> bool:
+    """Whether these modules can be imported, each in the one before."""
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
 def absent_devices(topology: Topology) -> list[jax.Device]:
     """Devices to compile for. Raises UserError where the compiler is not installed, or refuses the topology."""
     if topology.platform == "cpu":
         return jax.devices("cpu")[: topology.size]
     try:
         if topology.platform == "tpu":
-            if importlib.util.find_spec("libtpu") is None:
-                raise needs("compiling for a TPU", "libtpu", "tpu")
+            if not installed("libtpu"):
+                raise needs("without --counted, compiling for a TPU", "libtpu", "tpu")
             os.environ |= NOBODY_IS_ASKED
             shape = "x".join(map(str, topology.shape))
             asked = f"{topology.kind}:{shape}"
             return topologies.get_topology_desc(asked, platform="tpu", num_slices=topology.islands).devices
-        if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
-            raise needs("compiling for a GPU", "jax-cuda12-plugin", "cuda12")
+        if not installed("jax_plugins", "jax_plugins.xla_cuda12"):
+            raise needs("without --counted, compiling for a GPU", "jax-cuda12-plugin", "cuda12")
         jax.devices("cpu")  # JAX looks for its plugins
         config, shape = target(topology.kind), f"1x{topology.islands}x{topology.island}"
         if config is None:
@@ -97,26 +102,39 @@ def compiled(found: Estimate) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed, limit = misfit(str(error))
-        return Compiled(time.monotonic() - start, needed, limit or found.device.memory)
+        if not (said := misfit(str(error))):
+            raise UserError(f"the compiler refuses this step: {str(error).splitlines()[0][:300]}") from error
+        return Compiled(time.monotonic() - start, *said)
     programs = [(step.whole, 1)] if step.whole else [(step.accumulate, k), (step.update, 1)]
     reading, memories = Reading(), []
     for program, times in programs:
         memories.append(program.memory_analysis())  # type: ignore[union-attr]
         reading.add(_read(plan, found, program.as_text()), times)  # type: ignore[union-attr]
-    peaks = [getattr(m, "peak_memory_in_bytes", 0) or m.argument_size_in_bytes + m.temp_size_in_bytes for m in memories]
+    peaks = [peak_bytes(memory) for memory in memories]
     most = memories[peaks.index(max(peaks))]
     sizes = most.argument_size_in_bytes, most.temp_size_in_bytes
     return Compiled(time.monotonic() - start, max(peaks), found.device.memory, *sizes, reading)
 
 
-def misfit(message: str) -> tuple[float, float]:
-    """(bytes needed, bytes there are) in what a compiler says of a program that does not fit; inf and 0 where it does not say."""
-    pairs = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message) or re.search(
-        r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)", message
+def peak_bytes(memory) -> int:
+    """What `memory_analysis()` calls the peak, or arguments and temporaries where that leaves the latter out (on a CPU)."""
+    arguments, known = memory.argument_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0)
+    return known if known > arguments else arguments + memory.temp_size_in_bytes
+
+
+def widths(found: Estimate) -> set[int]:
+    """Sizes of the model that a dim of a buffer may be by chance."""
+    model = found.config.model
+    return {model.model_dim, model.mlp_dim, model.num_heads * model.head_dim, found.costs.padded_vocab_size}
+
+
+def misfit(message: str) -> tuple[float, float] | None:
+    """(bytes needed, bytes there are) where a compiler says that a device's memory cannot hold a program, else None."""
+    pairs = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message) or re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message
     )
     scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return (float(pairs[1]) * scale[pairs[2]], float(pairs[3]) * scale[pairs[4]]) if pairs else (math.inf, 0.0)
+    return (float(pairs[1]) * scale[pairs[2]], float(pairs[3]) * scale[pairs[4]]) if pairs else None
 
 
 def _read(plan: Plan, found: Estimate, text: str) -> Reading:
@@ -124,8 +142,7 @@ def _read(plan: Plan, found: Estimate, text: str) -> Reading:
     tokens = found.rows // (sizes["data"] * sizes["fsdp"]) * length
     layers = max(1, model.num_layers // len(model.window))
     rounds = lambda name: math.ceil(tokens / CHUNK) if "shard_map/while" in name else layers if "while" in name else 1
-    widths = {model.model_dim, model.mlp_dim, model.num_heads * model.head_dim, found.costs.padded_vocab_size}
-    reading = read(text, rounds, length, tokens, found.costs.padded_vocab_size // sizes["tensor"], widths)
+    reading = read(text, rounds, length, tokens, found.costs.padded_vocab_size // sizes["tensor"], widths(found))
     if model.compute_dtype == "float32":
         reading.float32_products.clear()  # they are meant
     return reading

@@ -120,7 +120,7 @@ def read(text: str, rounds: Callable[[str], int], length: int, tokens: int, voca
     """Reads a program for one run of it.
 
     `rounds(op_name)` is assumed of a loop whose number of rounds is not in the text. Buffers are looked for with `length`
-    in two dims, and with `tokens` (of a device) by `vocab` (of a device), where these are not `widths` of the model.
+    in two dims, unless it is one of the `widths` of the model, and with `tokens` by `vocab` (of a device both).
     """
     named, entry = computations(text)
     channels: set[tuple[str, str]] = set()
@@ -180,7 +180,7 @@ def _own_work(reading: Reading, line: Instruction, times: int) -> None:
 
 def _large(shape: str, length: int, tokens: int, vocab: int, widths: set[int]) -> Iterator[str]:
     for dtype, sizes in dims(shape):
-        squares = sizes.count(length) >= 2 and (len(sizes) > 2 or length not in widths)
+        squares = sizes.count(length) >= 2 and length not in widths
         others = [size for size in sizes if size != 1]
         logits = vocab in others and math.prod(others) == tokens * vocab and not (len(others) == 2 and tokens in widths)
         if squares or logits:
