@@ -180,9 +180,9 @@ def compiled_lines(found: estimate.Estimate, compiled: compiler.Compiled, facts:
     lines.append(f"kernels a step: {', '.join(kernels) or 'none'}")
     if times := facts["step_seconds"]:
         cycles, total = facts["cycles"], sum(times.values())
-        parts = ", ".join(f"{what} {number / 1e6:,.0f} M" for what, number in cycles.items())
+        parts = ", ".join(f"{what} {short(number)}" for what, number in cycles.items())
         added = ", ".join(f"{what} {_seconds(time)}" for what, time in times.items())
-        lines.append(f"estimated cycles a step: {sum(cycles.values()) / 1e6:,.0f} M ({parts})")
+        lines.append(f"estimated cycles a step: {short(sum(cycles.values()))} ({parts})")
         lines.append(
             f"an estimate: {_seconds(total)} a step = {added} (collectives and kernels by roofline, nothing hidden)"
         )
