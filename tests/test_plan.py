@@ -169,6 +169,9 @@ def test_what_nothing_makes_fit_is_told_with_the_least(capsys):
     config = config_of("gpt3.py:175b", "--config.data.batch_ramp=(0,0)")
     found = estimate(config, devices.parse("gpu:8xH100"))
     assert not changes(config, found) and least(config, found)[1].needed < found.needed
+    config = config_of("llama_1b.py")  # recomputes all, on one chip: there is nothing to change
+    found = estimate(config, devices.parse("v5e:1x1"))
+    assert not found.fits and not changes(config, found) and least(config, found) == ({}, found)
 
 
 def test_the_page_and_its_json_say_the_same(capsys):

@@ -132,7 +132,9 @@ def counted_lines(name: str, found: estimate.Estimate, plan: dict[str, Any]) -> 
         lines += [f"  {change['flags']}    ({told(change)})" for change in plan["changes"]]
         if not plan["changes"]:
             lines[-1] = lines[-1].partition(";")[0] + "; no recomputation, microbatch or mesh here makes it fit"
-            lines.append(f"  least: {plan['least']['flags']}    ({told(plan['least'])}); take more devices")
+            lines.append(
+                f"  least: {plan['least']['flags'] or 'as it is'}    ({told(plan['least'])}); take more devices"
+            )
     return lines
 
 

@@ -225,8 +225,8 @@ def changes(asked: Config, found: Estimate) -> list[tuple[dict[str, object], Est
 
 
 def least(asked: Config, found: Estimate) -> tuple[dict[str, object], Estimate]:
-    """The settings that need least memory."""
-    return min(_candidates(asked, found), key=lambda item: item[1].needed)
+    """The settings that need least memory: {} where those at hand do."""
+    return min([({}, found), *_candidates(asked, found)], key=lambda item: item[1].needed)
 
 
 def _candidates(asked: Config, found: Estimate) -> Iterator[tuple[dict[str, object], Estimate]]:
