@@ -310,6 +310,25 @@ def test_a_misfit_is_read_from_what_the_compiler_says():
     )
 
 
+def test_what_the_compiler_says_is_told_in_lines():
+    found = counted("gpt_125m.py", "v5e:2x4", "--config.model.compute_dtype=bfloat16")
+    said = lambda compiled: "\n".join(command.compiled_lines(found, compiled, command.compiled_facts(found, compiled)))
+    misfit = compiler.Compiled(1.0, 21.5 * GIB, 15.75 * GIB)
+    assert said(misfit).startswith("compiled: does not fit: 21.5 of 15.8 GiB; the largest class is activations")
+    unread = compiler.Compiled(1.0, 3 * GIB, 15.75 * GIB, GIB, GIB, unread="INTERNAL: async-update")
+    assert "fits: peak 3 of 15.8 GiB" in said(unread) and "not known: INTERNAL: async-update" in said(unread)
+    whole = said(compiler.Compiled(1.0, 3 * GIB, 15.75 * GIB, GIB, GIB, read(TPU_TEXT)))
+    for words in (
+        "all-gather 1 = 0.00472 GB",
+        "splash_mha_fwd 16",
+        "estimated cycles a step: 1.7k (",
+        "kernels ",
+        "router",
+    ):
+        assert words in whole
+    assert "f32[2,256,50304]" in whole and "assumed rounds of loops: jvp()/while 12" in whole
+
+
 @pytest.mark.parametrize(("kind", "units"), [("H100", 132), ("H200", 132), ("A100", 108), ("L4", 58), ("T4", 40)])
 def test_the_compilers_figures_of_a_gpu_are_those_of_the_table(kind, units):
     """Memory and bandwidth, and multiprocessors x FP32 units x 2 FLOPs x clock = the table's float32 peak."""

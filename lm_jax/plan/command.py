@@ -147,12 +147,13 @@ def compiled_facts(found: estimate.Estimate, compiled: compiler.Compiled) -> dic
     facts = {"fits": compiled.fits, "peak": compiled.peak, "memory": compiled.limit, "seconds": compiled.seconds}
     if not compiled.arguments:
         return facts | {"largest": found.largest}
+    facts |= {"arguments": compiled.arguments, "temporaries": compiled.temporaries}
+    if compiled.unread:
+        return facts | {"unread": compiled.unread}
     reading = compiled.reading
     loops = {(re.sub(r"^jit\(\w+\)/", "", loop.op_name), loop.rounds, loop.known) for loop in reading.loops}
     times = compiler.step_seconds(found, reading)
     return facts | {
-        "arguments": compiled.arguments,
-        "temporaries": compiled.temporaries,
         "collectives": {kind: {"number": n, "bytes": size} for kind, (n, size) in sorted(reading.collectives.items())},
         "between_slices": sorted(reading.between_slices),
         "kernels": dict(reading.kernels),
@@ -175,6 +176,12 @@ def compiled_lines(found: estimate.Estimate, compiled: compiler.Compiled, facts:
         f"compiled in {compiled.seconds:.0f} s: {verdict}: peak {gib(compiled.peak)} of {gib(compiled.limit)} GiB "
         f"(counted {gib(found.needed)}), arguments {gib(compiled.arguments)}, temporaries {gib(compiled.temporaries)}"
     ]
+    if compiled.unread:
+        return [
+            *lines,
+            f"its text is not known: {compiled.unread}",
+            "take the libtpu that goes with this jax: extra [tpu]",
+        ]
     moved = [f"{kind} {n['number']:,} = {n['bytes'] / 1e9:.3g} GB" for kind, n in facts["collectives"].items()]
     crossing = "; between slices " + ", ".join(facts["between_slices"]) if facts["between_slices"] else ""
     lines.append(f"collectives a step and device: {', '.join(moved) or 'none'}{crossing}")

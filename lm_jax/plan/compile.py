@@ -44,6 +44,7 @@ class Compiled:
     arguments: float = 0.0
     temporaries: float = 0.0
     reading: Reading = dataclasses.field(default_factory=Reading)  # of a whole step
+    unread: str = ""  # why there is nothing in it
 
     @property
     def fits(self) -> bool:
@@ -106,14 +107,17 @@ def compiled(found: Estimate) -> Compiled:
             raise UserError(f"the compiler refuses this step: {str(error).splitlines()[0][:300]}") from error
         return Compiled(time.monotonic() - start, *said)
     programs = [(step.whole, 1)] if step.whole else [(step.accumulate, k), (step.update, 1)]
-    reading, memories = Reading(), []
+    reading, memories, unread = Reading(), [], ""
     for program, times in programs:
         memories.append(program.memory_analysis())  # type: ignore[union-attr]
-        reading.add(_read(plan, found, program.as_text()), times)  # type: ignore[union-attr]
+        try:
+            reading.add(_read(plan, found, program.as_text()), times)  # type: ignore[union-attr]
+        except jax.errors.JaxRuntimeError as error:  # a libtpu that is newer than jaxlib writes what that cannot read
+            unread = str(error).splitlines()[0][:200]
     peaks = [peak_bytes(memory) for memory in memories]
     most = memories[peaks.index(max(peaks))]
     sizes = most.argument_size_in_bytes, most.temp_size_in_bytes
-    return Compiled(time.monotonic() - start, max(peaks), found.device.memory, *sizes, reading)
+    return Compiled(time.monotonic() - start, max(peaks), found.device.memory, *sizes, reading, unread)
 
 
 def peak_bytes(memory) -> int:
