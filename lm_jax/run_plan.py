@@ -1,6 +1,6 @@
 """The plan of a run, made before any array exists: config -> mesh -> model -> microbatch -> program.
 
-`train`, `verify` and tools/compile_tpu.py call it. A plan depends on its arguments alone: a run whose newest step turns out
+`train`, `verify` and `plan` call it. A plan depends on its arguments alone: a run whose newest step turns out
 to be broken makes it again, from the data state of the step before.
 """
 

@@ -15,6 +15,7 @@ from lm_jax.config import Config
 from lm_jax.data.mixed_rows import Quotas
 from lm_jax.data.mixture import Mixture
 from lm_jax.plan import counts as costs
+from lm_jax.plan.devices import DEVICES, device_name
 from lm_jax.run_plan import Plan
 
 QUIET_SECONDS = 10  # between progress lines where the output is not a terminal
@@ -97,10 +98,10 @@ def header(plan: Plan, name: str, mixed: Mixture, device: jax.Device, flops_here
     if together := job.described(num_devices):
         lines.append(together)
     num_units = len(os.sched_getaffinity(0)) if on_cpu else num_devices
-    what = f"{costs.device_name(device)} x{num_units}"
+    what = f"{device_name(device)} x{num_units}"
     seconds = flops / (flops_here * (0.6 if on_cpu else costs.TYPICAL_MFU)) if flops_here else 0.0
     mine = f"this machine: {what}, about {costs.duration(seconds)}" if flops_here else f"{what}, time unknown"
-    others = [("v5e-8", 8 * costs.PEAK["v5e", "bfloat16"]), ("H200", costs.PEAK["H200", "bfloat16"])]
+    others = [("v5e-8", 8 * DEVICES["v5e"].peak["bfloat16"]), ("H200", DEVICES["H200"].peak["bfloat16"])]
     times = [f"{other}: {costs.duration(flops / (peak * costs.TYPICAL_MFU))}" for other, peak in others]
     lines.append(" · ".join([mine, *times]))
     classes = plan.memory

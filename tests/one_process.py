@@ -39,7 +39,9 @@ def perform(words: list[str]) -> int:
         elif words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))  # as Python does: a tool may import its neighbour
+            sys.path.insert(
+                0, os.path.dirname(os.path.abspath(words[0]))
+            )  # as Python does: a tool may import its neighbour
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         return int(end.code or 0)

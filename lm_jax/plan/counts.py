@@ -15,25 +15,9 @@ from lm_jax.loss import is_chunked
 from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
+from lm_jax.plan.devices import DEVICES, device_name
 from lm_jax.trainable import depth, trained_paths
 
-# Dense peak of one chip in the compute dtype, FLOP/s, and its memory in bytes: the makers' data sheets.
-PEAK = {
-    ("v5e", "bfloat16"): 197e12,
-    ("v5p", "bfloat16"): 459e12,
-    ("v6e", "bfloat16"): 918e12,
-    ("H100", "bfloat16"): 989.4e12,
-    ("H200", "bfloat16"): 989.4e12,
-    ("A100", "bfloat16"): 312e12,
-}
-KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5p": "v5p",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
 # Copies of the parameters that an update rule keeps, at most: Muon's tables have two, Adafactor keeps rows and columns.
 MOMENTS = {"adamw": 2, "adam": 2, "muon": 2, "lion": 1, "sgd": 1, "adafactor": 0}
 TYPICAL_MFU = 0.4  # of a recipe like this on an accelerator, for the times in the header
@@ -147,14 +131,6 @@ def bytes_by_class(
     }
 
 
-def device_name(device: jax.Device) -> str:
-    """The name of the device in `PEAK`, or what its maker calls it."""
-    kind = device.device_kind
-    if device.platform == "tpu":
-        return KINDS.get(kind, kind)
-    return next((name for name, _ in PEAK if name in kind), kind)
-
-
 def measured_peak() -> float:
     """FLOP/s of a large float32 product on this machine, for all devices of the process together."""
     n = 1024
@@ -174,7 +150,8 @@ def peak_flops(mesh: jax.sharding.Mesh, dtype: str) -> float:
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return measured_peak() * jax.process_count()
-    return PEAK.get((device_name(device), dtype), 0.0) * mesh.size
+    known = DEVICES.get(device_name(device))
+    return known.peak.get(dtype, 0.0) * mesh.size if known else 0.0
 
 
 def device_memory(device: jax.Device) -> float:
@@ -194,15 +171,25 @@ def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp:
     The most that divide the first batch, split evenly over the mesh and fit in 80% of a device's memory (a CPU: in 40%,
     and at most 2,048 tokens); one row a shard where none fits.
     """
-    shards = sizes["data"] * sizes["fsdp"]
-    smallest, on_cpu = ramp.smallest, device.platform == "cpu"
+    on_cpu = device.platform == "cpu"
     budget = device_memory(device) * (0.4 if on_cpu else 0.8)
+    return most_rows(config, costs, sizes, ramp.smallest, budget, 2048 if on_cpu else math.inf)
+
+
+def most_rows(
+    config: Config, costs: Costs, sizes: dict[str, int], batch: int, budget: float, most_tokens: float = math.inf
+) -> int:
+    """The most rows of a microbatch that divide a batch, split evenly over the mesh and fit in `budget` bytes a device.
+
+    One row a shard where none fits, or none has at most so many tokens.
+    """
+    shards = sizes["data"] * sizes["fsdp"]
     fitting = [
         rows
-        for rows in range(shards, smallest + 1, shards)
-        if smallest % rows == 0
-        and sum(bytes_by_class(config, costs, rows, sizes, accumulates=rows < smallest).values()) <= budget
-        and (not on_cpu or rows * config.data.sequence_length <= 2048)
+        for rows in range(shards, batch + 1, shards)
+        if batch % rows == 0
+        and sum(bytes_by_class(config, costs, rows, sizes, accumulates=rows < batch).values()) <= budget
+        and rows * config.data.sequence_length <= most_tokens
     ]
     return max(fitting, default=shards)
 
