@@ -1,5 +1,6 @@
 """Commands one after another in a process of their own: imported once, compiled fast, each with its exit code and output."""
 
+import gc
 import json
 import os
 import pathlib
@@ -56,5 +57,7 @@ if __name__ == "__main__":
     for words in json.loads(sys.argv[1]):
         with redirect_stdout(StringIO()) as out, redirect_stderr(out):
             code = perform(words)
+        with redirect_stderr(StringIO()):
+            gc.collect()  # what a refused command leaves half made would be told in the next one's output
         done.append({"code": code, "output": out.getvalue()})
     print(json.dumps(done))
