@@ -24,6 +24,11 @@ def chunk_size(padded_vocab_size: int) -> int:
     return max(CHUNK, min(CHUNK * LARGER.get(platform(), 1), MOST // padded_vocab_size))
 
 
+def num_chunks(tokens: int, padded_vocab_size: int) -> int:
+    """How many chunks a device makes of so many of its tokens."""
+    return math.ceil(tokens / chunk_size(padded_vocab_size))
+
+
 class ChunkSettings(NamedTuple):
     """What `in_chunks` computes of every chunk."""
 
@@ -75,13 +80,13 @@ def _on_devices(settings: ChunkSettings, *arrays):
 def _on_a_device(settings: ChunkSettings, hidden_BTD, table_VD, bias_V, targets_BT, mask_BT):
     bias_V = None if bias_V is None else gathered(bias_V, "vocab")
     table_VD = gathered(table_VD.astype(hidden_BTD.dtype), "vocab", "model")
-    num_chunks = math.ceil(targets_BT.size / chunk_size(len(table_VD)))
-    size = math.ceil(targets_BT.size / num_chunks)
-    padding = num_chunks * size - targets_BT.size  # masked tokens at the end of the last chunk
+    num = num_chunks(targets_BT.size, len(table_VD))
+    size = math.ceil(targets_BT.size / num)
+    padding = num * size - targets_BT.size  # masked tokens at the end of the last chunk
 
     def chunks(x, *shape):
         x_N = x.reshape(-1, *shape)
-        return jnp.pad(x_N, [(0, padding)] + [(0, 0)] * len(shape)).reshape(num_chunks, size, *shape)
+        return jnp.pad(x_N, [(0, padding)] + [(0, 0)] * len(shape)).reshape(num, size, *shape)
 
     def add(sums, chunk):
         new, of_hidden_CD = _chunk(settings, table_VD, bias_V, *chunk)

@@ -115,3 +115,15 @@ def test_chunks_hold_less(eight, monkeypatch):
             temporaries[small] = step.memory_analysis().temp_size_in_bytes / 2**20
     assert temporaries[0] < 0.5 * temporaries[10**9], temporaries
     print(temporaries)
+
+
+@pytest.mark.parametrize(
+    ("platform", "vocab", "expected"),
+    [("cpu", 50304, 32), ("tpu", 50304, 32), ("gpu", 50304, 8), ("gpu", 128 * 1024, 16), ("gpu", 2**20, 32)],
+)
+def test_a_gpu_has_fewer_and_larger_chunks_while_the_logits_of_one_are_few(platform, vocab, expected):
+    """Of 32,768 tokens; asked as a plan asks it, of a device that is not here."""
+    device = jax.sharding.AbstractDevice("a device", None, platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert chunked_cross_entropy.num_chunks(2**15, vocab) == expected

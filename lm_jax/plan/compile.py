@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
 import pathlib
 import re
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
-from lm_jax.chunked_cross_entropy import CHUNK
+from lm_jax.chunked_cross_entropy import num_chunks
 from lm_jax.errors import UserError, needs
 from lm_jax.plan.devices import Topology
 from lm_jax.plan.estimate import Estimate, peak, ring, vocab_size
@@ -144,9 +143,11 @@ def misfit(message: str) -> tuple[float, float] | None:
 def _read(plan: Plan, found: Estimate, text: str) -> Reading:
     model, length, sizes = plan.config.model, plan.config.data.sequence_length, plan.sizes
     tokens = found.rows // (sizes["data"] * sizes["fsdp"]) * length
-    layers = max(1, model.num_layers // len(model.window))
-    rounds = lambda name: math.ceil(tokens / CHUNK) if "shard_map/while" in name else layers if "while" in name else 1
-    reading = read(text, rounds, length, tokens, found.costs.padded_vocab_size // sizes["tensor"], widths(found))
+    layers, vocab = max(1, model.num_layers // len(model.window)), found.costs.padded_vocab_size // sizes["tensor"]
+    with jax.set_mesh(plan.mesh):  # whose platform decides how large a chunk is
+        chunks = num_chunks(tokens, vocab)
+    rounds = lambda name: chunks if "shard_map/while" in name else layers if "while" in name else 1
+    reading = read(text, rounds, length, tokens, vocab, widths(found))
     if model.compute_dtype == "float32":
         reading.float32_products.clear()  # they are meant
     return reading

@@ -166,29 +166,23 @@ def device_memory(device: jax.Device) -> float:
 
 
 def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp: Ramp, device: jax.Device) -> int:
-    """Rows of a microbatch, over all devices.
+    """Rows of a microbatch, over all devices, by the memory of a device that is here."""
+    return most_rows(config, costs, sizes, ramp.smallest, device_memory(device), device.platform)
+
+
+def most_rows(config: Config, costs: Costs, sizes: dict[str, int], batch: int, memory: float, platform: str) -> int:
+    """Rows of a microbatch, over all devices, each with so many bytes of memory.
 
     The most that divide the first batch, split evenly over the mesh and fit in 80% of a device's memory (a CPU: in 40%,
     and at most 2,048 tokens); one row a shard where none fits.
     """
-    on_cpu = device.platform == "cpu"
-    budget = device_memory(device) * (0.4 if on_cpu else 0.8)
-    return most_rows(config, costs, sizes, ramp.smallest, budget, 2048 if on_cpu else math.inf)
-
-
-def most_rows(
-    config: Config, costs: Costs, sizes: dict[str, int], batch: int, budget: float, most_tokens: float = math.inf
-) -> int:
-    """The most rows of a microbatch that divide a batch, split evenly over the mesh and fit in `budget` bytes a device.
-
-    One row a shard where none fits, or none has at most so many tokens.
-    """
+    share, most_tokens = (0.4, 2048) if platform == "cpu" else (0.8, math.inf)
     shards = sizes["data"] * sizes["fsdp"]
     fitting = [
         rows
         for rows in range(shards, batch + 1, shards)
         if batch % rows == 0
-        and sum(bytes_by_class(config, costs, rows, sizes, accumulates=rows < batch).values()) <= budget
+        and sum(bytes_by_class(config, costs, rows, sizes, accumulates=rows < batch).values()) <= share * memory
         and rows * config.data.sequence_length <= most_tokens
     ]
     return max(fitting, default=shards)

@@ -81,7 +81,7 @@ def vocab_size(config: Config) -> int:
 
 
 def estimate(config: Config, topology: Topology) -> Estimate:
-    """Counts a config as it is written; where the rows of a microbatch are "auto", the most that fit in 80% of the memory.
+    """Counts a config as it is written; where the rows of a microbatch are "auto", those of `counts.most_rows`.
 
     Raises UserError where the devices do not form the mesh, a dim does not divide over it, or a device does not
     multiply in the compute dtype.
@@ -137,8 +137,7 @@ def counted(
     with jax.sharding.use_abstract_mesh(mesh):  # counts ask it for the platform
         rows = config.train.microbatch_rows
         if rows == "auto":
-            share, most = (0.4, 2048.0) if topology.platform == "cpu" else (0.8, math.inf)
-            rows = counts.most_rows(config, costs, sizes, ramp.smallest, share * device.memory, most)
+            rows = counts.most_rows(config, costs, sizes, ramp.smallest, device.memory, topology.platform)
         config = with_microbatch(config, rows)
         memory = counts.bytes_by_class(config, costs, int(rows), sizes, accumulates=ramp.largest > int(rows))
     return Estimate(config, topology, device, ramp, sizes, costs, memory, has_end)
@@ -231,8 +230,8 @@ def least(asked: Config, found: Estimate) -> tuple[dict[str, object], Estimate]:
 
 def _candidates(asked: Config, found: Estimate) -> Iterator[tuple[dict[str, object], Estimate]]:
     model, batch, sizes = found.config.model, found.ramp.smallest, found.sizes
-    meshes = [m for m in legal_meshes(found.config, found.costs.padded_vocab_size, found.topology.size)]
-    meshes = [sizes, *(m for m in meshes if m["data"] % found.config.mesh.slices == 0 and m != sizes)]
+    legal = legal_meshes(found.config, found.costs.padded_vocab_size, found.topology.size)
+    meshes = [sizes, *(m for m in legal if m["data"] % found.config.mesh.slices == 0 and m != sizes)]
     remats = REMATS[REMATS.index(model.remat) :]
     for mesh, remat in itertools.product(meshes, remats):
         if remat == "none" and model.model_dim % mesh["tensor"]:
