@@ -102,7 +102,9 @@ def _on_a_device(settings: ChunkSettings, hidden_BTD, table_VD, bias_V, targets_
         return totals
     of_hidden_BTD = of_hidden.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)
     of_bias_V = None if bias_V is None else scattered(sums[3], "vocab")
-    return *totals, of_hidden_BTD, scattered(sums[2], "vocab", "model"), of_bias_V
+    # The backward pass of the layers waits until each device has its part of the table's gradient, and holds no whole one.
+    of_hidden_BTD, of_table_VD = jax.lax.optimization_barrier((of_hidden_BTD, scattered(sums[2], "vocab", "model")))
+    return *totals, of_hidden_BTD, of_table_VD, of_bias_V
 
 
 def _chunk(settings: ChunkSettings, table_VD, bias_V, hidden_CD, target_C, mask_C):

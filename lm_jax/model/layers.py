@@ -7,6 +7,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lm_jax.config import Model
-from lm_jax.sharding import constrain, einsum, reshape, stored, take
+from lm_jax.sharding import constrain, einsum, platform, reshape, stored, take
+
+Tree = TypeVar("Tree")  # of arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,8 @@ def repeated(create: Callable[[jax.Array], jax.Array], size: int) -> Callable[[j
 class Dense(nnx.Module):
     """Affine map [B, T, *inputs] -> [B, T, *outputs], with an adapter where `lora.py` adds one.
 
-    The product is one of matrices, [B*T, I] x [I, O]: on a CPU products of rank 3 take half as long again.
+    On a CPU the product is one of matrices, [B*T, I] x [I, O]: those of more dims take half as long again. Elsewhere the dims
+    stay as they are, for the compiler to lay out; a reshape would be a copy of the gathered kernel.
     """
 
     lora_a: nnx.Param | None = None
@@ -85,7 +89,7 @@ class Dense(nnx.Module):
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], stddev: float, bias: bool):
         num_inputs, num_dims = len(inputs), len(inputs) + len(outputs)
-        self.num_inputs = num_inputs
+        self.num_inputs, self.num_dims = num_inputs, num_dims
         sizes = (*inputs.values(), *outputs.values())
         dims = tuple(range(num_inputs)), tuple(range(num_inputs, num_dims))
         self.kernel = declare(sizes, (*inputs, *outputs), normal(stddev), *dims)
@@ -93,49 +97,63 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """-> [B, T, *outputs] in the dtype of `x`."""
-        of = self.kernel.get_metadata("declared")
-        outputs, sizes = of.axes[-len(of.outputs) :], self.kernel[...].shape[self.num_inputs :]
-        batch, length = x.shape[:2]
-        kernel_IO, axis = as_matrix(self.kernel, x.dtype)
-        x_NI = reshape(x, (batch * length, kernel_IO.shape[0]), "tokens", axis)
-        y_NO = einsum("NI,IO->NO", x_NI, kernel_IO, "tokens", outputs[0])
+        axes = self.kernel.get_metadata("declared").axes[-self.num_dims :]
+        outputs, flat = axes[self.num_inputs :], platform() == "cpu"
+        whole = *x.shape[:2], *self.kernel[...].shape[self.num_inputs :]
+        if flat:
+            x = reshape(x, (whole[0] * whole[1], math.prod(x.shape[2:])), "tokens", axes[0])
+        y = product(x, self.kernel, flat)
         if self.lora_a is not None and self.lora_b is not None:
-            a_IR, b_RO = (as_matrix(part, x.dtype)[0] for part in (self.lora_a, self.lora_b))
-            x_NR = einsum("NI,IR->NR", x_NI, a_IR, "tokens", "rank")
-            y_NO = y_NO + self.lora_scale * einsum("NR,RO->NO", x_NR, b_RO, "tokens", outputs[0])
+            y = y + self.lora_scale * product(product(x, self.lora_a, flat), self.lora_b, flat)
         if self.bias is not None:
             bias = constrain(self.bias[...], *outputs)
-            y_NO = add_bias(y_NO, reshape(bias, (y_NO.shape[1],), outputs[0]))
-        return reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
+            y = add_bias(y, reshape(bias, y.shape[1:], outputs[0]) if flat else bias)
+        return reshape(y, whole, "batch", "length", *outputs) if flat else y
+
+
+def product(x: jax.Array, parameter: nnx.Param, flat: bool) -> jax.Array:
+    """`x` [B, T, *inputs] times the parameter of one layer -> [B, T, *outputs]; flat: `x` [N, I] -> [N, O]."""
+    declared = parameter.get_metadata("declared")
+    axes, num_inputs = declared.axes[len(declared.layers) :], len(declared.inputs)
+    if flat:
+        return einsum("NI,IO->NO", x, as_matrix(parameter, x.dtype), "tokens", axes[num_inputs])
+    inputs, outputs = "IJ"[:num_inputs], "OP"[: len(declared.outputs)]
+    kernel = constrain(parameter[...].astype(x.dtype), *axes)
+    return einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel, "batch", "length", *axes[num_inputs:])
 
 
 @jax.custom_vjp
-def add_bias(y_NO: jax.Array, bias_O: jax.Array) -> jax.Array:
-    """The sum y + bias, in float32, in the dtype of y.
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """The sum y + bias, over the last dims of `y`, in float32, in the dtype of y.
 
     The gradient of the bias is a sum over all tokens in float32. Below float32 it reads the gradient of y as it is stored: fused
     with what makes that, a GPU computes it once more, and slowly.
     """
-    return (y_NO.astype(bias_O.dtype) + bias_O[None]).astype(y_NO.dtype)
+    return (y.astype(bias.dtype) + bias[(None,) * (y.ndim - bias.ndim)]).astype(y.dtype)
 
 
-def _add_bias_backward(_: None, of_y_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if of_y_NO.dtype != jnp.float32:
-        of_y_NO = jax.lax.optimization_barrier(of_y_NO)
-    return of_y_NO, of_y_NO.astype(jnp.float32).sum(0)
+def _add_bias_backward(bias: jax.Array, of_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if of_y.dtype != jnp.float32:
+        of_y = jax.lax.optimization_barrier(of_y)
+    return of_y, of_y.astype(jnp.float32).sum(tuple(range(of_y.ndim - bias.ndim)))
 
 
-add_bias.defvjp(lambda y_NO, bias_O: (add_bias(y_NO, bias_O), None), _add_bias_backward)
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
 
 
-def as_matrix(parameter: nnx.Param, dtype: DTypeLike) -> tuple[jax.Array, str]:
-    """The parameter of one layer as a matrix [I, O] in `dtype`, and the logical axis of I."""
+def written(x: Tree) -> Tree:
+    """`x`, written to memory once: a TPU's compiler would compute it anew inside every product that reads it."""
+    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+
+
+def as_matrix(parameter: nnx.Param, dtype: DTypeLike) -> jax.Array:
+    """The parameter of one layer as a matrix [I, O] in `dtype`."""
     declared = parameter.get_metadata("declared")
     axes, num_inputs = declared.axes[len(declared.layers) :], len(declared.inputs)
     sizes = parameter[...].shape
     both = math.prod(sizes[:num_inputs]), math.prod(sizes[num_inputs:])
     x = constrain(parameter[...].astype(dtype), *axes)
-    return reshape(x, both, axes[0], axes[num_inputs]), axes[0]
+    return reshape(x, both, axes[0], axes[num_inputs])
 
 
 class Norm(nnx.Module):

@@ -17,7 +17,7 @@ from lm_jax.model.attention_layer import Attention
 from lm_jax.model.dropout import Dropout, apply_dropout
 from lm_jax.model.kv_cache import Cache, empty_cache
 from lm_jax.model.language_model import LanguageModel
-from lm_jax.model.layers import Dense, Norm, model_norm
+from lm_jax.model.layers import Dense, Norm, model_norm, written
 from lm_jax.model.moe import Experts
 from lm_jax.model.positions import RopeAngles, add_positions, learned_positions, rope_of_blocks
 from lm_jax.model.stack import run_layers, stacked
@@ -44,8 +44,10 @@ class Mlp(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """-> [B, T, D]."""
         activation = ACTIVATIONS[self.config.activation]
-        h_BTF = activation(self.up(x_BTD)) if self.gate is None else activation(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.down(h_BTF)
+        if self.gate is None:
+            return self.down(activation(self.up(x_BTD)))
+        gate_BTF, up_BTF = written((self.gate(x_BTD), self.up(x_BTD)))
+        return self.down(written(activation(gate_BTF) * up_BTF))
 
 
 class Block(nnx.Module):
