@@ -97,7 +97,7 @@ def _on_a_device(settings: ChunkSettings, hidden_BTD, table_VD, bias_V, targets_
         zeros += jnp.zeros(table_VD.shape), None if bias_V is None else jnp.zeros(bias_V.shape)
     parts = chunks(hidden_BTD, hidden_BTD.shape[-1]), chunks(targets_BT), chunks(mask_BT)
     sums, of_hidden = jax.lax.scan(add, zeros, parts)
-    totals = tuple(sum_over(x, "batch") for x in sums[:2])
+    totals = tuple(sum_over(x, "tokens") for x in sums[:2])
     if not settings.with_gradients:
         return totals
     of_hidden_BTD = of_hidden.reshape(-1, hidden_BTD.shape[-1])[: targets_BT.size].reshape(hidden_BTD.shape)

@@ -2,7 +2,7 @@
 
 import jax
 
-from lm_jax.sharding import TABLE, mesh_axes, on_mesh
+from lm_jax.sharding import computed, mesh_axes, names_of, on_mesh, stored
 
 
 def sum_over(x: jax.Array, axis: str) -> jax.Array:
@@ -25,21 +25,21 @@ def part_index(axis: str) -> jax.Array | int:
 
 def gathered(parameter: jax.Array, *axes: str) -> jax.Array:
     """A device's stored part of a parameter -> the part that it computes with."""
-    for dim, name in _scattered_dims(axes):
-        parameter = jax.lax.all_gather(parameter, name, axis=dim, tiled=True)
+    for dim, names in _scattered_dims(axes):
+        parameter = jax.lax.all_gather(parameter, names, axis=dim, tiled=True)
     return parameter
 
 
 def scattered(gradient: jax.Array, *axes: str) -> jax.Array:
-    """The transpose of `gathered`: a device's gradient -> its stored part of the sum over the whole batch."""
-    rest = set(mesh_axes("batch"))
-    for dim, name in _scattered_dims(axes):
-        gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=dim, tiled=True)
-        rest.remove(name)
-    return jax.lax.psum(gradient, tuple(rest)) if rest else gradient
+    """The transpose of `gathered`: a device's gradient -> its stored part of the sum over all tokens."""
+    rest = mesh_axes("tokens")
+    for dim, names in _scattered_dims(axes):
+        gradient = jax.lax.psum_scatter(gradient, names, scatter_dimension=dim, tiled=True)
+        rest = tuple(name for name in rest if name not in names)
+    return jax.lax.psum(gradient, rest) if rest else gradient
 
 
-def _scattered_dims(axes: tuple[str, ...]) -> list[tuple[int, str]]:
-    """(dim, mesh axis) of the dims that are split only while a parameter is stored."""
-    split = [(dim, TABLE[axis][0]) for dim, axis in enumerate(axes) if TABLE[axis][0] != TABLE[axis][1]]
-    return [(dim, name) for dim, name in split if name] if on_mesh() else []
+def _scattered_dims(axes: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+    """(dim, mesh axes) of the dims that are split only while a parameter is stored."""
+    both = zip(stored(axes), computed(axes), strict=True) if on_mesh() else ()
+    return [(dim, names_of(kept)) for dim, (kept, used) in enumerate(both) if kept and kept != used]

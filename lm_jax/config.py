@@ -199,6 +199,8 @@ class Mesh:
     slices: int = axis(
         1, "slices of the machine, joined by a slower network, which split data; -1 = as many as the devices say"
     )
+    expert: int = axis(1, "devices that split experts and batch; -1 = the rest")
+    context: int = axis(1, "devices that split the tokens of a row, and the stored parameters; -1 = the rest")
 
 
 @dataclasses.dataclass(frozen=True)

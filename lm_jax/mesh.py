@@ -1,6 +1,6 @@
 """Devices -> mesh, also over slices; what does not divide over it is refused before anything compiles; parameter table.
 
-A mesh has the axes `data`, `fsdp` and `tensor` of `lm_jax/sharding.py`, which maps the names that models use to them.
+A mesh has the axes of `lm_jax/sharding.py`, which maps the names that models use to them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lm_jax.config import Config
 from lm_jax.config import Mesh as MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.model_config import RECURRENT
-from lm_jax.sharding import AXES, stored
+from lm_jax.sharding import AXES, names_of, stored
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -95,7 +95,13 @@ def by_slice(devices: list, asked: int) -> list[list]:
 
 def batch_shards(sizes: dict[str, int]) -> int:
     """How many ways a batch is split."""
-    return sizes["data"] * sizes["fsdp"]
+    return sizes["data"] * sizes["fsdp"] * sizes["expert"]
+
+
+def _product(sizes: dict[str, int], *axes: str) -> tuple[str, int]:
+    """(what a message calls these mesh axes, how many devices they are)."""
+    said = [axis for axis in axes if axis not in ("expert", "context") or sizes[axis] > 1]
+    return " x ".join(said), math.prod(sizes[axis] for axis in axes)
 
 
 def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> None:
@@ -109,11 +115,20 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
         ("model.num_kv_heads", model.num_kv_heads, "tensor", blocks),
         ("model.mlp_dim", model.mlp_dim, "tensor", blocks),
         ("the padded vocabulary", padded_vocab_size, "tensor", sizes["tensor"]),
-        ("model.model_dim", model.model_dim, "fsdp", sizes["fsdp"]),
+        ("model.model_dim", model.model_dim, *_product(sizes, "fsdp", "expert", "context")),
         ("model.model_dim", model.model_dim, "tensor", 1 if model.remat == "none" else blocks),
-        (first, smallest, "data x fsdp", batch_shards(sizes)),
-        ("train.microbatch_rows", smallest if rows == "auto" else int(rows), "data x fsdp", batch_shards(sizes)),
+        (first, smallest, *_product(sizes, "data", "fsdp", "expert")),
+        (
+            "train.microbatch_rows",
+            smallest if rows == "auto" else int(rows),
+            *_product(sizes, "data", "fsdp", "expert"),
+        ),
     ]
+    for axis in ("expert", "context"):
+        if sizes[axis] > 1:
+            raise UserError(
+                f"config.mesh.{axis} = {sizes[axis]}: nothing is split over it yet; say --config.mesh.{axis}=1"
+            )
     for name, size, axis, shards in checks:
         if size % shards:
             above, fitting = _nearest_fitting(size, shards)
@@ -124,24 +139,32 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
 
 
 def legal_meshes(config: Config, padded_vocab_size: int, num_devices: int) -> Iterator[dict[str, int]]:
-    """Every split of the devices into (data, fsdp, tensor) that `preflight` accepts."""
-    for data in (n for n in range(num_devices, 0, -1) if num_devices % n == 0):
-        for fsdp in (n for n in range(num_devices // data, 0, -1) if num_devices // data % n == 0):
-            sizes = dict(zip(AXES, (data, fsdp, num_devices // data // fsdp), strict=True))
-            try:
-                preflight(config, padded_vocab_size, sizes)
-            except UserError:
-                continue
-            yield sizes
+    """Every split of the devices over the mesh axes that `preflight` accepts."""
+    for split in _splits(num_devices, len(AXES)):
+        sizes = dict(zip(AXES, split, strict=True))
+        try:
+            preflight(config, padded_vocab_size, sizes)
+        except UserError:
+            continue
+        yield sizes
+
+
+def _splits(num_devices: int, num_axes: int) -> Iterator[tuple[int, ...]]:
+    """Every tuple of so many sizes whose product is the number of devices, the largest sizes first."""
+    if num_axes == 1:
+        yield (num_devices,)
+        return
+    for size in (n for n in range(num_devices, 0, -1) if num_devices % n == 0):
+        yield from ((size, *rest) for rest in _splits(num_devices // size, num_axes - 1))
 
 
 def parameter_table(declarations: dict, mesh: jax.sharding.Mesh) -> str:
     """One line a parameter: path, shape, logical axes, mesh axes, bytes per device."""
     rows = [("parameter", "shape", "logical axes", "mesh axes", "KiB per device")]
     for path, declared in declarations.items():
-        layout = NamedSharding(mesh, stored(declared.axes))
+        layout = NamedSharding(mesh, stored(declared.axes, mesh))
         size = math.prod(layout.shard_shape(declared.shape)) * jnp.dtype(declared.dtype).itemsize
-        spec = ", ".join(axis or "-" for axis in layout.spec)
+        spec = ", ".join(" x ".join(names_of(part)) or "-" for part in layout.spec)
         shape, axes = " x ".join(map(str, declared.shape)), ", ".join(declared.axes)
         rows.append(("/".join(path), shape, axes, spec, f"{size / 1024:,.1f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

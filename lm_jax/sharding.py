@@ -5,7 +5,7 @@ every array is part of its type, so that a layout nobody asked for is an error w
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -14,21 +14,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 Tree = TypeVar("Tree")  # of arrays
-AXES = ("data", "fsdp", "tensor")
+Names = str | tuple[str, ...] | None  # of mesh axes, the outermost first
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 #   logical axis   a stored parameter   a computed value (also a parameter gathered for use)
-TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
-    "batch": (None, ("data", "fsdp")),
-    "length": (None, None),
-    "tokens": (None, ("data", "fsdp")),  # batch and length as one dim
-    "model": ("fsdp", None),
+TABLE: dict[str, tuple[Names, Names]] = {
+    "batch": (None, ("data", "fsdp", "expert")),
+    "length": (None, "context"),
+    "tokens": (None, ("data", "fsdp", "expert", "context")),  # batch and length as one dim
+    "model": (("fsdp", "expert", "context"), None),
     "kept": (None, "tensor"),  # the stream between layers, where the backward pass computes them again
     "heads": ("tensor", "tensor"),
     "kv_heads": ("tensor", "tensor"),
     "head_dim": (None, None),
     "mlp": ("tensor", "tensor"),
     "rank": (None, None),  # of an adapter, which is small
-    "experts": (None, None),
+    "experts": ("expert", "expert"),
     "choices": (None, None),  # what a router may choose
     "vocab": ("tensor", "tensor"),
     "features": (None, None),  # what a product gives to every device of a tensor group: gates, labels
@@ -39,14 +40,26 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
 }
 
 
-def stored(axes: tuple[str, ...]) -> PartitionSpec:
-    """Where a parameter with these logical axes lives between steps."""
-    return PartitionSpec(*(TABLE[axis][0] for axis in axes))
+def stored(axes: tuple[str, ...], mesh: jax.sharding.Mesh | None = None) -> PartitionSpec:
+    """Where a parameter with these logical axes lives between steps; `mesh`: None = the one that is set."""
+    return _layout_of([TABLE[axis][0] for axis in axes], mesh)
 
 
-def computed(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """How a value with these logical axes (None: not split) is laid out while it is computed with."""
-    return PartitionSpec(*(TABLE[axis][1] if axis else None for axis in axes))
+def computed(axes: tuple[str | None, ...], mesh: jax.sharding.Mesh | None = None) -> PartitionSpec:
+    """How a value with these logical axes (None: not split) is laid out while it is computed with; `mesh` as of `stored`."""
+    return _layout_of([TABLE[axis][1] if axis else None for axis in axes], mesh)
+
+
+def _layout_of(dims: Sequence[Names], mesh: jax.sharding.Mesh | None) -> PartitionSpec:
+    """A mesh axis splits the first dim that names it, and none where it has one device (off a mesh all are named)."""
+    sizes = dict((jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape)
+    free = [name for name, size in sizes.items() if size > 1] if sizes else list(AXES)
+    parts: list[Names] = []
+    for names in dims:
+        found = tuple(name for name in names_of(names) if name in free)
+        free = [name for name in free if name not in found]
+        parts.append(found[0] if len(found) == 1 else found or None)
+    return PartitionSpec(*parts)
 
 
 def on_mesh() -> bool:
@@ -111,8 +124,12 @@ def take(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes that split a computed value's logical axis; () off a mesh."""
-    names = TABLE[axis][1] or ()
-    return ((names,) if isinstance(names, str) else names) if on_mesh() else ()
+    return names_of(computed((axis,))[0]) if on_mesh() else ()
+
+
+def names_of(part: Names) -> tuple[str, ...]:
+    """The mesh axes of one dim of a layout."""
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def ways(axis: str) -> int:

@@ -13,6 +13,7 @@ from helpers import FAMILIES, ROOT, assert_same_run, batch, kill_once_saved, lin
 from lm_jax import checkpoint, evaluate, load_model, main
 from lm_jax.config import Mesh
 from lm_jax.convert import description, hugging_face, run
+from lm_jax.data import loader
 from lm_jax.errors import UserError
 from lm_jax.generate import command
 from lm_jax.loss import batch_loss
@@ -20,6 +21,7 @@ from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.lora import merged
 from lm_jax.plan import counts
+from lm_jax.sharding import AXES
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import accumulate, compile_step, zeros
 from lm_jax.trainable import matching
@@ -52,13 +54,9 @@ def trained(config, mesh_sizes=(1, 1, 1), num_steps=3):
         program = make_program(config, PIECES)
         state, one_step = jax.jit(lambda: fresh(program))(), compile_step(program, mesh, one_microbatch=size == 4)
         states, losses = [flat(state.parameters)], []
-        names = jax.sharding.PartitionSpec(("data", "fsdp"))
         for step in range(num_steps):
             parts = [
-                {
-                    name: jax.device_put(x[i : i + size], jax.NamedSharding(mesh, names))
-                    for name, x in rows(step).items()
-                }
+                {name: jax.device_put(x[i : i + size], loader.layout(mesh, 1)) for name, x in rows(step).items()}
                 for i in range(0, 4, size)
             ]
             state, metrics = one_step(state, len(parts), iter(parts), lambda done: False)
@@ -120,7 +118,7 @@ def test_costs_count_what_is_trained():
         gradient = jax.jit(lambda state, data: accumulate(program, state, None, data))
         return gradient.lower(state, rows(0)).compile().cost_analysis()["flops"]
 
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    sizes = dict.fromkeys(AXES, 1)
     everything = config_of(model__unroll=True)  # a scan's body would be counted once
     of_all, flops = counted(everything), compiled_flops(everything)
     assert of_all.trained == of_all.parameters and of_all.backward

@@ -32,7 +32,7 @@ optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimiz
 optimizer.trainable optimizer.layer_decay optimizer.loss_scale
 train.task train.num_steps train.microbatch_rows train.z_loss train.balance_loss train.router_z_loss train.dpo_beta train.seed
 train.init_from train.on_spike
-mesh.data mesh.fsdp mesh.tensor mesh.slices
+mesh.data mesh.fsdp mesh.tensor mesh.slices mesh.expert mesh.context
 checkpoint.every checkpoint.keep_last checkpoint.keep_every
 evaluate.every evaluate.num_rows evaluate.metrics evaluate.prompt
 log.every log.profile

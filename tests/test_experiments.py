@@ -39,7 +39,7 @@ def traced(config) -> tuple:
         state = fresh(program)
         return state, *train_step(program, state, batch)
 
-    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 2), AXES, (AxisType.Explicit,) * 3)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 1, 1, 2), AXES, (AxisType.Explicit,) * 5)):
         return jax.eval_shape(step)
 
 

@@ -15,7 +15,7 @@ from lm_jax.errors import UserError
 from lm_jax.mesh import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
 from lm_jax.model.build import build
 from lm_jax.run_plan import make_plan
-from lm_jax.sharding import stored
+from lm_jax.sharding import AXES, names_of, stored
 
 MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2), "two slices": (4, 2, 1, 2)}
 SMOKE = ["--config", "experiments/quickstart.py:smoke"]
@@ -108,37 +108,37 @@ def test_dropout_was_on(traces):
 
 SPECIFICATIONS = """
 block_0/attention/key/bias layers,kv_heads,head_dim -,tensor,-
-block_0/attention/key/kernel layers,model,kv_heads,head_dim -,fsdp,tensor,-
-block_0/attention/output/bias layers,model -,fsdp
-block_0/attention/output/kernel layers,heads,head_dim,model -,tensor,-,fsdp
+block_0/attention/key/kernel layers,model,kv_heads,head_dim -,fsdp+expert+context,tensor,-
+block_0/attention/output/bias layers,model -,fsdp+expert+context
+block_0/attention/output/kernel layers,heads,head_dim,model -,tensor,-,fsdp+expert+context
 block_0/attention/query/bias layers,heads,head_dim -,tensor,-
-block_0/attention/query/kernel layers,model,heads,head_dim -,fsdp,tensor,-
+block_0/attention/query/kernel layers,model,heads,head_dim -,fsdp+expert+context,tensor,-
 block_0/attention/value/bias layers,kv_heads,head_dim -,tensor,-
-block_0/attention/value/kernel layers,model,kv_heads,head_dim -,fsdp,tensor,-
-block_0/attention_norm/bias layers,model -,fsdp
-block_0/attention_norm/scale layers,model -,fsdp
-block_0/mlp/down/bias layers,model -,fsdp
-block_0/mlp/down/kernel layers,mlp,model -,tensor,fsdp
+block_0/attention/value/kernel layers,model,kv_heads,head_dim -,fsdp+expert+context,tensor,-
+block_0/attention_norm/bias layers,model -,fsdp+expert+context
+block_0/attention_norm/scale layers,model -,fsdp+expert+context
+block_0/mlp/down/bias layers,model -,fsdp+expert+context
+block_0/mlp/down/kernel layers,mlp,model -,tensor,fsdp+expert+context
 block_0/mlp/gate/bias layers,mlp -,tensor
-block_0/mlp/gate/kernel layers,model,mlp -,fsdp,tensor
+block_0/mlp/gate/kernel layers,model,mlp -,fsdp+expert+context,tensor
 block_0/mlp/up/bias layers,mlp -,tensor
-block_0/mlp/up/kernel layers,model,mlp -,fsdp,tensor
-block_0/mlp_norm/bias layers,model -,fsdp
-block_0/mlp_norm/scale layers,model -,fsdp
-embedding/table vocab,model tensor,fsdp
-norm/bias model fsdp
-norm/scale model fsdp
-positions/table positions,model -,fsdp
-unembedding/table vocab,model tensor,fsdp
+block_0/mlp/up/kernel layers,model,mlp -,fsdp+expert+context,tensor
+block_0/mlp_norm/bias layers,model -,fsdp+expert+context
+block_0/mlp_norm/scale layers,model -,fsdp+expert+context
+embedding/table vocab,model tensor,fsdp+expert+context
+norm/bias model fsdp+expert+context
+norm/scale model fsdp+expert+context
+positions/table positions,model -,fsdp+expert+context
+unembedding/table vocab,model tensor,fsdp+expert+context
 """
 
 
 def test_where_every_parameter_lives_is_pinned():
     config = tiny(model__gated=True, model__tie_embedding=False)
     declarations = build(config.model, 500, 64).declarations
+    split = lambda axes: ",".join("+".join(names_of(part)) or "-" for part in stored(axes))
     found = [
-        f"{'/'.join(path)} {','.join(declared.axes)} {','.join(axis or '-' for axis in stored(declared.axes))}"
-        for path, declared in declarations.items()
+        f"{'/'.join(path)} {','.join(declared.axes)} {split(declared.axes)}" for path, declared in declarations.items()
     ]
     assert sorted(found) == SPECIFICATIONS.split("\n")[1:-1]
 
@@ -178,7 +178,7 @@ def test_preflight_names_what_does_not_divide(changes, mesh, words):
 
 
 def test_mesh_sizes_multiply_to_the_devices():
-    assert mesh_shape(Mesh(-1, 2, 2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh_shape(Mesh(-1, 2, 2), 8) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     for mesh, words in ((Mesh(3, -1, 1), "no whole rest of 8"), (Mesh(4, 4, 1), "is 16 devices, here are 8")):
         with pytest.raises(UserError, match=words):
             mesh_shape(mesh, 8)
@@ -247,17 +247,17 @@ def test_verify_goes_over_slices_too(capsys, eight, monkeypatch):
     assert verify.main([*SMOKE, "--config.mesh.slices=2", "--num_steps=1"]) == 0
     lines = [line.partition("   initial")[0] for line in capsys.readouterr().out.split("\n") if "initial" in line]
     assert lines == [
-        "data 2 fsdp 1 tensor 1 slices 1",
-        "data 1 fsdp 2 tensor 1 slices 1",
-        "data 1 fsdp 1 tensor 2 slices 1",
-        "data 2 fsdp 1 tensor 1 slices 2",
+        "data 2 fsdp 1 tensor 1 slices 1 expert 1 context 1",
+        "data 1 fsdp 2 tensor 1 slices 1 expert 1 context 1",
+        "data 1 fsdp 1 tensor 2 slices 1 expert 1 context 1",
+        "data 2 fsdp 1 tensor 1 slices 2 expert 1 context 1",
     ]
 
 
 def test_legal_meshes_are_all_that_preflight_accepts():
     found = [tuple(sizes.values()) for sizes in legal_meshes(tiny(), 512, 8)]
-    assert (1, 8, 1) in found and (2, 2, 2) in found and (1, 2, 4) in found
-    assert (1, 1, 8) not in found  # four heads
+    assert (1, 8, 1, 1, 1) in found and (2, 2, 1, 1, 2) in found and (1, 2, 1, 1, 4) in found
+    assert (1, 1, 1, 1, 8) not in found  # four heads
     assert len(found) == len(set(found)) == 9
 
 
@@ -270,4 +270,4 @@ def test_the_table_prints_itself(eight):
 def test_model_files_name_no_mesh_axis():
     for path in (ROOT / "lm_jax" / "model").glob("*.py"):
         text = path.read_text()
-        assert not any(f'"{axis}"' in text for axis in ("data", "fsdp", "tensor")), path
+        assert not any(f'"{axis}"' in text for axis in AXES), path

@@ -10,6 +10,7 @@ import pytest
 from helpers import tiny
 
 from lm_jax.config import Mesh
+from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.evaluator import Evaluator
@@ -223,7 +224,7 @@ def test_the_loss_of_a_span_is_of_its_segment_alone(tmp_path):
     for num in (1, 8):
         mesh = make_mesh(Mesh(), jax.devices()[:num])
         with jax.set_mesh(mesh):
-            spread = jax.sharding.PartitionSpec(("data", "fsdp"))
+            spread = loader.layout(mesh, 1)
             on_mesh = {name: jax.device_put(x, spread) for name, x in batch.items()}
             found = jax.jit(lambda x, rows: task_heads.losses("spans", x, rows))(
                 jax.device_put(logits, spread), on_mesh

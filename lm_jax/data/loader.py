@@ -43,7 +43,7 @@ class Batches:
 
 def layout(mesh: jax.sharding.Mesh, num_dims: int) -> NamedSharding:
     """How the array [rows] or [rows, length, ...] of a batch lies on the mesh."""
-    return NamedSharding(mesh, computed(("batch", "length")[:num_dims]))
+    return NamedSharding(mesh, computed(("batch", "length")[:num_dims], mesh))
 
 
 def abstract_batch(mesh: jax.sharding.Mesh, size: int, config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 
 from lm_jax.chunked_cross_entropy import num_chunks
 from lm_jax.errors import UserError, needs
+from lm_jax.mesh import batch_shards
 from lm_jax.plan.devices import Topology
 from lm_jax.plan.estimate import Estimate, peak, ring, vocab_size
 from lm_jax.plan.program_text import Reading, read
@@ -142,7 +143,7 @@ def misfit(message: str) -> tuple[float, float] | None:
 
 def _read(plan: Plan, found: Estimate, text: str) -> Reading:
     model, length, sizes = plan.config.model, plan.config.data.sequence_length, plan.sizes
-    tokens = found.rows // (sizes["data"] * sizes["fsdp"]) * length
+    tokens = found.rows // batch_shards(sizes) * length // sizes["context"]
     layers, vocab = max(1, model.num_layers // len(model.window)), found.costs.padded_vocab_size // sizes["tensor"]
     with jax.set_mesh(plan.mesh):  # whose platform decides how large a chunk is
         chunks = num_chunks(tokens, vocab)

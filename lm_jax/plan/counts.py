@@ -12,6 +12,7 @@ from lm_jax.batch_ramp import Ramp
 from lm_jax.chunked_cross_entropy import chunk_size
 from lm_jax.config import Config
 from lm_jax.loss import is_chunked
+from lm_jax.mesh import batch_shards
 from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
@@ -73,6 +74,11 @@ def count(config: Config, declarations: dict[tuple[str, ...], Declaration]) -> C
     return Costs(total, num_trained, matrix, declarations["embedding", "table"].shape[0], flops, backward)
 
 
+def parameter_shards(sizes: dict[str, int]) -> int:
+    """How many ways the parameters are split between steps."""
+    return math.prod(size for axis, size in sizes.items() if axis != "data")
+
+
 def bytes_by_class(
     config: Config, costs: Costs, rows: int, sizes: dict[str, int], accumulates: bool
 ) -> dict[str, float]:
@@ -91,9 +97,9 @@ def bytes_by_class(
     """
     model, length = config.model, config.data.sequence_length
     act = jnp.dtype(config.model.compute_dtype).itemsize
-    shards, tensor = sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
+    shards, tensor = parameter_shards(sizes), sizes["tensor"]
     moments = MOMENTS[config.optimizer.name] + (config.optimizer.ema > 0)
-    tokens = math.ceil(rows / (sizes["data"] * sizes["fsdp"])) * length
+    tokens = math.ceil(rows / batch_shards(sizes)) * length // sizes["context"]
     heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
     hidden *= model.experts_per_token if model.num_experts else 1
     kept = {
@@ -177,7 +183,7 @@ def most_rows(config: Config, costs: Costs, sizes: dict[str, int], batch: int, m
     and at most 2,048 tokens); one row a shard where none fits.
     """
     share, most_tokens = (0.4, 2048) if platform == "cpu" else (0.8, math.inf)
-    shards = sizes["data"] * sizes["fsdp"]
+    shards = batch_shards(sizes)
     fitting = [
         rows
         for rows in range(shards, batch + 1, shards)

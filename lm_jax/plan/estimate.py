@@ -15,7 +15,7 @@ from lm_jax.data import tokenizer_files
 from lm_jax.data.objectives import EXTRA
 from lm_jax.errors import UserError
 from lm_jax.knob import parse_length
-from lm_jax.mesh import legal_meshes, mesh_shape, preflight
+from lm_jax.mesh import batch_shards, legal_meshes, mesh_shape, preflight
 from lm_jax.model import attention, build
 from lm_jax.model.language_model import padded
 from lm_jax.model.recurrent import CELLS
@@ -151,8 +151,10 @@ def seconds(found: Estimate) -> dict[str, float]:
     memory: each microbatch reads the weights in the compute dtype two or (recomputed) three times, writes and reads the
     activations and logits; a step reads and writes state and gradients. Left out where the bandwidth is not known.
     links, by mesh axis of n devices, (n - 1) / n of: `fsdp` each microbatch gathers weights twice and scatters their
-    gradients, in the compute dtype; `data` each microbatch sums a device's gradients, float32, twice over the wire (scatter
-    and gather); `tensor` in each layer 4 (recomputed: 6) sums of the stream. Over the bandwidth of `ring`.
+    gradients, in the compute dtype (`expert` and `context` their shares of it); `data` each microbatch sums a device's
+    gradients, float32, twice over the wire (scatter and gather); `context` in each layer gathers keys and values once
+    (recomputed: twice) and scatters their gradients; `tensor` in each layer 4 (recomputed: 6) sums of the stream. Over
+    the bandwidth of `ring`.
     """
     config, sizes, costs, device = found.config, found.sizes, found.costs, found.device
     act = jnp.dtype(config.model.compute_dtype).itemsize
@@ -165,11 +167,18 @@ def seconds(found: Estimate) -> dict[str, float]:
         passes = weights * (2 if remat == "none" else 3) + 2 * (found.memory["activations"] + found.memory["logits"])
         state = 2 * sum(found.memory[name] for name in ("parameters", "optimizer", "gradients"))
         times["memory"] = (k * passes + state) / device.bandwidth
-    stream = found.tokens / (sizes["data"] * sizes["fsdp"]) * config.model.model_dim * act
+    rows = found.tokens / batch_shards(sizes)  # the tokens of a device's rows
+    stream = rows / sizes["context"] * config.model.model_dim * act
+    keys_and_values = rows * 2 * config.model.num_kv_heads * config.model.head_dim / sizes["tensor"] * act
     layers = 0 if config.model.kind in CELLS else config.model.num_layers
+    shards = counts.parameter_shards(sizes)
+    gathered = k * 3 * weights  # by the axes one after the other, the outermost at the end
     moved = {
-        "data": k * 2 * 4 * costs.trained / (sizes["fsdp"] * sizes["tensor"]),
-        "fsdp": k * 3 * weights,
+        "data": k * 2 * 4 * costs.trained / shards,
+        "fsdp": gathered,
+        "expert": gathered / sizes["fsdp"],
+        "context": gathered / (sizes["fsdp"] * sizes["expert"])
+        + layers * (2 if remat == "none" else 3) * keys_and_values,
         "tensor": layers * (4 if remat == "none" else 6) * 2 * stream,
     }
     for axis in AXES:
@@ -236,7 +245,7 @@ def _candidates(asked: Config, found: Estimate) -> Iterator[tuple[dict[str, obje
     for mesh, remat in itertools.product(meshes, remats):
         if remat == "none" and model.model_dim % mesh["tensor"]:
             continue
-        shards, free = mesh["data"] * mesh["fsdp"], asked.train.microbatch_rows == "auto"
+        shards, free = batch_shards(mesh), asked.train.microbatch_rows == "auto"
         fewer = [n for n in range(shards, found.rows, shards) if batch % n == 0 and found.rows % n == 0]
         for rows in ["auto"] if free else [found.rows, *fewer]:
             if rows != "auto" and int(rows) % shards:
