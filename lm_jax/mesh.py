@@ -116,7 +116,6 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
         ("model.mlp_dim", model.mlp_dim, "tensor", blocks),
         ("the padded vocabulary", padded_vocab_size, "tensor", sizes["tensor"]),
         ("model.model_dim", model.model_dim, *_product(sizes, "fsdp", "expert", "context")),
-        ("model.model_dim", model.model_dim, "tensor", 1 if model.remat == "none" else blocks),
         (first, smallest, *_product(sizes, "data", "fsdp", "expert")),
         (
             "train.microbatch_rows",

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lm_jax.config import Model
-from lm_jax.sharding import constrain, einsum, platform, reshape, stored, take
+from lm_jax.sharding import constrain, einsum, look_up, platform, reshape, stored
 
 Tree = TypeVar("Tree")  # of arrays
 
@@ -191,8 +191,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
         """-> [B, T, D] in `dtype`. The gradient of the table is a sum over tokens, in float32."""
-        axes = self.table.get_metadata("declared").axes
-        return take(constrain(self.table[...], *axes), ids_BT, "batch", "length", None).astype(dtype)
+        return look_up(self.table[...], ids_BT, self.table.get_metadata("declared").axes, dtype)
 
 
 def capped(logits: jax.Array, cap: float) -> jax.Array:

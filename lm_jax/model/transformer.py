@@ -21,7 +21,7 @@ from lm_jax.model.layers import Dense, Norm, model_norm, written
 from lm_jax.model.moe import Experts
 from lm_jax.model.positions import RopeAngles, add_positions, learned_positions, rope_of_blocks
 from lm_jax.model.stack import run_layers, stacked
-from lm_jax.sharding import constrain
+from lm_jax.sharding import constrain, like, ways
 
 ACTIVATIONS = {
     "gelu": jax.nn.gelu,
@@ -83,9 +83,12 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """-> [B, T, D], and the new cache where one was given, else the routing losses [B, 2] of experts, else None."""
         post, rate, multiplier = self.config.norm_place == "post", self.config.dropout, self.config.multipliers[1]
-        before = lambda x_BTD, norm: x_BTD if post or norm is None else norm(x_BTD)
+
+        def before(x_BTD: jax.Array, norm: Norm | None) -> jax.Array:
+            return constrain(x_BTD if post or norm is None else norm(x_BTD), "batch", "length", None)
 
         def join(x_BTD: jax.Array, y_BTD: jax.Array, name: str, norm: Norm | None, post_norm: Norm | None) -> jax.Array:
+            y_BTD = like(y_BTD, x_BTD)
             y_BTD = post_norm(y_BTD) if post_norm else y_BTD
             y_BTD = y_BTD if multiplier == 1 else y_BTD * multiplier
             x_BTD = x_BTD + apply_dropout(dropout, y_BTD, rate, name, layer)
@@ -146,23 +149,21 @@ class Transformer(LanguageModel):
         config = self.config
         x_BTD = apply_dropout(dropout, x_BTD, config.dropout, "embedding")
         rope, remat = rope_of_blocks(config, context.positions), config.remat if caches is None else "none"
-        # The input of a recomputed layer is kept for the backward pass. Devices of a tensor group would all hold the same, so
-        # it is split over them, and gathered again in every layer.
-        kept = None if remat == "none" else "kept"
+        # Devices of a tensor group share the stream's tokens out: each norms and keeps its own, and products gather them.
+        split = "stream" if caches is None and x_BTD.shape[1] % ways("stream") == 0 else "length"
 
         def period(
             blocks: list[Block], x_BTD: jax.Array, index: jax.Array, caches: list[Cache] | None
         ) -> tuple[jax.Array, list]:
-            x_BTD = constrain(x_BTD, "batch", "length", None) if kept else x_BTD
             aux = []
             for i, block in enumerate(blocks):
                 cache = caches[i] if caches else None
                 x_BTD, of_block = block(x_BTD, context, rope[i], index * self.period + i, dropout, cache)
                 aux.append(of_block)
-            return constrain(x_BTD, "batch", "length", kept), aux
+            return x_BTD, aux
 
         blocks = [getattr(self, f"block_{i}") for i in range(self.period)]
-        x_BTD = constrain(x_BTD, "batch", "length", kept)
+        x_BTD = constrain(x_BTD, "batch", split, None)
         x_BTD, aux = run_layers(blocks, period, x_BTD, caches, remat, config.unroll)
         x_BTD = constrain(x_BTD, "batch", "length", None)
         return self.norm(x_BTD) if self.norm else x_BTD, aux

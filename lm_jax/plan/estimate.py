@@ -243,8 +243,6 @@ def _candidates(asked: Config, found: Estimate) -> Iterator[tuple[dict[str, obje
     meshes = [sizes, *(m for m in legal if m["data"] % found.config.mesh.slices == 0 and m != sizes)]
     remats = REMATS[REMATS.index(model.remat) :]
     for mesh, remat in itertools.product(meshes, remats):
-        if remat == "none" and model.model_dim % mesh["tensor"]:
-            continue
         shards, free = batch_shards(mesh), asked.train.microbatch_rows == "auto"
         fewer = [n for n in range(shards, found.rows, shards) if batch % n == 0 and found.rows % n == 0]
         for rows in ["auto"] if free else [found.rows, *fewer]:
