@@ -13,6 +13,7 @@ from lm_jax.config import Mesh
 from lm_jax.data import loader, mixture, objectives
 from lm_jax.errors import UserError
 from lm_jax.mesh import make_mesh
+from lm_jax.model import layers
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
 from lm_jax.plan import counts
@@ -49,15 +50,17 @@ def opened(**changes):
     )
 
 
+@pytest.mark.parametrize("products", ["cpu", pytest.param("tpu", marks=pytest.mark.proof)])
 @pytest.mark.parametrize("kind", of_default("encoder_decoder"))
-def test_sharded_and_accumulated_agree(kind, eight):
-    """2 x 2 x 2 devices and four microbatches as one device and one batch; dropout is on."""
+def test_sharded_and_accumulated_agree(kind, products, eight, monkeypatch):
+    """2 x 2 x 2 devices, with the products of a platform, and four microbatches as one device and one batch; dropout is on."""
     changes = dict(
         data__global_batch_size=16, optimizer__name="sgd", optimizer__learning_rate=0.05, model__unroll=False
     )
     config, vocab_size, stream = opened(**KINDS[kind] | changes, model__dropout=0.1, train__microbatch_rows=16)
     expected = verify.trace(make_plan(config, vocab_size, eight[:1]), stream, 2)
     config = dataclasses.replace(with_microbatch(config, 4), mesh=Mesh(2, 2, 2))
+    monkeypatch.setattr(layers, "platform", lambda: products)
     found = verify.trace(make_plan(config, vocab_size, eight), stream, 2)
     assert found.digest == expected.digest, "initial parameters are not bitwise equal"
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)

@@ -15,6 +15,7 @@ from lm_jax.loss import token_losses
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
 from lm_jax.model.dropout import row_keys
+from lm_jax.model.positions import apply_rope, rope_angles
 from lm_jax.model.unstacked import is_unstacked
 
 LENGTH = 64
@@ -181,3 +182,22 @@ def test_rows_restart_positions_and_segments():
     assert row["segment_ids"].tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
     assert row["positions"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert row["loss_mask"].sum() == 8
+
+
+def test_a_rotation_is_rounded_once_each_way():
+    """Below float32 the turned half is a product, which is exact; the gradient is that of the formula in float32."""
+    positions_BT = jnp.arange(12)[None] * 37
+    x, of_y = jax.random.normal(jax.random.key(0), (2, 1, 12, 3, 16), jnp.bfloat16)
+    angles = rope_angles(positions_BT, 12, 1e4)  # of the first 12 of 16
+    cos, sin = angles.cos, angles.sin
+
+    def formula(x):
+        first, second, rest = x[..., :6], x[..., 6:12], x[..., 12:]
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+    for dtype in ("bfloat16", "float32"):
+        expected, pull = jax.vjp(formula, x.astype(jnp.float32))
+        found, found_pull = jax.vjp(lambda x: apply_rope(x, angles), x.astype(dtype))
+        np.testing.assert_array_equal(found, expected.astype(dtype))
+        (gradient,) = pull(of_y.astype(jnp.float32))
+        np.testing.assert_array_equal(found_pull(of_y.astype(dtype))[0], gradient.astype(dtype))

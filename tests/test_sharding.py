@@ -13,6 +13,7 @@ from lm_jax.config import Mesh
 from lm_jax.data import loader
 from lm_jax.errors import UserError
 from lm_jax.mesh import legal_meshes, make_mesh, mesh_shape, parameter_table, preflight
+from lm_jax.model import layers
 from lm_jax.model.build import build
 from lm_jax.run_plan import make_plan
 from lm_jax.sharding import AXES, names_of, stored
@@ -68,6 +69,19 @@ PAIRS = {("1", 4), ("8 fsdp", 1), ("2x4", 4), ("2x2x2", 2), ("two slices", 1)}
 def test_sharded_and_accumulated_agree(traces, mesh, accumulation):
     expected, found = traces("1", 1), traces(mesh, accumulation)
     assert found.digest == expected.digest, "initial parameters are not bitwise equal"
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(expected.parameters), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.proof)])
+def test_products_as_accelerators_do_them_agree_too(traces, corpus, eight, monkeypatch, family):
+    """With the dims as they are, their sums over `tensor` scattered by tokens, activations written once."""
+    config = tiny(**CONFIG | FAMILIES[family], train__microbatch_rows=32)
+    expected = traces("1", 1, **FAMILIES[family])
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    plan = make_plan(dataclasses.replace(config, mesh=Mesh(*MESHES["2x2x2"])), corpus.tokenizer.vocab_size, eight)
+    found = verify.trace(plan, Uneven(corpus.splits["train"], 64, 0), 2)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(found.parameters), jax.tree.leaves(expected.parameters), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -19,6 +19,7 @@ from lm_jax.model.layers import Embedding, Norm, model_norm
 from lm_jax.model.positions import RelativeBias, RopeAngles, add_positions, learned_positions, rope_angles
 from lm_jax.model.stack import run_layers, stacked
 from lm_jax.model.transformer import Mlp
+from lm_jax.sharding import like
 
 
 class Layer(nnx.Module):
@@ -48,7 +49,7 @@ class Layer(nnx.Module):
 
         def branch(x_BTD, norm: Norm, name: str, function):
             y_BTD, aux = function(x_BTD if post else norm(x_BTD))
-            y_BTD = apply_dropout(dropout, y_BTD, rate, f"{self.name}_{name}", layer)
+            y_BTD = apply_dropout(dropout, like(y_BTD, x_BTD), rate, f"{self.name}_{name}", layer)
             return norm(x_BTD + y_BTD) if post else x_BTD + y_BTD, aux
 
         attend_self = lambda x_BTD: self.attention(x_BTD, context, rope, cache, bias_BHTS)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lm_jax.config import Model
-from lm_jax.sharding import constrain, einsum, look_up, platform, reshape, stored
+from lm_jax.sharding import constrain, einsum, look_up, mesh_axes, platform, reshape, stored, ways
 
 Tree = TypeVar("Tree")  # of arrays
 
@@ -112,14 +112,18 @@ class Dense(nnx.Module):
 
 
 def product(x: jax.Array, parameter: nnx.Param, flat: bool) -> jax.Array:
-    """`x` [B, T, *inputs] times the parameter of one layer -> [B, T, *outputs]; flat: `x` [N, I] -> [N, O]."""
+    """`x` [B, T, *inputs] times the parameter of one layer -> [B, T, *outputs]; flat: `x` [N, I] -> [N, O].
+
+    A sum over devices that have parts of the inputs is scattered over them by tokens where these divide, as a stream is.
+    """
     declared = parameter.get_metadata("declared")
     axes, num_inputs = declared.axes[len(declared.layers) :], len(declared.inputs)
     if flat:
         return einsum("NI,IO->NO", x, as_matrix(parameter, x.dtype), "tokens", axes[num_inputs])
     inputs, outputs = "IJ"[:num_inputs], "OP"[: len(declared.outputs)]
     kernel = constrain(parameter[...].astype(x.dtype), *axes)
-    return einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel, "batch", "length", *axes[num_inputs:])
+    length = "stream" if mesh_axes(axes[0]) and x.shape[1] % ways("stream") == 0 else "length"
+    return einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel, "batch", length, *axes[num_inputs:])
 
 
 @jax.custom_vjp
