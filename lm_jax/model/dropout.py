@@ -9,6 +9,8 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from lm_jax.model.row_order import balanced
+
 
 def row_keys(root: jax.Array, name: str, step: jax.Array, layer: jax.Array | int, row_B: jax.Array) -> jax.Array:
     """One key a row: root folded with crc32(name), step, layer, row, so that mesh, batch and process do not matter."""
@@ -28,7 +30,7 @@ class Dropout:
         """Inverted dropout (arXiv:1207.0580) at a rate above 0, each row from its own key; `name` says where in a layer."""
         keys_B = row_keys(self.root, f"dropout/{name}", self.step, layer, self.row_B)
         keep_BTD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys_B)
-        return jnp.where(keep_BTD, x_BTD / (1 - rate), 0)
+        return jnp.where(balanced(keep_BTD), x_BTD / (1 - rate), 0)
 
 
 def apply_dropout(

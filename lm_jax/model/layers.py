@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lm_jax.config import Model
-from lm_jax.sharding import constrain, einsum, reshape, stored, take
+from lm_jax.sharding import constrain, einsum, reshape, stored, take, ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,8 @@ def repeated(create: Callable[[jax.Array], jax.Array], size: int) -> Callable[[j
 class Dense(nnx.Module):
     """Affine map [B, T, *inputs] -> [B, T, *outputs], with an adapter where `lora.py` adds one.
 
-    The product is one of matrices, [B*T, I] x [I, O]: on a CPU products of rank 3 take half as long again.
+    The product is one of matrices, [B*T, I] x [I, O]: on a CPU products of rank 3 take half as long again. B and T stay two
+    dims where both are split over devices.
     """
 
     lora_a: nnx.Param | None = None
@@ -97,15 +98,16 @@ class Dense(nnx.Module):
         outputs, sizes = of.axes[-len(of.outputs) :], self.kernel[...].shape[self.num_inputs :]
         batch, length = x.shape[:2]
         kernel_IO, axis = as_matrix(self.kernel, x.dtype)
-        x_NI = reshape(x, (batch * length, kernel_IO.shape[0]), "tokens", axis)
-        y_NO = einsum("NI,IO->NO", x_NI, kernel_IO, "tokens", outputs[0])
+        n, sizes_N, tokens = tokens_of(batch, length)
+        x_NI = reshape(x, (*sizes_N, kernel_IO.shape[0]), *tokens, axis)
+        y_NO = einsum(f"{n}I,IO->{n}O", x_NI, kernel_IO, *tokens, outputs[0])
         if self.lora_a is not None and self.lora_b is not None:
             a_IR, b_RO = (as_matrix(part, x.dtype)[0] for part in (self.lora_a, self.lora_b))
-            x_NR = einsum("NI,IR->NR", x_NI, a_IR, "tokens", "rank")
-            y_NO = y_NO + self.lora_scale * einsum("NR,RO->NO", x_NR, b_RO, "tokens", outputs[0])
+            x_NR = einsum(f"{n}I,IR->{n}R", x_NI, a_IR, *tokens, "rank")
+            y_NO = y_NO + self.lora_scale * einsum(f"{n}R,RO->{n}O", x_NR, b_RO, *tokens, outputs[0])
         if self.bias is not None:
             bias = constrain(self.bias[...], *outputs)
-            y_NO = add_bias(y_NO, reshape(bias, (y_NO.shape[1],), outputs[0]))
+            y_NO = add_bias(y_NO, reshape(bias, y_NO.shape[-1:], outputs[0]))
         return reshape(y_NO, (batch, length, *sizes), "batch", "length", *outputs)
 
 
@@ -116,16 +118,21 @@ def add_bias(y_NO: jax.Array, bias_O: jax.Array) -> jax.Array:
     The gradient of the bias is a sum over all tokens in float32. Below float32 it reads the gradient of y as it is stored: fused
     with what makes that, a GPU computes it once more, and slowly.
     """
-    return (y_NO.astype(bias_O.dtype) + bias_O[None]).astype(y_NO.dtype)
+    return (y_NO.astype(bias_O.dtype) + bias_O[(None,) * (y_NO.ndim - 1)]).astype(y_NO.dtype)
 
 
 def _add_bias_backward(_: None, of_y_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
     if of_y_NO.dtype != jnp.float32:
         of_y_NO = jax.lax.optimization_barrier(of_y_NO)
-    return of_y_NO, of_y_NO.astype(jnp.float32).sum(0)
+    return of_y_NO, of_y_NO.astype(jnp.float32).sum(tuple(range(of_y_NO.ndim - 1)))
 
 
 add_bias.defvjp(lambda y_NO, bias_O: (add_bias(y_NO, bias_O), None), _add_bias_backward)
+
+
+def tokens_of(batch: int, length: int) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    """The tokens of a product: their letters in its formula, their sizes, their logical axes: one dim if that moves nothing."""
+    return ("BT", (batch, length), ("batch", "length")) if ways("length") > 1 else ("N", (batch * length,), ("tokens",))
 
 
 def as_matrix(parameter: nnx.Param, dtype: DTypeLike) -> tuple[jax.Array, str]:
