@@ -17,6 +17,12 @@ def max_over(x: jax.Array, axis: str) -> jax.Array:
     return jax.lax.pmax(x, names) if names else x
 
 
+def joined(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Every device's `x`, put together along `dim` in the order of the parts of a logical axis."""
+    names = mesh_axes(axis)
+    return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
+
+
 def part_index(axis: str) -> jax.Array | int:
     """Which part of a logical axis this device holds."""
     names = mesh_axes(axis)

@@ -16,18 +16,17 @@ from lm_jax.model_config import LARGEST_HEAD, NUM_SENTINELS, OBJECTIVES, ONE_STA
 from lm_jax.reach import check_reach, is_read, unread
 
 WITH_LORA = "/lora_|^(labels|pooler)/"  # what is trained beside a frozen base; a pooler belongs to the head
-# Mesh axes as others call them -> what to say here.
 NO_STAGES = (
     "there are no stages of layers, every device works on each of them\n"
     "to split parameters say mesh.fsdp, each layer mesh.tensor, long rows mesh.context, experts mesh.expert"
 )
-NEAREST_AXIS = dict.fromkeys(("stage", "stages", "pipeline", "pipe", "pp"), NO_STAGES)
-NEAREST_AXIS |= dict.fromkeys(
-    ("sequence", "seq", "sp", "cp"), "the axis that splits the tokens of a row is mesh.context"
-)
-NEAREST_AXIS |= dict.fromkeys(("ep", "experts"), "the axis that splits experts is mesh.expert")
-NEAREST_AXIS |= dict.fromkeys(("tp", "model"), "the axis that splits heads, MLP and vocabulary is mesh.tensor")
-NEAREST_AXIS |= dict.fromkeys(("dp", "replica"), "the axis that holds copies of the parameters is mesh.data")
+OTHER_AXES = {  # as others call them -> what to say here
+    **dict.fromkeys(("stage", "stages", "pipeline", "pipe", "pp"), NO_STAGES),
+    **dict.fromkeys(("sequence", "seq", "sp", "cp"), "for the tokens of a row say mesh.context"),
+    **dict.fromkeys(("ep", "experts"), "for experts say mesh.expert"),
+    **dict.fromkeys(("tp", "model"), "for heads, MLP and vocabulary say mesh.tensor"),
+    **dict.fromkeys(("dp", "replica"), "for copies of the parameters say mesh.data"),
+}
 OF_MACHINE = {path: field.default for path, field in leaves().items() if field.metadata["machine"]}
 
 
@@ -58,8 +57,8 @@ def check_key(path: str) -> None:
     section, _, name = path.partition(".")
     if section not in SECTIONS:
         raise UserError(f"config.{path}: no section {section!r}{nearest(path, leaves())}")
-    if section == "mesh" and name in NEAREST_AXIS:
-        raise UserError(f"config.{path}: {NEAREST_AXIS[name]}")
+    if section == "mesh" and name in OTHER_AXES:
+        raise UserError(f"config.{path}: {OTHER_AXES[name]}")
     names = ", ".join(field.name for field in dataclasses.fields(SECTIONS[section]))
     near = nearest(path, leaves()) or f"; {section} has: {names}"
     raise UserError(f"config.{path}: {section} has no {name!r}{near}" if name else f"config.{path} is a section{near}")

@@ -16,6 +16,7 @@ from lm_jax.model import task_heads
 from lm_jax.model.build import ModelDef
 from lm_jax.model.dropout import Dropout
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
+from lm_jax.model.row_order import balanced, in_row_order
 
 SMALL = 2**22  # logits of a device up to which all exist at once: as fast as in chunks
 
@@ -55,13 +56,14 @@ def batch_loss(
     The objective also has z_loss * log(Z)^2 of every predicted token, Z the denominator of the softmax (arXiv:2204.02311,
     section 5), and the experts' (balance, z) losses times `routing` (`routing_loss`).
     """
+    batch = {name: balanced(x) if x.ndim > 1 else x for name, x in batch.items()}
     model, mask_BT = graph.module(parameters), batch["loss_mask"]
     outputs = model.read(batch, dropout)
     added = routing_loss(outputs.aux, mask_BT, routing) if any(routing) and graph.config.num_experts else 0.0
     if outputs.hidden_BTD is None or "reference" in batch:
         losses_BT, answers_BTC = answer_losses(model, outputs, batch)
         loss = (losses_BT * mask_BT).sum()
-        return BatchLoss(loss + added, loss, answers_BTC)
+        return BatchLoss(loss + added, loss, in_row_order(answers_BTC))
     if outputs.labels_BTC is None:
         objective, loss = vocabulary_loss(model, outputs.hidden_BTD, batch, z_loss)
         return BatchLoss(objective + added, loss)
@@ -116,7 +118,17 @@ def target_log_probabilities(model: LanguageModel, hidden_BTD: jax.Array, target
     Logits exist for a chunk of each row at a time, and are computed again for the gradient.
     """
     rows = max(1, len(hidden_BTD) // sharding.ways("batch"))  # of one device
-    length, size = hidden_BTD.shape[1], max(128, SMALL // model.padded_vocab_size // rows)
-    chunk = jax.checkpoint(lambda hidden_BCD, target_BC: -token_losses(model.logits(hidden_BCD), target_BC))
+    parts, size = sharding.ways("length"), max(128, SMALL // model.padded_vocab_size // rows)
+    batch, length = len(hidden_BTD), hidden_BTD.shape[1] // parts  # of a part
+    by_part = lambda x, *rest: sharding.reshape(x, (batch, parts, -1, *x.shape[2:]), "batch", "length", None, *rest)
+    hidden_BPTD, target_BPT = by_part(hidden_BTD, None), by_part(targets_BT)
+
+    @jax.checkpoint
+    def chunk(hidden_BPCD: jax.Array, target_BPC: jax.Array) -> jax.Array:
+        one_row = lambda x, *rest: sharding.reshape(x, (batch, -1, *x.shape[3:]), "batch", "length", *rest)
+        logits_BCV = model.logits(one_row(hidden_BPCD, None))
+        return by_part(-token_losses(logits_BCV, one_row(target_BPC)))
+
     chunks = (slice(start, min(start + size, length)) for start in range(0, length, size))
-    return jnp.concatenate([chunk(hidden_BTD[:, at], targets_BT[:, at]) for at in chunks], axis=1)
+    log_BPT = jnp.concatenate([chunk(hidden_BPTD[:, :, at], target_BPT[:, :, at]) for at in chunks], axis=2)
+    return sharding.reshape(log_BPT, targets_BT.shape, "batch", "length")

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from lm_jax.config import Config
 from lm_jax.config import Mesh as MeshConfig
 from lm_jax.errors import UserError
-from lm_jax.model_config import RECURRENT
+from lm_jax.model_config import ONE_STACK, RECURRENT
 from lm_jax.sharding import AXES, names_of, stored
 
 
@@ -93,6 +93,13 @@ def by_slice(devices: list, asked: int) -> list[list]:
     return [found[index] for index in sorted(found)]
 
 
+def with_whole_rows(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The devices of a mesh, those of `context` as a part of `fsdp`: parameters stay where they are."""
+    data, fsdp, expert, context, tensor = mesh.devices.shape
+    devices = mesh.devices.swapaxes(2, 3).reshape(data, fsdp * context, expert, 1, tensor)
+    return jax.sharding.Mesh(devices, AXES, mesh.axis_types)
+
+
 def batch_shards(sizes: dict[str, int]) -> int:
     """How many ways a batch is split."""
     return sizes["data"] * sizes["fsdp"] * sizes["expert"]
@@ -109,6 +116,7 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
     model, rows = config.model, config.train.microbatch_rows
     first = "data.batch_ramp[0]" if config.data.batch_ramp[0] else "data.global_batch_size"  # the smallest batch
     smallest = config.data.batch_ramp[0] or config.data.global_batch_size
+    batch, context = _product(sizes, "data", "fsdp", "expert"), sizes["context"]
     blocks = 1 if model.kind in RECURRENT else sizes["tensor"]  # recurrent cells are not split over `tensor`
     checks = [
         ("model.num_heads", model.num_heads, "tensor", blocks),
@@ -116,18 +124,19 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
         ("model.mlp_dim", model.mlp_dim, "tensor", blocks),
         ("the padded vocabulary", padded_vocab_size, "tensor", sizes["tensor"]),
         ("model.model_dim", model.model_dim, *_product(sizes, "fsdp", "expert", "context")),
-        (first, smallest, *_product(sizes, "data", "fsdp", "expert")),
-        (
-            "train.microbatch_rows",
-            smallest if rows == "auto" else int(rows),
-            *_product(sizes, "data", "fsdp", "expert"),
-        ),
+        ("data.sequence_length", config.data.sequence_length, "2 x context", 2 * context if context > 1 else 1),
+        (first, smallest, *batch),
+        ("train.microbatch_rows", smallest if rows == "auto" else int(rows), *batch),
     ]
-    for axis in ("expert", "context"):
-        if sizes[axis] > 1:
-            raise UserError(
-                f"config.mesh.{axis} = {sizes[axis]}: nothing is split over it yet; say --config.mesh.{axis}=1"
-            )
+    if sizes["expert"] > 1:
+        raise UserError(
+            f"config.mesh.expert = {sizes['expert']}: nothing is split over it yet; say --config.mesh.expert=1"
+        )
+    if context > 1 and model.kind not in ONE_STACK["model.kind"]:
+        raise UserError(
+            f"config.mesh.context = {context}: a model of the kind {model.kind} needs whole rows; say --config.mesh.context=1\n"
+            "mesh.data and mesh.fsdp split the rows of a batch"
+        )
     for name, size, axis, shards in checks:
         if size % shards:
             above, fitting = _nearest_fitting(size, shards)

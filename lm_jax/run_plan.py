@@ -66,7 +66,7 @@ def check(config: Config, devices: list[jax.Device]) -> None:
     over the mesh. The last is not known yet where the tokenizer is a file, which must be opened for its vocabulary.
     """
     sizes = mesh_shape(config.mesh, len(devices))
-    attention.preflight(config.model, config.data.sequence_length, devices[0].platform)
+    attention.preflight(config.model, config.data.sequence_length, devices[0].platform, sizes["context"])
     if pieces := pieces_expected(config.data):
         preflight(config, padded(pieces + EXTRA[config.data.objective]), sizes)
 

@@ -1,13 +1,21 @@
 """How good the model is while it is trained: validation loss, a sample, answers to held-out records."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
+from flax import nnx
+from jax.sharding import NamedSharding
 
 from lm_jax import fault_points, metrics, metrics_file
 from lm_jax.data import mixture
 from lm_jax.distributed import agree, is_main_process
 from lm_jax.errors import UserError
 from lm_jax.evaluator import Evaluator, by_source
+from lm_jax.mesh import with_whole_rows
+from lm_jax.model.build import ModelDef
 from lm_jax.run import Run
+from lm_jax.sharding import stored
 
 SAMPLE_TOKENS = 96
 Evaluation = tuple[Evaluator, mixture.HeldOut]  # what evaluates a run, and the validation rows of each source
@@ -53,6 +61,18 @@ def is_evaluated(run: Run) -> bool:
     return bool(agree(any("eval/loss" in line and line["step"] == run.data.step for line in lines), "is evaluated"))
 
 
+@contextlib.contextmanager
+def _writing(run: Run) -> Iterator[tuple[ModelDef, dict]]:
+    """The model and its parameters while it writes, on a mesh that splits no rows: their caches are not."""
+    graph, mesh = run.plan.program.graph, with_whole_rows(run.plan.mesh)
+    if mesh == run.plan.mesh:
+        yield graph, run.parameters
+        return
+    layouts = {path: NamedSharding(mesh, stored(declared.axes, mesh)) for path, declared in graph.declarations.items()}
+    with jax.set_mesh(mesh):
+        yield graph, jax.device_put(run.parameters, nnx.traversals.unflatten_mapping(layouts))
+
+
 def show_sample(run: Run, writer: metrics.Writer | metrics.NullWriter) -> None:
     """A text that the model writes after `evaluate.prompt`, where it can write one. Raises Stopped.
 
@@ -68,9 +88,8 @@ def show_sample(run: Run, writer: metrics.Writer | metrics.NullWriter) -> None:
     if limit < 1:
         run.log(f"no sample: config.evaluate.prompt leaves no room in {run.config.data.sequence_length} tokens")
         return
-    model = run.plan.program.graph, run.parameters, tokenizer
-    with run.goodput("samples"):
-        for written in stream(*model, [prompt], limit, Sampling(), tokens_at_once=SLICE):
+    with run.goodput("samples"), _writing(run) as model:
+        for written in stream(*model, tokenizer, [prompt], limit, Sampling(), tokens_at_once=SLICE):
             run.progress("writing a sample")
             lines = (prompt + written[0].text).split("\n")
     run.log(f"sample at step {run.data.step:,}:\n" + "\n".join(f"  | {line}" for line in lines))
@@ -86,8 +105,7 @@ def answer_now(run: Run) -> dict[str, float]:
 
     kind, num = run.config.evaluate.metrics, run.config.evaluate.num_rows
     watch = lambda done, of: run.progress(f"writing: record {done} of {of}")
-    model = run.plan.program.graph, run.parameters
-    with run.goodput("evaluation"):
+    with run.goodput("evaluation"), _writing(run) as model:
         found = generate_answers.written(*model, run.mixed, "validation", num, watch=watch)
     values = results.scores_of(kind, found)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())

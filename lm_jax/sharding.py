@@ -67,8 +67,13 @@ def on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def on_a_device() -> bool:
+    """Whether this is inside a function of `on_each_device`, where arrays are a device's own and have no layouts."""
+    return bool(jax.sharding.get_abstract_mesh().are_all_axes_manual)
+
+
 def _layout(axes: tuple[str | None, ...]) -> PartitionSpec | None:
-    return computed(axes) if on_mesh() else None
+    return computed(axes) if on_mesh() and not on_a_device() else None
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -13,13 +13,14 @@ from lm_jax.errors import UserError
 from lm_jax.mesh import make_mesh
 from lm_jax.model import attention
 from lm_jax.model.attention import Call, Context
+from lm_jax.model.splash import splash_attention
 from lm_jax.sharding import computed
 
 # As they are called, but for what only the accelerator has: cuDNN's arguments go to XLA, the TPU kernel is interpreted.
 HERE = {
     "chunked": attention._chunked,
     "cudnn": functools.partial(attention._cudnn, implementation="xla"),
-    "splash": lambda q, k, v, queries, keys, *more: attention._splash(q, k, v, keys, *more, interpret=True),
+    "splash": lambda q, k, v, queries, keys, *more: splash_attention(q, k, v, keys.segment_ids, *more, interpret=True),
 }
 LENGTH, FIRST = 384, 150  # tokens in a row, and in its first document; 20 tokens of padding at its end
 

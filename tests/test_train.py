@@ -320,12 +320,18 @@ def test_smoke_of_every_experiment_runs_two_steps(names, tmp_path):
             )
 
 
-def test_a_run_goes_on_on_another_mesh(copy, reference, capsys):
-    """Saved on one device, finished on 2x2x2: the same rows, losses to 1e-5."""
+@pytest.mark.parametrize(
+    "axes", [("data", "fsdp", "tensor"), pytest.param(("fsdp", "context"), marks=pytest.mark.proof)]
+)
+def test_a_run_goes_on_on_another_mesh(copy, reference, capsys, axes):
+    """Saved on one device, finished on 2x2x2, or with rows over devices: the same rows, losses to 1e-5."""
     shutil.rmtree(copy / "checkpoints" / "12")
-    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    mesh = [f"--config.mesh.{axis}=2" for axis in axes] + ["--config.mesh.data=1", "--config.evaluate.prompt=The"] * (
+        "data" not in axes
+    )
     assert main.main([*ARGUMENTS[:-1], *mesh, "--workdir", str(copy)]) == 0
-    assert "resumed at step 9" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed at step 9" in said and ("sample at step 12" in said) == ("data" not in axes)
     found, expected = lines_of(copy), lines_of(reference)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for a, b in zip(found, expected, strict=True):

@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec
 
 from lm_jax.config import Model
 from lm_jax.errors import UserError
+from lm_jax.model.context_attention import Chunks, attend_over_devices
 from lm_jax.model.layers import capped
-from lm_jax.sharding import computed, einsum, on_each_device, platform, precision, reshape
+from lm_jax.model.splash import splash_attention
+from lm_jax.sharding import computed, einsum, on_each_device, platform, reshape, ways
 
 CHUNK = 256  # queries in one chunk of the chunked backend
 
@@ -41,13 +43,15 @@ class Ability(NamedTuple):
     cache: bool = False  # fewer queries than keys
     bias: bool = False  # added to the logits
     softcap: bool = False  # that bounds the logits
+    split: bool = False  # rows over devices
 
 
+SPLASH = Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128, softcap=True, split=True)
 ABILITIES = {
-    "splash": Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128, softcap=True),
+    "splash": SPLASH,
     "cudnn": Ability("gpu", ("float16", "bfloat16"), head_multiple=8, largest_head=128, length_multiple=2),
-    "chunked": Ability(softcap=True),
-    "xla": Ability(cache=True, bias=True, softcap=True),
+    "chunked": Ability(softcap=True, split=True),
+    "xla": Ability(cache=True, bias=True, softcap=True, split=True),
 }
 
 
@@ -61,6 +65,7 @@ class Call(NamedTuple):
     num_keys: int
     bias: bool = False
     softcap: bool = False
+    parts: int = 1  # of a row, on as many devices
 
 
 def refusal(backend: str, call: Call) -> str:
@@ -73,11 +78,14 @@ def refusal(backend: str, call: Call) -> str:
     if call.head_dim % able.head_multiple or call.head_dim > able.largest_head:
         limit = f"a multiple of {able.head_multiple} up to {able.largest_head}"
         return f"takes heads as wide as {limit}, model.head_dim is {call.head_dim}"
-    if call.num_queries % able.length_multiple:
-        return f"takes lengths that are a multiple of {able.length_multiple}, this one is {call.num_queries}"
-    if call.num_queries != call.num_keys and not able.cache:
+    if call.parts > 1 and not able.split:
+        return f"takes whole rows, and the mesh splits each over {call.parts} devices"
+    multiple = able.length_multiple * (2 * call.parts if call.parts > 1 else 1)  # a device has two chunks of a row
+    if call.num_queries % multiple:
+        return f"takes lengths that are a multiple of {multiple}, this one is {call.num_queries}"
+    if call.num_queries != call.num_keys and (call.parts > 1 or not able.cache):
         return f"has no cache: {call.num_queries} queries, {call.num_keys} keys"
-    if call.bias and not able.bias:
+    if call.bias and (call.parts > 1 or not able.bias):
         return "adds nothing to the logits, which relative positions need"
     if call.softcap and not able.softcap:
         return "does not bound the logits, which model.logit_softcap asks for"
@@ -87,6 +95,10 @@ def refusal(backend: str, call: Call) -> str:
 def choose(backend: str, call: Call) -> str:
     """The name of the backend; `auto` is decided by platform and length. Raises UserError where it cannot compute the call."""
     able = [name for name in ABILITIES if not refusal(name, call)]
+    if not able:
+        raise UserError(
+            f"config.mesh.context = {call.parts}: attention {refusal('xla', call)}\nsay --config.mesh.context=1"
+        )
     short = call.num_queries < 2 * CHUNK and "chunked" in able
     if backend == "auto":
         return next(name for name in able if not (short and name == "chunked"))
@@ -98,11 +110,14 @@ def choose(backend: str, call: Call) -> str:
     return backend
 
 
-def preflight(config: Model, sequence_length: int, platform: str) -> None:
-    """Raises UserError, before anything compiles, where the configured backend cannot train this model there."""
+def preflight(config: Model, sequence_length: int, platform: str, parts: int = 1) -> None:
+    """Raises UserError, before anything compiles, where the configured backend cannot train this model there.
+
+    `parts`: over how many devices each row is split.
+    """
     sizes = config.head_dim, sequence_length, sequence_length
     asked = config.positions == "relative", config.logit_softcap[0] > 0
-    choose(config.attention, Call(platform, config.compute_dtype, *sizes, *asked))
+    choose(config.attention, Call(platform, config.compute_dtype, *sizes, *asked, parts))
 
 
 def attend(
@@ -121,15 +136,21 @@ def attend(
 
     `window` 0: none. `bias_BHTS` is added to the logits, which `softcap` (0: none) bounds (arXiv:2408.00118, section 2).
     The backend `xla` builds all logits, float32 [B, H, T, S]. The others keep no such array for the backward pass; they take
-    keys in the order of the queries, key i at the position of query i. Raises UserError where `backend` cannot do it.
+    keys in the order of the queries, key i at the position of query i. Where rows are split over devices, queries and keys
+    are those of a row in the order of `row_order.py`. Raises UserError where `backend` cannot do it.
     """
     head_dim, num_queries = q_BTHK.shape[-1], q_BTHK.shape[1]
     asked = bias_BHTS is not None, softcap > 0
-    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, head_dim, num_queries, k_BSGK.shape[1], *asked))
+    sizes = head_dim, num_queries, k_BSGK.shape[1]
+    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, *sizes, *asked, ways("length")))
     if backend == "splash":
-        return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window, causal, softcap)
+        return splash_attention(q_BTHK, k_BSGK, v_BSGK, keys.segment_ids, window, causal, softcap)
     arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal
-    if backend == "cudnn":
+    if ways("length") > 1:
+        part = functools.partial(_xla, window=window, causal=causal, softcap=softcap)
+        chunks = Chunks(CHUNK if backend == "chunked" else 0, window, causal)
+        out_BTHK = attend_over_devices(part, chunks, q_BTHK, k_BSGK, v_BSGK, queries)
+    elif backend == "cudnn":
         out_BTHK = _cudnn(*arguments)
     elif backend == "chunked":
         out_BTHK = _chunked(*arguments, softcap)
@@ -189,43 +210,6 @@ def _cudnn(
     heads, tokens = _layouts()
     inputs = (*heads, *2 * [Context._make((tokens, tokens))])
     return on_each_device(on_a_device, inputs, heads[0])(q_BTHK, k_BSGK, v_BSGK, queries, keys)
-
-
-def _splash(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    context: Context,
-    window: int,
-    causal: bool = True,
-    softcap: float = 0.0,
-    interpret: bool = False,
-) -> jax.Array:
-    """The Pallas kernel for TPUs: it skips blocks of keys that no query of a block may see, in both passes."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, on a TPU only
-
-    length, head_dim = q_BTHK.shape[1], q_BTHK.shape[3]
-    block = next(size for size in (512, 256, 128) if length % size == 0)
-    blocks = splash.BlockSizes(*8 * (block,))  # three products of the forward pass, five of the backward
-    square = length, length
-    mask = splash.LocalMask(square, (window - 1 if window else None, 0), 0) if causal else splash.FullMask(square)
-
-    def on_a_device(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([mask] * q_BTHK.shape[2]),
-            block_sizes=blocks,
-            attn_logits_soft_cap=softcap or None,
-            residual_checkpoint_name="attended",
-            interpret=interpret,
-        )
-        heads_first = (x.swapaxes(1, 2) for x in (q_BTHK / head_dim**0.5, k_BSGK, v_BSGK))
-        full = precision(q_BTHK.dtype)
-        with jax.default_matmul_precision(full and "highest"):  # the kernel's products state none
-            out_BHTK: jax.Array = jax.vmap(kernel)(*heads_first, splash.SegmentIds(ids_BT, ids_BT))
-            return out_BHTK.swapaxes(1, 2)
-
-    heads, tokens = _layouts()
-    return on_each_device(on_a_device, (*heads, tokens), heads[0])(q_BTHK, k_BSGK, v_BSGK, context.segment_ids)
 
 
 def _layouts() -> tuple[list[PartitionSpec], PartitionSpec]:

@@ -9,6 +9,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from lm_jax.model.row_order import balanced
 from lm_jax.sharding import like
 
 
@@ -30,7 +31,7 @@ class Dropout:
         """Inverted dropout (arXiv:1207.0580) at a rate above 0, each row from its own key; `name` says where in a layer."""
         keys_B = row_keys(self.root, f"dropout/{name}", self.step, layer, self.row_B)
         keep_BTD = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[1:]))(keys_B)
-        return jnp.where(like(keep_BTD, x_BTD), x_BTD / (1 - rate), 0)
+        return jnp.where(like(balanced(keep_BTD), x_BTD), x_BTD / (1 - rate), 0)
 
 
 def apply_dropout(

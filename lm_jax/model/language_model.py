@@ -13,7 +13,7 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.model.dropout import Dropout
-from lm_jax.model.layers import Dense, Embedding, capped
+from lm_jax.model.layers import Dense, Embedding, capped, tokens_of
 from lm_jax.model.task_heads import num_outputs
 from lm_jax.sharding import constrain, einsum, iota, reshape
 
@@ -80,10 +80,11 @@ class LanguageModel(nnx.Module):
         x_BTD = self.before_table(x_BTD)
         batch, length, dim = x_BTD.shape
         table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")
-        x_ND = reshape(x_BTD, (batch * length, dim), "tokens", None)
-        logits = einsum("ND,VD->NV", x_ND, table_VD, "tokens", "vocab", dtype=jnp.float32)
+        n, sizes_N, tokens = tokens_of(batch, length)
+        x_ND = reshape(x_BTD, (*sizes_N, dim), *tokens, None)
+        logits = einsum(f"{n}D,VD->{n}V", x_ND, table_VD, *tokens, "vocab", dtype=jnp.float32)
         if self.bias_V is not None:
-            logits = logits + constrain(self.bias_V, "vocab")[None]
+            logits = logits + constrain(self.bias_V, "vocab")[(None,) * len(tokens)]
         if self.softcap:
             logits = capped(logits, self.softcap)
         logits_BTV = reshape(logits, (batch, length, self.padded_vocab_size), "batch", "length", "vocab")

@@ -80,7 +80,8 @@ class Dense(nnx.Module):
     """Affine map [B, T, *inputs] -> [B, T, *outputs], with an adapter where `lora.py` adds one.
 
     On a CPU the product is one of matrices, [B*T, I] x [I, O]: those of more dims take half as long again. Elsewhere the dims
-    stay as they are, for the compiler to lay out; a reshape would be a copy of the gathered kernel.
+    stay as they are, for the compiler to lay out; a reshape would be a copy of the gathered kernel. So they do where rows are
+    split over devices, as two split dims cannot become one.
     """
 
     lora_a: nnx.Param | None = None
@@ -98,7 +99,7 @@ class Dense(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """-> [B, T, *outputs] in the dtype of `x`."""
         axes = self.kernel.get_metadata("declared").axes[-self.num_dims :]
-        outputs, flat = axes[self.num_inputs :], platform() == "cpu"
+        outputs, flat = axes[self.num_inputs :], platform() == "cpu" and ways("length") == 1
         whole = *x.shape[:2], *self.kernel[...].shape[self.num_inputs :]
         if flat:
             x = reshape(x, (whole[0] * whole[1], math.prod(x.shape[2:])), "tokens", axes[0])
@@ -148,6 +149,11 @@ add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
 def written(x: Tree) -> Tree:
     """`x`, written to memory once: a TPU's compiler would compute it anew inside every product that reads it."""
     return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+
+
+def tokens_of(batch: int, length: int) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    """The tokens of a product: their letters in its formula, their sizes, their logical axes: one dim if that moves nothing."""
+    return ("BT", (batch, length), ("batch", "length")) if ways("length") > 1 else ("N", (batch * length,), ("tokens",))
 
 
 def as_matrix(parameter: nnx.Param, dtype: DTypeLike) -> jax.Array:

@@ -64,5 +64,6 @@ def preference_margins(log_BT: jax.Array, batch: dict) -> jax.Array:
     reference's part.
     """
     pair_BT = (batch["segment_ids"] + 1) // 2
-    is_same_BTS = pair_BT[:, :, None] == pair_BT[:, None, :]
-    return jnp.where(is_same_BTS, (batch["weight"] * log_BT)[:, None, :], 0).sum(-1) - batch["reference"]
+    pair_BS, weighted_BS = (constrain(x, "batch", None) for x in (pair_BT, batch["weight"] * log_BT))
+    is_same_BTS = pair_BT[:, :, None] == pair_BS[:, None, :]
+    return jnp.where(is_same_BTS, weighted_BS[:, None, :], 0).sum(-1) - batch["reference"]

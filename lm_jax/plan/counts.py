@@ -17,6 +17,7 @@ from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
 from lm_jax.plan.devices import DEVICES, device_name
+from lm_jax.sharding import platform
 from lm_jax.trainable import depth, trained_paths
 
 # Copies of the parameters that an update rule keeps, at most: Muon's tables have two, Adafactor keeps rows and columns.
@@ -93,7 +94,7 @@ def bytes_by_class(
     and the heads' queries, keys and values; with dots also the products of the MLP; with none also what norms,
     activations and residuals read. With the `xla` backend (`auto` counts as it below 512 tokens) attention's square of
     logits is kept as well, by every layer where remat is none, else by one; of other backends 256 queries of it, at a
-    time.
+    time. Where rows are split over devices (`context`), one layer at a time has the keys and values of whole rows.
     """
     model, length = config.model, config.data.sequence_length
     act = jnp.dtype(config.model.compute_dtype).itemsize
@@ -112,6 +113,8 @@ def bytes_by_class(
     chunked = model.attention not in ("auto", "xla") or (model.attention == "auto" and length >= 512)
     square = tokens * length * model.num_heads / tensor * (act + 4)
     squares = 2 * square * 256 / length if chunked else square * (kept_layers if model.remat == "none" else 1)
+    if sizes["context"] > 1:
+        squares = _over_devices(config, squares * (sizes["context"] if chunked else 1), tokens, sizes)
     again = kept["none"] if model.remat != "none" else 0  # one layer computed again
     if model.kind in CELLS:  # for every token its gates twice, their activations, its states before and after
         cell = CELLS[model.kind]
@@ -135,6 +138,16 @@ def bytes_by_class(
         "activations": tokens * act * (num_layers * kept[model.remat] + again) + squares,
         "logits": logits,
     }
+
+
+def _over_devices(config: Config, squares: float, tokens: int, sizes: dict[str, int]) -> float:
+    """Bytes of attention where rows are split: keys and values of whole rows, their gradients, logits (`squares`).
+
+    A TPU's kernel has no logits. `tokens` are those of a device.
+    """
+    model, act = config.model, jnp.dtype(config.model.compute_dtype).itemsize
+    whole = 4 * tokens * sizes["context"] * model.num_kv_heads * model.head_dim / sizes["tensor"] * act
+    return whole + (0 if platform() == "tpu" else squares)
 
 
 def measured_peak() -> float:

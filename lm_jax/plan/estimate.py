@@ -25,6 +25,7 @@ from lm_jax.run_plan import with_microbatch
 from lm_jax.sharding import AXES
 
 NEAR = 0.95  # counts and compiler may disagree by so much: a change that is proposed fits in this share of the memory
+SHORTEST = 4096  # tokens of a part of a row that is proposed: so few queries do not hide that all keys are gathered
 REMATS = ("none", "dots", "names", "full")  # from most to least memory
 
 
@@ -106,7 +107,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     if math.prod(sizes.values()) != topology.size:
         unused = topology.size - math.prod(sizes.values())
         raise UserError(f"config.mesh leaves {unused} of {topology.size} devices without work; -1 takes the rest")
-    attention.preflight(config.model, config.data.sequence_length, topology.platform)
+    attention.preflight(config.model, config.data.sequence_length, topology.platform, sizes["context"])
     num_tokens, ramp = vocab_size(config), make_ramp(config)
     preflight(config, padded(num_tokens), sizes)
     model = build.build(config.model, num_tokens, config.data.sequence_length)
@@ -240,7 +241,9 @@ def least(asked: Config, found: Estimate) -> tuple[dict[str, object], Estimate]:
 def _candidates(asked: Config, found: Estimate) -> Iterator[tuple[dict[str, object], Estimate]]:
     model, batch, sizes = found.config.model, found.ramp.smallest, found.sizes
     legal = legal_meshes(found.config, found.costs.padded_vocab_size, found.topology.size)
-    meshes = [sizes, *(m for m in legal if m["data"] % found.config.mesh.slices == 0 and m != sizes)]
+    legal = (m for m in legal if m["data"] % found.config.mesh.slices == 0 and m != sizes)
+    parts = {1, sizes["context"], *range(1, found.config.data.sequence_length // SHORTEST + 1)}  # of a row
+    meshes = [sizes, *(m for m in legal if m["context"] in parts)]
     remats = REMATS[REMATS.index(model.remat) :]
     for mesh, remat in itertools.product(meshes, remats):
         shards, free = batch_shards(mesh), asked.train.microbatch_rows == "auto"
