@@ -104,9 +104,9 @@ def bytes_by_class(
     heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
     hidden *= model.experts_per_token if model.num_experts else 1
     kept = {
-        "none": 6 * model.model_dim + heads + (7 + model.gated) * hidden,  # GELU alone keeps five
-        "dots": (1 + 1 / tensor) * model.model_dim + heads + (1 + model.gated) * hidden,
-        "names": (1 + 1 / tensor) * model.model_dim + heads,
+        "none": (3 + 3 / tensor) * model.model_dim + heads + (7 + model.gated) * hidden,  # GELU alone keeps five
+        "dots": 2 / tensor * model.model_dim + heads + (1 + model.gated) * hidden,
+        "names": 2 / tensor * model.model_dim + heads,
         "full": model.model_dim / tensor,
     }
     kept_layers = model.num_layers if costs.backward else 1  # else nothing waits for a way back
@@ -125,18 +125,17 @@ def bytes_by_class(
     )  # attention to the source is half a layer
     squares *= 3 if model.kind == "encoder_decoder" else 1
     width = costs.padded_vocab_size / tensor
+    copies = 1 if platform() == "tpu" else 3  # of a chunk's logits at the same time
     in_chunks = is_chunked(tokens * width, model.compute_dtype)
-    logits = (
-        4 * (3 * min(tokens, chunk_size(int(width))) * width + width * model.model_dim)
-        if in_chunks
-        else 4 * 3 * tokens * width
-    )
+    table = width * model.model_dim * (4 + act)  # its gradient, and itself gathered
+    logits = 4 * copies * min(tokens, chunk_size(int(width))) * width + table if in_chunks else 4 * 3 * tokens * width
+    one_layer = tokens * act * again + squares
     return {
         "parameters": 4 * costs.parameters / shards,
         "optimizer": 4 * moments * costs.trained / shards,
         "gradients": 4 * costs.trained / shards * (2 if accumulates else 1),
-        "activations": tokens * act * (num_layers * kept[model.remat] + again) + squares,
-        "logits": logits,
+        "activations": tokens * act * num_layers * kept[model.remat] + one_layer,
+        "logits": logits if model.remat == "none" else max(0.0, logits - one_layer),
     }
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # of others the number in the name is bits
 # Custom calls of the compilers themselves, which are no kernels.
-INNER = re.compile("AllocateBuffer|ConcatBitcast|AsyncCollective|AssumeGather|Sharding|annotate|Pin|Unpin|^$")
+INNER = re.compile("AllocateBuffer|PrepareAsyncCall|ConcatBitcast|AsyncCollective|AssumeGather|Sharding|annotate|Pin|Unpin|^$")
 
 
 class Instruction(NamedTuple):
@@ -188,12 +188,24 @@ def _large(shape: str, length: int, tokens: int, vocab: int, widths: set[int]) -
 
 
 def _loop(named: dict[str, list[Instruction]], line: Instruction, rounds: Callable[[str], int]) -> Loop:
-    """Its rounds: stated, or the one constant that its condition compares with, or assumed."""
+    """Its rounds: stated, or from the one constant that its condition compares with, or assumed."""
     if stated := re.search(r"known_trip_count\W+n\W+(\d+)", line.rest):
         return Loop(line.op_name, int(stated[1]), True)
-    condition = named.get((line.called("condition") or [""])[0], [])
+    condition, body = (named.get((line.called(part) or [""])[0], []) for part in ("condition", "body"))
     inner = [named.get(called, []) for one in condition for called in one.called("calls")]
     constants = [one.rest.split(",")[0] for part in (condition, *inner) for one in part if one.op == "constant"]
     if len(constants) == 1 and constants[0].isdigit():
-        return Loop(line.op_name, int(constants[0]), True)
+        return Loop(line.op_name, math.ceil(int(constants[0]) / _counts_by(condition, body)), True)
     return Loop(line.op_name, rounds(line.op_name), False)
+
+
+def _counts_by(condition: list[Instruction], body: list[Instruction]) -> int:
+    """By how much a loop's body raises the counter that its condition reads: 1, of windowed products 2."""
+    counter = next((one for one in condition if one.op == "get-tuple-element"), None)
+    if not counter or not body or body[-1].op != "tuple":
+        return 1
+    defined = {one.name: one for one in body}
+    raised = defined.get(body[-1].operands[int(re.findall(r"index=(\d+)", counter.rest)[0])])
+    added = [defined[name] for name in raised.operands if name in defined] if raised and raised.op == "add" else []
+    steps = [one.rest.split(",")[0] for one in added if one.op == "constant"]
+    return int(steps[0]) if steps and steps[0].isdigit() else 1
