@@ -268,6 +268,26 @@ def read(text: str, widths: tuple[int, ...] = (768,)):
     return program_text.read(text, lambda name: 12, length=256, tokens=512, vocab=50304, widths={*widths})
 
 
+COUNTS_BY_TWO = """
+%by_two (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s.2 = (s32[], f32[8]) parameter(0)
+  %i.2 = s32[] get-tuple-element(%s.2), index=0
+  %x.2 = f32[8] get-tuple-element(%s.2), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%i.2, %two)
+  %done.2 = f32[8]{0} copy(%x.2), backend_config={"estimated_cycles":"100"}
+  ROOT %out.2 = (s32[], f32[8]) tuple(%next, %done.2)
+}
+"""
+
+
+def test_a_loop_of_windowed_products_counts_by_two():
+    """Four of them are two rounds."""
+    text = TPU_TEXT.replace("\n%cond (", f"{COUNTS_BY_TWO}\n%cond (").replace("body=%body", "body=%by_two", 1)
+    assert [loop.rounds for loop in read(text).loops] == [2, 12]
+    assert read(text).cycles["rest"] - read(TPU_TEXT).cycles["rest"] == 200
+
+
 def test_a_tpu_program_is_read():
     """A collective that two fusions carry on with is one; loops have their rounds; what is inside a fusion is not added."""
     found = read(TPU_TEXT)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}  # of others the number in the name is bits
 # Custom calls of the compilers themselves, which are no kernels.
-INNER = re.compile("AllocateBuffer|PrepareAsyncCall|ConcatBitcast|AsyncCollective|AssumeGather|Sharding|annotate|Pin|Unpin|^$")
+INNER = re.compile(
+    "AllocateBuffer|PrepareAsyncCall|ConcatBitcast|AsyncCollective|AssumeGather|Sharding|annotate|Pin|Unpin|^$"
+)
 
 
 class Instruction(NamedTuple):
