@@ -115,6 +115,7 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
         ("model.num_kv_heads", model.num_kv_heads, "tensor", blocks),
         ("model.mlp_dim", model.mlp_dim, "tensor", blocks),
         ("the padded vocabulary", padded_vocab_size, "tensor", sizes["tensor"]),
+        ("model.num_experts", model.num_experts, "expert", sizes["expert"]),
         ("model.model_dim", model.model_dim, *_product(sizes, "fsdp", "expert", "context")),
         ("model.model_dim", model.model_dim, "tensor", 1 if model.remat == "none" else blocks),
         (first, smallest, *_product(sizes, "data", "fsdp", "expert")),
@@ -124,11 +125,15 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
             *_product(sizes, "data", "fsdp", "expert"),
         ),
     ]
-    for axis in ("expert", "context"):
-        if sizes[axis] > 1:
-            raise UserError(
-                f"config.mesh.{axis} = {sizes[axis]}: nothing is split over it yet; say --config.mesh.{axis}=1"
-            )
+    if sizes["expert"] > 1 and not model.num_experts:
+        raise UserError(
+            f"config.mesh.expert = {sizes['expert']}: the model has no experts (model.num_experts = 0)\n"
+            "to split its parameters say mesh.fsdp or mesh.tensor, copies of them mesh.data"
+        )
+    if sizes["context"] > 1:
+        raise UserError(
+            f"config.mesh.context = {sizes['context']}: nothing is split over it yet; say --config.mesh.context=1"
+        )
     for name, size, axis, shards in checks:
         if size % shards:
             above, fitting = _nearest_fitting(size, shards)

@@ -22,7 +22,7 @@ prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepa
 prepare.debian_records prepare.package_records prepare.python_records tasks.baselines tasks.text_baselines remote
 faults compile_cache multihost.cluster multihost.roll_call multihost.connection multihost.watchdog multihost.peers job
 distributed manifest model.layers trainable model.lora model.attention model.dropout model.language_model collectives
-model.moe model.unstacked model.stack model.positions model.kv_cache model.attention_layer model.transformer
+model.expert_parallel model.moe model.unstacked model.stack model.positions model.kv_cache model.attention_layer model.transformer
 model.encoder model.encoder_decoder model.recurrent model.build convert.safetensors convert.config_reader
 convert.rotary convert.config_fields convert.families convert.encoders convert.description convert.tensor_map
 convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf chunked_cross_entropy loss plan.devices
