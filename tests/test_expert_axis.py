@@ -13,7 +13,7 @@ from etils import epath
 from helpers import FAMILIES, batch, tiny
 from save_and_restore import FACTS
 
-from lm_jax import checkpoint
+from lm_jax import checkpoint, experiment
 from lm_jax.batch_ramp import DataState
 from lm_jax.config import Mesh
 from lm_jax.data import loader
@@ -22,7 +22,7 @@ from lm_jax.loss import batch_loss
 from lm_jax.mesh import legal_meshes, make_mesh, mesh_shape, preflight
 from lm_jax.model import expert_parallel, moe
 from lm_jax.model.build import build
-from lm_jax.plan import program_text
+from lm_jax.plan import devices, estimate, program_text
 from lm_jax.sharding import computed, on_each_device
 from lm_jax.train_state import fresh, make_program
 
@@ -247,6 +247,25 @@ def test_a_dense_model_has_nothing_to_split():
     assert all(sizes["expert"] == 1 for sizes in legal_meshes(tiny(), 512, 8))
     some = [sizes["expert"] for sizes in legal_meshes(CONFIG, 512, 8)]
     assert set(some) == {1, 2, 4, 8}
+
+
+def test_a_plan_counts_kernels_in_use_and_tokens_on_links():
+    """Mixtral on v5p:4x4x4: 3 x 8 kernels [4096, 14336] a layer; two rows of 4,096 tokens a device, recomputed, bfloat16."""
+    kernels, model_dim = 3 * 8 * 4096 * 14336, 4096
+    found = {}
+    for expert in (1, 8):
+        config, _ = experiment.load_config("experiments/decoders.py:mixtral_8x7b", {"train.microbatch_rows": 128})
+        config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=-1, tensor=1, expert=expert))
+        found[expert] = estimate.estimate(config, devices.parse("v5p:4x4x4"))
+    assert found[1].memory["experts"] == kernels * 2 * 2
+    assert found[8].memory["experts"] == kernels / 8 * (2 + 4) + 8 * 2 * 4096 * model_dim * (2 * 4 + 3 * 2)
+    moved = {
+        name: estimate.seconds(found[8])[f"links {name}"] * estimate.ring(found[8], name) for name in ("fsdp", "expert")
+    }
+    others = 2 * found[8].costs.parameters - 32 * 2 * kernels  # bytes
+    assert moved["fsdp"] == pytest.approx(7 / 8 * 8 * 3 * (others + 32 * 2 * kernels / 8))
+    of_tokens = 8 * 32 * 2 * 4096 * model_dim * 8 * (3 * 2 + 2 * 4)  # 8 microbatches of 32 layers
+    assert moved["expert"] == pytest.approx(7 / 8 * (8 * 3 * others / 8 + of_tokens))
 
 
 def refused(config, sizes, words):
