@@ -1,6 +1,10 @@
 """What a device asks of the others inside `sharding.on_each_device`, by the logical axis that is split; nothing off a mesh."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm_jax.sharding import computed, mesh_axes, names_of, on_mesh, stored
 
@@ -17,7 +21,7 @@ def max_over(x: jax.Array, axis: str) -> jax.Array:
     return jax.lax.pmax(x, names) if names else x
 
 
-def joined(x: jax.Array, axis: str, dim: int) -> jax.Array:
+def joined(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
     """Every device's `x`, put together along `dim` in the order of the parts of a logical axis."""
     names = mesh_axes(axis)
     return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
@@ -27,6 +31,25 @@ def part_index(axis: str) -> jax.Array | int:
     """Which part of a logical axis this device holds."""
     names = mesh_axes(axis)
     return jax.lax.axis_index(names) if names else 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def from_all(x: jax.Array, axis: str, dtype: DTypeLike) -> jax.Array:
+    """`joined` of float32, sent in `dtype`; its gradient is a sum in float32, `to_owners`."""
+    return joined(x.astype(dtype), axis).astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def to_owners(x: jax.Array, axis: str, dtype: DTypeLike) -> jax.Array:
+    """The transpose of `from_all`: a device's part of the sum of every device's `x`, float32; its gradient is sent in `dtype`."""
+    names = mesh_axes(axis)
+    return jax.lax.psum_scatter(x, names, tiled=True) if names else x
+
+
+from_all.defvjp(lambda x, *how: (from_all(x, *how), None), lambda axis, dtype, _, of_x: (to_owners(of_x, axis, dtype),))
+to_owners.defvjp(
+    lambda x, *how: (to_owners(x, *how), None), lambda axis, dtype, _, of_x: (from_all(of_x, axis, dtype),)
+)
 
 
 def gathered(parameter: jax.Array, *axes: str) -> jax.Array:

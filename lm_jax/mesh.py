@@ -4,12 +4,14 @@ A mesh has the axes of `lm_jax/sharding.py`, which maps the names that models us
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 
 from lm_jax.config import Config
@@ -69,9 +71,10 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
         raise UserError(
             f"config.mesh takes {each} devices of each slice, and the slices have {', '.join(map(str, map(len, slices)))}"
         )
-    explicit = (AxisType.Explicit,) * len(AXES)
-    parts = [jax.make_mesh(inside, AXES, explicit, devices=part[:each]).devices for part in slices]
-    return jax.sharding.Mesh(np.concatenate(parts, AXES.index("data")), AXES, explicit)
+    # Two mesh axes may share a side of a torus: 8 x 8 chips of a cube of 4 x 4 x 4.
+    arranged = functools.partial(mesh_utils.create_device_mesh, inside, allow_split_physical_axes=True)
+    parts = [arranged(part[:each]) for part in slices]
+    return jax.sharding.Mesh(np.concatenate(parts, AXES.index("data")), AXES, (AxisType.Explicit,) * len(AXES))
 
 
 def by_slice(devices: list, asked: int) -> list[list]:
@@ -123,14 +126,16 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
         ("model.num_kv_heads", model.num_kv_heads, "tensor", blocks),
         ("model.mlp_dim", model.mlp_dim, "tensor", blocks),
         ("the padded vocabulary", padded_vocab_size, "tensor", sizes["tensor"]),
+        ("model.num_experts", model.num_experts, "expert", sizes["expert"]),
         ("model.model_dim", model.model_dim, *_product(sizes, "fsdp", "expert", "context")),
         ("data.sequence_length", config.data.sequence_length, "2 x context", 2 * context if context > 1 else 1),
         (first, smallest, *batch),
         ("train.microbatch_rows", smallest if rows == "auto" else int(rows), *batch),
     ]
-    if sizes["expert"] > 1:
+    if sizes["expert"] > 1 and not model.num_experts:
         raise UserError(
-            f"config.mesh.expert = {sizes['expert']}: nothing is split over it yet; say --config.mesh.expert=1"
+            f"config.mesh.expert = {sizes['expert']}: the model has no experts (model.num_experts = 0)\n"
+            "to split its parameters say mesh.fsdp or mesh.tensor, copies of them mesh.data"
         )
     if context > 1 and model.kind not in ONE_STACK["model.kind"]:
         raise UserError(

@@ -221,6 +221,24 @@ def test_slices_split_data_whatever_order_the_devices_come_in():
             assert len({chip.id for chip in found.flat}) == found.size
 
 
+@dataclasses.dataclass(frozen=True)
+class TorusChip(Chip):
+    """A chip with its place in a cube of 4 x 4 x 4."""
+
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, ...]:
+        return self.id // 16, self.id // 4 % 4, self.id % 4
+
+
+def test_two_mesh_axes_may_share_a_side_of_a_torus():
+    found = make_mesh(Mesh(1, 8, 8), [TorusChip(id, 0) for id in range(64)]).devices
+    assert found.shape == (1, 8, 1, 1, 8) and len({chip.id for chip in found.flat}) == 64
+
+
 def test_devices_that_say_no_slice_are_parted_in_order(eight):
     found = make_mesh(Mesh(4, 2, 1, slices=2), eight).devices
     assert set(found[:2].flat) == set(eight[:4]) and set(found[2:].flat) == set(eight[4:])

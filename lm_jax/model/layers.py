@@ -12,12 +12,15 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lm_jax.config import Model
 from lm_jax.sharding import constrain, einsum, look_up, mesh_axes, platform, reshape, stored, ways
 
 Tree = TypeVar("Tree")  # of arrays
+
+Make = Callable[[jax.Array], jax.Array]  # a key -> an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +67,18 @@ def make(declared: Declaration, path: tuple[str, ...], root: jax.Array, sharded:
     """The initial value, the same bits on every mesh: its key is the root folded with crc32(path) and the index of the layer."""
     key = jax.random.fold_in(root, zlib.crc32("/".join(path).encode()))
     num_stacked = len(declared.layers)
-    layout = stored(declared.axes[num_stacked:]) if sharded else None
-    create = lambda key: declared.initializer(key, declared.shape[num_stacked:], declared.dtype, layout)
-    for size in reversed(declared.shape[:num_stacked]):
-        create = repeated(create, size)
+    layout = lambda dims: PartitionSpec(*stored(declared.axes)[dims]) if sharded else None
+    inner = slice(num_stacked, None)
+    create = lambda key: declared.initializer(key, declared.shape[inner], declared.dtype, layout(inner))
+    for dim in reversed(range(num_stacked)):
+        create = repeated(create, declared.shape[dim], layout(slice(dim, dim + 1)))
     return create(key)
 
 
-def repeated(create: Callable[[jax.Array], jax.Array], size: int) -> Callable[[jax.Array], jax.Array]:
-    """`create` for `size` layers, each with the key folded with the index of the layer."""
-    return lambda key: jax.vmap(create)(jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(size)))
+def repeated(create: Make, size: int, layout: PartitionSpec | None) -> Make:
+    """`create` for `size` layers (or experts, laid out so), each with the key folded with the index of the layer."""
+    index = lambda: jnp.arange(size, out_sharding=layout)
+    return lambda key: jax.vmap(create)(jax.vmap(lambda layer: jax.random.fold_in(key, layer))(index()))
 
 
 class Dense(nnx.Module):

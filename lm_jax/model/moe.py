@@ -12,8 +12,9 @@ from flax import nnx
 
 from lm_jax.collectives import sum_over
 from lm_jax.config import Model
+from lm_jax.model.expert_parallel import of_own_experts
 from lm_jax.model.layers import Declaration, Dense, declare, normal
-from lm_jax.sharding import computed, constrain, on_each_device, precision
+from lm_jax.sharding import computed, constrain, on_each_device, precision, ways
 
 
 class Experts(nnx.Module):
@@ -46,22 +47,29 @@ class Experts(nnx.Module):
         return y_BTD, routing_losses(logits_BTE, chosen_BTC, segment_ids_BT)
 
 
-def _on_a_device(activation, x_BTD, weights_BTC, chosen_BTC, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+def _on_a_device(activation, x_BTD, weights_BTC, chosen_BTC, *kernels) -> jax.Array:
     """[B, T, D] of this device. Tokens are sorted by expert, so that each expert has one product; F may be split over devices.
 
     Sums over experts are in float32, and so are those over the width for the gradient of a weight.
     """
+    mlps = functools.partial(_mlps, activation)
+    if ways("experts") > 1:
+        return sum_over(of_own_experts(mlps, x_BTD, weights_BTC, chosen_BTC, kernels), "mlp").astype(x_BTD.dtype)
     batch, length, dim = x_BTD.shape
-    num_chosen, num_experts = chosen_BTC.shape[-1], len(gate_EDF)
+    num_chosen, num_experts = chosen_BTC.shape[-1], len(kernels[0])
     expert = chosen_BTC.reshape(-1)  # [N * C]
     order = jnp.argsort(expert, stable=True)
     sizes_E = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_E, precision=precision(x_BTD.dtype))
     x = x_BTD.reshape(-1, dim).astype(jnp.float32)[order // num_chosen].astype(x_BTD.dtype)
-    h = activation(product(x, gate_EDF)) * product(x, up_EDF)
-    y = product(h, down_EFD).astype(jnp.float32) * weights_BTC.reshape(-1)[order][:, None]
+    y = mlps(x, sizes_E, *kernels).astype(jnp.float32) * weights_BTC.reshape(-1)[order][:, None]
     y_NCD = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(-1, num_chosen, dim)
     return sum_over(y_NCD.sum(1).reshape(batch, length, dim), "mlp").astype(x_BTD.dtype)
+
+
+def _mlps(activation, x, sizes_E, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+    """Rows sorted by expert, `sizes_E` of each, through their expert's MLP."""
+    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_E, precision=precision(x.dtype))
+    return product(activation(product(x, gate_EDF)) * product(x, up_EDF), down_EFD)
 
 
 def routing_losses(logits_BTE: jax.Array, chosen_BTC: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:

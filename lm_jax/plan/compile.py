@@ -147,7 +147,12 @@ def _read(plan: Plan, found: Estimate, text: str) -> Reading:
     layers, vocab = max(1, model.num_layers // len(model.window)), found.costs.padded_vocab_size // sizes["tensor"]
     with jax.set_mesh(plan.mesh):  # whose platform decides how large a chunk is
         chunks = num_chunks(tokens, vocab)
-    rounds = lambda name: chunks if "shard_map/while" in name else layers if "while" in name else 1
+
+    def rounds(name: str) -> int:
+        if "experts" in name.rpartition("shard_map")[2]:
+            return 1  # chunks that a balanced router fills
+        return chunks if "shard_map/while" in name else layers if "while" in name else 1
+
     reading = read(text, rounds, length, tokens, vocab, widths(found))
     if model.compute_dtype == "float32":
         reading.float32_products.clear()  # they are meant

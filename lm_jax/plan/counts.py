@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lm_jax.batch_ramp import Ramp
 from lm_jax.chunked_cross_entropy import chunk_size
-from lm_jax.config import Config
+from lm_jax.config import Config, Model
 from lm_jax.loss import is_chunked
 from lm_jax.mesh import batch_shards
 from lm_jax.model.layers import Declaration
@@ -80,10 +80,30 @@ def parameter_shards(sizes: dict[str, int]) -> int:
     return math.prod(size for axis, size in sizes.items() if axis != "data")
 
 
+def expert_parameters(model: Model) -> int:
+    """Parameters of the experts of all layers; 0 without experts."""
+    return 3 * model.num_layers * model.num_experts * model.model_dim * model.mlp_dim
+
+
+def experts_in_use(model: Model, tokens: float, sizes: dict[str, int]) -> float:
+    """Bytes on one device, with so many tokens, of the experts of one layer while it is computed, backward.
+
+    The kernels of its own experts and their gradients in the compute dtype. Where experts are split over devices the
+    gradients in float32, and tokens of the whole group (`model/expert_parallel.py`): two of them in float32, and of the
+    rows that may be its own what goes in, and the gradients of what goes in and comes out.
+    """
+    act, expert = jnp.dtype(model.compute_dtype).itemsize, sizes["expert"]
+    kernels = expert_parameters(model) / model.num_layers / expert / sizes["tensor"]
+    if expert == 1:
+        return kernels * 2 * act
+    rows = min(model.experts_per_token, model.num_experts // expert)
+    return kernels * (act + 4) + expert * tokens * model.model_dim * (2 * 4 + 3 * rows * act)
+
+
 def bytes_by_class(
     config: Config, costs: Costs, rows: int, sizes: dict[str, int], accumulates: bool
 ) -> dict[str, float]:
-    """{what: bytes} on one device: state, gradients, what the backward pass reads again, logits.
+    """{what: bytes} on one device: state, gradients, what the backward pass reads again, logits, experts in use.
 
     An estimate, counted as XLA compiles it (docs/notebook.md). `rows` is one microbatch over all devices, `sizes` are
     those of the mesh axes. State, gradients and logits are float32, two copies of the gradients where a step
@@ -103,9 +123,10 @@ def bytes_by_class(
     tokens = math.ceil(rows / batch_shards(sizes)) * length // sizes["context"]
     heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
     hidden *= model.experts_per_token if model.num_experts else 1
+    of_mlp = 0 if sizes["expert"] > 1 else hidden  # experts over devices are always computed again
     kept = {
-        "none": (3 + 3 / tensor) * model.model_dim + heads + (7 + model.gated) * hidden,  # GELU alone keeps five
-        "dots": 2 / tensor * model.model_dim + heads + (1 + model.gated) * hidden,
+        "none": (3 + 3 / tensor) * model.model_dim + heads + (7 + model.gated) * of_mlp,  # GELU alone keeps five
+        "dots": 2 / tensor * model.model_dim + heads + (1 + model.gated) * of_mlp,
         "names": 2 / tensor * model.model_dim + heads,
         "full": model.model_dim / tensor,
     }
@@ -115,7 +136,8 @@ def bytes_by_class(
     squares = 2 * square * 256 / length if chunked else square * (kept_layers if model.remat == "none" else 1)
     if sizes["context"] > 1:
         squares = _over_devices(config, squares * (sizes["context"] if chunked else 1), tokens, sizes)
-    again = kept["none"] if model.remat != "none" else 0  # one layer computed again
+    whole_layer = kept["none"] + (7 + model.gated) * (hidden - of_mlp)
+    again = whole_layer if model.remat != "none" or hidden > of_mlp else 0  # computed again
     if model.kind in CELLS:  # for every token its gates twice, their activations, its states before and after
         cell = CELLS[model.kind]
         floats = (3 * cell.num_gates + 2 * cell.num_states + 1) * model.model_dim
@@ -136,6 +158,7 @@ def bytes_by_class(
         "gradients": 4 * costs.trained / shards * (2 if accumulates else 1),
         "activations": tokens * act * num_layers * kept[model.remat] + one_layer,
         "logits": logits if model.remat == "none" else max(0.0, logits - one_layer),
+        **({"experts": experts_in_use(model, tokens, sizes)} if model.num_experts else {}),
     }
 
 

@@ -152,18 +152,21 @@ def seconds(found: Estimate) -> dict[str, float]:
     memory: each microbatch reads the weights in the compute dtype two or (recomputed) three times, writes and reads the
     activations and logits; a step reads and writes state and gradients. Left out where the bandwidth is not known.
     links, by mesh axis of n devices, (n - 1) / n of: `fsdp` each microbatch gathers weights twice and scatters their
-    gradients, in the compute dtype (`expert` and `context` their shares of it); `data` each microbatch sums a device's
-    gradients, float32, twice over the wire (scatter and gather); `context` in each layer gathers keys and values once
-    (recomputed: twice) and scatters their gradients; `tensor` in each layer 4 (recomputed: 6) sums of the stream. Over
-    the bandwidth of `ring`.
+    gradients, in the compute dtype (`expert`, of what is no expert, and `context` their shares of it); `data` each
+    microbatch sums a device's gradients, float32, twice over the wire (scatter and gather); `expert` in each layer gathers
+    the stream of its devices once (recomputed: twice) and that of the gradients, and scatters both in float32; `context` in
+    each layer gathers keys and values once (recomputed: twice) and scatters their gradients; `tensor` in each layer 4
+    (recomputed: 6) sums of the stream. Over the bandwidth of `ring`.
     """
     config, sizes, costs, device = found.config, found.sizes, found.costs, found.device
     act = jnp.dtype(config.model.compute_dtype).itemsize
     remat = config.model.remat if costs.backward else "none"
     again = {"full": costs.flops_per_token / 3, "names": 2 * costs.matrix_parameters}.get(remat, 0.0)
+    experts = counts.expert_parameters(config.model) * act / sizes["tensor"]
     flops = found.tokens * (costs.flops_per_token + again)
     times = {"compute": flops / (found.topology.size * device.peak[config.model.compute_dtype])}
-    weights, k = costs.parameters * act / sizes["tensor"], found.num_microbatches
+    others, k = costs.parameters * act / sizes["tensor"] - experts, found.num_microbatches
+    weights = others + experts / sizes["expert"]  # that a device computes with
     if device.bandwidth:
         passes = weights * (2 if remat == "none" else 3) + 2 * (found.memory["activations"] + found.memory["logits"])
         state = 2 * sum(found.memory[name] for name in ("parameters", "optimizer", "gradients"))
@@ -173,12 +176,13 @@ def seconds(found: Estimate) -> dict[str, float]:
     keys_and_values = rows * 2 * config.model.num_kv_heads * config.model.head_dim / sizes["tensor"] * act
     layers = 0 if config.model.kind in CELLS else config.model.num_layers
     shards = counts.parameter_shards(sizes)
-    gathered = k * 3 * weights  # by the axes one after the other, the outermost at the end
+    gathered = k * 3 / sizes["fsdp"]  # by the axes one after the other, the outermost at the end
+    tokens_of_group = sizes["expert"] * stream * ((2 if remat == "none" else 3) + 2 * 4 / act)
     moved = {
         "data": k * 2 * 4 * costs.trained / shards,
-        "fsdp": gathered,
-        "expert": gathered / sizes["fsdp"],
-        "context": gathered / (sizes["fsdp"] * sizes["expert"])
+        "fsdp": k * 3 * weights,
+        "expert": gathered * others + layers * tokens_of_group,
+        "context": gathered * (others + experts) / sizes["expert"]
         + layers * (2 if remat == "none" else 3) * keys_and_values,
         "tensor": layers * (4 if remat == "none" else 6) * 2 * stream,
     }
