@@ -20,11 +20,11 @@ from lm_jax.sharding import AXES, stored
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes, with -1 filled in.
+    """Sizes of the mesh axes, with -1 filled in; an "auto" that is not decided (lm_jax/decide.py) is 1.
 
     Raises UserError where they do not multiply to the devices, or where `data` does not divide into the slices.
     """
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = {axis: 1 if (size := getattr(config, axis)) == "auto" else size for axis in AXES}
     known = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values():
         if num_devices % known:
@@ -110,7 +110,7 @@ def preflight(config: Config, padded_vocab_size: int, sizes: dict[str, int]) -> 
         ("model.mlp_dim", model.mlp_dim, "tensor", blocks),
         ("the padded vocabulary", padded_vocab_size, "tensor", sizes["tensor"]),
         ("model.model_dim", model.model_dim, "fsdp", sizes["fsdp"]),
-        ("model.model_dim", model.model_dim, "tensor", 1 if model.remat == "none" else blocks),
+        ("model.model_dim", model.model_dim, "tensor", 1 if model.remat in ("auto", "none") else blocks),
         (first, smallest, "data x fsdp", batch_shards(sizes)),
         ("train.microbatch_rows", smallest if rows == "auto" else int(rows), "data x fsdp", batch_shards(sizes)),
     ]

@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec
 from lm_jax.config import Model
 from lm_jax.errors import UserError
 from lm_jax.model.layers import capped
-from lm_jax.sharding import computed, einsum, on_each_device, platform, precision, reshape
+from lm_jax.model_config import plain
+from lm_jax.plan.devices import has_bfloat16
+from lm_jax.sharding import computed, device, einsum, on_each_device, precision, reshape
 
 CHUNK = 256  # queries in one chunk of the chunked backend
 
@@ -41,11 +43,14 @@ class Ability(NamedTuple):
     cache: bool = False  # fewer queries than keys
     bias: bool = False  # added to the logits
     softcap: bool = False  # that bounds the logits
+    bfloat16: bool = False  # needs a device that multiplies in it, whatever the dtype: a GPU of compute capability 8.0
 
 
 ABILITIES = {
     "splash": Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128, softcap=True),
-    "cudnn": Ability("gpu", ("float16", "bfloat16"), head_multiple=8, largest_head=128, length_multiple=2),
+    "cudnn": Ability(
+        "gpu", ("float16", "bfloat16"), head_multiple=8, largest_head=128, length_multiple=2, bfloat16=True
+    ),
     "chunked": Ability(softcap=True),
     "xla": Ability(cache=True, bias=True, softcap=True),
 }
@@ -61,6 +66,7 @@ class Call(NamedTuple):
     num_keys: int
     bias: bool = False
     softcap: bool = False
+    bfloat16: bool = True  # whether the device multiplies in it
 
 
 def refusal(backend: str, call: Call) -> str:
@@ -68,6 +74,8 @@ def refusal(backend: str, call: Call) -> str:
     able = ABILITIES[backend]
     if able.platform not in ("", call.platform):
         return f"runs on a {able.platform}, this is a {call.platform}"
+    if able.bfloat16 and not call.bfloat16:
+        return "runs on GPUs from Ampere on (compute capability 8.0), this is an older one"
     if call.dtype not in able.dtypes:
         return f"computes in {' or '.join(able.dtypes)}, model.compute_dtype is {call.dtype}"
     if call.head_dim % able.head_multiple or call.head_dim > able.largest_head:
@@ -98,11 +106,14 @@ def choose(backend: str, call: Call) -> str:
     return backend
 
 
-def preflight(config: Model, sequence_length: int, platform: str) -> None:
-    """Raises UserError, before anything compiles, where the configured backend cannot train this model there."""
+def preflight(config: Model, sequence_length: int, platform: str, bfloat16: bool = True) -> str:
+    """The backend that trains this model there. Raises UserError, before anything compiles, where the configured one cannot.
+
+    `bfloat16`: whether devices of the platform multiply in it (`devices.has_bfloat16`).
+    """
     sizes = config.head_dim, sequence_length, sequence_length
     asked = config.positions == "relative", config.logit_softcap[0] > 0
-    choose(config.attention, Call(platform, config.compute_dtype, *sizes, *asked))
+    return choose(config.attention, Call(platform, plain(config).compute_dtype, *sizes, *asked, bfloat16))
 
 
 def attend(
@@ -123,9 +134,9 @@ def attend(
     The backend `xla` builds all logits, float32 [B, H, T, S]. The others keep no such array for the backward pass; they take
     keys in the order of the queries, key i at the position of query i. Raises UserError where `backend` cannot do it.
     """
-    head_dim, num_queries = q_BTHK.shape[-1], q_BTHK.shape[1]
-    asked = bias_BHTS is not None, softcap > 0
-    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, head_dim, num_queries, k_BSGK.shape[1], *asked))
+    here, shape = device(), (q_BTHK.shape[-1], q_BTHK.shape[1], k_BSGK.shape[1])
+    asked = bias_BHTS is not None, softcap > 0, has_bfloat16(here)
+    backend = choose(backend, Call(here.platform, q_BTHK.dtype.name, *shape, *asked))
     if backend == "splash":
         return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window, causal, softcap)
     arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal

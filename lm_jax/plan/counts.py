@@ -165,11 +165,6 @@ def device_memory(device: jax.Device) -> float:
     return float((device.memory_stats() or {}).get("bytes_limit", 16 * 2**30))
 
 
-def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp: Ramp, device: jax.Device) -> int:
-    """Rows of a microbatch, over all devices, by the memory of a device that is here."""
-    return most_rows(config, costs, sizes, ramp.smallest, device_memory(device), device.platform)
-
-
 def most_rows(config: Config, costs: Costs, sizes: dict[str, int], batch: int, memory: float, platform: str) -> int:
     """Rows of a microbatch, over all devices, each with so many bytes of memory.
 
