@@ -52,7 +52,7 @@ class Decision(NamedTuple):
 
 def at_hand(here: list[jax.Device], device: jax.Device) -> Site:
     """The devices of all processes; `device` is one of this process. All processes call it together."""
-    facts = everyone([has_bfloat16(device), counts.device_memory(device)], "kind and memory of the devices")
+    facts = everyone([has_bfloat16(device), counts.device_memory(device)], "devices")
     able, memory = zip(*facts, strict=True)
     slices = len(by_slice(here, -1))
     return Site(device.platform, all(able), min(memory), len(here), len(here) // slices, slices)
