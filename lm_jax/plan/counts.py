@@ -15,6 +15,7 @@ from lm_jax.loss import is_chunked
 from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
+from lm_jax.model_config import plain
 from lm_jax.plan.devices import DEVICES, device_name
 from lm_jax.trainable import depth, trained_paths
 
@@ -89,8 +90,8 @@ def bytes_by_class(
     logits is kept as well, by every layer where remat is none, else by one; of other backends 256 queries of it, at a
     time.
     """
-    model, length = config.model, config.data.sequence_length
-    act = jnp.dtype(config.model.compute_dtype).itemsize
+    model, length = plain(config.model), config.data.sequence_length
+    act = jnp.dtype(model.compute_dtype).itemsize
     shards, tensor = sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
     moments = MOMENTS[config.optimizer.name] + (config.optimizer.ema > 0)
     tokens = math.ceil(rows / (sizes["data"] * sizes["fsdp"])) * length
