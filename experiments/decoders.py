@@ -55,6 +55,4 @@ def get_config(variant: str = ""):
         config.train.balance_loss = 0.02
     config.checkpoint.every = "30 min"
     config.evaluate.every, config.log.every = 1000, 1
-    config.model.compute_dtype, config.model.unroll, config.model.remat = "bfloat16", False, "full"
-    config.mesh.data, config.mesh.fsdp = 1, -1
     return config

@@ -54,7 +54,4 @@ def get_config(variant: str = ""):
     config.train.num_steps = "300B tokens"
     config.checkpoint.every, config.train.on_spike = "30 min", "rewind"
     config.evaluate.every, config.log.every = 1000, 1
-    if row.num_layers > 12:  # for accelerators alone: a compile time that does not grow, sharded state, little memory
-        config.model.compute_dtype, config.model.unroll, config.model.remat = "bfloat16", False, "full"
-        config.mesh.data, config.mesh.fsdp = 1, -1
     return config

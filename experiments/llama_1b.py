@@ -21,6 +21,4 @@ def get_config():
     config.train.num_steps = "3T tokens"
     config.checkpoint.every, config.train.on_spike = "30 min", "rewind"
     config.evaluate.every, config.log.every = 1000, 1
-    config.model.compute_dtype, config.model.unroll, config.model.remat = "bfloat16", False, "full"
-    config.mesh.data, config.mesh.fsdp = 1, -1
     return config

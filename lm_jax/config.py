@@ -15,6 +15,7 @@ from lm_jax.model_config import DECODERS, TASKS, WRITING, Model
 
 ONE_LESS = 0.999999  # float32 tells it from 1
 LARGEST_LOSS_SCALE = 2**24  # a larger one would overflow before it helps
+FIRST_LOSS_SCALE = 1024  # of float16 where none is given
 FALLING = {"optimizer.schedule": ("cosine", "linear", "warmup_stable_decay")}
 
 
@@ -194,10 +195,15 @@ class Mesh:
     """How many devices split what; one of them may be -1."""
 
     data: int = axis(-1, "devices that hold copies of the parameters and split the batch; -1 = the rest")
-    fsdp: int = axis(1, "devices that split parameters and batch; -1 = the rest")
+    fsdp: int | str = axis(
+        "auto",
+        "devices that split parameters and batch; -1 = the rest; auto = 1 where the state fits on a device, else those of a "
+        "slice or host, or all",
+        choices=("auto",),
+    )
     tensor: int = axis(1, "devices that split heads, MLP and vocabulary; -1 = the rest")
     slices: int = axis(
-        1, "slices of the machine, joined by a slower network, which split data; -1 = as many as the devices say"
+        -1, "slices of the machine, joined by a slower network, which split data; -1 = as many as the devices say"
     )
     expert: int = axis(1, "devices that split experts and batch; -1 = the rest")
     context: int = axis(1, "devices that split the tokens of a row, and the stored parameters; -1 = the rest")

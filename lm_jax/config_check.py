@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lm_jax.config import LARGEST_LOSS_SCALE, SECTIONS, Config, flatten, leaves, unflatten
+from lm_jax.config import FIRST_LOSS_SCALE, LARGEST_LOSS_SCALE, SECTIONS, Config, flatten, leaves, unflatten
 from lm_jax.errors import UserError, nearest
 from lm_jax.knob import checked
 from lm_jax.model_config import LARGEST_HEAD, NUM_SENTINELS, OBJECTIVES, ONE_STACK, TASKS
@@ -201,7 +201,7 @@ def _no_power_of_two(config: Config) -> Words:
 
 def _mesh_axis_without_devices(config: Config) -> Words:
     for axis, size in dataclasses.asdict(config.mesh).items():
-        if size < 1 and size != -1:
+        if size != "auto" and size < 1 and size != -1:
             what = "slices, or -1 for all that there are" if axis == "slices" else "devices, or -1 for the rest"
             return {"axis": axis, "size": size, "what": what}
     return {}
@@ -316,7 +316,7 @@ CLASHES = (
     Clash(
         lambda c: c.model.compute_dtype == "float16" and not c.optimizer.loss_scale,
         "config.model.compute_dtype = float16 without a loss scale: most gradients are too small for float16",
-        "\nadd --config.optimizer.loss_scale=1024, or compute in bfloat16",
+        f"\nadd --config.optimizer.loss_scale={FIRST_LOSS_SCALE}, or compute in bfloat16",
     ),
     Clash(
         lambda c: c.data.validation_fraction + c.data.test_fraction >= 0.9,

@@ -47,7 +47,7 @@ def parse_value(path: str, text: str) -> Any:
     kind = leaves()[path].type
     if kind is str:
         return text
-    if kind is bool and text.lower() in ("true", "false"):
+    if kind in (bool, bool | str) and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from lm_jax.errors import UserError, nearest, shown
 
@@ -39,9 +39,9 @@ def length(default, meaning: str, low: int = 0, **more):
     return knob(default, meaning, within=(low, MOST_STEPS), fixed=False, **more)
 
 
-def axis(default: int, meaning: str):
+def axis(default: int | str, meaning: str, choices=()):
     """A field that is the size of a mesh axis, which the machine of the training decides."""
-    return knob(default, meaning, within=(-1, 2**20), fixed=False, machine=True)
+    return knob(default, meaning, within=(-1, 2**20), choices=choices, fixed=False, machine=True)
 
 
 def parse_length(length: Length) -> tuple[float, str]:
@@ -59,7 +59,7 @@ def checked(path: str, value: Any, field: dataclasses.Field) -> Any:
     if field.type == Sources:
         return checked_sources(path, value)
     kinds = get_args(field.type)
-    if not kinds or field.type == int | str:
+    if get_origin(field.type) is not tuple:
         return _checked_item(path, value, field.type, field.metadata)
     if not isinstance(value, (tuple, list)):
         raise _refusal(path, value, "expected a tuple, such as (1, 2) or (1,)", field.metadata)
@@ -78,13 +78,13 @@ def _refusal(path: str, value: Any, expected: str, metadata: Mapping) -> UserErr
 
 
 def _checked_item(path: str, value: Any, kind: Any, metadata: Mapping) -> Any:
-    """A setting of one value, or one of a tuple. `kind` is str, bool, int, float, or int | str: a length or "auto"."""
-    if kind == int | str:
+    """A setting of one value, or one of a tuple. `kind` is str, bool, int, float; int | str or bool | str: a length or "auto"."""
+    if kind in (int | str, bool | str):
         if isinstance(value, str) and not metadata["choices"]:
             if expected := _fault_of_length(path, value, metadata["high"]):
                 raise _refusal(path, value, expected, metadata)
             return value
-        kind = str if isinstance(value, str) else int
+        kind = str if isinstance(value, str) else get_args(kind)[0]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if value.bit_length() < 1000 else math.inf
     if type(value) is not kind:

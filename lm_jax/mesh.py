@@ -22,11 +22,11 @@ from lm_jax.sharding import AXES, names_of, stored
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes, with -1 filled in.
+    """Sizes of the mesh axes, with -1 filled in; an "auto" that is not decided (lm_jax/decide.py) is 1.
 
     Raises UserError where they do not multiply to the devices, or where `data` does not divide into the slices.
     """
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = {axis: 1 if (size := getattr(config, axis)) == "auto" else size for axis in AXES}
     known = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values():
         if num_devices % known:

@@ -27,6 +27,9 @@ ATTENDING = {"model.kind": ("transformer", "encoder", "encoder_decoder")}
 ONE_STACK = {"model.kind": ("transformer", "encoder")}
 ROTARY = {"model.positions": ("rotary",)}
 LARGEST_HEAD = 1024  # what every backend of attention takes
+# What "auto" is where nothing is decided by the counts (lm_jax/decide.py), because nothing is trained: as on a CPU.
+PLAIN = {"remat": "none", "unroll": True, "compute_dtype": "float32"}
+MOST_UNROLLED = 24  # layers as straight code: beyond, a compile takes minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,15 +180,30 @@ class Model:
         machine=True,
     )
     remat: str = knob(
-        "none",
-        "what layers compute again in the backward pass: nothing, all but products, all but attention, all",
-        choices=("none", "dots", "names", "full"),
+        "auto",
+        "what layers compute again in the backward pass: nothing, all but products, all but attention, all; auto = the least "
+        "with which a microbatch fits",
+        choices=("auto", "none", "dots", "names", "full"),
         fixed=False,
         machine=True,
     )
-    unroll: bool = knob(
-        True, "layers as straight code (fast) or one scanned body (compile time flat)", fixed=False, machine=True
+    unroll: bool | str = knob(
+        "auto",
+        "layers as straight code (fast) or one scanned body (compile time flat); auto = straight on CPUs or the GPUs of one "
+        f"host, up to {MOST_UNROLLED} layers",
+        choices=("auto",),
+        fixed=False,
+        machine=True,
     )
     compute_dtype: str = knob(
-        "float32", "of activations and matrix products", choices=("float32", "bfloat16", "float16")
+        "auto",
+        "of activations and matrix products; auto = bfloat16, on GPUs without it float16 (with a loss_scale), on CPUs float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+
+def plain(model: Model) -> Model:
+    """A model's settings with no "auto" in what it computes: where one is left, its value in PLAIN."""
+    return dataclasses.replace(
+        model, **{name: value for name, value in PLAIN.items() if getattr(model, name) == "auto"}
     )

@@ -6,30 +6,32 @@ to be broken makes it again, from the data state of the step before.
 
 import dataclasses
 import errno
-from collections.abc import Callable
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
+from lm_jax import decide
 from lm_jax.batch_ramp import START, DataState, Ramp, clocks, make_ramp, with_steps
 from lm_jax.config import Config
 from lm_jax.data.mixture import pieces_expected
 from lm_jax.data.objectives import EXTRA
-from lm_jax.distributed import everyone
-from lm_jax.mesh import batch_shards, make_mesh, mesh_shape, preflight
-from lm_jax.model import attention, build
+from lm_jax.mesh import make_mesh, mesh_shape, preflight
+from lm_jax.model import attention
 from lm_jax.model.language_model import padded
 from lm_jax.plan import counts
 from lm_jax.train_state import TrainSetup, program_of
 
-ChooseRows = Callable[[Config, counts.Costs, dict[str, int], Ramp], int]  # -> rows of a microbatch
+NEW: Mapping[str, Any] = MappingProxyType({})  # what a new run has saved
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What does not change from the first step of a process to its last."""
 
-    config: Config  # its lengths in steps, the rows of a microbatch as a number
+    config: Config  # its lengths in steps, nothing "auto" but its attention
+    decided: dict[str, Any]  # {path: value} of what was "auto" (lm_jax/decide.py)
     ramp: Ramp
     sizes: dict[str, int]  # of the mesh axes
     mesh: jax.sharding.Mesh
@@ -59,14 +61,15 @@ class Plan:
         return whole["parameters"] + whole["optimizer"]
 
 
-def check(config: Config, devices: list[jax.Device]) -> None:
+def check(config: Config, site: decide.Site) -> None:
     """Raises UserError for what is known to be wrong before any data are opened.
 
     That is: the devices do not form the mesh, the attention backend cannot train the model on them, or a dim does not divide
     over the mesh. The last is not known yet where the tokenizer is a file, which must be opened for its vocabulary.
     """
-    sizes = mesh_shape(config.mesh, len(devices))
-    attention.preflight(config.model, config.data.sequence_length, devices[0].platform, sizes["context"])
+    sizes = mesh_shape(config.mesh, site.size)
+    config = decide.replaced(config, decide.by_devices(config, site, NEW))
+    attention.preflight(config.model, config.data.sequence_length, site.platform, sizes["context"], site.bfloat16)
     if pieces := pieces_expected(config.data):
         preflight(config, padded(pieces + EXTRA[config.data.objective]), sizes)
 
@@ -77,48 +80,26 @@ def make_plan(
     devices: list[jax.Device],
     rows_per_epoch: float = 1.0,
     data: DataState = START,
-    choose_rows: ChooseRows | None = None,
+    site: decide.Site | None = None,
+    saved: Mapping[str, Any] = NEW,
 ) -> Plan:
     """The plan of a config as it is written, for a tokenizer of `vocab_size` and the devices of all processes.
 
-    `rows_per_epoch` turns lengths in epochs into rows; `data` is the data state. `choose_rows` decides the rows of a
-    microbatch where the config says "auto" (None: the whole batch). Raises UserError where a dim does not divide over the mesh.
+    `rows_per_epoch` turns lengths in epochs into rows; `data` is the data state. What is "auto" is decided for `site`, which
+    describes the devices (None: the whole batch in a microbatch, and the rest as it is on a CPU); `saved` is the flat config
+    of a run that is gone on with. Raises UserError where a dim does not divide over the mesh.
     """
     ramp = make_ramp(config).through(data.step, data.cursor)
-    in_steps = with_steps(config, ramp, rows_per_epoch)
-    sizes = mesh_shape(config.mesh, len(devices))
-    preflight(config, padded(vocab_size), sizes)
-    mesh = make_mesh(config.mesh, devices)
-    model = build.build(config.model, vocab_size, config.data.sequence_length)
-    counted = counts.count(in_steps, model.declarations)
-    rows = config.train.microbatch_rows
-    if rows == "auto":
-        rows = choose_rows(in_steps, counted, sizes, ramp) if choose_rows else config.data.global_batch_size
-    planned = with_microbatch(in_steps, rows)
-    return Plan(planned, ramp, sizes, mesh, counted, program_of(planned, model, clocks(config, ramp)))
+    found = decide.decide(config, vocab_size, ramp, site, saved, len(devices))
+    planned = with_steps(found.config, ramp, rows_per_epoch)
+    mesh = make_mesh(planned.mesh, devices)
+    program = program_of(planned, found.model, clocks(config, ramp))
+    return Plan(planned, found.values, ramp, found.sizes, mesh, found.counted, program)
 
 
 def with_microbatch(config: Config, rows: int | str) -> Config:
     """The config with so many rows in a microbatch."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_rows=rows))
-
-
-def rows_of_microbatch(saved: dict[str, Any], device: jax.Device) -> ChooseRows:
-    """A function that decides the rows of a microbatch, for all processes alike.
-
-    A resumed run (`saved`: its config.json, {} of a new run) keeps its rows if they fit the mesh. Otherwise each process
-    chooses for its own `device`, and the smallest choice counts.
-    """
-
-    def choose(config: Config, counted: counts.Costs, sizes: dict[str, int], ramp: Ramp) -> int:
-        chosen: list[int] = everyone(counts.choose_microbatch(config, counted, sizes, ramp, device), "microbatch")
-        before = saved.get("config", {}).get("train.microbatch_rows", 0)
-        smallest = config.data.batch_ramp[0] or config.data.global_batch_size
-        if isinstance(before, int) and before and smallest % before == 0 and before % batch_shards(sizes) == 0:
-            return before
-        return min(chosen)
-
-    return choose
+    return decide.replaced(config, {"train.microbatch_rows": rows})
 
 
 def check_memory(plan: Plan, device: jax.Device) -> None:

@@ -168,10 +168,14 @@ def ways(axis: str) -> int:
     return math.prod(sizes[name] for name in mesh_axes(axis))
 
 
+def device() -> jax.Device | jax.sharding.AbstractDevice:
+    """What the program that is traced will run on: `platform` (cpu, gpu or tpu) and `device_kind`."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+
+
 def platform() -> str:
     """cpu, gpu or tpu: what the program that is traced will run on."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
+    return device().platform
 
 
 def on_each_device(function: Callable[..., Tree], inputs: tuple, outputs: PartitionSpec | tuple) -> Callable[..., Tree]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax import fault_points, load_model, run_folder, run_plan, step_folders, terminal
+from lm_jax import decide, fault_points, load_model, run_folder, run_plan, step_folders, terminal
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import is_over
 from lm_jax.config import Config, flatten
@@ -81,7 +81,8 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     fault_points.reach("start")
     log.silent = not is_main_process()
     peers.compare(settings(config, experiment, dry_run))
-    run_plan.check(config, here)
+    site = decide.at_hand(here, device)
+    run_plan.check(config, site)
     saved = agree(
         run_folder.read_config(workdir) if is_main_process() and step_folders.has_steps(workdir) else {}, "config.json"
     )
@@ -96,14 +97,14 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     )
     known = specials(mixed.tokenizer, config.data.objective).vocab_size, here, stream.rows_per_epoch
     with goodput("plan"):
-        plan = run_plan.make_plan(config, *known, expected, run_plan.rows_of_microbatch(saved, device))
-    plan_from = functools.partial(run_plan.make_plan, run_plan.with_microbatch(config, plan.microbatch), *known)
+        plan = run_plan.make_plan(config, *known, expected, site, saved.get("config", {}))
+    plan_from = functools.partial(run_plan.make_plan, decide.replaced(config, plan.decided), *known)
     changes = run_folder.check_resume(workdir, saved, plan.config, mixed.facts) if saved else []
     facts = mixed.facts | {"run": run_folder.run_identity(saved, plan.config, mixed.facts)}
     source = None if saved else find_init(plan.program, mixed, log)
     peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.ModelRef) else 0})
     with goodput("peak"):
-        peak = counts.peak_flops(plan.mesh, config.model.compute_dtype)
+        peak = counts.peak_flops(plan.mesh, plan.config.model.compute_dtype)
     inside = workdir, mirror, log, goodput, saved, expected
     return Opening(*inside, device, mixed, stream, plan, plan_from, changes, facts, source, peak)
 

@@ -10,12 +10,12 @@ from typing import IO
 import jax
 from etils import epath
 
-from lm_jax import job
+from lm_jax import decide, job
 from lm_jax.config import Config
 from lm_jax.data.mixed_rows import Quotas
 from lm_jax.data.mixture import Mixture
 from lm_jax.plan import counts as costs
-from lm_jax.plan.devices import DEVICES, device_name
+from lm_jax.plan.devices import DEVICES, device_name, has_bfloat16
 from lm_jax.run_plan import Plan
 
 QUIET_SECONDS = 10  # between progress lines where the output is not a terminal
@@ -95,6 +95,8 @@ def header(plan: Plan, name: str, mixed: Mixture, device: jax.Device, flops_here
         *data_lines(config, mixed, tokens),
     ]
     on_cpu, num_devices = device.platform == "cpu", math.prod(plan.sizes.values())
+    if decided := decide.told(config, plan.decided, device.platform, has_bfloat16(device), plan.sizes["context"]):
+        lines.append(decided)
     if together := job.described(num_devices):
         lines.append(together)
     num_units = len(os.sched_getaffinity(0)) if on_cpu else num_devices

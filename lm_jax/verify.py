@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lm_jax import cli, distributed, experiment
+from lm_jax import cli, decide, distributed, experiment
 from lm_jax.config import Mesh
 from lm_jax.data import corpus_verification, loader
 from lm_jax.data.mixture import Mixture
@@ -96,12 +96,14 @@ def main(arguments: list[str]) -> int:
         return 0
     stream = mixed.stream(config.data)
     vocab_size = specials(mixed.tokenizer, config.data.objective).vocab_size
-    planned = lambda changed: make_plan(changed, vocab_size, here, stream.rows_per_epoch)
+    site = decide.at_hand(here, distributed.own(here))
+    planned = lambda changed: make_plan(changed, vocab_size, here, stream.rows_per_epoch, site=site)
     if flags.show:
         plan = planned(config)
         log(parameter_table(plan.program.graph.declarations, plan.mesh))
         return 0
-    exact = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
+    whole = config.data.global_batch_size if config.train.microbatch_rows == "auto" else config.train.microbatch_rows
+    exact = decide.replaced(config, {"model.compute_dtype": "float32", "train.microbatch_rows": whole})
     slices = sorted({len(by_slice(here, -1)), len(by_slice(here, config.mesh.slices))})
     legal = [sizes for sizes in legal_meshes(exact, padded(vocab_size), len(here)) if is_verified(sizes)]
     meshes = [Mesh(**sizes, slices=n) for n in slices for sizes in legal if sizes["data"] % n == 0]

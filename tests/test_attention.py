@@ -103,6 +103,12 @@ TPU, GPU = CALL._replace(platform="tpu", dtype="bfloat16"), CALL._replace(platfo
         ("splash", CALL, "runs on a tpu, this is a cpu", "chunked"),
         ("cudnn", CALL, "runs on a gpu, this is a cpu", "chunked"),
         ("cudnn", TPU, "runs on a gpu, this is a tpu", "splash"),
+        (
+            "cudnn",
+            GPU._replace(dtype="float16", bfloat16=False),
+            "compute capability 8.0), this is an older one",
+            "chunked",
+        ),
         ("cudnn", GPU._replace(dtype="float32"), "float16 or bfloat16, model.compute_dtype is float32", "chunked"),
         ("cudnn", GPU._replace(head_dim=60), "a multiple of 8 up to 128, model.head_dim is 60", "chunked"),
         ("cudnn", GPU._replace(head_dim=256), "up to 128, model.head_dim is 256", "chunked"),
@@ -133,6 +139,7 @@ def test_what_a_backend_cannot_honour_is_refused_by_name(backend, call, problem,
         (TPU._replace(num_queries=1), "xla"), (GPU._replace(dtype="float32"), "chunked"),
         (GPU._replace(softcap=True), "chunked"), (TPU._replace(softcap=True), "splash"),
         (TPU._replace(head_dim=80), "chunked"), (TPU._replace(num_queries=64, num_keys=64), "xla"),
+        (GPU._replace(dtype="float16"), "cudnn"), (GPU._replace(dtype="float16", bfloat16=False), "chunked"),
     ],
 )  # fmt: skip
 def test_auto_is_the_best_of_the_platform(call, expected):

@@ -11,18 +11,15 @@ import jax
 import pytest
 from helpers import ROOT
 
-from lm_jax import experiment
-from lm_jax.batch_ramp import make_ramp, with_steps
+from lm_jax import decide, experiment
+from lm_jax.batch_ramp import clocks, make_ramp, with_steps
 from lm_jax.config import Config, flatten, leaves, unflatten
 from lm_jax.config_check import resolve
 from lm_jax.data.objectives import EXTRA
 from lm_jax.errors import UserError
-from lm_jax.mesh import mesh_shape, preflight
-from lm_jax.model import attention
-from lm_jax.model.language_model import padded
 from lm_jax.model_config import LARGEST_HEAD
-from lm_jax.plan import counts
-from lm_jax.train_state import fresh, make_program
+from lm_jax.run_plan import NEW, check
+from lm_jax.train_state import fresh, program_of
 
 sys.path.insert(0, str(ROOT / "experiments"))
 DEEP = eval("(" * 50 + "1," + ")" * 50)
@@ -46,20 +43,16 @@ TUPLES = (
     (("python", 1.0),), (("python", -1),), (("python", 10**400),), (("python", float("nan")),), (("a", ((0, 1), (0, 2))),),
     (("python", 1), ("python", 2)), [], [1, 2], {}, {"a": 1}, None, b"bytes", DEEP, {1, 2}, object(), lambda: 0,
 )  # fmt: skip
+SITE = decide.Site("cpu", True, 2.0**34, 8, 8, 1)
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 
 
 def plan(config: Config) -> None:
     """What `main --dry_run` does before there is data, and the trace of the first parameters."""
-    sizes = mesh_shape(config.mesh, 8)
-    attention.preflight(config.model, config.data.sequence_length, "cpu")
-    pieces = 500 + EXTRA[config.data.objective]
-    preflight(config, padded(pieces), sizes)
-    ramp = make_ramp(config)
-    config = with_steps(config, ramp, rows_per_epoch=1000)
-    program = make_program(config, pieces)
-    counted = counts.count(config, program.graph.declarations)
-    counts.choose_microbatch(config, counted, sizes, ramp, jax.devices()[0])
+    check(config, SITE)
+    pieces, ramp = 500 + EXTRA[config.data.objective], make_ramp(config)
+    found = decide.decide(config, pieces, ramp, SITE, NEW, SITE.size)
+    program = program_of(with_steps(found.config, ramp, rows_per_epoch=1000), found.model, clocks(config, ramp))
     jax.eval_shape(lambda: fresh(program))
 
 
@@ -72,7 +65,7 @@ def answer(make) -> str:
     return ""
 
 
-def check(refusal: str, name: str) -> None:
+def check_refusal(refusal: str, name: str) -> None:
     lines = refusal.split("\n")
     assert len(lines) <= 5 and max(map(len, lines)) <= 700, f"{name}: {refusal[:2000]}"
     assert "Traceback" not in refusal and not re.search(r" at 0x[0-9a-f]{6}", refusal), f"{name}: {refusal}"
@@ -107,7 +100,7 @@ def run(seeds) -> tuple[int, int]:
     for seed in seeds:
         name, config = mutant(seed)
         found = answer(lambda config=config: resolve(config))
-        check(found, name)
+        check_refusal(found, name)
         refused, harmless = refused + bool(found), harmless + (not found)
     return refused, harmless
 
@@ -142,7 +135,7 @@ def test_texts_of_flags_are_refused_or_harmless():
         make = lambda flag=flag: experiment.load_config(
             "experiments/quickstart.py:smoke", experiment.split_overrides([flag])[0]
         )[0]
-        check(answer(make), flag[:80])
+        check_refusal(answer(make), flag[:80])
 
 
 RANGES = {
@@ -165,7 +158,7 @@ def test_what_no_run_can_have_is_refused_by_name(path):
         with pytest.raises(UserError) as error:
             resolve(unflatten(flat))
         assert f"config.{path}" in str(error.value)
-        check(str(error.value), path)
+        check_refusal(str(error.value), path)
 
 
 def test_heads_that_are_too_wide_are_refused_with_how_many_there_must_be():

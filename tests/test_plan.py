@@ -85,7 +85,7 @@ def test_the_command_ends_with_2_and_nothing_is_compiled():
     ("topology", "flags", "said"),
     [
         ("gpu:T4", ["--config.model.compute_dtype=bfloat16"], "--config.model.compute_dtype=float16"),
-        ("2*v5e:2x4", [], "say --config.mesh.slices=2"),
+        ("2*v5e:2x4", ["--config.mesh.slices=1"], "say --config.mesh.slices=2"),
         ("v5e:2x4", ["--config.mesh.data=3"], "config.mesh"),
         ("v5e:2x4", ["--config.mesh.data=4"], "leaves 4 of 8 devices without work"),
         ("v5e:2x4", ["--config.model.attention=cudnn"], "runs on a gpu, this is a tpu"),
@@ -126,7 +126,8 @@ def test_llama_1b_is_split_over_eight_chips_and_its_links_are_counted():
 
 
 def test_what_crosses_hosts_goes_over_the_network():
-    one, four = (counted("llama_1b.py", text) for text in ("gpu:8xH100", "gpu:4*8xH100"))
+    split = "--config.mesh.data=1", "--config.mesh.fsdp=-1"
+    one, four = (counted("llama_1b.py", text, *split) for text in ("gpu:8xH100", "gpu:4*8xH100"))
     assert ring(one, "fsdp") == 450e9 and ring(four, "fsdp") == 8 * 50e9
     data = counted("llama_1b.py", "gpu:4*8xH100", "--config.mesh.data=4", "--config.mesh.fsdp=8")
     assert ring(data, "data") == 50e9 and ring(data, "fsdp") == 450e9

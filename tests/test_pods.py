@@ -105,7 +105,7 @@ def test_the_worker_that_never_comes_is_named_on_all_others(missing, tmp_path):
 class Owned:
     """A device as a pod has it: whoever is not its owner may ask its kind and its numbers, and an error for the rest."""
 
-    platform, device_kind = "tpu", "TPU v5 lite"
+    platform, device_kind, slice_index = "tpu", "TPU v5 lite", 0
 
     def __init__(self, process_index: int, memory: int):
         self.process_index, self.memory, self.id = process_index, memory, process_index
@@ -130,10 +130,10 @@ def test_planning_asks_only_devices_of_this_process(position, monkeypatch, tmp_p
     monkeypatch.setattr(start, "is_main_process", lambda: True)
     monkeypatch.setattr(run_plan, "make_mesh", lambda mesh, here: pretended_mesh(here))
     asked = []
-    monkeypatch.setattr(counts, "choose_microbatch", watched(counts.choose_microbatch, asked))
+    monkeypatch.setattr(counts, "device_memory", watched(counts.device_memory, asked))
     config = tiny(train__microbatch_rows="auto", evaluate__prompt="", model__attention="chunked")
     assert train.run(config, "experiments/quickstart.py:smoke", str(tmp_path / "run"), {}, dry_run=True) == 0
-    assert [device.process_index for device in asked] == [number]
+    assert {device.process_index for device in asked} == {number}
     assert f"of {number + 1} GiB a device" in capsys.readouterr().out and flatten(config)
 
 
@@ -155,9 +155,9 @@ def pretended_mesh(here: list[Owned]) -> SimpleNamespace:
     return SimpleNamespace(devices=flat, size=len(here))
 
 
-def watched(choose, asked: list):
-    def choosing(config, counted, sizes, ramp, device):
+def watched(measure, asked: list):
+    def measuring(device):
         asked.append(device)
-        return choose(config, counted, sizes, ramp, device)
+        return measure(device)
 
-    return choosing
+    return measuring

@@ -251,7 +251,7 @@ UNFIT = {
     "three": (Mesh(8, 1, 1, slices=3), 8, "data = 8", "nearest data that does is 9", "slices that do are 2"),
     "more than data": (Mesh(4, 2, 1, slices=8), 8, "data = 4", "data that does is 8", "slices that do are 4"),
     "of all that are there": (Mesh(1, -1, 1, slices=-1), [4, 4], "slices = 2 does not", "nearest data that does is 2"),
-    "not said": (Mesh(), [4, 4], "slices = 1", "these 8 devices are 2 slices", "--config.mesh.slices=2"),
+    "not as said": (Mesh(slices=1), [4, 4], "slices = 1", "these 8 devices are 2 slices", "--config.mesh.slices=2"),
     "one there": (Mesh(slices=2), [8], "slices = 2", "are 1 slice\n", "--config.mesh.slices=1"),
     "four there": (Mesh(slices=2), [2, 2, 2, 2], "these 8 devices are 4 slices", "--config.mesh.slices=4"),
     "uneven": (Mesh(slices=2), [5, 3], "4 devices of each slice", "have 5, 3"),

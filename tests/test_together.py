@@ -42,7 +42,7 @@ DECISIONS = {
     "the word is found": "the workdir as each sees it",
     "config.json": "a file of the workdir: whether the run has begun, and with what",
     "data": "the newest step of the workdir, which may be finished meanwhile",
-    "microbatch": "the memory of a local device",
+    "devices": "the memory and the kind of a local device",
     "a step": "which steps are there",
     "step N is whole": "the files of a step, of which each process reads its share",
     "room for a step": "the disk of each host",

@@ -288,7 +288,7 @@ def smoke(name: str, folder: pathlib.Path) -> list[str]:
     """The command of an experiment in miniature, with records and a tokenizer in the place of those that are not here."""
     arguments = ["--config", str(ROOT / "experiments" / f"{name}:smoke"), "--workdir", str(folder / "run")]
     config = command_config(name)
-    if name == "gpt3.py":
+    if name in ("gpt3.py", "decoders.py"):  # as an accelerator would have it
         arguments += [f"--config.{setting}" for setting in LARGE_ROW]
     if task := config.train.task:
         lines = [json.dumps(record_of(task, config.model.labels, i)) for i in range(120)]

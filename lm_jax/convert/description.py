@@ -46,6 +46,7 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
     vocab_size = reader.size("vocab_size", largest=2**31 - 1)
     config = default_config()
     config.model.update(FAMILIES[name].read(reader))
+    config.model.compute_dtype = "float32"  # a model of others' making, computed as they prove theirs
     config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
     config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
     try:

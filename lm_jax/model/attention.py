@@ -16,7 +16,9 @@ from lm_jax.errors import UserError
 from lm_jax.model.context_attention import Chunks, attend_over_devices
 from lm_jax.model.layers import capped
 from lm_jax.model.splash import splash_attention
-from lm_jax.sharding import computed, einsum, on_each_device, platform, reshape, ways
+from lm_jax.model_config import plain
+from lm_jax.plan.devices import has_bfloat16
+from lm_jax.sharding import computed, device, einsum, on_each_device, reshape, ways
 
 CHUNK = 256  # queries in one chunk of the chunked backend
 
@@ -44,12 +46,13 @@ class Ability(NamedTuple):
     bias: bool = False  # added to the logits
     softcap: bool = False  # that bounds the logits
     split: bool = False  # rows over devices
+    bfloat16: bool = False  # needs a device that multiplies in it, whatever the dtype: a GPU of compute capability 8.0
 
 
 SPLASH = Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128, softcap=True, split=True)
 ABILITIES = {
     "splash": SPLASH,
-    "cudnn": Ability("gpu", ("float16", "bfloat16"), head_multiple=8, largest_head=128, length_multiple=2),
+    "cudnn": Ability("gpu", ("float16", "bfloat16"), 8, 128, length_multiple=2, bfloat16=True),
     "chunked": Ability(softcap=True, split=True),
     "xla": Ability(cache=True, bias=True, softcap=True, split=True),
 }
@@ -66,6 +69,7 @@ class Call(NamedTuple):
     bias: bool = False
     softcap: bool = False
     parts: int = 1  # of a row, on as many devices
+    bfloat16: bool = True  # whether the device multiplies in it
 
 
 def refusal(backend: str, call: Call) -> str:
@@ -73,6 +77,8 @@ def refusal(backend: str, call: Call) -> str:
     able = ABILITIES[backend]
     if able.platform not in ("", call.platform):
         return f"runs on a {able.platform}, this is a {call.platform}"
+    if able.bfloat16 and not call.bfloat16:
+        return "runs on GPUs from Ampere on (compute capability 8.0), this is an older one"
     if call.dtype not in able.dtypes:
         return f"computes in {' or '.join(able.dtypes)}, model.compute_dtype is {call.dtype}"
     if call.head_dim % able.head_multiple or call.head_dim > able.largest_head:
@@ -110,14 +116,15 @@ def choose(backend: str, call: Call) -> str:
     return backend
 
 
-def preflight(config: Model, sequence_length: int, platform: str, parts: int = 1) -> None:
-    """Raises UserError, before anything compiles, where the configured backend cannot train this model there.
+def preflight(config: Model, sequence_length: int, platform: str, parts: int = 1, bfloat16: bool = True) -> str:
+    """The backend that trains this model there. Raises UserError, before anything compiles, where the configured one cannot.
 
-    `parts`: over how many devices each row is split.
+    `parts`: over how many devices each row is split. `bfloat16`: whether devices of the platform multiply in it
+    (`devices.has_bfloat16`).
     """
     sizes = config.head_dim, sequence_length, sequence_length
     asked = config.positions == "relative", config.logit_softcap[0] > 0
-    choose(config.attention, Call(platform, config.compute_dtype, *sizes, *asked, parts))
+    return choose(config.attention, Call(platform, plain(config).compute_dtype, *sizes, *asked, parts, bfloat16))
 
 
 def attend(
@@ -139,10 +146,10 @@ def attend(
     keys in the order of the queries, key i at the position of query i. Where rows are split over devices, queries and keys
     are those of a row in the order of `row_order.py`. Raises UserError where `backend` cannot do it.
     """
-    head_dim, num_queries = q_BTHK.shape[-1], q_BTHK.shape[1]
+    here, sizes = device(), (q_BTHK.shape[-1], q_BTHK.shape[1], k_BSGK.shape[1])
     asked = bias_BHTS is not None, softcap > 0
-    sizes = head_dim, num_queries, k_BSGK.shape[1]
-    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, *sizes, *asked, ways("length")))
+    call = Call(here.platform, q_BTHK.dtype.name, *sizes, *asked, ways("length"), has_bfloat16(here))
+    backend = choose(backend, call)
     if backend == "splash":
         return splash_attention(q_BTHK, k_BSGK, v_BSGK, keys.segment_ids, window, causal, softcap)
     arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal

@@ -16,6 +16,7 @@ from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
 from lm_jax.model.transformer import Transformer
 from lm_jax.model.unstacked import Unstacked, is_unstacked
+from lm_jax.model_config import plain
 
 KINDS: dict[str, type[LanguageModel]] = {
     "transformer": Transformer,
@@ -72,7 +73,8 @@ def _unstacked(graph: ModelDef, parameters: dict) -> dict:
 
 
 def build(config: Model, vocab_size: int, sequence_length: int) -> ModelDef:
-    """The model of a config, for a tokenizer of `vocab_size` and rows of `sequence_length` tokens."""
+    """The model of a config, for a tokenizer of `vocab_size` and rows of `sequence_length` tokens; "auto" is `plain`."""
+    config = plain(config)
     model = KINDS[config.kind](config, vocab_size, sequence_length)
     if config.lora_rank:
         adapt(model, config)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lm_jax import cli, experiment
+from lm_jax import cli, decide, experiment
 from lm_jax.config import Config
 from lm_jax.plan import compile as compiler
 from lm_jax.plan import devices, estimate
@@ -63,6 +63,7 @@ def counted_facts(asked: Config, found: estimate.Estimate, price: float) -> dict
     facts = {
         "devices": found.topology.size,
         "mesh": found.sizes,
+        "decided": found.decided,
         "parameters": found.costs.parameters,
         "flops_per_token": found.costs.flops_per_token,
         "microbatch_rows": found.rows,
@@ -106,9 +107,12 @@ def counted_lines(name: str, found: estimate.Estimate, plan: dict[str, Any]) -> 
     total = f" · {short(plan['tokens'])} tokens = {plan['flops']:.1e} FLOP".replace("e+", "e") if found.has_end else ""
     best, expected = plan["step_seconds"]["best"], plan["step_seconds"]["expected"]
     times = ", ".join(f"{what} {_seconds(time)}" for what, time in plan["seconds"].items())
+    platform, able = found.topology.platform, "bfloat16" in found.device.peak
+    told = filter(None, [decide.told(found.config, found.decided, platform, able, found.sizes["context"])])
     near = " (near: the compiler decides)" if found.fits and found.needed > estimate.NEAR * found.device.memory else ""
     lines = [
         f"{name} on {found.topology.text}: {found.topology.size} devices, mesh {mesh}",
+        *told,
         f"{short(found.costs.parameters)} parameters · {short(found.costs.flops_per_token)} FLOP a token{total}",
         f"{'fits' if found.fits else 'does not fit'}{near}: {gib(found.needed)} of {gib(found.device.memory)} GiB a device "
         f"({classes}); microbatch {found.rows} of {batch} rows, {found.num_microbatches} a step",

@@ -16,6 +16,7 @@ from lm_jax.mesh import batch_shards
 from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
+from lm_jax.model_config import plain
 from lm_jax.plan.devices import DEVICES, device_name
 from lm_jax.sharding import platform
 from lm_jax.trainable import depth, trained_paths
@@ -116,8 +117,8 @@ def bytes_by_class(
     logits is kept as well, by every layer where remat is none, else by one; of other backends 256 queries of it, at a
     time. Where rows are split over devices (`context`), one layer at a time has the keys and values of whole rows.
     """
-    model, length = config.model, config.data.sequence_length
-    act = jnp.dtype(config.model.compute_dtype).itemsize
+    model, length = plain(config.model), config.data.sequence_length
+    act = jnp.dtype(model.compute_dtype).itemsize
     shards, tensor = parameter_shards(sizes), sizes["tensor"]
     moments = MOMENTS[config.optimizer.name] + (config.optimizer.ema > 0)
     tokens = math.ceil(rows / batch_shards(sizes)) * length // sizes["context"]
@@ -204,11 +205,6 @@ def device_memory(device: jax.Device) -> float:
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     return float((device.memory_stats() or {}).get("bytes_limit", 16 * 2**30))
-
-
-def choose_microbatch(config: Config, costs: Costs, sizes: dict[str, int], ramp: Ramp, device: jax.Device) -> int:
-    """Rows of a microbatch, over all devices, by the memory of a device that is here."""
-    return most_rows(config, costs, sizes, ramp.smallest, device_memory(device), device.platform)
 
 
 def most_rows(config: Config, costs: Costs, sizes: dict[str, int], batch: int, memory: float, platform: str) -> int:

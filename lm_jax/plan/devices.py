@@ -85,12 +85,23 @@ KINDS = {
 }
 
 
-def device_name(device: jax.Device) -> str:
+def device_name(device: jax.Device | jax.sharding.AbstractDevice) -> str:
     """The name of the device in `DEVICES`, or what its maker calls it."""
     kind = device.device_kind
     if device.platform == "tpu":
         return KINDS.get(kind, kind)
     return next((name for name in DEVICES if re.search(rf"\b{name}\b", kind)), kind)
+
+
+def has_bfloat16(device: jax.Device | jax.sharding.AbstractDevice) -> bool:
+    """Whether a device multiplies in bfloat16: of GPUs those from Ampere on, of compute capability 8.0.
+
+    A GPU that the table lacks is asked itself; one that is not here either is taken for a new one.
+    """
+    if known := DEVICES.get(device_name(device)):
+        return "bfloat16" in known.peak
+    here = next((one for one in jax.local_devices() if one.device_kind == device.device_kind), None)
+    return not re.fullmatch(r"[1-7]\.\d+", str(getattr(here, "compute_capability", "")))
 
 
 def shapes(kind: str) -> list[tuple[int, ...]]:

@@ -1,32 +1,31 @@
 """A config on devices that are not here, counted: bytes, seconds at best, hours, energy, and what makes it fit."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from lm_jax import decide
 from lm_jax.batch_ramp import Ramp, make_ramp, with_steps
 from lm_jax.config import Config
 from lm_jax.data import tokenizer_files
 from lm_jax.data.objectives import EXTRA
+from lm_jax.decide import REMATS
 from lm_jax.errors import UserError
 from lm_jax.knob import parse_length
-from lm_jax.mesh import batch_shards, legal_meshes, mesh_shape, preflight
-from lm_jax.model import attention, build
-from lm_jax.model.language_model import padded
+from lm_jax.mesh import batch_shards, legal_meshes, mesh_shape
 from lm_jax.model.recurrent import CELLS
 from lm_jax.plan import counts
 from lm_jax.plan.devices import DEVICES, Device, Topology
-from lm_jax.run_plan import with_microbatch
+from lm_jax.run_plan import NEW, check, with_microbatch
 from lm_jax.sharding import AXES
 
 NEAR = 0.95  # counts and compiler may disagree by so much: a change that is proposed fits in this share of the memory
 SHORTEST = 4096  # tokens of a part of a row that is proposed: so few queries do not hide that all keys are gathered
-REMATS = ("none", "dots", "names", "full")  # from most to least memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Estimate:
     costs: counts.Costs
     memory: dict[str, float]  # {class: bytes on one device} at the largest batch
     has_end: bool  # False: its length is in epochs of data that nobody has opened
+    decided: dict[str, Any] = dataclasses.field(default_factory=dict)  # {path: value} of what was "auto"
 
     @property
     def rows(self) -> int:
@@ -82,13 +82,13 @@ def vocab_size(config: Config) -> int:
 
 
 def estimate(config: Config, topology: Topology) -> Estimate:
-    """Counts a config as it is written; where the rows of a microbatch are "auto", those of `counts.most_rows`.
+    """Counts a config as it is written; what is "auto" is decided as a run on these devices decides it.
 
     Raises UserError where the devices do not form the mesh, a dim does not divide over it, or a device does not
     multiply in the compute dtype.
     """
     device, dtype = described(topology), config.model.compute_dtype
-    if dtype not in device.peak:
+    if dtype not in (*device.peak, "auto"):
         able = [name for name in ("bfloat16", "float16", "float32") if name in device.peak]
         raise UserError(
             f"config.model.compute_dtype = {dtype}: products of a {topology.kind} are in {' or '.join(able)}\n"
@@ -97,22 +97,35 @@ def estimate(config: Config, topology: Topology) -> Estimate:
             * (able[0] == "float16")
         )
     has_end = parse_length(config.train.num_steps)[1] != "epochs"
-    slices = {"tpu": topology.islands, "gpu": 1}.get(topology.platform, config.mesh.slices)
+    slices = {"tpu": topology.islands, "gpu": 1}.get(topology.platform, max(1, config.mesh.slices))
     if config.mesh.slices not in (-1, slices):
         raise UserError(
             f"config.mesh.slices = {config.mesh.slices}: {topology.text} is {slices}; say --config.mesh.slices={slices}"
         )
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=slices))
     sizes = mesh_shape(config.mesh, topology.size)
     if math.prod(sizes.values()) != topology.size:
         unused = topology.size - math.prod(sizes.values())
         raise UserError(f"config.mesh leaves {unused} of {topology.size} devices without work; -1 takes the rest")
-    attention.preflight(config.model, config.data.sequence_length, topology.platform, sizes["context"])
+    site = site_of(topology, device, slices)
+    check(config, site)
     num_tokens, ramp = vocab_size(config), make_ramp(config)
-    preflight(config, padded(num_tokens), sizes)
-    model = build.build(config.model, num_tokens, config.data.sequence_length)
-    costs = counts.count(config, model.declarations)
-    return counted(with_steps(config, ramp, 1.0), topology, device, ramp, sizes, costs, has_end)
+    with jax.sharding.use_abstract_mesh(mesh_of(topology, sizes)):
+        found = decide.decide(config, num_tokens, ramp, site, NEW, topology.size)
+    in_steps = with_steps(found.config, ramp, 1.0)
+    made = counted(in_steps, topology, device, ramp, found.sizes, found.counted, has_end)
+    return dataclasses.replace(made, decided=found.values)
+
+
+def site_of(topology: Topology, device: Device, slices: int) -> decide.Site:
+    """The devices of a topology as a run on them would find them."""
+    able = "bfloat16" in device.peak
+    return decide.Site(topology.platform, able, device.memory, topology.size, topology.island, slices)
+
+
+def mesh_of(topology: Topology, sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh of devices that are not here: counts ask it what they are."""
+    kinds = AbstractDevice(topology.kind, None, topology.platform)
+    return AbstractMesh(tuple(sizes.values()), AXES, (AxisType.Explicit,) * len(AXES), abstract_device=kinds)
 
 
 def described(topology: Topology) -> Device:
@@ -133,9 +146,7 @@ def counted(
     has_end: bool,
 ) -> Estimate:
     """The estimate of a config that divides over a mesh of these sizes."""
-    kinds = AbstractDevice(topology.kind, None, topology.platform)
-    mesh = AbstractMesh(tuple(sizes.values()), AXES, (AxisType.Explicit,) * len(AXES), abstract_device=kinds)
-    with jax.sharding.use_abstract_mesh(mesh):  # counts ask it for the platform
+    with jax.sharding.use_abstract_mesh(mesh_of(topology, sizes)):
         rows = config.train.microbatch_rows
         if rows == "auto":
             rows = counts.most_rows(config, costs, sizes, ramp.smallest, device.memory, topology.platform)
@@ -243,22 +254,33 @@ def least(asked: Config, found: Estimate) -> tuple[dict[str, object], Estimate]:
 
 
 def _candidates(asked: Config, found: Estimate) -> Iterator[tuple[dict[str, object], Estimate]]:
+    """Every mesh, recomputation and smaller microbatch: what is "auto" in `asked` is decided anew for each, or named."""
     model, batch, sizes = found.config.model, found.ramp.smallest, found.sizes
     legal = legal_meshes(found.config, found.costs.padded_vocab_size, found.topology.size)
     legal = (m for m in legal if m["data"] % found.config.mesh.slices == 0 and m != sizes)
     parts = {1, sizes["context"], *range(1, found.config.data.sequence_length // SHORTEST + 1)}  # of a row
     meshes = [sizes, *(m for m in legal if m["context"] in parts)]
-    remats = REMATS[REMATS.index(model.remat) :]
-    for mesh, remat in itertools.product(meshes, remats):
-        shards, free = batch_shards(mesh), asked.train.microbatch_rows == "auto"
+    site = site_of(found.topology, found.device, found.config.mesh.slices)
+    free = asked.train.microbatch_rows == "auto"
+    for mesh in meshes:
+        shards = batch_shards(mesh)
         fewer = [n for n in range(shards, found.rows, shards) if batch % n == 0 and found.rows % n == 0]
         for rows in ["auto"] if free else [found.rows, *fewer]:
             if rows != "auto" and int(rows) % shards:
                 continue
-            change: dict[str, object] = {"model.remat": remat} if remat != model.remat else {}
-            change |= {"train.microbatch_rows": rows} if rows not in ("auto", found.rows) else {}
-            change |= {f"mesh.{axis}": mesh[axis] for axis in AXES if mesh[axis] != sizes[axis]}
-            if change:
-                config = dataclasses.replace(found.config, model=dataclasses.replace(model, remat=remat))
-                other = with_microbatch(config, rows)
-                yield change, counted(other, found.topology, found.device, found.ramp, mesh, found.costs, found.has_end)
+            remats: tuple[str, ...] = REMATS[REMATS.index(model.remat) :]
+            if asked.model.remat == "auto":
+                least = shards if rows == "auto" else int(rows)
+                remats = (decide.least_remat(found.config, found.costs, mesh, found.ramp, site, least),)
+            for remat in remats:
+                other = decide.replaced(found.config, {"model.remat": remat, "train.microbatch_rows": rows})
+                change: dict[str, object] = {"model.remat": remat} if remat != remats[0] else {}
+                change |= {"train.microbatch_rows": rows} if rows not in ("auto", found.rows) else {}
+                if mesh != sizes:
+                    change |= {f"mesh.{axis}": mesh[axis] for axis in AXES if mesh[axis] != sizes[axis]}
+                    change |= {"mesh.fsdp": mesh["fsdp"]} if asked.mesh.fsdp == "auto" else {}
+                if change:
+                    yield (
+                        change,
+                        counted(other, found.topology, found.device, found.ramp, mesh, found.costs, found.has_end),
+                    )
