@@ -5,6 +5,7 @@ A mesh has the axes `data`, `fsdp` and `tensor` of `lm_jax/sharding.py`, which m
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 
 import jax
@@ -17,6 +18,8 @@ from lm_jax.config import Mesh as MeshConfig
 from lm_jax.errors import UserError
 from lm_jax.model_config import RECURRENT
 from lm_jax.sharding import AXES, stored
+
+CAPABILITIES: dict[str, float] = {}  # of each kind of device that a mesh was made of: tracing knows the kind alone
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -62,6 +65,7 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     UserError where the devices are not so many slices, or a slice has too few of them.
     """
     devices = devices or jax.devices()
+    CAPABILITIES[devices[0].device_kind] = capability_of(devices[0])
     slices = by_slice(devices, config.slices)
     sizes = mesh_shape(dataclasses.replace(config, slices=len(slices)), len(devices))
     inside = tuple((sizes | {"data": sizes["data"] // len(slices)}).values())
@@ -72,6 +76,18 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     explicit = (AxisType.Explicit,) * len(AXES)
     parts = [jax.make_mesh(inside, AXES, explicit, devices=part[:each]).devices for part in slices]
     return jax.sharding.Mesh(np.concatenate(parts, AXES.index("data")), AXES, explicit)
+
+
+def capability_of(device: jax.Device) -> float:
+    """The compute capability of an NVIDIA GPU, such as 9.0; 0 of any other device (AMD's is a name)."""
+    found = str(getattr(device, "compute_capability", ""))
+    return float(found) if re.fullmatch(r"\d+\.\d+", found) else 0.0
+
+
+def capability() -> float:
+    """The `capability_of` the devices that the program which is traced will run on, here or not."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return CAPABILITIES.get(device.device_kind, 0.0) if device else capability_of(jax.local_devices()[0])
 
 
 def by_slice(devices: list, asked: int) -> list[list]:

@@ -16,7 +16,7 @@ from lm_jax.config import Config
 from lm_jax.data.mixture import pieces_expected
 from lm_jax.data.objectives import EXTRA
 from lm_jax.distributed import everyone
-from lm_jax.mesh import batch_shards, make_mesh, mesh_shape, preflight
+from lm_jax.mesh import batch_shards, capability_of, make_mesh, mesh_shape, preflight
 from lm_jax.model import attention, build
 from lm_jax.model.language_model import padded
 from lm_jax.plan import counts
@@ -66,7 +66,7 @@ def check(config: Config, devices: list[jax.Device]) -> None:
     over the mesh. The last is not known yet where the tokenizer is a file, which must be opened for its vocabulary.
     """
     sizes = mesh_shape(config.mesh, len(devices))
-    attention.preflight(config.model, config.data.sequence_length, devices[0].platform)
+    attention.preflight(config.model, config.data.sequence_length, devices[0].platform, capability_of(devices[0]))
     if pieces := pieces_expected(config.data):
         preflight(config, padded(pieces + EXTRA[config.data.objective]), sizes)
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from lm_jax.config import Model
 from lm_jax.errors import UserError
+from lm_jax.mesh import capability
 from lm_jax.model.layers import capped
 from lm_jax.sharding import computed, einsum, on_each_device, platform, precision, reshape
 
@@ -31,7 +32,7 @@ class Context(NamedTuple):
 
 
 class Ability(NamedTuple):
-    """What a backend can compute. All four honour segments, windows, grouped heads, causal and not; the rest differs."""
+    """What a backend can compute. All honour segments, windows, grouped heads, causal and not; the rest differs."""
 
     platform: str = ""  # "" = any
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
@@ -41,10 +42,12 @@ class Ability(NamedTuple):
     cache: bool = False  # fewer queries than keys
     bias: bool = False  # added to the logits
     softcap: bool = False  # that bounds the logits
+    capability: float = 0.0  # compute capability of the GPU at least
 
 
 ABILITIES = {
     "splash": Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128, softcap=True),
+    "flash": Ability("gpu", ("float16", "bfloat16"), 64, 128, length_multiple=128, capability=8.0),
     "cudnn": Ability("gpu", ("float16", "bfloat16"), head_multiple=8, largest_head=128, length_multiple=2),
     "chunked": Ability(softcap=True),
     "xla": Ability(cache=True, bias=True, softcap=True),
@@ -61,6 +64,7 @@ class Call(NamedTuple):
     num_keys: int
     bias: bool = False
     softcap: bool = False
+    capability: float = 0.0  # 0 of what is no NVIDIA GPU
 
 
 def refusal(backend: str, call: Call) -> str:
@@ -68,6 +72,8 @@ def refusal(backend: str, call: Call) -> str:
     able = ABILITIES[backend]
     if able.platform not in ("", call.platform):
         return f"runs on a {able.platform}, this is a {call.platform}"
+    if call.capability < able.capability:
+        return f"needs compute capability {able.capability}, this GPU has {call.capability or 'none'}"
     if call.dtype not in able.dtypes:
         return f"computes in {' or '.join(able.dtypes)}, model.compute_dtype is {call.dtype}"
     if call.head_dim % able.head_multiple or call.head_dim > able.largest_head:
@@ -98,11 +104,11 @@ def choose(backend: str, call: Call) -> str:
     return backend
 
 
-def preflight(config: Model, sequence_length: int, platform: str) -> None:
+def preflight(config: Model, sequence_length: int, platform: str, compute_capability: float = 0.0) -> None:
     """Raises UserError, before anything compiles, where the configured backend cannot train this model there."""
     sizes = config.head_dim, sequence_length, sequence_length
     asked = config.positions == "relative", config.logit_softcap[0] > 0
-    choose(config.attention, Call(platform, config.compute_dtype, *sizes, *asked))
+    choose(config.attention, Call(platform, config.compute_dtype, *sizes, *asked, compute_capability))
 
 
 def attend(
@@ -123,11 +129,15 @@ def attend(
     The backend `xla` builds all logits, float32 [B, H, T, S]. The others keep no such array for the backward pass; they take
     keys in the order of the queries, key i at the position of query i. Raises UserError where `backend` cannot do it.
     """
-    head_dim, num_queries = q_BTHK.shape[-1], q_BTHK.shape[1]
+    sizes = q_BTHK.shape[-1], q_BTHK.shape[1], k_BSGK.shape[1]
     asked = bias_BHTS is not None, softcap > 0
-    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, head_dim, num_queries, k_BSGK.shape[1], *asked))
+    backend = choose(backend, Call(platform(), q_BTHK.dtype.name, *sizes, *asked, capability()))
     if backend == "splash":
         return _splash(q_BTHK, k_BSGK, v_BSGK, keys, window, causal, softcap)
+    if backend == "flash":
+        from lm_jax.model.flash_attention import Rule, on_each_gpu  # half a second, on a GPU only
+
+        return on_each_gpu(q_BTHK, k_BSGK, v_BSGK, keys.segment_ids, Rule(window, causal), *_layouts())
     arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal
     if backend == "cudnn":
         out_BTHK = _cudnn(*arguments)

@@ -32,6 +32,7 @@ class Device:
     clock: float = 0.0  # of a TPU's matrix units
     per_chip: int = 1
     torus: int = 1  # dims of the torus that the links make; of a switch 1
+    capability: float = 0.0  # of an NVIDIA GPU
 
 
 def _tpu(memory: float, peak: float, bandwidth: float, links: float, network: float, torus: int, **more) -> Device:
@@ -64,13 +65,13 @@ DEVICES: dict[str, Device] = {
     "v5p": _tpu(95.73 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, clock=459e12 / (2 * 8 * 128**2)),
     "v6e": _tpu(31.24 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2),
     "tpu7x": _tpu(94.74 * GIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, 0.0, 3, per_chip=2),
-    "H100": _gpu(80e9, 989.4e12, 67e12, 3350e9, 450e9, 50e9, 700),
-    "H200": _gpu(141e9, 989.4e12, 67e12, 4800e9, 450e9, 50e9, 700),
-    "A100": _gpu(80e9, 312e12, 19.5e12, 2039e9, 300e9, 25e9, 400),
-    "B200": _gpu(180e9, 2250e12, 75e12, 8000e9, 900e9, 50e9, 1000),
-    "L4": _gpu(24e9, 121e12, 30.3e12, 300e9, 32e9, 0.0, 72),
+    "H100": _gpu(80e9, 989.4e12, 67e12, 3350e9, 450e9, 50e9, 700, capability=9.0),
+    "H200": _gpu(141e9, 989.4e12, 67e12, 4800e9, 450e9, 50e9, 700, capability=9.0),
+    "A100": _gpu(80e9, 312e12, 19.5e12, 2039e9, 300e9, 25e9, 400, capability=8.0),
+    "B200": _gpu(180e9, 2250e12, 75e12, 8000e9, 900e9, 50e9, 1000, capability=10.0),
+    "L4": _gpu(24e9, 121e12, 30.3e12, 300e9, 32e9, 0.0, 72, capability=8.9),
     "T4": dataclasses.replace(
-        _gpu(16e9, 65e12, 8.1e12, 300e9, 16e9, 0.0, 70), peak={"float16": 65e12, "float32": 8.1e12}
+        _gpu(16e9, 65e12, 8.1e12, 300e9, 16e9, 0.0, 70, capability=7.5), peak={"float16": 65e12, "float32": 8.1e12}
     ),
 }
 # What JAX calls TPUs (`device_kind`); a GPU's name stands in what JAX calls it.

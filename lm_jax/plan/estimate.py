@@ -106,7 +106,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     if math.prod(sizes.values()) != topology.size:
         unused = topology.size - math.prod(sizes.values())
         raise UserError(f"config.mesh leaves {unused} of {topology.size} devices without work; -1 takes the rest")
-    attention.preflight(config.model, config.data.sequence_length, topology.platform)
+    attention.preflight(config.model, config.data.sequence_length, topology.platform, device.capability)
     num_tokens, ramp = vocab_size(config), make_ramp(config)
     preflight(config, padded(num_tokens), sizes)
     model = build.build(config.model, num_tokens, config.data.sequence_length)
