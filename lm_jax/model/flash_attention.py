@@ -174,7 +174,7 @@ def meeting_blocks(ids_BT: jax.Array, rule: Rule) -> tuple[Bounds, Bounds]:
     return bounds[0], bounds[1]
 
 
-def _own_tokens() -> tuple[jax.Array, pl.Slice]:
+def _own_tokens() -> tuple[jax.Array, slice | pl.Slice]:
     start = pl.program_id(0) * BLOCK
     return start + jnp.arange(BLOCK), pl.ds(start, BLOCK)
 
