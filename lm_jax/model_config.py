@@ -174,7 +174,7 @@ class Model:
     attention: str = knob(
         "auto",
         "backend; auto = the best that the platform has",
-        choices=("auto", "xla", "chunked", "cudnn", "splash"),
+        choices=("auto", "xla", "chunked", "cudnn", "flash", "splash"),
         fixed=False,
         reach=ATTENDING,
         machine=True,

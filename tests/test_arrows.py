@@ -22,18 +22,18 @@ prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepa
 prepare.debian_records prepare.package_records prepare.python_records tasks.baselines tasks.text_baselines remote
 faults compile_cache multihost.cluster multihost.roll_call multihost.connection multihost.watchdog multihost.peers job
 distributed manifest model.layers trainable model.lora collectives model.row_order model.context_attention
-model.splash plan.devices model.attention model.dropout model.language_model model.expert_parallel model.moe
-model.unstacked model.stack model.positions model.kv_cache model.attention_layer model.transformer model.encoder
-model.encoder_decoder model.recurrent model.build convert.safetensors convert.config_reader convert.rotary
-convert.config_fields convert.families convert.encoders convert.description convert.tensor_map convert.hugging_face
-convert.tokenizer_json convert.text_files convert.gguf chunked_cross_entropy loss plan.counts loss_scale
-parameter_average optimizer train_state train_step metrics_file metrics goodput decide run_plan terminal step_folders
-checkpoint run_folder load_model convert.run cli experiment generate.sampling generate.decoding convert.proof
-convert.export generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_reference
-generate.likelihood generate.command evaluator open_data evaluate run step_checks step_log samples closing rewind
-initial_state workdir_lock start train main verify generate.lm_eval generate.__main__ trust.card plan.inspection
-plan.estimate plan.program_text plan.compile plan.command plan.__main__ trust.comparison trust.introspection
-trust.killed_runs
+model.splash plan.devices model.flash_attention model.attention model.dropout model.language_model
+model.expert_parallel model.moe model.unstacked model.stack model.positions model.kv_cache model.attention_layer
+model.transformer model.encoder model.encoder_decoder model.recurrent model.build convert.safetensors
+convert.config_reader convert.rotary convert.config_fields convert.families convert.encoders convert.description
+convert.tensor_map convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf chunked_cross_entropy
+loss plan.counts loss_scale parameter_average optimizer train_state train_step metrics_file metrics goodput decide
+run_plan terminal step_folders checkpoint run_folder load_model convert.run cli experiment generate.sampling
+generate.decoding convert.proof convert.export generate.beam_search generate.request_batches tasks.generate_answers
+tasks.dpo_reference generate.likelihood generate.command evaluator open_data evaluate run step_checks step_log samples
+closing rewind initial_state workdir_lock start train main verify generate.lm_eval generate.__main__ trust.card
+plan.inspection plan.estimate plan.program_text plan.compile plan.command plan.__main__ trust.comparison
+trust.introspection trust.killed_runs
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}

@@ -1,6 +1,7 @@
 """Every attention backend: equal where it runs, blind to other documents, refused by name where it cannot do the call."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,23 @@ from helpers import tiny
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
 from lm_jax.mesh import make_mesh
-from lm_jax.model import attention
+from lm_jax.model import attention, flash_attention
 from lm_jax.model.attention import Call, Context
 from lm_jax.model.splash import splash_attention
 from lm_jax.sharding import computed
 
-# As they are called, but for what only the accelerator has: cuDNN's arguments go to XLA, the TPU kernel is interpreted.
+
+def flash(q, k, v, keys, window, causal=True, interpret=False):
+    rule = flash_attention.Rule(window, causal, interpret)
+    return flash_attention.on_each_gpu(q, k, v, keys.segment_ids, rule, *attention._layouts())
+
+
+# As they are called, but for what only the accelerator has: cuDNN's arguments go to XLA, the Pallas kernels are interpreted.
 HERE = {
     "chunked": attention._chunked,
     "cudnn": functools.partial(attention._cudnn, implementation="xla"),
     "splash": lambda q, k, v, queries, keys, *more: splash_attention(q, k, v, keys.segment_ids, *more, interpret=True),
+    "flash": lambda q, k, v, queries, keys, *more: flash(q, k, v, keys, *more, interpret=True),
 }
 LENGTH, FIRST = 384, 150  # tokens in a row, and in its first document; 20 tokens of padding at its end
 
@@ -79,7 +87,7 @@ def test_no_document_sees_another(name):
     assert not np.array_equal(out[:, :FIRST], other[:, :FIRST])
 
 
-@pytest.mark.parametrize("name", ["cudnn", "splash"])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "splash"])
 def test_a_kernel_runs_on_every_device_alone(name, eight):
     """Rows and heads split over 2 x 2 devices, one group of heads each."""
     with jax.set_mesh(make_mesh(Mesh(2, 1, 2), eight[:4])):
@@ -95,6 +103,7 @@ def test_a_kernel_runs_on_every_device_alone(name, eight):
 
 CALL = Call("cpu", "float32", 64, 1024, 1024)
 TPU, GPU = CALL._replace(platform="tpu", dtype="bfloat16"), CALL._replace(platform="gpu", dtype="bfloat16")
+TURING = GPU._replace(dtype="float16", bfloat16=False)
 
 
 @pytest.mark.parametrize(
@@ -103,15 +112,18 @@ TPU, GPU = CALL._replace(platform="tpu", dtype="bfloat16"), CALL._replace(platfo
         ("splash", CALL, "runs on a tpu, this is a cpu", "chunked"),
         ("cudnn", CALL, "runs on a gpu, this is a cpu", "chunked"),
         ("cudnn", TPU, "runs on a gpu, this is a tpu", "splash"),
-        (
-            "cudnn",
-            GPU._replace(dtype="float16", bfloat16=False),
-            "compute capability 8.0), this is an older one",
-            "chunked",
-        ),
+        ("cudnn", TURING, "compute capability 8.0), this is an older one", "chunked"),
         ("cudnn", GPU._replace(dtype="float32"), "float16 or bfloat16, model.compute_dtype is float32", "chunked"),
         ("cudnn", GPU._replace(head_dim=60), "a multiple of 8 up to 128, model.head_dim is 60", "chunked"),
         ("cudnn", GPU._replace(head_dim=256), "up to 128, model.head_dim is 256", "chunked"),
+        ("flash", TPU, "runs on a gpu, this is a tpu", "splash"),
+        ("flash", TURING, "compute capability 8.0), this is an older one", "chunked"),
+        ("flash", GPU._replace(dtype="float32"), "model.compute_dtype is float32", "chunked"),
+        ("flash", GPU._replace(head_dim=32), "a multiple of 64 up to 128, model.head_dim is 32", "cudnn"),
+        ("flash", GPU._replace(head_dim=192), "up to 128, model.head_dim is 192", "chunked"),
+        ("flash", GPU._replace(num_queries=1000, num_keys=1000), "of 128, this one is 1000", "cudnn"),
+        ("flash", GPU._replace(softcap=True), "does not bound the logits", "chunked"),
+        ("flash", GPU._replace(bias=True), "adds nothing to the logits", "xla"),
         ("splash", TPU._replace(head_dim=80), "a multiple of 64 up to 1024, model.head_dim is 80", "chunked"),
         ("splash", TPU._replace(num_queries=1000, num_keys=1000), "multiple of 128, this one is 1000", "chunked"),
         ("splash", TPU._replace(dtype="float16"), "computes in float32 or bfloat16", "chunked"),
@@ -138,8 +150,9 @@ def test_what_a_backend_cannot_honour_is_refused_by_name(backend, call, problem,
         (TPU, "splash"), (GPU, "cudnn"), (CALL, "chunked"), (CALL._replace(num_queries=256, num_keys=256), "xla"),
         (TPU._replace(num_queries=1), "xla"), (GPU._replace(dtype="float32"), "chunked"),
         (GPU._replace(softcap=True), "chunked"), (TPU._replace(softcap=True), "splash"),
+        (GPU._replace(head_dim=96), "cudnn"), (GPU._replace(num_queries=1), "xla"),
         (TPU._replace(head_dim=80), "chunked"), (TPU._replace(num_queries=64, num_keys=64), "xla"),
-        (GPU._replace(dtype="float16"), "cudnn"), (GPU._replace(dtype="float16", bfloat16=False), "chunked"),
+        (GPU._replace(dtype="float16"), "cudnn"), (TURING, "chunked"),
     ],
 )  # fmt: skip
 def test_auto_is_the_best_of_the_platform(call, expected):
@@ -154,10 +167,50 @@ def test_preflight_asks_before_anything_compiles():
         attention.preflight(tiny(model__attention="splash", model__head_dim=64).model, 64, "tpu")
 
 
+def test_flash_attention_has_no_square_and_keeps_its_sums():
+    """In neither pass an array with the length in two dims, also inside the kernels. Where layers are computed again, result
+    and sums are kept by their name: the backward pass makes none of the two again."""
+    policy = jax.checkpoint_policies.save_only_these_names("attended")
+    again = jax.checkpoint(HERE["flash"], policy=policy, static_argnums=5)
+    context = two_documents()
+    weigh = lambda backend: lambda q, k, v: backend(q, k, v, context, context, 0).sum()
+    flash, square = (str(jax.make_jaxpr(jax.grad(weigh(one), (0, 1, 2)))(*arrays())) for one in (again, attention._xla))
+    assert flash.count("name=attended") == 2
+    squares = re.compile(rf"\[(\d+,)*{LENGTH},{LENGTH}\b")
+    assert squares.search(square) and not squares.search(flash)
+
+
+def test_flash_attention_skips_blocks_that_do_not_meet():
+    """Blocks of 128: documents of 1 1/2, 2 1/2 and 2 blocks, one of padding; ids that do not ascend are right too."""
+    ids = jnp.repeat(jnp.asarray([1, 2, 3, 0]), np.asarray([192, 320, 256, 128]), total_repeat_length=896)[None]
+    of_blocks = jax.jit(flash_attention.meeting_blocks, static_argnums=1)
+    bounds = lambda ids, *rule: np.asarray(of_blocks(ids, flash_attention.Rule(*rule)))[:, :, 0]
+    np.testing.assert_array_equal(
+        bounds(ids, 0, True),
+        [[[0, 0, 1, 1, 4, 4, 6], [1, 2, 3, 4, 5, 6, 7]], [[0, 1, 2, 3, 4, 5, 6], [2, 4, 4, 4, 6, 6, 7]]],
+    )
+    np.testing.assert_array_equal(bounds(ids, 0, False)[0], [[0, 0, 1, 1, 4, 4, 6], [2, 4, 4, 4, 6, 6, 7]])
+    np.testing.assert_array_equal(bounds(ids, 1, True), 2 * [[range(7), range(1, 8)]])
+    np.testing.assert_array_equal(bounds(ids, 2, True)[0], [[0, 0, 1, 2, 4, 4, 6], range(1, 8)])
+    np.testing.assert_array_equal(bounds(ids[:, ::-1], 0, False)[0][0], [0, 1, 1, 3, 3, 3, 5])
+    mixed = jnp.tile(jnp.asarray([2, 1]), 256)[None]
+    np.testing.assert_array_equal(bounds(mixed, 0, False), 2 * [[[0] * 4, [4] * 4]])
+
+
+def test_flash_attention_in_bfloat16():
+    q, k, v = (x.astype(jnp.bfloat16) for x in arrays(2, 1))
+    found, expected = (run(backend, q, k, v, 40)[1] for backend in (HERE["flash"], attention._xla))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.device
-def test_cudnn_on_a_gpu():
+@pytest.mark.parametrize(
+    "backend", [attention._cudnn, lambda q, k, v, queries, keys, *more: flash(q, k, v, keys, *more)]
+)
+def test_a_kernel_on_a_gpu(backend):
     q, k, v = (x.astype(jnp.bfloat16) for x in arrays())
     for window in (0, 40):
-        found, expected = (run(backend, q, k, v, window)[1] for backend in (attention._cudnn, attention._xla))
+        found, expected = (run(backend, q, k, v, window)[1] for backend in (backend, attention._xla))
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.05, rtol=0.05)

@@ -16,6 +16,7 @@ from lm_jax.plan.estimate import NEAR, changes, estimate, least, ring, seconds, 
 
 GIB = 2**30
 FULL = ["--config.model.window=(0,)", "--config.data.sequence_length=1024", "--config.data.batch_ramp=(0,0)"]
+FLOAT16 = ["--config.model.compute_dtype=float16", "--config.optimizer.loss_scale=1024"]
 FULL += ["--config.model.compute_dtype=bfloat16"]  # gpt_125m with GPT-2's attention and length
 
 
@@ -89,6 +90,7 @@ def test_the_command_ends_with_2_and_nothing_is_compiled():
         ("v5e:2x4", ["--config.mesh.data=3"], "config.mesh"),
         ("v5e:2x4", ["--config.mesh.data=4"], "leaves 4 of 8 devices without work"),
         ("v5e:2x4", ["--config.model.attention=cudnn"], "runs on a gpu, this is a tpu"),
+        ("gpu:T4", [*FLOAT16, "--config.model.attention=flash"], "compute capability 8.0), this is an older one"),
         ("v5e:4x8", [], "does not divide over mesh axis data x fsdp"),
     ],
 )
@@ -255,6 +257,8 @@ ENTRY %main.1 (p0: f32[96]) -> f32[768] {
   %reduce-scatter-start = ((f32[768]{0}), f32[96]{0}) reduce-scatter-start(%big), channel_id=2, to_apply=%add
   %while.1 = (s32[], f32[8]) while(%t), condition=%c, body=%b, backend_config={"known_trip_count":{"n":"12"}}
   %attention = (bf16[2,64]{1,0}, u8[0]{0}) custom-call(%p1), custom_call_target="__cudnn$fmhaScaleBiasSoftmax"
+  %pallas_call.1 = bf16[2,64]{1,0} custom-call(%p1), custom_call_target="__gpu$xla.gpu.triton", backend_config={grid_x = 8, \
+ir = "ML?R(x)", name = "flash_attention_query", num_stages = 2 : i32}
   ROOT %all-reduce-start.1 = f32[10754]{0} all-reduce-start(%big), channel_id=3, to_apply=%add
 }
 
@@ -312,7 +316,7 @@ def test_a_gpu_program_is_read():
         "all-reduce": [1, 4 * 10754],
         "collective-permute": [12, 12 * 20],
     }
-    assert found.kernels == {"__cudnn$fmhaScaleBiasSoftmax": 1} and not found.cycles
+    assert found.kernels == {"__cudnn$fmhaScaleBiasSoftmax": 1, "flash_attention_query": 1} and not found.cycles
 
 
 def test_programs_of_a_step_are_added():
@@ -436,8 +440,11 @@ def test_a_step_that_does_not_fit_is_told_from_the_compilers_words():
 @cuda
 def test_a_step_for_eight_h100_has_fused_attention_and_scatters_its_gradients():
     line = ["--config", "experiments/gpt_125m.py", "--topology", "gpu:8xH100", *FULL, "--config.model.num_layers=2"]
+    line += ["--config.model.remat=names"]  # the kernels run once all the same
     found = plan(*line, "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.train.microbatch_rows=256")[
         "compiled"
     ]
-    assert found["fits"] and any("fmha" in name for name in found["kernels"]), found
+    kernels = {f"flash_attention_{name}": 2 for name in ("forward", "query", "key")}
+    assert found["fits"] and found["kernels"] == kernels, found
+    assert not any("1024,1024" in shape for shape in found["large_buffers"]), found
     assert found["collectives"]["reduce-scatter"]["bytes"] > 0 and not found["float32_products"], found

@@ -35,7 +35,7 @@ class Context(NamedTuple):
 
 
 class Ability(NamedTuple):
-    """What a backend can compute. All four honour segments, windows, grouped heads, causal and not; the rest differs."""
+    """What a backend can compute. All honour segments, windows, grouped heads, causal and not; the rest differs."""
 
     platform: str = ""  # "" = any
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
@@ -53,6 +53,7 @@ SPLASH = Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multip
 ABILITIES = {
     "splash": SPLASH,
     "cudnn": Ability("gpu", ("float16", "bfloat16"), 8, 128, length_multiple=2, bfloat16=True),
+    "flash": Ability("gpu", ("float16", "bfloat16"), 64, 128, length_multiple=128, bfloat16=True),
     "chunked": Ability(softcap=True, split=True),
     "xla": Ability(cache=True, bias=True, softcap=True, split=True),
 }
@@ -152,6 +153,10 @@ def attend(
     backend = choose(backend, call)
     if backend == "splash":
         return splash_attention(q_BTHK, k_BSGK, v_BSGK, keys.segment_ids, window, causal, softcap)
+    if backend == "flash":
+        from lm_jax.model.flash_attention import Rule, on_each_gpu  # half a second, on a GPU only
+
+        return on_each_gpu(q_BTHK, k_BSGK, v_BSGK, keys.segment_ids, Rule(window, causal), *_layouts())
     arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal
     if ways("length") > 1:
         part = functools.partial(_xla, window=window, causal=causal, softcap=softcap)

@@ -176,8 +176,12 @@ def _own_work(reading: Reading, line: Instruction, times: int) -> None:
         reading.cycles[what] += times * int(found[1])
     target = re.search(r'custom_call_target="([^"]*)"', line.rest)
     if line.op == "custom-call" and target and not INNER.search(target[1]):
-        own = target[1] == "tpu_custom_call"  # a Pallas kernel: the instruction has its name
-        reading.kernels[re.sub(r"(\.clone|\.remat\d*|\.\d+)+$", "", line.name) if own else target[1]] += times
+        name = target[1]
+        if name == "tpu_custom_call":  # a Pallas kernel: the instruction has its name
+            name = re.sub(r"(\.clone|\.remat\d*|\.\d+)+$", "", line.name)
+        elif name == "__gpu$xla.gpu.triton" and (own := re.search(r'\bname = "(\w+)"', line.rest)):
+            name = own[1]
+        reading.kernels[name] += times
 
 
 def _large(shape: str, length: int, tokens: int, vocab: int, widths: set[int]) -> Iterator[str]:

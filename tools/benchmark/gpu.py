@@ -29,6 +29,7 @@ from lm_jax.train_step import compile_step
 #                     layers, width, heads, length, rows, backend, remat
 TRAINING = {
     "124M cudnn": (12, 768, 12, 1024, 32, "cudnn", "none"),
+    "124M flash": (12, 768, 12, 1024, 32, "flash", "none"),
     "124M cudnn, head size 128": (12, 768, 6, 1024, 32, "cudnn", "none"),
     "124M xla": (12, 768, 12, 1024, 8, "xla", "none"),
     "124M chunked": (12, 768, 12, 1024, 32, "chunked", "none"),
