@@ -214,7 +214,7 @@ def changes(asked: Config, found: Estimate) -> list[tuple[dict[str, object], Est
     sections that change: remat, rows of a microbatch, the mesh.
     """
     fitting: dict[tuple[str, ...], tuple[tuple[float, float], dict[str, object], Estimate]] = {}
-    for change, other in _candidates(asked, found):
+    for change, other in candidates(asked, found):
         kind, times = tuple(sorted({name.split(".")[0] for name in change})), seconds(other).values()
         order = max(times), sum(times)
         if other.needed <= NEAR * other.device.memory and (kind not in fitting or order < fitting[kind][0]):
@@ -225,26 +225,37 @@ def changes(asked: Config, found: Estimate) -> list[tuple[dict[str, object], Est
 
 def least(asked: Config, found: Estimate) -> tuple[dict[str, object], Estimate]:
     """The settings that need least memory: {} where those at hand do."""
-    return min([({}, found), *_candidates(asked, found)], key=lambda item: item[1].needed)
+    return min([({}, found), *candidates(asked, found)], key=lambda item: item[1].needed)
 
 
-def _candidates(asked: Config, found: Estimate) -> Iterator[tuple[dict[str, object], Estimate]]:
+def candidates(
+    asked: Config, found: Estimate, everything: bool = False
+) -> Iterator[tuple[dict[str, object], Estimate]]:
+    """({setting: value} beside `asked`, Estimate) of other meshes, recomputations and rows of a microbatch.
+
+    Those that need less memory, or `everything` that is legal.
+    """
     model, batch, sizes = found.config.model, found.ramp.smallest, found.sizes
-    legal = legal_meshes(found.config, found.costs.padded_vocab_size, found.topology.size)
+    free = asked.train.microbatch_rows == "auto"
+    config = with_microbatch(found.config, "auto") if everything else found.config
+    legal = legal_meshes(config, found.costs.padded_vocab_size, found.topology.size)
     meshes = [sizes, *(m for m in legal if m["data"] % found.config.mesh.slices == 0 and m != sizes)]
-    remats = REMATS[REMATS.index(model.remat) :]
+    remats = REMATS if everything else REMATS[REMATS.index(model.remat) :]
     for mesh, remat in itertools.product(meshes, remats):
-        if remat == "none" and model.model_dim % mesh["tensor"]:
+        if remat != "none" and model.model_dim % mesh["tensor"]:
             continue
-        shards, free = mesh["data"] * mesh["fsdp"], asked.train.microbatch_rows == "auto"
+        shards = mesh["data"] * mesh["fsdp"]
         fewer = [n for n in range(shards, found.rows, shards) if batch % n == 0 and found.rows % n == 0]
-        for rows in ["auto"] if free else [found.rows, *fewer]:
+        dividing = [n for n in range(shards, batch + 1, shards) if batch % n == 0]
+        for rows in dividing if everything else ["auto"] if free else [found.rows, *fewer]:
             if rows != "auto" and int(rows) % shards:
                 continue
             change: dict[str, object] = {"model.remat": remat} if remat != model.remat else {}
-            change |= {"train.microbatch_rows": rows} if rows not in ("auto", found.rows) else {}
+            same = (asked.train.microbatch_rows,) if everything else ("auto", found.rows)
+            change |= {"train.microbatch_rows": rows} if rows not in same else {}
             change |= {f"mesh.{axis}": mesh[axis] for axis in AXES if mesh[axis] != sizes[axis]}
-            if change:
-                config = dataclasses.replace(found.config, model=dataclasses.replace(model, remat=remat))
-                other = with_microbatch(config, rows)
+            if change or everything:
+                changed = dataclasses.replace(found.config, model=dataclasses.replace(model, remat=remat))
+                changed = dataclasses.replace(changed, mesh=dataclasses.replace(changed.mesh, **mesh))
+                other = with_microbatch(changed, rows)
                 yield change, counted(other, found.topology, found.device, found.ramp, mesh, found.costs, found.has_end)
