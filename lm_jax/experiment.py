@@ -1,12 +1,14 @@
 """An experiment: the file that `--config` names, executed; overrides; where each value came from; `:smoke`."""
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -73,6 +75,25 @@ def find_experiment(experiment: str) -> tuple[str, str]:
 def experiment_config(experiment: str) -> ml_collections.ConfigDict:
     """What an experiment file says, `:smoke` shrunk. The file is code and is executed. Raises UserError."""
     path, variant = find_experiment(experiment)
+    module = _executed(path, experiment)
+    with _faults_told(path):
+        config = _config_of(module, experiment, variant)
+    return shrink(config) if variant == "smoke" else config
+
+
+def shipped() -> list[str]:
+    """`experiments/x.py`, or `experiments/x.py:variant` of each, of the clone; [] where there is none. They are executed."""
+    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "experiments")
+    files = [name for name in sorted(os.listdir(folder)) if name.endswith(".py")] if os.path.isdir(folder) else []
+    found = []
+    for file in (f"experiments/{name}" for name in files):
+        variants = getattr(_executed(find_experiment(file)[0], file), "VARIANTS", ())
+        found += [f"{file}:{variant}" for variant in variants] or [file]
+    return found
+
+
+def _executed(path: str, experiment: str):
+    """The file of an experiment as a module. Raises UserError."""
     folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # an experiment may import another
@@ -82,14 +103,20 @@ def experiment_config(experiment: str) -> ml_collections.ConfigDict:
     if os.path.getsize(path) > LARGEST_EXPERIMENT:
         raise UserError(f"--config {experiment}: a file of {os.path.getsize(path):,} bytes is no experiment")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _faults_told(path):
         spec.loader.exec_module(module)
-        config = _config_of(module, experiment, variant)
+    return module
+
+
+@contextlib.contextmanager
+def _faults_told(path: str) -> Iterator[None]:
+    """Makes a UserError of whatever the code of a user's file may raise."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # whatever a user's file may raise
+    except Exception as error:
         raise UserError(_where_it_failed(error, path)) from error
-    return shrink(config) if variant == "smoke" else config
 
 
 def _config_of(module, experiment: str, variant: str) -> ml_collections.ConfigDict:

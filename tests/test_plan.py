@@ -57,9 +57,9 @@ def test_a_topology_is_so_many_devices(text, size, islands):
         ("v5p:4x4", "the nearest is v5p:2x4x4"),
         ("v5p:0x4x4", "the nearest is v5p:2x4x4"),
         ("v6:2x2", "no device 'v6'; did you mean v6e?"),
-        ("H100", "did you mean gpu:8xH100?"),
-        ("gpu:8xh100", "did you mean gpu:8xH100?"),
-        ("gpu:8xV9", "there is H100, H200, A100, B200, L4, T4"),
+        ("H10", "no device 'H10'; did you mean H100?"),
+        ("gpu:8xh10", "did you mean gpu:8xH100?"),
+        ("gpu:8xV9", "there is H100, H200, A100, B200, GB200, L4, T4, V100, RTX3060 to RTX5090"),
         ("gpu:9xH100", "a host has 1 to 8 GPUs\nsuch as gpu:8xH100"),
         ("gpu:0*8xH100", "'0' is no number of hosts"),
         ("0*v5e:2x2", "'0' is no number of slices (1 to 999); such as 2*v5e:2x4"),
@@ -186,7 +186,7 @@ def test_the_page_and_its_json_say_the_same(capsys):
     hours = 24 * found["days"]["expected"]
     assert found["fits"] and found["cost"] == pytest.approx(16 * hours) and "changes" not in found
     assert found["kilowatt_hours"] == pytest.approx(8 * 0.7 * hours)
-    assert f"costs {found['cost']:,.0f}" in page and page.startswith("gpt_125m on gpu:8xH100: 8 devices")
+    assert f"costs {found['cost']:,.0f}" in page and page.startswith("gpt_125m on gpu:8xH100: fits, ")
     assert found["needed"] == pytest.approx(sum(found["bytes"].values())) and found["mfu"]["expected"] <= 0.4 + 1e-9
 
 

@@ -74,7 +74,12 @@ def absent_devices(topology: Topology) -> list[jax.Device]:
             os.environ |= NOBODY_IS_ASKED
             shape = "x".join(map(str, topology.shape))
             asked = f"{topology.kind}:{shape}"
-            return topologies.get_topology_desc(asked, platform="tpu", num_slices=topology.islands).devices
+            one_a_chip = (
+                {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+            )  # as JAX has it on a v4 itself
+            return topologies.get_topology_desc(
+                asked, platform="tpu", num_slices=topology.islands, **one_a_chip
+            ).devices
         if not installed("jax_plugins", "jax_plugins.xla_cuda12"):
             raise needs("without --counted, compiling for a GPU", "jax-cuda12-plugin", "cuda12")
         jax.devices("cpu")  # JAX looks for its plugins

@@ -247,3 +247,10 @@ def short(number: float) -> str:
             value = number / scale
             return f"{value:.0f}{letter}" if value >= 100 else f"{value:.1f}".removesuffix(".0") + letter
     return f"{number:.2g}".replace("e+", "e") if number >= 1e15 else f"{number:.0f}"
+
+
+def brief(seconds: float) -> str:
+    """Seconds of a step: "1,404 s", "4.58 s", "361 ms"."""
+    if seconds >= 1000:
+        return f"{seconds:,.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -15,7 +15,8 @@ from lm_jax.errors import UserError
 
 GIB = 2**30
 MOST_SLICES, MOST_IN_A_HOST, MOST_CPUS = 999, 8, 64
-SUCH_AS = "such as v5e:4x4, v5p:8x8x16, 2*v5p:8x8x16, gpu:8xH100, gpu:4*8xH100, cpu:1"
+SUCH_AS = "such as v5e:4x4 (or v5e-16), 2*v5p:8x8x16, gpu:8xH100 (or h100-8), gpu:4*8xH100, rtx4090, cpu:1"
+CORES = ("v4", "v5p", "tpu7x")  # whose short form counts TensorCores, two in a chip: v5p-8 is four chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Device:
     clock: float = 0.0  # of a TPU's matrix units
     per_chip: int = 1
     torus: int = 1  # dims of the torus that the links make; of a switch 1
+    together: int = MOST_IN_A_HOST  # GPUs that one switch connects
 
 
 def _tpu(memory: float, peak: float, bandwidth: float, links: float, network: float, torus: int, **more) -> Device:
@@ -51,15 +53,41 @@ def _gpu(
     return Device("gpu", 0.75 * memory, peak, bandwidth, links, network, watts, **more)
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "System architecture": peak, memory bandwidth; links are half of
-# "bidirectional ICI bandwidth per chip"; the network is a host's cards (v5e 2 x 100 Gbit/s of 8 chips, v5p 50 Gbit/s a chip,
-# v6e 4 x 200 Gbit/s of 8 chips). Memory is what libtpu 0.0.52 gives a program ("available HBM") of 16, 95, 32 and 96 GiB. The
-# clock is the peak over two FLOPs of every cell of the matrix units: 4 of 128 x 128 (v5e), 8 (v5p). Google rates no power.
-# GPUs: NVIDIA's data sheets of each card, SXM where there is one, without sparsity: memory, Tensor Core peak in float16 and
-# bfloat16, FP32, memory bandwidth, half of NVLink's or PCIe's two-way bandwidth, power. B200 is an eighth of DGX B200's sheet.
-# Their network is a card a GPU of NVIDIA's DGX of that kind (DGX A100 200, DGX H100, H200, B200 400 Gbit/s).
-# A T4 (Turing) has no bfloat16.
+def _without_bfloat16(device: Device) -> Device:
+    return dataclasses.replace(device, peak={name: peak for name, peak in device.peak.items() if name != "bfloat16"})
+
+
+def _apple(gib: int, tera: float, bandwidth: float) -> Device:
+    """A Mac's GPU, which halves no dtype's peak; JAX computes on its CPU cores, more slowly."""
+    return Device("cpu", gib * GIB, {"float32": tera * 1e12, "bfloat16": tera * 1e12}, bandwidth * 1e9)
+
+
+# NVIDIA's GeForce cards: GB, FP32 TFLOP/s, GB/s, watts, GB/s over PCIe in one direction.
+GEFORCE = {
+    "RTX3060": (12, 12.7, 360, 170, 32), "RTX3060Ti": (8, 16.2, 448, 200, 32), "RTX3070": (8, 20.3, 448, 220, 32),
+    "RTX3070Ti": (8, 21.7, 608, 290, 32), "RTX3080": (10, 29.8, 760, 320, 32), "RTX3080Ti": (12, 34.1, 912, 350, 32),
+    "RTX3090": (24, 35.6, 936, 350, 32), "RTX3090Ti": (24, 40.0, 1008, 450, 32), "RTX4060": (8, 15.1, 272, 115, 16),
+    "RTX4060Ti": (8, 22.1, 288, 160, 16), "RTX4070": (12, 29.1, 504, 200, 32), "RTX4070SUPER": (12, 35.5, 504, 220, 32),
+    "RTX4070Ti": (12, 40.1, 504, 285, 32), "RTX4070TiSUPER": (16, 44.1, 672, 285, 32), "RTX4080": (16, 48.7, 717, 320, 32),
+    "RTX4080SUPER": (16, 52.2, 736, 320, 32), "RTX4090": (24, 82.6, 1008, 450, 32), "RTX5060": (8, 19.2, 448, 145, 32),
+    "RTX5060Ti": (16, 23.7, 448, 180, 32), "RTX5070": (12, 30.9, 672, 250, 64), "RTX5070Ti": (16, 43.9, 896, 300, 64),
+    "RTX5080": (16, 56.3, 960, 360, 64), "RTX5090": (32, 104.8, 1792, 575, 64),
+}  # fmt: skip
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "System architecture": peak, memory bandwidth; links are half
+# of "bidirectional ICI bandwidth per chip" (v4: 6 links of 50 GB/s, arXiv:2304.01433, table 4); the network is a host's cards
+# (v5e 2 x 100 Gbit/s of 8 chips, v5p 50 Gbit/s a chip, v6e 4 x 200 Gbit/s of 8 chips). Memory is what libtpu 0.0.52 gives a
+# program ("available HBM") of 32, 16, 95, 32 and 96 GiB. The clock is the peak over two FLOPs of every cell of the matrix
+# units: 4 of 128 x 128 (v5e), 8 (v4, v5p). Google rates no power; of v4 it is the largest measured.
+# GPUs: NVIDIA's data sheets of each card, SXM where there is one, without sparsity and with sums in FP32: memory, Tensor Core
+# peak in float16 and bfloat16, FP32, memory bandwidth, half of NVLink's or PCIe's two-way bandwidth, power. B200 is an eighth
+# of DGX B200's sheet, GB200 a half of the GB200 superchip's (NVL72: one switch of 72) and 1,200 W without its CPU. Their
+# network is a card a GPU of NVIDIA's DGX of that kind (DGX-1 50, DGX A100 200, DGX H100, H200, B200, GB200 400 Gbit/s).
+# T4 and V100 (Turing, Volta) have no bfloat16. GeForce: nvidia.com, "Compare GeForce graphics cards", and the appendices of
+# the white papers of Ampere GA102, Ada and RTX Blackwell: Tensor Cores with sums in FP32 make twice the FP32 peak.
+# Apple: apple.com/newsroom of M1 and M2, TFLOP/s of the GPU; Apple gives none of M3 and M4: huggingface.js #1044. The memory
+# is the most that is sold, shared with the CPU.
 DEVICES: dict[str, Device] = {
+    "v4": _tpu(30.75 * GIB, 275e12, 1200e9, 300e9, 0.0, 3, clock=275e12 / (2 * 8 * 128**2), watts=192),
     "v5e": _tpu(15.75 * GIB, 197e12, 819e9, 200e9, 3.125e9, 2, clock=197e12 / (2 * 4 * 128**2)),
     "v5p": _tpu(95.73 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, clock=459e12 / (2 * 8 * 128**2)),
     "v6e": _tpu(31.24 * GIB, 918e12, 1638e9, 400e9, 12.5e9, 2),
@@ -68,13 +96,22 @@ DEVICES: dict[str, Device] = {
     "H200": _gpu(141e9, 989.4e12, 67e12, 4800e9, 450e9, 50e9, 700),
     "A100": _gpu(80e9, 312e12, 19.5e12, 2039e9, 300e9, 25e9, 400),
     "B200": _gpu(180e9, 2250e12, 75e12, 8000e9, 900e9, 50e9, 1000),
+    "GB200": _gpu(186e9, 2500e12, 80e12, 8000e9, 900e9, 50e9, 1200, together=72),
     "L4": _gpu(24e9, 121e12, 30.3e12, 300e9, 32e9, 0.0, 72),
-    "T4": dataclasses.replace(
-        _gpu(16e9, 65e12, 8.1e12, 300e9, 16e9, 0.0, 70), peak={"float16": 65e12, "float32": 8.1e12}
-    ),
+    "T4": _without_bfloat16(_gpu(16e9, 65e12, 8.1e12, 300e9, 16e9, 0.0, 70)),
+    "V100": _without_bfloat16(_gpu(32e9, 125e12, 15.7e12, 900e9, 150e9, 6.25e9, 300)),
+    **{
+        name: _gpu(size * 1e9, 2e12 * single, 1e12 * single, bandwidth * 1e9, pcie * 1e9, 0.0, watts)
+        for name, (size, single, bandwidth, watts, pcie) in GEFORCE.items()
+    },
+    "M1": _apple(16, 2.6, 68.25),
+    "M2": _apple(24, 3.6, 100),
+    "M3": _apple(24, 4.1, 100),
+    "M4": _apple(32, 4.6, 120),
 }
 # What JAX calls TPUs (`device_kind`); a GPU's name stands in what JAX calls it.
 KINDS = {
+    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5p": "v5p",
@@ -90,7 +127,14 @@ def device_name(device: jax.Device | jax.sharding.AbstractDevice) -> str:
     kind = device.device_kind
     if device.platform == "tpu":
         return KINDS.get(kind, kind)
-    return next((name for name in DEVICES if re.search(rf"\b{name}\b", kind)), kind)
+    geforce = re.fullmatch(r"NVIDIA GeForce (RTX \d{4}( Ti)?( SUPER)?)", kind)  # no laptop's: these are other chips
+    name = geforce[1].replace(" ", "") if geforce else ""
+    return name if name in DEVICES else next((n for n in gpus() if re.search(rf"\b{n}\b", kind)), kind)
+
+
+def gpus() -> list[str]:
+    """The GPUs that the table has."""
+    return [name for name, device in DEVICES.items() if device.platform == "gpu"]
 
 
 def has_bfloat16(device: jax.Device | jax.sharding.AbstractDevice) -> bool:
@@ -108,10 +152,10 @@ def shapes(kind: str) -> list[tuple[int, ...]]:
     """The slices of a TPU that Google makes, smallest first."""
     if DEVICES[kind].torus == 2:  # the table of v5e and v6e
         return [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
-    cubes = itertools.combinations_with_replacement(range(4, 25, 4), 3)  # of 4 x 4 x 4 chips, up to 6,144 in a slice
+    cubes, most = itertools.combinations_with_replacement(range(4, 25, 4), 3), 4096 if kind == "v4" else 6144
     small: list[tuple[int, ...]] = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
-    return small + sorted(
-        (shape for shape in cubes if math.prod(shape) <= 6144), key=lambda shape: (math.prod(shape), shape)
+    return small + sorted(  # blocks of 4 x 4 x 4 chips
+        (shape for shape in cubes if math.prod(shape) <= most), key=lambda shape: (math.prod(shape), shape)
     )
 
 
@@ -141,7 +185,11 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """The topology of `v5e:4x4`, `2*v5p:8x8x16`, `gpu:8xH100`, `gpu:4*8xH100`, `cpu:1`. Raises UserError with the nearest."""
+    """The topology of `v5e:4x4`, `2*v5p:8x8x16`, `gpu:8xH100`, `gpu:4*8xH100`, `cpu:1`, or of what `written_out` knows.
+
+    Raises UserError with the nearest.
+    """
+    text = written_out(text)
     num, star, one = text.rpartition("*") if not text.startswith("gpu:") else ("", "", text)
     islands = _islands(text, num, star)
     kind, colon, shape = one.partition(":")
@@ -149,19 +197,60 @@ def parse(text: str) -> Topology:
         return _cpus(text, shape, islands)
     if kind == "gpu":
         return _gpus(text, shape)
+    if kind in DEVICES and DEVICES[kind].platform == "cpu":
+        if colon or star:
+            raise UserError(f"--topology {text}: a Mac is one device; say --topology {kind}")
+        return Topology(text, kind, (1,))
     tpus = [name for name, device in DEVICES.items() if device.platform == "tpu"]
     if kind not in tpus:
-        gpus = [name for name in DEVICES if name not in tpus]
-        near = difflib.get_close_matches(kind, tpus, n=1, cutoff=0.3)
-        here = next((f"gpu:8x{name}" for name in gpus if name.lower() == kind.lower()), "")
-        mend = f"; did you mean {here or near[0]}?" if here or near else ""
+        near = difflib.get_close_matches(kind.upper(), [name.upper() for name in DEVICES], n=1, cutoff=0.3)
+        mend = f"; did you mean {_named(near[0])}?" if near else ""
         raise UserError(
-            f"--topology {text}: no device {kind!r}{mend}\nTPUs {', '.join(tpus)}; GPUs {', '.join(gpus)}; cpu\n{SUCH_AS}"
+            f"--topology {text}: no device {kind!r}{mend}\nTPUs {', '.join(tpus)}; GPUs {_gpus_told()}; Macs M1 to M4; cpu\n"
+            f"{SUCH_AS}"
         )
     sides = tuple(int(side) for side in shape.split("x")) if re.fullmatch(r"\d{1,4}(x\d{1,4})*", shape) else ()
     if sides not in shapes(kind):
         raise UserError(f"--topology {text}: {shape or 'nothing'} is no slice of {kind}{_nearest_shapes(kind, sides)}")
     return Topology(text, kind, sides, islands)
+
+
+def written_out(text: str) -> str:
+    """A topology as people type it in our words; what is not understood, as it is.
+
+    h100, h100-8, 8xh100, h100-16: gpu:1xH100, gpu:8xH100, gpu:8xH100, gpu:2*8xH100. v5e-8, v5litepod-8, v5p-8: v5e:2x4 twice,
+    v5p:2x2x1 (Google's accelerator types; the slice most like a cube). m1: M1. Raises UserError where no slice has so many chips.
+    """
+    if tpu := re.fullmatch(r"(?i)((?:\d+\*)?)(v4|v5e|v5litepod|v5p|v6e|tpu7x)-(\d{1,6})", text):
+        kind = tpu[2].lower().replace("litepod", "e")
+        each = 2 if kind in CORES else 1
+        chips = int(tpu[3]) / each
+        unlike = lambda shape: (abs(math.log(math.prod(shape) / max(chips, 0.5))), sum(shape))
+        near = min(shapes(kind), key=unlike)
+        named = f"{tpu[1]}{kind}:{'x'.join(map(str, near))}"
+        if math.prod(near) != chips:
+            short = f"{kind.replace('v5e', 'v5litepod')}-{math.prod(near) * each}"
+            raise UserError(
+                f"--topology {text}: no slice of {kind} has so many chips; the nearest is {named} ({short})"
+            )
+        return named
+    if gpu := re.fullmatch(r"(?i)(?:gpu:)?((?:\d+\*)?)(?:(\d+)x)?([a-z]+\d+\w*)(?:-(\d{1,6}))?", text):
+        name, num = _named(gpu[3]), int(gpu[2] or gpu[4] or 1)
+        if name in gpus() and not (gpu[2] and gpu[4]):
+            most = DEVICES[name].together
+            hosts = f"{num // most}*" if not gpu[1] and num > most and num % most == 0 and gpu[4] else gpu[1]
+            return f"gpu:{hosts}{most if hosts != gpu[1] else num}x{name}"
+    return _named(text) if text.lower() in map(str.lower, DEVICES) else text
+
+
+def _named(text: str) -> str:
+    """A name of the table in its own letters."""
+    return next((name for name in DEVICES if name.lower() == text.lower()), text)
+
+
+def _gpus_told() -> str:
+    """The GPUs in a message: what NVIDIA sells by name alone as a range."""
+    return f"{', '.join(name for name in gpus() if name not in GEFORCE)}, {min(GEFORCE)} to {max(GEFORCE)}"
 
 
 def _islands(text: str, num: str, star: str, what: str = "slices", example: str = "2*v5e:2x4") -> int:
@@ -185,15 +274,15 @@ def _gpus(text: str, shape: str) -> Topology:
     num, star, host = shape.rpartition("*")
     islands = _islands(text, num, star, "hosts", "gpu:4*8xH100")
     each, times, kind = host.partition("x") if host[:1].isdigit() else ("1", "x", host)
-    gpus = [name for name, device in DEVICES.items() if device.platform == "gpu"]
-    if kind not in gpus:
-        near = difflib.get_close_matches(kind.upper(), gpus, n=1, cutoff=0.3)
+    if kind not in gpus():
+        near = difflib.get_close_matches(kind.upper(), gpus(), n=1, cutoff=0.3)
         mend = f"; did you mean gpu:{each}x{near[0]}?" if near else ""
-        raise UserError(f"--topology {text}: no GPU {kind!r}{mend}\nthere is {', '.join(gpus)}; such as gpu:8xH100")
-    if not re.fullmatch(f"[1-{MOST_IN_A_HOST}]", each):
+        raise UserError(f"--topology {text}: no GPU {kind!r}{mend}\nthere is {_gpus_told()}; such as gpu:8xH100")
+    most = DEVICES[kind].together
+    if not re.fullmatch("[1-9][0-9]?", each) or int(each) > most:
         raise UserError(
-            f"--topology {text}: a host has 1 to {MOST_IN_A_HOST} GPUs\n"
-            f"such as gpu:{MOST_IN_A_HOST}x{kind}; of several hosts gpu:4*{MOST_IN_A_HOST}x{kind}"
+            f"--topology {text}: a host has 1 to {most} GPUs\n"
+            f"such as gpu:{most}x{kind}; of several hosts gpu:4*{most}x{kind}"
         )
     return Topology(text, kind, (int(each),), islands)
 

@@ -239,7 +239,7 @@ def changes(asked: Config, found: Estimate) -> list[tuple[dict[str, object], Est
     sections that change: remat, rows of a microbatch, the mesh.
     """
     fitting: dict[tuple[str, ...], tuple[tuple[float, float], dict[str, object], Estimate]] = {}
-    for change, other in _candidates(asked, found):
+    for change, other in candidates(asked, found):
         kind, times = tuple(sorted({name.split(".")[0] for name in change})), seconds(other).values()
         order = max(times), sum(times)
         if other.needed <= NEAR * other.device.memory and (kind not in fitting or order < fitting[kind][0]):
@@ -250,37 +250,55 @@ def changes(asked: Config, found: Estimate) -> list[tuple[dict[str, object], Est
 
 def least(asked: Config, found: Estimate) -> tuple[dict[str, object], Estimate]:
     """The settings that need least memory: {} where those at hand do."""
-    return min([({}, found), *_candidates(asked, found)], key=lambda item: item[1].needed)
+    return min([({}, found), *candidates(asked, found)], key=lambda item: item[1].needed)
 
 
-def _candidates(asked: Config, found: Estimate) -> Iterator[tuple[dict[str, object], Estimate]]:
-    """Every mesh, recomputation and smaller microbatch: what is "auto" in `asked` is decided anew for each, or named."""
-    model, batch, sizes = found.config.model, found.ramp.smallest, found.sizes
-    legal = legal_meshes(found.config, found.costs.padded_vocab_size, found.topology.size)
-    legal = (m for m in legal if m["data"] % found.config.mesh.slices == 0 and m != sizes)
+def candidates(
+    asked: Config, found: Estimate, everything: bool = False
+) -> Iterator[tuple[dict[str, object], Estimate]]:
+    """({setting: value} beside `asked`, Estimate) of other meshes, recomputations and rows of a microbatch.
+
+    Those that need less memory, where what is "auto" in `asked` is decided anew for each; or `everything` that is legal.
+    """
+    sizes = found.sizes
+    config = with_microbatch(found.config, "auto") if everything else found.config
+    legal = legal_meshes(config, found.costs.padded_vocab_size, found.topology.size)
+    legal = (mesh for mesh in legal if mesh["data"] % found.config.mesh.slices == 0 and mesh != sizes)
     parts = {1, sizes["context"], *range(1, found.config.data.sequence_length // SHORTEST + 1)}  # of a row
-    meshes = [sizes, *(m for m in legal if m["context"] in parts)]
+    for mesh in [sizes, *(mesh for mesh in legal if mesh["context"] in parts)]:
+        named = {f"mesh.{axis}": mesh[axis] for axis in AXES if mesh[axis] != sizes[axis]}
+        if named and asked.mesh.fsdp == "auto":
+            named["mesh.fsdp"] = mesh["fsdp"]
+        for rows, remat, change in _smaller(asked, found, mesh, everything):
+            if change or named or everything:
+                values = {"model.remat": remat, "train.microbatch_rows": rows}
+                other = decide.replaced(found.config, values | {f"mesh.{axis}": size for axis, size in mesh.items()})
+                made = counted(other, found.topology, found.device, found.ramp, mesh, found.costs, found.has_end)
+                yield change | named, made
+
+
+def _smaller(
+    asked: Config, found: Estimate, mesh: dict[str, int], everything: bool
+) -> Iterator[tuple[int | str, str, dict[str, object]]]:
+    """(rows of a microbatch, recomputation, what of both must be named) on a mesh, as `candidates` wants them."""
+    batch, shards, before = found.ramp.smallest, batch_shards(mesh), found.config.model.remat
+    fewer = [n for n in range(shards, found.rows, shards) if batch % n == 0 and found.rows % n == 0]
+    tried: list[int | str] = [found.rows, *fewer]
+    if everything:
+        tried = [n for n in range(shards, batch + 1, shards) if batch % n == 0]
+    elif asked.train.microbatch_rows == "auto":
+        tried = ["auto"]
     site = site_of(found.topology, found.device, found.config.mesh.slices)
-    free = asked.train.microbatch_rows == "auto"
-    for mesh in meshes:
-        shards = batch_shards(mesh)
-        fewer = [n for n in range(shards, found.rows, shards) if batch % n == 0 and found.rows % n == 0]
-        for rows in ["auto"] if free else [found.rows, *fewer]:
-            if rows != "auto" and int(rows) % shards:
-                continue
-            remats: tuple[str, ...] = REMATS[REMATS.index(model.remat) :]
-            if asked.model.remat == "auto":
-                least = shards if rows == "auto" else int(rows)
-                remats = (decide.least_remat(found.config, found.costs, mesh, found.ramp, site, least),)
-            for remat in remats:
-                other = decide.replaced(found.config, {"model.remat": remat, "train.microbatch_rows": rows})
-                change: dict[str, object] = {"model.remat": remat} if remat != remats[0] else {}
-                change |= {"train.microbatch_rows": rows} if rows not in ("auto", found.rows) else {}
-                if mesh != sizes:
-                    change |= {f"mesh.{axis}": mesh[axis] for axis in AXES if mesh[axis] != sizes[axis]}
-                    change |= {"mesh.fsdp": mesh["fsdp"]} if asked.mesh.fsdp == "auto" else {}
-                if change:
-                    yield (
-                        change,
-                        counted(other, found.topology, found.device, found.ramp, mesh, found.costs, found.has_end),
-                    )
+    for rows in tried:
+        if rows != "auto" and int(rows) % shards:
+            continue
+        remats: tuple[str, ...] = REMATS if everything else REMATS[REMATS.index(before) :]
+        unnamed = asked.model.remat
+        if unnamed == "auto" and not everything:
+            least = shards if rows == "auto" else int(rows)
+            unnamed = decide.least_remat(found.config, found.costs, mesh, found.ramp, site, least)
+            remats = (unnamed,)
+        same = (asked.train.microbatch_rows,) if everything else ("auto", found.rows)
+        for remat in remats:
+            change: dict[str, object] = {"model.remat": remat} if remat != unnamed else {}
+            yield rows, remat, change | ({"train.microbatch_rows": rows} if rows not in same else {})
