@@ -199,8 +199,9 @@ def test_the_order_of_columns_and_back():
         x = jax.device_put(rows, loader.layout(mesh, 2))
         there = jax.jit(balanced)(x)
         assert there.sharding.spec == x.sharding.spec
-        np.testing.assert_array_equal(there[0], [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9])
-        np.testing.assert_array_equal(there[1], rows[1][order_of_columns(16)])
+        found = np.asarray(there)
+        np.testing.assert_array_equal(found[0], [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9])
+        np.testing.assert_array_equal(found[1], rows[1][order_of_columns(16)])
         np.testing.assert_array_equal(jax.jit(in_row_order)(there), rows)
 
 

@@ -13,6 +13,7 @@ from lm_jax.chunked_cross_entropy import chunk_size
 from lm_jax.config import Config, Model
 from lm_jax.loss import is_chunked
 from lm_jax.mesh import batch_shards
+from lm_jax.model import attention
 from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
@@ -114,8 +115,9 @@ def bytes_by_class(
     A token keeps in each layer, by `model.remat`: with full its input; with names also attention's result and branch,
     and the heads' queries, keys and values; with dots also the products of the MLP; with none also what norms,
     activations and residuals read. With the `xla` backend (`auto` counts as it below 512 tokens) attention's square of
-    logits is kept as well, by every layer where remat is none, else by one; of other backends 256 queries of it, at a
-    time. Where rows are split over devices (`context`), one layer at a time has the keys and values of whole rows.
+    logits is kept as well, by every layer where remat is none, else by one; of `chunked` 256 queries of it, at a time.
+    Where rows are split over devices (`context`), one layer at a time has the keys and values of whole rows. Where layers
+    are computed again, one at a time, no logits are left: they count for what they need beyond a layer.
     """
     model, length = plain(config.model), config.data.sequence_length
     act = jnp.dtype(model.compute_dtype).itemsize
@@ -132,11 +134,13 @@ def bytes_by_class(
         "full": model.model_dim / tensor,
     }
     kept_layers = model.num_layers if costs.backward else 1  # else nothing waits for a way back
-    chunked = model.attention not in ("auto", "xla") or (model.attention == "auto" and length >= 512)
+    backend = attention.preflight(model, length, platform()) if model.attention == "auto" else model.attention
     square = tokens * length * model.num_heads / tensor * (act + 4)
-    squares = 2 * square * 256 / length if chunked else square * (kept_layers if model.remat == "none" else 1)
+    squares = square * (kept_layers if model.remat == "none" else 1)
+    if backend != "xla":  # the kernels have none of it, but for cuDNN's mask
+        squares = {"chunked": 2 * square * 256 / length, "cudnn": float(tokens * length * act)}.get(backend, 0.0)
     if sizes["context"] > 1:
-        squares = _over_devices(config, squares * (sizes["context"] if chunked else 1), tokens, sizes)
+        squares = _over_devices(config, squares * (sizes["context"] if backend == "chunked" else 1), tokens, sizes)
     whole_layer = kept["none"] + (7 + model.gated) * (hidden - of_mlp)
     again = whole_layer if model.remat != "none" or hidden > of_mlp else 0  # computed again
     if model.kind in CELLS:  # for every token its gates twice, their activations, its states before and after
