@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from lm_jax.chunked_cross_entropy import num_chunks
 from lm_jax.errors import UserError, needs
 from lm_jax.mesh import batch_shards
-from lm_jax.plan.devices import Topology
+from lm_jax.plan.devices import Topology, closed_sides
 from lm_jax.plan.estimate import Estimate, peak, ring, vocab_size
 from lm_jax.plan.program_text import Reading, read
 from lm_jax.run_plan import Plan, make_plan
@@ -72,14 +72,14 @@ def absent_devices(topology: Topology) -> list[jax.Device]:
             if not installed("libtpu"):
                 raise needs("without --counted, compiling for a TPU", "libtpu", "tpu")
             os.environ |= NOBODY_IS_ASKED
-            shape = "x".join(map(str, topology.shape))
-            asked = f"{topology.kind}:{shape}"
-            one_a_chip = (
+            more = (
                 {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
-            )  # as JAX has it on a v4 itself
-            return topologies.get_topology_desc(
-                asked, platform="tpu", num_slices=topology.islands, **one_a_chip
-            ).devices
+            )  # one device a chip, as on a v4 itself
+            asked, slices = f"{topology.kind}:{'x'.join(map(str, topology.shape))}", topology.islands
+            described = topologies.get_topology_desc(
+                asked, "tpu", num_slices=slices, wrap=closed_sides(topology), **more
+            )
+            return described.devices
         if not installed("jax_plugins", "jax_plugins.xla_cuda12"):
             raise needs("without --counted, compiling for a GPU", "jax-cuda12-plugin", "cuda12")
         jax.devices("cpu")  # JAX looks for its plugins

@@ -148,6 +148,15 @@ def has_bfloat16(device: jax.Device | jax.sharding.AbstractDevice) -> bool:
     return not re.fullmatch(r"[1-7]\.\d+", str(getattr(here, "compute_capability", "")))
 
 
+def closed_sides(topology: "Topology") -> tuple[bool, bool, bool]:
+    """Which sides of a slice are rings: all of one that is made of cubes of 4 x 4 x 4, of v5e and v6e those of 16 chips."""
+    if DEVICES[topology.kind].torus == 2:
+        first, second = (side == 16 for side in topology.shape)
+        return first, second, False
+    cubes = all(side % 4 == 0 for side in topology.shape)
+    return cubes, cubes, cubes
+
+
 def shapes(kind: str) -> list[tuple[int, ...]]:
     """The slices of a TPU that Google makes, smallest first."""
     if DEVICES[kind].torus == 2:  # the table of v5e and v6e
