@@ -95,17 +95,20 @@ KERNEL = Declaration((1, 1), ("model", "mlp"), constant(0.0), inputs=(0,), outpu
 
 # Processes
 
+# Set, so that no command starts itself anew for a glibc that keeps memory: test_kept_memory.py has that.
+ONCE = {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+
 
 def command(module: str, *arguments: str, devices: int = 1, **keywords) -> subprocess.CompletedProcess:
     """`python -m lm_jax.<module> ...` as a real process."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | ONCE | {"JAX_NUM_CPU_DEVICES": str(devices)}
     line = [sys.executable, "-m", f"lm_jax.{module}", *arguments]
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=LIMIT, **keywords)
 
 
 def start_processes(line: list[str], num_processes: int, devices: int) -> list[subprocess.Popen]:
     """A command as `num_processes` processes of one `jax.distributed` job, with `devices` in all."""
-    more = {"JAX_NUM_CPU_DEVICES": str(devices // num_processes), "PYTHONPATH": str(ROOT)}
+    more = ONCE | {"JAX_NUM_CPU_DEVICES": str(devices // num_processes)}
     if num_processes > 1:
         more |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(num_processes)}
     return [
@@ -126,7 +129,7 @@ def outputs(processes: list[subprocess.Popen]) -> list[str]:
 
 def kill_once_saved(line: list[str]) -> None:
     """The command as a real process, which SIGKILL ends when its first checkpoint is complete."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "LM_JAX_FAULT": "kill@save.commit"}  # the same eight devices
+    environment = os.environ | ONCE | {"LM_JAX_FAULT": "kill@save.commit"}  # the same eight devices
     words = [sys.executable, "-m", "lm_jax.main", *line]
     killed = subprocess.run(words, env=environment, capture_output=True, timeout=LIMIT, cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()

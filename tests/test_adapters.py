@@ -210,7 +210,7 @@ def test_adapters_change_nothing_at_first_and_merge_away(name):
     plain = tiny(**changes).model
     config = tiny(**changes, model__lora_rank=3, model__lora_alpha=6.0, model__lora_pattern=pattern).model
     bare, graph = build(plain, PIECES, 64), build(config, PIECES, 64)
-    start, parameters = bare.init(jax.random.key(0)), graph.init(jax.random.key(0))
+    start, parameters = (jax.jit(lambda of=of: of.init(jax.random.key(0)))() for of in (bare, graph))
     new = [path for path in graph.declarations if path[-1].startswith("lora_")]
     assert len(new) == num and set(bare.declarations) == set(graph.declarations) - set(new)
     for path, x in flat(start).items():
@@ -242,6 +242,7 @@ def whole_batch():
     return trained(config_of(**LORA))
 
 
+@pytest.mark.proof
 def test_adapters_on_a_mesh_are_those_of_one_device(whole_batch):
     (start, *_, end), losses = whole_batch
     (sharded_start, *_, sharded_end), sharded_losses = trained(config_of(**LORA), (1, 2, 2))
@@ -263,6 +264,7 @@ def test_adapters_lie_as_their_base_does():
         assert axes == [of.axes[dim] for dim in side] and of.layers == declarations[path].layers
 
 
+@pytest.mark.proof
 def test_accumulated_gradients_of_adapters_are_those_of_the_whole_batch(whole_batch):
     states, losses = trained(config_of(**LORA, train__microbatch_rows=1))
     np.testing.assert_allclose(losses, whole_batch[1], rtol=1e-5)
@@ -323,6 +325,7 @@ def test_a_run_trains_adapters_over_its_base_and_says_how_many(adapted, finished
     assert all(np.abs(x).max() > 0 for name, x in flat(parameters).items() if name.endswith("lora_b"))
 
 
+@pytest.mark.proof
 def test_a_killed_run_goes_on_to_the_bit(adapted, finished, tmp_path):
     line = arguments(finished, tmp_path / "run")
     kill_once_saved(line)
@@ -375,7 +378,7 @@ def test_adapters_alone_over_their_base_are_the_model(adapted, alone, finished, 
 def test_a_model_with_adapters_is_exported_merged(tmp_path):
     config = tiny(**FAMILIES["llama"], model__lora_rank=3)
     graph = build(config.model, PIECES, 64)
-    ours = merged(graph.init(jax.random.key(0)), graph.declarations, config.model)
+    ours = merged(jax.jit(lambda: graph.init(jax.random.key(0)))(), graph.declarations, config.model)
     hugging_face.write(str(tmp_path / "out"), description.description_of(config, PIECES), ours, {})
     there = hugging_face.read_parameters(str(tmp_path / "out"), hugging_face.read_description(str(tmp_path / "out")))
     assert flat(there).keys() == flat(ours).keys()

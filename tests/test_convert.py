@@ -1,22 +1,16 @@
 """Hugging Face folders, both ways: the logits that PyTorch gave, what a wrong table would give, and what is refused."""
 
 import importlib.util
-import json
-import math
 import os
 import pathlib
 import pydoc_data.topics
-import random
-import shutil
-import sys
 
 import convert_checkpoint
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.nnx.traversals import flatten_mapping
-from helpers import FAMILIES, LLAMA, ROOT, outputs, start_processes, tiny
+from helpers import FAMILIES, tiny
 from peers import families as parity
 
 from lm_jax import load_model
@@ -28,7 +22,6 @@ from lm_jax.generate import command
 from lm_jax.loss import token_losses
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
-from lm_jax.train_state import abstract, make_program
 
 
 def distance(name: str, mistake=None) -> float:
@@ -161,220 +154,6 @@ def test_all_that_is_wrong_with_the_tensors_is_listed_at_once():
     ]
 
 
-@pytest.fixture
-def folder(tmp_path) -> pathlib.Path:
-    content, tensors, _ = parity.recorded("llama")
-    described = description.describe(content, "config.json", "bytes")
-    ours = tensor_map.parameters(described, tensors, "llama")
-    hugging_face.write(str(tmp_path / "model"), described, ours, {}, shard_bytes=20_000)
-    return tmp_path / "model"
-
-
-def load(folder: pathlib.Path) -> dict:
-    return hugging_face.read_parameters(str(folder), hugging_face.read_description(str(folder)))
-
-
-class Canary:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('the pickle ran')",)
-
-
-def test_a_pickle_is_refused_with_the_way_out_and_never_runs(folder):
-    import pickle
-
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
-    with pytest.raises(UserError, match="pytorch_model.bin is a pickle.*never read\n.*save_pretrained"):
-        load(folder)
-
-
-@pytest.mark.parametrize("name", ["../model/outside.safetensors", "/etc/passwd", "config.json", "a/b.safetensors"])
-def test_an_index_names_files_of_its_own_folder_alone(folder, name):
-    index = json.loads((folder / safetensors.INDEX).read_text())
-    index["weight_map"]["model.norm.weight"] = name
-    (folder / safetensors.INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="only safetensors files beside it"):
-        load(folder)
-
-
-def write_bytes(name: str, content: bytes):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def another(name: str):
-    """A whole safetensors file beside the model, with another array under a name that the model has."""
-    arrays = {"model.norm.weight": np.full(36, 7, np.float32), "adapter.lora_A": np.zeros(3, np.float32)}
-    return lambda folder: safetensors.write_file(str(folder / name), arrays)
-
-
-def whole_and_index(folder):
-    """One file with all arrays, which wins; the index beside it names parts that are not even there."""
-    arrays = {
-        name: x.read() + (name == "model.norm.weight") for name, x in safetensors.folder_tensors(str(folder)).items()
-    }
-    for path in folder.glob("model-*.safetensors"):
-        path.unlink()
-    safetensors.write_file(str(folder / safetensors.WHOLE), arrays)
-
-
-def renamed(name: str):
-    """All arrays in one file of another name, without an index."""
-
-    def change(folder):
-        whole_and_index(folder)
-        (folder / safetensors.INDEX).unlink()
-        (folder / safetensors.WHOLE).rename(folder / name)
-
-    return change
-
-
-def index(change):
-    def changed(folder):
-        path = folder / safetensors.INDEX
-        content = json.loads(path.read_text())
-        change(content["weight_map"])
-        path.write_text(json.dumps(content))
-
-    return changed
-
-
-def moved(named: dict) -> None:
-    """The index says another of its files for an array than the one that holds it."""
-    named["model.norm.weight"] = next(file for file in named.values() if file != named["model.norm.weight"])
-
-
-BESIDE = {  # what happens to a folder of several files and an index; by how much its last norm changes, or what is said
-    "nothing": (lambda folder: None, 0),
-    "a part too many": (another("model-00099-of-00099.safetensors"), 0),
-    "another layout": (another("consolidated.safetensors"), 0),
-    "an adapter": (another("adapter_model.safetensors"), 0),
-    "no safetensors file": (write_bytes("zzz.safetensors", b"nonsense"), 0),
-    "an index of PyTorch's": (write_bytes("pytorch_model.bin.index.json", b"{}"), 0),
-    "one file and an index": (whole_and_index, 1),
-    "one file of another name": (renamed("weights.safetensors"), "weights.safetensors is not read\nwhere it holds the whole"),
-    "a part not there": (index(lambda named: named.update(x="model-7.safetensors")), "1 files that are not there: model-7"),
-    "a path": (index(lambda named: named.update(x="../x.safetensors")), "only safetensors files beside it"),
-    "another part": (index(moved), "does not hold model.norm.weight, which .*index.json says"),
-    "an array less": (index(lambda named: named.pop("model.norm.weight")), "missing: norm.weight"),
-    "an empty index": (index(lambda named: named.clear()), "is no index of safetensors files"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", BESIDE)
-def test_the_index_or_the_one_file_is_read_and_nothing_beside_it(folder, what):
-    change, expected = BESIDE[what]
-    before = load(folder)["norm"]["scale"]
-    change(folder)
-    if isinstance(expected, str):
-        with pytest.raises(UserError, match=expected):
-            load(folder)
-        return
-    np.testing.assert_array_equal(load(folder)["norm"]["scale"], before + expected)
-    parts = {path.name for path in folder.glob("model-*.safetensors")} - {"model-00099-of-00099.safetensors"}
-    assert set(safetensors.weight_files(str(folder))) == ({safetensors.WHOLE} if expected else parts)
-
-
-@pytest.mark.parametrize("size", [2**63, 10**12, 100_000_001, 50_000])
-def test_a_header_longer_than_its_file_is_refused(folder, size):
-    path = min(folder.glob("*.safetensors"))
-    path.write_bytes(size.to_bytes(8, "little") + path.read_bytes()[8:])
-    with pytest.raises(UserError, match=f"a header of {size:,} bytes"):
-        load(folder)
-
-
-def test_mutated_folders_are_read_or_refused_and_nothing_else(folder):
-    """100 mutants: a byte changed, a file cut short or emptied, a value of the config replaced."""
-    draw, refused = random.Random(0), 0
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    for number in range(100):
-        path = draw.choice(paths)
-        before = path.read_bytes()
-        if path.name == "config.json" and number % 3:
-            content = json.loads(before)
-            key = draw.choice(sorted(content))
-            content[key] = draw.choice([None, -1, 0, 10**12, 1e400, "x", [], {}, True, [[[]]]])
-            after = json.dumps(content).encode()
-        else:
-            at = draw.randrange(min(len(before), 400))  # headers, where there is something to break
-            after = draw.choice(
-                [before[:at], before[:at] + bytes([draw.randrange(256)]) + before[at + 1 :], before + b"\0", b""]
-            )
-        path.write_bytes(after)
-        try:
-            load(folder)
-        except UserError as error:
-            refused += 1
-            assert 1 <= len(str(error).split("\n")) <= 5
-        path.write_bytes(before)
-    assert refused > 50
-    load(folder)
-    assert sorted(path for path in folder.iterdir()) == paths, "nothing was written"
-
-
-def test_nothing_is_left_where_writing_fails(tmp_path):
-    content, tensors, _ = parity.recorded("llama")
-    described = description.describe(content, "config.json", "bytes")
-    ours = tensor_map.parameters(described, tensors, "llama")
-
-    def refuse(folder, arrays):
-        assert os.listdir(folder) == ["config.json"] and arrays.keys() == tensors.keys(), (
-            "proven before arrays are written"
-        )
-        raise UserError("logits differ")
-
-    with pytest.raises(UserError, match="logits differ"):
-        hugging_face.write(str(tmp_path / "out"), described, ours, {}, prove=refuse)
-    assert os.listdir(tmp_path) == []
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("")
-    with pytest.raises(UserError, match="there and not empty"):
-        hugging_face.write(str(tmp_path / "out"), described, ours, {})
-    assert os.listdir(tmp_path / "out") == ["mine"]
-
-
-def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
-    content, tensors, _ = parity.recorded("llama")
-    described = description.describe(content, "config.json", "bytes")
-    ours = tensor_map.parameters(described, tensors, "llama")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9 - 5_000, 5_000))
-    with pytest.raises(UserError, match="0.00 GB are free there; name another disk"):
-        hugging_face.write(str(tmp_path / "new" / "out"), described, ours, {}, lambda *given: pytest.fail("too late"))
-    assert os.listdir(tmp_path) == []
-
-
-def test_what_a_disk_gives_back_in_another_way_gets_no_name(tmp_path, monkeypatch):
-    content, tensors, _ = parity.recorded("llama")
-    described = description.describe(content, "config.json", "bytes")
-    ours, write = tensor_map.parameters(described, tensors, "llama"), safetensors.write_folder
-
-    def broken(folder, tensors, shard_bytes):
-        write(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, shard_bytes)
-
-    monkeypatch.setattr(safetensors, "write_folder", broken)
-    with pytest.raises(UserError, match="gave model.norm.weight back in another way"):
-        hugging_face.write(str(tmp_path / "out"), described, ours, {})
-    assert os.listdir(tmp_path) == []
-
-
-def test_our_safetensors_are_those_of_the_package(tmp_path):
-    package = pytest.importorskip(
-        "safetensors.numpy", reason="the package is of the extra [peers]", exc_type=ImportError
-    )
-    arrays = {
-        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "b": np.zeros((0, 4), np.int64),
-        "c": np.float16([1, 2]),
-    }
-    safetensors.write_file(str(tmp_path / "ours"), arrays)
-    package.save_file(arrays, tmp_path / "theirs")
-    found = package.load_file(tmp_path / "ours")
-    mine = {name: x.read() for name, x in safetensors.file_tensors(str(tmp_path / "theirs")).items()}
-    for name, x in arrays.items():
-        np.testing.assert_array_equal(found[name], x)
-        np.testing.assert_array_equal(mine[name], x)
-
-
 def test_a_gguf_row_order_is_undone():
     """Rows in pairs of neighbours, as llama.cpp turns them, back to halves."""
     halves = np.arange(2 * 8 * 3).reshape(2, 2, 4, 3)  # heads, halves, half, inputs
@@ -457,89 +236,3 @@ def test_smollm2_is_what_it_was(tmp_path, capsys):
             ).mean()
         )
         assert abs(float(loss(parameters)) - 2.53) < 0.01
-
-
-def with_other_numbers(tensors: dict) -> dict:
-    """Another number in every place, so that nothing that lands elsewhere is equal by chance."""
-    chance = np.random.default_rng(0)
-    return {name: chance.random(x.shape).astype(np.float32) for name, x in tensors.items()}
-
-
-@pytest.mark.parametrize("name", parity.FIRST)
-@pytest.mark.parametrize("at_once", [2**24, 1], ids=["whole", "row by row"])
-def test_on_every_mesh_a_device_has_its_part_to_the_bit(name, at_once, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_map, "AT_ONCE", at_once)
-    content, tensors, _ = parity.recorded(name)
-    described = description.describe(content, name, "bytes")
-    safetensors.write_folder(str(tmp_path), with_other_numbers(tensors), shard_bytes=20_000)
-    whole = hugging_face.read_parameters(str(tmp_path), described)
-    program = make_program(described.config, described.vocab_size)
-    for mesh in (Mesh(2, 2, 1), Mesh(1, 2, 1)) if at_once > 1 else (Mesh(2, 2, 1),):
-        with jax.set_mesh(make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])):
-            like = abstract(program).parameters
-            found = hugging_face.read_on_mesh(str(tmp_path), described, like)
-            for x, expected, wanted in zip(*map(jax.tree.leaves, (found, like, whole)), strict=True):
-                assert x.sharding == expected.sharding and x.dtype == np.float32
-                np.testing.assert_array_equal(np.asarray(x), wanted)
-
-
-class Asked:
-    """One of their tensors that notes when it is read."""
-
-    def __init__(self, name: str, x: np.ndarray, names: list[str]):
-        self.name, self.x, self.names, self.shape = name, x, names, x.shape
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        self.names.append(self.name)
-        return self.x
-
-
-@pytest.mark.parametrize("name", parity.FIRST)
-def test_a_part_of_a_parameter_asks_for_the_tensors_of_that_part(name):
-    """Of every parameter a half of each dim, as a device has it: no tensor of another layer, and each once."""
-    content, tensors, _ = parity.recorded(name)
-    tensors, names = with_other_numbers(tensors), []
-    described = description.describe(content, name, "bytes")
-    whole = flatten_mapping(tensor_map.parameters(described, tensors, name))
-    asked = {key: Asked(key, x, names) for key, x in tensors.items()}
-    for path, x in tensor_map.stored(described, asked, name).items():
-        for bounds in ([(n // 2, n) for n in x.shape], [(0, max(1, n // 2)) for n in x.shape]):
-            names.clear()
-            np.testing.assert_array_equal(x.read(bounds), whole[path][tuple(slice(*both) for both in bounds)])
-            num_stacked = len(next(iter(x.parts)))
-            assert len(names) == np.prod([end - first for first, end in bounds[:num_stacked]], dtype=int)
-
-
-SHARD = 64 * 2**20  # bytes
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize(("num_processes", "mesh"), [(1, (1, 1, 1)), (1, (1, 8, 1)), (2, (1, 8, 1)), (4, (1, 4, 2))])
-def test_no_process_holds_a_model_that_it_reads(num_processes, mesh, tmp_path, monkeypatch):
-    """Eight files of 64 MB: beside the arrays of its devices a process needs less than one and a half of them."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")  # what is freed goes back: what is measured is what is held
-    sizes = dict(
-        model__num_layers=11, model__model_dim=1024, model__mlp_dim=2816, model__num_heads=16, model__num_kv_heads=16
-    )
-    config = tiny(**LLAMA | sizes | {"data__tokenizer": "bytes"})
-    described = description.description_of(config, 4096)
-    places = tensor_map.slots(description.FAMILIES[described.family], description.graph_of(described))
-    chance = np.random.default_rng(0)
-    tensors = {x.name: chance.random(x.their_shape(described.vocab_size), np.float32) for x in places}
-    safetensors.write_folder(str(tmp_path), tensors, SHARD)
-    (tmp_path / "config.json").write_text(json.dumps(described.content))
-    assert len(list(tmp_path.glob("*.safetensors"))) >= 8
-    line = [
-        sys.executable,
-        str(ROOT / "tests" / "import_folder.py"),
-        json.dumps({"folder": str(tmp_path), "mesh": mesh}),
-    ]
-    texts = outputs(start_processes(line, num_processes, math.prod(mesh)))
-    for text in texts:
-        told = json.loads(text.split("TOLD ")[1].split("\n")[0])
-        beyond = told["peak"] - told["held"]
-        print(
-            f"{num_processes} processes, mesh {mesh}: {beyond / 2**20:.0f} MB beyond {told['held'] / 2**20:.0f} MB",
-            flush=True,
-        )
-        assert told["held"] < 1.05 * told["whole"] / num_processes and beyond < 1.5 * SHARD

@@ -221,7 +221,7 @@ def test_one_process_builds_and_the_others_wait(folder):
     data = tiny(data__sources=str(folder), data__tokenizer="sentencepiece:400").data
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=build_and_say, args=(data, queue)) for _ in range(3)]
+    processes = [context.Process(target=build_and_say, args=(data, queue)) for _ in range(2)]
     for process in processes:
         process.start()
     results = [queue.get(timeout=LIMIT) for _ in processes]

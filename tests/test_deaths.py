@@ -307,6 +307,7 @@ def death(folder: pathlib.Path, num: int, phase: str, who: int, how: str) -> flo
     return took
 
 
+@pytest.mark.proof
 def test_who_is_killed_is_named_and_the_other_leaves(tmp_path, compiled):
     death(tmp_path, 2, "step", 1, "SIGKILL")
 

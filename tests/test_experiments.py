@@ -43,14 +43,27 @@ def traced(config) -> tuple:
         return jax.eval_shape(step)
 
 
-@pytest.mark.parametrize("row", NAMED)
-def test_a_size_has_its_parameters_and_its_step_can_be_traced(row):
-    """Within 2% of the name at 50,257 pieces and 2,048 tokens; the state that comes out is laid out as it went in."""
+def counted_row(row: str) -> tuple:
+    """(its config, its parameters at 50,257 pieces)."""
     config, _ = experiment.load_config(f"experiments/gpt3.py:{row}", {})
-    assert (config.data.sequence_length, config.data.tokenizer) == (2048, "sentencepiece:50257")
     program = make_program(with_steps(config, make_ramp(config), 1), 50257)
-    counted = counts.count(config, program.graph.declarations).parameters
+    return config, counts.count(config, program.graph.declarations).parameters
+
+
+@pytest.mark.parametrize("row", NAMED)
+def test_a_size_has_its_parameters(row):
+    """Within 2% of the name at 50,257 pieces and 2,048 tokens."""
+    config, counted = counted_row(row)
+    assert (config.data.sequence_length, config.data.tokenizer) == (2048, "sentencepiece:50257")
     assert abs(counted / NAMED[row] - 1) < 0.02, counted
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[] if row in ("125m", "175b") else pytest.mark.proof) for row in NAMED]
+)
+def test_the_step_of_a_size_can_be_traced(row):
+    """The state that comes out is laid out as it went in."""
+    config, counted = counted_row(row)
     before, after, metrics = traced(config)
     assert sum(x.size for x in jax.tree.leaves(before.parameters)) == counted
     layout = lambda x: (x.shape, x.dtype, x.sharding.spec if x.sharding else PartitionSpec())

@@ -34,11 +34,6 @@ KINDS = {
 RATES = {"lstm": 3e-2, "encoder": 1e-2, "encoder_decoder": 1e-2}  # at which 150 steps are enough
 
 
-def of_default(*kinds: str) -> list:
-    """All kinds; those that are not named are proofs."""
-    return [pytest.param(kind, marks=[] if kind in kinds else pytest.mark.proof) for kind in KINDS]
-
-
 def opened(**changes):
     """(config, pieces of the model, its stream) on the embedded corpus."""
     config = tiny(**changes)
@@ -51,12 +46,15 @@ def opened(**changes):
 
 
 @pytest.mark.parametrize("products", ["cpu", pytest.param("tpu", marks=pytest.mark.proof)])
-@pytest.mark.parametrize("kind", of_default("encoder_decoder"))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "encoder_decoder" else pytest.mark.proof) for kind in KINDS]
+)
 def test_sharded_and_accumulated_agree(kind, products, eight, monkeypatch):
     """2 x 2 x 2 devices, with the products of a platform, and four microbatches as one device and one batch; dropout is on."""
     changes = dict(
-        data__global_batch_size=16, optimizer__name="sgd", optimizer__learning_rate=0.05, model__unroll=False
-    )
+        data__global_batch_size=16, optimizer__name="sgd", optimizer__learning_rate=0.05, model__unroll=False,
+        model__num_layers=1,
+    )  # fmt: skip
     config, vocab_size, stream = opened(**KINDS[kind] | changes, model__dropout=0.1, train__microbatch_rows=16)
     expected = verify.trace(make_plan(config, vocab_size, eight[:1]), stream, 2)
     config = dataclasses.replace(with_microbatch(config, 4), mesh=Mesh(2, 2, 2))
@@ -68,7 +66,8 @@ def test_sharded_and_accumulated_agree(kind, products, eight, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", of_default("lstm", "encoder_decoder"))
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", KINDS)
 def test_eight_rows_are_learnt_by_heart(kind):
     changes = dict(optimizer__learning_rate=RATES[kind], optimizer__warmup=10, optimizer__decay_over=150)
     config, vocab_size, stream = opened(**KINDS[kind] | changes, optimizer__weight_decay=0.0, model__unroll=False)
@@ -86,7 +85,8 @@ def test_eight_rows_are_learnt_by_heart(kind):
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # the log is open for the life of a process
-@pytest.mark.parametrize("kind", of_default("encoder"))
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_as_if_nothing_had_been(kind, tmp_path):
     """Two steps, then two more by the same command: metrics and parameters of four steps in one go."""
     changes = dict(optimizer__decay_over=4, data__global_batch_size=8, train__microbatch_rows=8, model__dropout=0.1)

@@ -15,6 +15,7 @@ LINE = [
     "--config", "experiments/quickstart.py:smoke", "--config.train.num_steps=4", "--config.train.microbatch_rows=4",
     "--config.checkpoint.every=1", "--config.checkpoint.keep_last=1", "--config.evaluate.every=2",
     "--config.evaluate.prompt=", "--config.mesh.data=1",
+    "--config.model.num_layers=1", "--config.optimizer.name=sgd",
 ]  # fmt: skip
 
 

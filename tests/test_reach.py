@@ -64,7 +64,7 @@ BASES: dict[str, dict] = {
         for name in ("constant", "linear", "inverse_square_root", "warmup_stable_decay")
     },
 }
-DEFAULT = ("transformer", "lstm", "regression")
+DEFAULT = ("transformer", "lstm")
 # What decides a program on its own, in another value than any of the bases has; the others of a section by their choices.
 OTHER = {
     "model.num_layers": 4, "model.model_dim": 96, "model.num_heads": 2, "model.num_kv_heads": 2, "model.head_dim": 8,

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from helpers import LIMIT, ROOT, lines_of
+from helpers import LIMIT, ONCE, ROOT, lines_of
 
 from lm_jax import checkpoint, evaluator, main, step_folders, stop
 
@@ -37,7 +37,7 @@ PHASES = {
 
 
 def start(words: list[str], **environment: str) -> subprocess.Popen:
-    given = {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)} | environment
+    given = ONCE | {"JAX_NUM_CPU_DEVICES": "1"} | environment
     return subprocess.Popen(
         [sys.executable, "-u", *words],
         env=os.environ | given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -134,6 +134,7 @@ def test_what_is_done_ends_with_its_own_code_whatever_comes_while_the_interprete
     assert code == 0 and "ending" in output and "stopped" not in output, output
 
 
+@pytest.mark.proof
 def test_a_finetune_that_is_stopped_while_it_compiles_begins_again_where_it_would_have(finished, tmp_path):
     """Nothing is sampled, trained or saved; the next start is as the first: from the model, not from random parameters."""
     words = [*RUN[:4], f"--config.train.init_from={finished}", "--workdir", str(tmp_path / "run")]
@@ -148,7 +149,8 @@ def test_a_finetune_that_is_stopped_while_it_compiles_begins_again_where_it_woul
 
 def test_a_run_that_is_stopped_in_its_last_evaluation_has_all_its_steps_and_evaluates_next_time(tmp_path):
     words = [*RUN[:4], "--config.train.num_steps=2", "--workdir", str(tmp_path / "run")]
-    words.append("--config.evaluate.num_rows=0")
+    words += ["--config.evaluate.num_rows=0", "--config.evaluate.prompt=", "--config.model.num_layers=1"]
+    words += ["--config.optimizer.name=sgd"]
     code, output, _ = signalled(words, "training loss, nats", 0.1, (signal.SIGINT,))
     assert code == 75 and "saved at step 2, the same command goes on from there" in output, output
     assert not any("final/loss" in line for line in lines_of(tmp_path / "run"))
@@ -168,7 +170,7 @@ def evaluated(num_rows: int, workdir) -> list[str]:
     words = ["--config", "experiments/quickstart.py:smoke", "--config.train.num_steps=4", "--config.checkpoint.every=2"]
     words += ["--config.evaluate.every=2", f"--config.evaluate.num_rows={num_rows}", "--config.evaluate.prompt="]
     words += ["--config.data.tokenizer=bytes", "--config.data.validation_fraction=0.002", "--config.mesh.data=1"]
-    words += ["--config.model.num_layers=1"]
+    words += ["--config.model.num_layers=1", "--config.optimizer.name=sgd"]
     return [*words, "--workdir", str(workdir)]
 
 

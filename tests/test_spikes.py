@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import LIMIT, ROOT, lines_of, poison
+from helpers import LIMIT, ONCE, ROOT, lines_of, poison
 
 from lm_jax import checkpoint, cli, load_model, main, spikes, step_folders
 from lm_jax.batch_ramp import DataState, Ramp
@@ -176,16 +176,12 @@ def die(*_, **__):
     raise Killed
 
 
-POINTS = ["manifest written"]
-MORE_POINTS = [
-    "before",
-    "later steps removed",
-    "restoring",
-    "at the next save",
-]  # SIGKILL comes while steps are removed
+# SIGKILL comes while steps are removed, as a real process: these are proofs.
+POINTS = ["before", "later steps removed", "manifest written", "restoring", "at the next save"]
 
 
-@pytest.mark.parametrize("point", POINTS + [pytest.param(point, marks=pytest.mark.proof) for point in MORE_POINTS])
+@pytest.mark.proof
+@pytest.mark.parametrize("point", POINTS)
 def test_a_run_that_is_killed_while_it_goes_back_is_the_one_that_was_not(recovered, poisoned, tmp_path, point):
     """Wherever it dies on the way, the same command ends with the same bits."""
     poisoned(240, 264)
@@ -233,7 +229,7 @@ cli.run_command(main.main)
 
 def test_sigkill_in_the_middle_of_going_back_changes_no_bit(recovered, poisoned, tmp_path):
     poisoned(240, 264)
-    line, environment = [*REWIND, "--workdir", str(tmp_path / "killed")], os.environ | {"PYTHONPATH": str(ROOT)}
+    line, environment = [*REWIND, "--workdir", str(tmp_path / "killed")], os.environ | ONCE
     killed = subprocess.run([sys.executable, "-c", KILLING, *line], env=environment, capture_output=True, timeout=LIMIT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert main.main(line) == 0
@@ -253,6 +249,7 @@ def test_what_comes_again_and_again_ends_with_70(poisoned, tmp_path, capsys):
     assert main.main([*LINE, "--config.train.on_spike=log", "--workdir", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.proof
 def test_off_and_log_change_nothing(poisoned, tmp_path, capsys):
     """But for a line on the terminal."""
     poisoned(240, 264)

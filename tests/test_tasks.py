@@ -167,6 +167,7 @@ def arguments(place: str, task: str, labels: tuple = ()) -> list[str]:
     return [f"--config.{name.replace('__', '.')}={value}" for name, value in given.items()]
 
 
+@pytest.mark.proof
 def test_a_value_is_learnt_and_the_command_gives_its_scores(tmp_path, capsys):
     """How many z a text has, by a decoder: better than the mean."""
     random = np.random.default_rng(0)

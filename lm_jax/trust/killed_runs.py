@@ -39,7 +39,7 @@ TIMES |= dict.fromkeys(("start", "restore", "compile", "quarantine", "end"), 1)
 LINE = [
     "--config=experiments/quickstart.py:smoke", "--config.train.microbatch_rows=4", "--config.model.dropout=0.1",
     f"--config.checkpoint.every={EVERY}", f"--config.evaluate.every={2 * EVERY}", "--config.evaluate.prompt=",
-    "--config.log.every=1",
+    "--config.log.every=1", "--config.model.num_layers=1",
 ]  # fmt: skip
 
 
