@@ -119,34 +119,6 @@ def iota(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1, out_sharding=_layout(axes))
 
 
-def take(table: jax.Array, ids: jax.Array, *axes: str | None) -> jax.Array:
-    """Rows of `table` for `ids`, in the computed layout of `axes`.
-
-    A row's gradient is a sum over all that read it, in the dtype of the table: cast what is taken, never the table.
-    """
-    return table.at[ids].get(out_sharding=_layout(axes))
-
-
-def look_up(table: jax.Array, ids: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
-    """Rows of a stored table [N, D] with the logical `axes` for ids [B, T] -> [B, T, D] in `dtype`.
-
-    The table stays where it is: a device looks its part of the width up for all devices that share D, and they exchange B*T*D
-    values, not N*D of the table and as many of its gradient. That is a sum over tokens in the table's dtype.
-    """
-    if not on_mesh():
-        return table[ids].astype(dtype)
-    num, width = computed(axes)[0], stored(axes)[1]
-    whole = PartitionSpec(
-        *(
-            tuple(name for name in names_of(part) if name not in names_of(width))
-            for part in computed(("batch", "length"))
-        )
-    )
-    table, ids = jax.sharding.reshard(table, PartitionSpec(num, width)), jax.sharding.reshard(ids, whole)
-    part = table.at[ids].get(out_sharding=PartitionSpec(*whole, width)).astype(dtype)
-    return constrain(part, "batch", "length", None)
-
-
 def like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x` in the layout of `other`."""
     return jax.sharding.reshard(x, jax.typeof(other).sharding.spec) if on_mesh() else x

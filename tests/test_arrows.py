@@ -22,7 +22,7 @@ prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepa
 prepare.debian_records prepare.package_records prepare.python_records tasks.baselines tasks.text_baselines remote
 faults compile_cache multihost.cluster multihost.roll_call multihost.connection multihost.watchdog multihost.peers job
 distributed manifest model.layers trainable model.lora collectives model.row_order model.context_attention
-model.splash plan.devices model.flash_attention model.attention model.dropout model.language_model
+model.splash plan.devices model.flash_attention model.attention model.dropout model.embedding model.language_model
 model.expert_parallel model.moe model.unstacked model.stack model.positions model.kv_cache model.attention_layer
 model.transformer model.encoder model.encoder_decoder model.recurrent model.build convert.safetensors
 convert.config_reader convert.rotary convert.config_fields convert.families convert.encoders convert.description

@@ -84,7 +84,7 @@ def test_what_is_given_is_never_overruled():
     config = config_of("gpt_125m.py", *(f"{path}={value}" for path, value in given.items()))
     found = estimate(config, devices.parse("v5e:2x4"))
     assert found.decided == {} and found.config.model == config.model and found.config.mesh == config.mesh
-    assert decide.told(found.config, found.decided, "tpu", True) == ""
+    assert decide.told(found.config, found.decided, "tpu", True, 1) == ""
     alone = decided("gpt_125m.py", "gpu:T4", "model.compute_dtype=float16", "optimizer.loss_scale=64")
     assert "optimizer.loss_scale" not in alone and "model.compute_dtype" not in alone
 

@@ -51,7 +51,7 @@ MISTAKES = [
         "nearest size that does is 16",
     ),
     ("main", [SMOKE, "--config.mesh.data=16"], "is 16 devices, here are 8"),
-    ("main", [SMOKE, "--config.mesh.stage=2"], "no stages of layers.*mesh.fsdp"),
+    ("main", [SMOKE, "--config.mesh.stage=2"], "there are no stages of layers"),
     ("main", [SMOKE, "--config.mesh.sp=2"], "say mesh.context"),
     ("main", [SMOKE, "--config.data.source=x"], "did you mean data.sources?"),
     ("main", [SMOKE, "--config.data.sources={tmp}/nowhere"], "no such folder"),

@@ -322,7 +322,7 @@ def test_a_gpu_program_is_read():
 def test_programs_of_a_step_are_added():
     found, more = read(GPU_TEXT), read(GPU_TEXT)
     found.add(more, 3)
-    assert found.collectives["collective-permute"] == [48, 48 * 20] and found.kernels.total() == 4
+    assert found.collectives["collective-permute"] == [48, 48 * 20] and found.kernels.total() == 8
 
 
 def test_a_misfit_is_read_from_what_the_compiler_says():

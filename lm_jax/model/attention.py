@@ -49,9 +49,8 @@ class Ability(NamedTuple):
     bfloat16: bool = False  # needs a device that multiplies in it, whatever the dtype: a GPU of compute capability 8.0
 
 
-SPLASH = Ability("tpu", ("float32", "bfloat16"), head_multiple=64, length_multiple=128, softcap=True, split=True)
 ABILITIES = {
-    "splash": SPLASH,
+    "splash": Ability("tpu", ("float32", "bfloat16"), 64, length_multiple=128, softcap=True, split=True),
     "cudnn": Ability("gpu", ("float16", "bfloat16"), 8, 128, length_multiple=2, bfloat16=True),
     "flash": Ability("gpu", ("float16", "bfloat16"), 64, 128, length_multiple=128, bfloat16=True),
     "chunked": Ability(softcap=True, split=True),
@@ -118,10 +117,9 @@ def choose(backend: str, call: Call) -> str:
 
 
 def preflight(config: Model, sequence_length: int, platform: str, parts: int = 1, bfloat16: bool = True) -> str:
-    """The backend that trains this model there. Raises UserError, before anything compiles, where the configured one cannot.
+    """The backend that trains this model there, with rows split over `parts` devices, which multiply in bfloat16 or not.
 
-    `parts`: over how many devices each row is split. `bfloat16`: whether devices of the platform multiply in it
-    (`devices.has_bfloat16`).
+    Raises UserError, before anything compiles, where the configured one cannot.
     """
     sizes = config.head_dim, sequence_length, sequence_length
     asked = config.positions == "relative", config.logit_softcap[0] > 0

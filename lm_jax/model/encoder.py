@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.model.dropout import Dropout
+from lm_jax.model.embedding import Embedding
 from lm_jax.model.language_model import ModelOutputs
-from lm_jax.model.layers import Dense, Embedding, constant, declare, model_norm
+from lm_jax.model.layers import Dense, constant, declare, model_norm
 from lm_jax.model.task_heads import PER_TOKEN
 from lm_jax.model.transformer import ACTIVATIONS, Transformer
 

@@ -13,9 +13,10 @@ from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.model.attention_layer import Attention
 from lm_jax.model.dropout import Dropout, apply_dropout
+from lm_jax.model.embedding import Embedding
 from lm_jax.model.kv_cache import Cache, empty_cache, visible_keys
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
-from lm_jax.model.layers import Embedding, Norm, model_norm
+from lm_jax.model.layers import Norm, model_norm
 from lm_jax.model.positions import RelativeBias, RopeAngles, add_positions, learned_positions, rope_angles
 from lm_jax.model.stack import run_layers, stacked
 from lm_jax.model.transformer import Mlp

@@ -13,7 +13,8 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.model.dropout import Dropout
-from lm_jax.model.layers import Dense, Embedding, capped, tokens_of
+from lm_jax.model.embedding import Embedding
+from lm_jax.model.layers import Dense, capped, tokens_of
 from lm_jax.model.task_heads import num_outputs
 from lm_jax.sharding import constrain, einsum, iota, reshape
 

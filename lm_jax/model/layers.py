@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lm_jax.config import Model
-from lm_jax.sharding import constrain, einsum, look_up, mesh_axes, platform, reshape, stored, ways
+from lm_jax.sharding import constrain, einsum, mesh_axes, platform, reshape, stored, ways
 
 Tree = TypeVar("Tree")  # of arrays
 
@@ -84,9 +84,8 @@ def repeated(create: Make, size: int, layout: PartitionSpec | None) -> Make:
 class Dense(nnx.Module):
     """Affine map [B, T, *inputs] -> [B, T, *outputs], with an adapter where `lora.py` adds one.
 
-    On a CPU the product is one of matrices, [B*T, I] x [I, O]: those of more dims take half as long again. Elsewhere the dims
-    stay as they are, for the compiler to lay out; a reshape would be a copy of the gathered kernel. So they do where rows are
-    split over devices, as two split dims cannot become one.
+    On a CPU the product is one of matrices, [B*T, I] x [I, O]: those of more dims take half as long again. Elsewhere, and where
+    rows are split over devices, the dims stay, for the compiler to lay out: a reshape would copy the gathered kernel.
     """
 
     lora_a: nnx.Param | None = None
@@ -120,7 +119,7 @@ class Dense(nnx.Module):
 def product(x: jax.Array, parameter: nnx.Param, flat: bool) -> jax.Array:
     """`x` [B, T, *inputs] times the parameter of one layer -> [B, T, *outputs]; flat: `x` [N, I] -> [N, O].
 
-    A sum over devices that have parts of the inputs is scattered over them by tokens where these divide, as a stream is.
+    A sum over devices that have parts of the inputs is scattered over them by tokens, as a stream is.
     """
     declared = parameter.get_metadata("declared")
     axes, num_inputs = declared.axes[len(declared.layers) :], len(declared.inputs)
@@ -196,17 +195,6 @@ class Norm(nnx.Module):
 def model_norm(config: Model) -> Norm:
     """A norm over the model dim, of the kind `config.norm`."""
     return Norm({"model": config.model_dim}, config.norm, config.norm_epsilon, config.bias)
-
-
-class Embedding(nnx.Module):
-    """A table with a vector for each id."""
-
-    def __init__(self, num: int, dim: int, axis: str, stddev: float):
-        self.table = declare((num, dim), (axis, "model"), normal(stddev), (0,), (1,))
-
-    def __call__(self, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """-> [B, T, D] in `dtype`. The gradient of the table is a sum over tokens, in float32."""
-        return look_up(self.table[...], ids_BT, self.table.get_metadata("declared").axes, dtype)
 
 
 def capped(logits: jax.Array, cap: float) -> jax.Array:

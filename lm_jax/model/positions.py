@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from lm_jax.config import Model
-from lm_jax.model.layers import Embedding, declare, normal
-from lm_jax.sharding import constrain, take
+from lm_jax.model.embedding import Embedding
+from lm_jax.model.layers import declare, normal
+from lm_jax.sharding import computed, constrain, on_mesh
 
 BUCKETS, FARTHEST = 32, 128  # of relative positions, and the distance from which on all share a bucket
 
@@ -182,4 +183,5 @@ class RelativeBias(nnx.Module):
         """-> float32 [B, H, T, S]."""
         bucket_BTS = bucket(key_positions_BS[:, None, :] - query_positions_BT[:, :, None], self.causal)
         table_NH = constrain(self.table[...], "buckets", "heads")
-        return take(table_NH, bucket_BTS, "batch", "length", None, "heads").transpose(0, 3, 1, 2)
+        layout = computed(("batch", "length", None, "heads")) if on_mesh() else None
+        return table_NH.at[bucket_BTS].get(out_sharding=layout).transpose(0, 3, 1, 2)

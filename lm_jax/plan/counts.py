@@ -151,11 +151,7 @@ def bytes_by_class(
         2.5 if model.kind == "encoder_decoder" else 1
     )  # attention to the source is half a layer
     squares *= 3 if model.kind == "encoder_decoder" else 1
-    width = costs.padded_vocab_size / tensor
-    copies = 1 if platform() == "tpu" else 3  # of a chunk's logits at the same time
-    in_chunks = is_chunked(tokens * width, model.compute_dtype)
-    table = width * model.model_dim * (4 + act)  # its gradient, and itself gathered
-    logits = 4 * copies * min(tokens, chunk_size(int(width))) * width + table if in_chunks else 4 * 3 * tokens * width
+    logits = _logits(model, costs, tokens, tensor)
     one_layer = tokens * act * again + squares
     return {
         "parameters": 4 * costs.parameters / shards,
@@ -165,6 +161,15 @@ def bytes_by_class(
         "logits": logits if model.remat == "none" else max(0.0, logits - one_layer),
         **({"experts": experts_in_use(model, tokens, sizes)} if model.num_experts else {}),
     }
+
+
+def _logits(model: Model, costs: Costs, tokens: int, tensor: int) -> float:
+    """Bytes of the loss on one device: logits of all tokens or of a chunk, then the output table and its gradient too."""
+    width, act = costs.padded_vocab_size / tensor, jnp.dtype(model.compute_dtype).itemsize
+    if not is_chunked(tokens * width, model.compute_dtype):
+        return 4 * 3 * tokens * width
+    copies = 1 if platform() == "tpu" else 3  # of a chunk's logits at the same time
+    return 4 * copies * min(tokens, chunk_size(int(width))) * width + width * model.model_dim * (4 + act)
 
 
 def _over_devices(config: Config, squares: float, tokens: int, sizes: dict[str, int]) -> float:
