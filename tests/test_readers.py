@@ -26,6 +26,8 @@ PLACES = {
     "mesh.fsdp": 64,
     "mesh.tensor": 256,
     "mesh.slices": 3,
+    "mesh.expert": 2,
+    "mesh.context": 4,
 }
 
 
