@@ -254,7 +254,9 @@ def test_a_plan_counts_kernels_in_use_and_tokens_on_links():
     kernels, model_dim = 3 * 8 * 4096 * 14336, 4096
     found = {}
     for expert in (1, 8):
-        config, _ = experiment.load_config("experiments/decoders.py:mixtral_8x7b", {"train.microbatch_rows": 128, "model.remat": "full"})
+        config, _ = experiment.load_config(
+            "experiments/decoders.py:mixtral_8x7b", {"train.microbatch_rows": 128, "model.remat": "full"}
+        )
         config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=-1, tensor=1, expert=expert))
         found[expert] = estimate.estimate(config, devices.parse("v5p:4x4x4"))
     assert found[1].memory["experts"] == kernels * 2 * 2

@@ -57,7 +57,11 @@ def test_chunks_equal_the_whole(mesh, z_loss, biased, softcap, eight, monkeypatc
         return 2 * objective, entropy
 
     with jax.set_mesh(mesh_of(mesh, eight)):
-        layouts = computed(("batch", "length", None)), stored(("vocab", "model")), stored(("vocab",)) if biased else None
+        layouts = (
+            computed(("batch", "length", None)),
+            stored(("vocab", "model")),
+            stored(("vocab",)) if biased else None,
+        )
         layouts += (computed(("batch", "length")),) * 2
         placed = [jax.device_put(x, layout) for x, layout in zip(given, layouts, strict=True)]
         (found, entropy), gradients = jax.jit(jax.value_and_grad(in_chunks, (0, 1, 2), has_aux=True))(*placed)
