@@ -27,6 +27,7 @@ STATE = ("parameters", "optimizer", "gradients")
 # Shares of a device's memory: that the state may have where it is not split, and that all may have with the least
 # recomputation. On CPUs devices share one memory, and of unrolled layers XLA keeps what was to be computed again.
 OF_STATE, OF_ALL = 0.5, 0.8
+ENOUGH = 8192  # tokens of a device in a microbatch (docs/notebook.md)
 
 
 class Site(NamedTuple):
@@ -122,7 +123,7 @@ def by_counts(
         most = "full" if given.model.remat == "auto" else config.model.remat
         rows = before if before and fits(config, counted, sizes, ramp, site, before, most) else rows
     if given.model.remat == "auto":
-        least = shards if rows == "auto" else int(rows)
+        least = enough_rows(config, ramp, sizes) if rows == "auto" else int(rows)
         values["model.remat"] = least_remat(config, counted, sizes, ramp, site, least)
     if rows == "auto":
         tried = replaced(config, values)
@@ -135,6 +136,18 @@ def by_counts(
 def least_remat(config: Config, counted: counts.Costs, sizes: dict[str, int], ramp: Ramp, site: Site, rows: int) -> str:
     """The least recomputation with which so many rows of a microbatch fit, or all of it."""
     return next((remat for remat in REMATS if fits(config, counted, sizes, ramp, site, rows, remat)), REMATS[-1])
+
+
+def enough_rows(config: Config, ramp: Ramp, sizes: dict[str, int]) -> int:
+    """The rows of a microbatch, over all devices, for which layers are rather recomputed: one a shard of the batch.
+
+    Where parameters are split, `ENOUGH` tokens a device: with fewer, they take longer to gather than to multiply.
+    """
+    shards = batch_shards(sizes)
+    if counts.parameter_shards(sizes) == sizes["tensor"]:
+        return shards
+    wanted = shards * math.ceil(ENOUGH * sizes["context"] / config.data.sequence_length)
+    return next((rows for rows in range(min(wanted, ramp.smallest), shards, -1) if ramp.smallest % rows == 0), shards)
 
 
 def fits(

@@ -295,7 +295,7 @@ def _smaller(
         remats: tuple[str, ...] = REMATS if everything else REMATS[REMATS.index(before) :]
         unnamed = asked.model.remat
         if unnamed == "auto" and not everything:
-            least = shards if rows == "auto" else int(rows)
+            least = decide.enough_rows(found.config, found.ramp, mesh) if rows == "auto" else int(rows)
             unnamed = decide.least_remat(found.config, found.costs, mesh, found.ramp, site, least)
             remats = (unnamed,)
         same = (asked.train.microbatch_rows,) if everything else ("auto", found.rows)

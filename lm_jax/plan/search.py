@@ -192,8 +192,13 @@ def lines(searched: Search, experiment: str) -> list[str]:
     ratio = now.order[1] / best.order[1] if both else now.counted_seconds / best.counted_seconds
     by = "the compiler" if both else "the counts"
     use = as_typed("-m", "lm_jax.main", "--config", experiment, *searched.flags)
+    advice = (
+        f"take the first, by {by} {ratio:.3g} times as fast as now"
+        if best.key != now.key
+        else "the first is what it is now"
+    )
     return [
         f"{head}; the best, seconds of a step with nothing hidden:",
         *("  " + "  ".join(row[i].ljust(widths[i]) for i in columns).rstrip() for row in table),
-        f"take the first, by {by} {ratio:.3g} times as fast as now: {use}",
+        f"{advice}: {use}",
     ]
