@@ -1,6 +1,7 @@
 """The settings of a model, and which kinds of model there are for which objectives and tasks."""
 
 import dataclasses
+from typing import Any
 
 from lm_jax.knob import knob
 
@@ -204,6 +205,5 @@ class Model:
 
 def plain(model: Model) -> Model:
     """A model's settings with no "auto" in what it computes: where one is left, its value in PLAIN."""
-    return dataclasses.replace(
-        model, **{name: value for name, value in PLAIN.items() if getattr(model, name) == "auto"}
-    )
+    decided: dict[str, Any] = {name: value for name, value in PLAIN.items() if getattr(model, name) == "auto"}
+    return dataclasses.replace(model, **decided)

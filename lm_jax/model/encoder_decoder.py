@@ -120,7 +120,7 @@ class EncoderDecoder(LanguageModel):
             return layers[0](x_BTD, context, bias_BHTS, rope, index, dropout, source, cache)
 
         remat = config.remat if caches is None else "none"
-        x_BTD, caches = run_layers([part("layers")], apply, x_BTD, caches, remat, config.unroll)
+        x_BTD, caches = run_layers([part("layers")], apply, x_BTD, caches, remat, config.unroll is True)
         x_BTD = part("norm")(x_BTD) if part("norm") else x_BTD
         return apply_dropout(dropout, x_BTD, config.dropout, f"{stack}_end"), caches
 

@@ -115,7 +115,7 @@ class Recurrent(LanguageModel):
         # A cell has nothing that is worth keeping: any `config.remat` recomputes it whole.
         remat = "full" if config.remat != "none" and caches is None else "none"
         states = self.empty_caches(config, len(tokens_BT), 0) if caches is None else caches
-        x_BTD, states = run_layers([self.layers], apply, x_BTD, states, remat, config.unroll)
+        x_BTD, states = run_layers([self.layers], apply, x_BTD, states, remat, config.unroll is True)
         return x_BTD.astype(jnp.dtype(config.compute_dtype)), None if caches is None else states
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -164,7 +164,7 @@ class Transformer(LanguageModel):
 
         blocks = [getattr(self, f"block_{i}") for i in range(self.period)]
         x_BTD = constrain(x_BTD, "batch", split, None)
-        x_BTD, aux = run_layers(blocks, period, x_BTD, caches, remat, config.unroll)
+        x_BTD, aux = run_layers(blocks, period, x_BTD, caches, remat, config.unroll is True)
         x_BTD = constrain(x_BTD, "batch", "length", None)
         return self.norm(x_BTD) if self.norm else x_BTD, aux
 

@@ -229,12 +229,12 @@ def counted_lines(name: str, found: estimate.Estimate, plan: dict[str, Any]) -> 
         lines.append(
             f"too large: {found.largest}, {gib(found.memory[found.largest])} GiB; what fits, by the same counts:"
         )
-        told = lambda change: f"{gib(change['needed'])} GiB, {brief(change['step_seconds'])} a step at best"
-        lines += [f"  {change['flags']}    ({told(change)})" for change in plan["changes"]]
+        in_words = lambda change: f"{gib(change['needed'])} GiB, {brief(change['step_seconds'])} a step at best"
+        lines += [f"  {change['flags']}    ({in_words(change)})" for change in plan["changes"]]
         if not plan["changes"]:
             lines[-1] = lines[-1].partition(";")[0] + "; no recomputation, microbatch or mesh here makes it fit"
             lines.append(
-                f"  least: {plan['least']['flags'] or 'as it is'}    ({told(plan['least'])}); take more devices"
+                f"  least: {plan['least']['flags'] or 'as it is'}    ({in_words(plan['least'])}); take more devices"
             )
     return lines
 
