@@ -68,6 +68,11 @@ def test_a_topology_is_so_many_devices(text, size, islands):
         ("2**v5e:2x2", "is no number of slices"),
         ("cpu:0", "expected cpu:1 to cpu:64"),
         ("", "no device ''"),
+        ("v5e-7", "no slice of v5e has so many chips; the nearest is v5e:2x4 (v5litepod-8)"),
+        ("v5p-7", "the nearest is v5p:2x2x1 (v5p-8)"),
+        ("h100-9", "a host has 1 to 8 GPUs"),
+        ("rtx3061", "did you mean RTX3060?"),
+        ("2*M1", "a Mac is one device; say --topology M1"),
     ],
 )
 def test_a_wrong_topology_is_answered_with_the_nearest(text, said):

@@ -94,7 +94,7 @@ class Dense(nnx.Module):
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], stddev: float, bias: bool):
         num_inputs, num_dims = len(inputs), len(inputs) + len(outputs)
-        self.num_inputs, self.num_dims = num_inputs, num_dims
+        self.num_inputs = num_inputs
         sizes = (*inputs.values(), *outputs.values())
         dims = tuple(range(num_inputs)), tuple(range(num_inputs, num_dims))
         self.kernel = declare(sizes, (*inputs, *outputs), normal(stddev), *dims)
@@ -102,7 +102,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """-> [B, T, *outputs] in the dtype of `x`."""
-        axes = self.kernel.get_metadata("declared").axes[-self.num_dims :]
+        declared = self.kernel.get_metadata("declared")
+        axes = declared.axes[len(declared.layers) :]
         outputs, flat = axes[self.num_inputs :], platform() == "cpu" and ways("length") == 1
         whole = *x.shape[:2], *self.kernel[...].shape[self.num_inputs :]
         if flat:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lm_jax import experiment
 from lm_jax.cli import as_typed
+from lm_jax.config import FIRST_LOSS_SCALE
 from lm_jax.data import tokenizer_files
 from lm_jax.errors import UserError
 from lm_jax.model import build
@@ -88,7 +89,9 @@ def settings(name: str, costs: counts.Costs, budget: Budget, topology: devices.T
     if not isinstance(config.optimizer.warmup, int) or config.optimizer.warmup > steps / 20:
         changed["optimizer.warmup"] = str(max(1, round(steps / 50)))
     if (dtype := fastest(topology)) != config.model.compute_dtype:
-        changed |= {"model.compute_dtype": dtype} | ({"optimizer.loss_scale": "1024"} if dtype == "float16" else {})
+        changed |= {"model.compute_dtype": dtype} | (
+            {"optimizer.loss_scale": str(FIRST_LOSS_SCALE)} if dtype == "float16" else {}
+        )
     return changed
 
 

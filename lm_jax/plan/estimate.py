@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lm_jax import decide
 from lm_jax.batch_ramp import Ramp, make_ramp, with_steps
-from lm_jax.config import Config
+from lm_jax.config import FIRST_LOSS_SCALE, Config
 from lm_jax.data import tokenizer_files
 from lm_jax.data.objectives import EXTRA
 from lm_jax.decide import REMATS
@@ -93,7 +93,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
         raise UserError(
             f"config.model.compute_dtype = {dtype}: products of a {topology.kind} are in {' or '.join(able)}\n"
             f"say --config.model.compute_dtype={able[0]}"
-            + " --config.optimizer.loss_scale=1024"
+            + f" --config.optimizer.loss_scale={FIRST_LOSS_SCALE}"
             * (able[0] == "float16")
         )
     has_end = parse_length(config.train.num_steps)[1] != "epochs"

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from lm_jax.cli import as_typed
 from lm_jax.config import Config
+from lm_jax.model_config import MOST_UNROLLED
 from lm_jax.plan.counts import bytes_by_class
 from lm_jax.plan.estimate import NEAR, Estimate, candidates, seconds
 from lm_jax.sharding import AXES
 
 MOST_COMPILED = 8  # settings, with those that turn out not to fit
-MOST_UNROLLED = 24  # layers: a program that repeats more of them takes minutes to compile
 SHOWN = 6  # lines of the table
 
 
