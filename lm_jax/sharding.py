@@ -62,6 +62,12 @@ def _layout_of(dims: Sequence[Names], mesh: jax.sharding.Mesh | None) -> Partiti
     return PartitionSpec(*parts)
 
 
+def attention_layouts() -> tuple[list[PartitionSpec], PartitionSpec]:
+    """Shardings of (queries, keys, values), and of arrays [B, T]."""
+    layouts = [computed(("batch", "length", heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
+    return layouts, computed(("batch", "length"))
+
+
 def on_mesh() -> bool:
     """Whether a mesh is set (`jax.set_mesh`); without one there are no layouts."""
     return not jax.sharding.get_abstract_mesh().empty

@@ -15,12 +15,12 @@ from lm_jax.mesh import make_mesh
 from lm_jax.model import attention, flash_attention
 from lm_jax.model.attention import Call, Context
 from lm_jax.model.splash import splash_attention
-from lm_jax.sharding import computed
+from lm_jax.sharding import attention_layouts
 
 
 def flash(q, k, v, keys, window, causal=True, interpret=False):
     rule = flash_attention.Rule(window, causal, interpret)
-    return flash_attention.on_each_gpu(q, k, v, keys.segment_ids, rule, *attention._layouts())
+    return flash_attention.on_each_gpu(q, k, v, keys.segment_ids, rule, *attention_layouts())
 
 
 # As they are called, but for what only the accelerator has: cuDNN's arguments go to XLA, the Pallas kernels are interpreted.
@@ -91,9 +91,8 @@ def test_no_document_sees_another(name):
 def test_a_kernel_runs_on_every_device_alone(name, eight):
     """Rows and heads split over 2 x 2 devices, one group of heads each."""
     with jax.set_mesh(make_mesh(Mesh(2, 1, 2), eight[:4])):
-        layouts = [computed(("batch", "length", heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
+        layouts, tokens = attention_layouts()
         placed = [jax.device_put(x, layout) for x, layout in zip(arrays(), layouts, strict=True)]
-        tokens = computed(("batch", "length"))
         context = Context(*(jax.device_put(x, tokens) for x in two_documents()))
         found = jax.jit(lambda q, k, v: HERE[name](q, k, v, context, context, 0))(*placed)
         assert jax.typeof(found).sharding.spec == layouts[0]

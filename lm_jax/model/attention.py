@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from lm_jax.config import Model
 from lm_jax.errors import UserError
@@ -18,7 +17,7 @@ from lm_jax.model.layers import capped
 from lm_jax.model.splash import splash_attention
 from lm_jax.model_config import plain
 from lm_jax.plan.devices import has_bfloat16
-from lm_jax.sharding import computed, device, einsum, on_each_device, reshape, ways
+from lm_jax.sharding import attention_layouts, device, einsum, on_each_device, reshape, ways
 
 CHUNK = 256  # queries in one chunk of the chunked backend
 
@@ -154,7 +153,7 @@ def attend(
     if backend == "flash":
         from lm_jax.model.flash_attention import Rule, on_each_gpu  # half a second, on a GPU only
 
-        return on_each_gpu(q_BTHK, k_BSGK, v_BSGK, keys.segment_ids, Rule(window, causal), *_layouts())
+        return on_each_gpu(q_BTHK, k_BSGK, v_BSGK, keys.segment_ids, Rule(window, causal), *attention_layouts())
     arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal
     if ways("length") > 1:
         part = functools.partial(_xla, window=window, causal=causal, softcap=softcap)
@@ -217,15 +216,9 @@ def _cudnn(
     fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
     mask = lambda queries, keys: attention_mask(queries, keys, window, causal)[:, None]
     on_a_device = lambda q, k, v, queries, keys: fused(q, k, v, mask=mask(queries, keys))
-    heads, tokens = _layouts()
+    heads, tokens = attention_layouts()
     inputs = (*heads, *2 * [Context._make((tokens, tokens))])
     return on_each_device(on_a_device, inputs, heads[0])(q_BTHK, k_BSGK, v_BSGK, queries, keys)
-
-
-def _layouts() -> tuple[list[PartitionSpec], PartitionSpec]:
-    """Shardings of (queries, keys, values), and of arrays [B, T]."""
-    layouts = [computed(("batch", "length", heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
-    return layouts, computed(("batch", "length"))
 
 
 def attention_mask(queries: Context, keys: Context, window: int, causal: bool = True) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm_jax.collectives import part_index
 from lm_jax.model.row_order import whole_rows
-from lm_jax.sharding import computed, on_each_device, ways
+from lm_jax.sharding import attention_layouts, on_each_device, ways
 
 Attend = Callable[..., jax.Array]  # (queries, keys, values, the Context of queries, of keys) -> [B, T, H, K]
 
@@ -28,8 +28,7 @@ class Chunks(NamedTuple):
 
 def attend_over_devices(attend: Attend, chunks: Chunks, q_BTHK, k_BTGK, v_BTGK, context) -> jax.Array:
     """[B, T, H, K] of all devices, laid out as the queries; `attend` computes the chunks in plain JAX."""
-    tokens = computed(("batch", "length"))
-    layouts = [computed(("batch", "length", heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
+    layouts, tokens = attention_layouts()
 
     def on_a_device(q_BTHK, k_BTGK, v_BTGK, queries):
         arrays = jax.tree.map(whole_rows, (k_BTGK, v_BTGK, queries))

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lm_jax.model.row_order import order_of_columns, whole_rows
-from lm_jax.sharding import computed, on_each_device, precision, ways
+from lm_jax.sharding import attention_layouts, computed, on_each_device, precision, ways
 
 
 def splash_attention(
@@ -61,11 +61,11 @@ def splash_attention(
             return out_BHTK.swapaxes(1, 2)
 
     arrays = q_BTHK, k_BTGK, v_BTGK, segment_ids_BT
-    layouts = [computed(("batch", "length", heads, None)) for heads in ("heads", "kv_heads", "kv_heads")]
-    layouts += [computed(("batch", "length"))]
+    heads, tokens = attention_layouts()
+    layouts = *heads, tokens
     if alike:
         whole = lambda q_BTHK, *more: attend(kernel_of(q_BTHK.shape[2]), q_BTHK, *more)
-        return on_each_device(whole, tuple(layouts), layouts[0])(*arrays)
+        return on_each_device(whole, layouts, layouts[0])(*arrays)
     kernel = kernel_of(num_heads // ways("heads"))  # its blocks are split as the queries are
     of_kernel = kernel.manual_sharding_spec(NamedSharding(jax.sharding.get_abstract_mesh(), computed((None, "length"))))
     return on_each_device(attend, (of_kernel, *layouts), layouts[0])(kernel, *arrays)
