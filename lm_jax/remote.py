@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from etils import epath
 from lm_jax import fault_points
 from lm_jax.errors import UserError
 from lm_jax.files import Hash, cache_folder
+from lm_jax.meanwhile import every
 from lm_jax.regular_files import files_below, is_url
 
 LISTINGS = 16  # folders of a bucket that are listed at once
@@ -113,7 +113,6 @@ class Lease:
 
         self.workdir, self.number = workdir, 0
         self._store = tensorstore.KvStore.open(f"{str(workdir).rstrip('/')}/lock/").result()
-        self._over = threading.Event()
 
     def _numbers(self) -> list[int]:
         folder = self.workdir / "lock"
@@ -150,17 +149,14 @@ class Lease:
             time.sleep(LEASE / 6)
 
     def renew(self) -> None:
-        """Renews the lease until `give_back`; ends the process where another run has taken the lock."""
-        while not self._over.wait(LEASE / 3):
-            if self._numbers()[-1:] != [self.number]:  # this run slept past its lease: it must not write any more
-                os.write(2, b"\nlm_jax: another run took the lock of the workdir: leaving\n")
-                os.kill(os.getpid(), signal.SIGKILL)
-            self._store.write(str(self.number), self._mine()).result()
+        """Renews the lease; ends the process where another run has taken the lock."""
+        if self._numbers()[-1:] != [self.number]:  # this run slept past its lease: it must not write any more
+            os.write(2, b"\nlm_jax: another run took the lock of the workdir: leaving\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._store.write(str(self.number), self._mine()).result()
 
-    def give_back(self, thread: threading.Thread) -> None:
+    def give_back(self) -> None:
         """Ends the lease."""
-        self._over.set()
-        thread.join()
         self._store.write(str(self.number), None).result()
 
 
@@ -180,9 +176,8 @@ def leased(workdir: epath.Path, log: Callable[[str], None]) -> Iterator[None]:
     """The lock of a workdir on a URL."""
     lease = Lease(workdir)
     lease.take(log)
-    thread = threading.Thread(target=lease.renew, daemon=True)
-    thread.start()
     try:
-        yield
+        with every(LEASE / 3, lease.renew):
+            yield
     finally:
-        lease.give_back(thread)
+        lease.give_back()

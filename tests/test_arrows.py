@@ -11,29 +11,30 @@ from helpers import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-stop errors knob model_config config reach config_check fault_points regular_files files batch_ramp spikes sharding
-mesh data.lines data.source_kinds data.sources data.tokenizer data.hugging_face_tokenizer data.tokenizer_files
-data.special_ids convert.word_vectors data.corpus_verification data.shards data.shard_writer data.packing
-data.best_fit data.mixed_rows data.objectives data.tokenizer_training data.corpus data.mixture generate.jinja_process
-generate.chat_template model.task_heads tasks.scores tasks.tables tasks.results tasks.segments tasks.task tasks.words
-tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts generate.render_template
-generate.chat_words generate.chat_tokens tasks.instruction tasks.preference tasks.records data.worker data.loader
-prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors prepare.run
-prepare.debian_records prepare.package_records prepare.python_records tasks.baselines tasks.text_baselines remote
-faults compile_cache multihost.cluster multihost.roll_call multihost.connection multihost.watchdog multihost.peers job
-distributed manifest model.layers trainable model.lora collectives model.row_order model.context_attention
-model.splash plan.devices model.flash_attention model.attention model.dropout model.embedding model.language_model
-model.expert_parallel model.moe model.unstacked model.stack model.positions model.kv_cache model.attention_layer
-model.transformer model.encoder model.encoder_decoder model.recurrent model.build convert.safetensors
-convert.config_reader convert.rotary convert.config_fields convert.families convert.encoders convert.description
-convert.tensor_map convert.hugging_face convert.tokenizer_json convert.text_files convert.gguf chunked_cross_entropy
-loss plan.counts loss_scale parameter_average optimizer train_state train_step metrics_file metrics goodput decide
-run_plan terminal step_folders checkpoint run_folder load_model convert.run cli experiment generate.sampling
-generate.decoding convert.proof convert.export generate.beam_search generate.request_batches tasks.generate_answers
-tasks.dpo_reference generate.likelihood generate.command evaluator open_data evaluate run step_checks step_log samples
-closing rewind initial_state workdir_lock start train main verify generate.lm_eval generate.__main__ trust.card
-plan.inspection plan.estimate plan.program_text plan.compile plan.budget plan.compare plan.page plan.search
-plan.command plan.__main__ trust.comparison trust.introspection trust.killed_runs
+stop errors meanwhile knob model_config config reach config_check fault_points regular_files files batch_ramp spikes
+sharding mesh data.lines data.source_kinds data.sources data.tokenizer data.hugging_face_tokenizer
+data.tokenizer_files data.special_ids convert.word_vectors data.corpus_verification data.shards data.shard_writer
+data.packing data.best_fit data.mixed_rows data.objectives data.tokenizer_training data.corpus data.mixture
+generate.jinja_process generate.chat_template model.task_heads tasks.scores tasks.tables tasks.results tasks.segments
+tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts
+generate.render_template generate.chat_words generate.chat_tokens tasks.instruction tasks.preference tasks.records
+data.worker data.loader prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors
+prepare.run prepare.debian_records prepare.package_records prepare.python_records tasks.baselines
+tasks.text_baselines remote faults compile_cache multihost.cluster multihost.roll_call multihost.connection
+multihost.watchdog multihost.peers job distributed manifest model.layers trainable model.lora collectives
+model.row_order model.context_attention model.splash plan.devices model.flash_attention model.attention model.dropout
+model.embedding model.language_model model.expert_parallel model.moe model.unstacked model.stack model.positions
+model.kv_cache model.attention_layer model.transformer model.encoder model.encoder_decoder model.recurrent
+model.build convert.safetensors convert.config_reader convert.rotary convert.config_fields convert.families
+convert.encoders convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json
+convert.text_files convert.gguf chunked_cross_entropy loss plan.counts loss_scale parameter_average optimizer
+train_state train_step metrics_file metrics goodput decide run_plan terminal step_folders checkpoint run_folder
+load_model convert.run cli experiment generate.sampling generate.decoding convert.proof convert.export
+generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood
+generate.command evaluator open_data evaluate run step_checks step_log samples closing rewind initial_state
+workdir_lock start train main verify generate.lm_eval generate.__main__ trust.card plan.inspection plan.estimate
+plan.program_text plan.compile plan.budget plan.compare plan.page plan.search plan.command plan.__main__
+trust.comparison trust.introspection trust.killed_runs
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}

@@ -27,8 +27,8 @@ def flash(q, k, v, keys, window, causal=True, interpret=False):
 HERE = {
     "chunked": attention._chunked,
     "cudnn": functools.partial(attention._cudnn, implementation="xla"),
-    "splash": lambda q, k, v, queries, keys, *more: splash_attention(q, k, v, keys.segment_ids, *more, interpret=True),
-    "flash": lambda q, k, v, queries, keys, *more: flash(q, k, v, keys, *more, interpret=True),
+    "splash": lambda given: splash_attention(*given[:3], given.keys.segment_ids, *given[5:], interpret=True),
+    "flash": lambda given: flash(*given[:3], given.keys, *given[5:7], interpret=True),
 }
 LENGTH, FIRST = 384, 150  # tokens in a row, and in its first document; 20 tokens of padding at its end
 
@@ -45,10 +45,13 @@ def two_documents() -> Context:
     return Context(rows(positions), rows(np.repeat([1, 2, 0], lengths)))
 
 
-def run(backend, q, k, v, window: int, causal: bool = True, *softcap: float):
+def inputs(q, k, v, window: int = 0, causal: bool = True, softcap: float = 0.0) -> attention.Inputs:
+    return attention.Inputs(q, k, v, two_documents(), two_documents(), window, causal, softcap)
+
+
+def run(backend, q, k, v, *rule):
     """Value, and gradients of queries, keys and values."""
-    context = two_documents()
-    weigh = lambda q, k, v: (backend(q, k, v, context, context, window, causal, *softcap) * jnp.cos(q)).sum()
+    weigh = lambda q, k, v: (backend(inputs(q, k, v, *rule)) * jnp.cos(q)).sum()
     return jax.jit(jax.value_and_grad(weigh, (0, 1, 2)))(q, k, v)
 
 
@@ -79,10 +82,9 @@ def test_a_soft_cap_is_the_same_everywhere(name, monkeypatch):
 def test_no_document_sees_another(name):
     """Other keys and values in the first document change no bit of the second's output."""
     q, k, v = arrays()
-    backend = jax.jit(HERE.get(name, attention._xla), static_argnums=5)
-    context = two_documents()
-    out = backend(q, k, v, context, context, 0)
-    other = backend(q, k.at[:, :FIRST].add(1.0), v.at[:, :FIRST].multiply(-3.0), context, context, 0)
+    backend = jax.jit(lambda *arrays: HERE.get(name, attention._xla)(inputs(*arrays)))
+    out = backend(q, k, v)
+    other = backend(q, k.at[:, :FIRST].add(1.0), v.at[:, :FIRST].multiply(-3.0))
     np.testing.assert_array_equal(out[:, FIRST:], other[:, FIRST:])
     assert not np.array_equal(out[:, :FIRST], other[:, :FIRST])
 
@@ -94,9 +96,10 @@ def test_a_kernel_runs_on_every_device_alone(name, eight):
         layouts, tokens = attention_layouts()
         placed = [jax.device_put(x, layout) for x, layout in zip(arrays(), layouts, strict=True)]
         context = Context(*(jax.device_put(x, tokens) for x in two_documents()))
-        found = jax.jit(lambda q, k, v: HERE[name](q, k, v, context, context, 0))(*placed)
+        placed_inputs = lambda q, k, v: attention.Inputs(q, k, v, context, context, 0, True, 0.0)
+        found = jax.jit(lambda *arrays: HERE[name](placed_inputs(*arrays)))(*placed)
         assert jax.typeof(found).sharding.spec == layouts[0]
-    alone = HERE[name](*arrays(), two_documents(), two_documents(), 0)
+    alone = HERE[name](inputs(*arrays()))
     np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
@@ -170,10 +173,9 @@ def test_flash_attention_has_no_square_and_keeps_its_sums():
     """In neither pass an array with the length in two dims, also inside the kernels. Where layers are computed again, result
     and sums are kept by their name: the backward pass makes none of the two again."""
     policy = jax.checkpoint_policies.save_only_these_names("attended")
-    again = jax.checkpoint(HERE["flash"], policy=policy, static_argnums=5)
-    context = two_documents()
-    weigh = lambda backend: lambda q, k, v: backend(q, k, v, context, context, 0).sum()
-    flash, square = (str(jax.make_jaxpr(jax.grad(weigh(one), (0, 1, 2)))(*arrays())) for one in (again, attention._xla))
+    call = lambda backend: lambda *arrays: backend(inputs(*arrays)).sum()
+    again, square = jax.checkpoint(call(HERE["flash"]), policy=policy), call(attention._xla)
+    flash, square = (str(jax.make_jaxpr(jax.grad(one, (0, 1, 2)))(*arrays())) for one in (again, square))
     assert flash.count("name=attended") == 2
     squares = re.compile(rf"\[(\d+,)*{LENGTH},{LENGTH}\b")
     assert squares.search(square) and not squares.search(flash)
@@ -204,9 +206,7 @@ def test_flash_attention_in_bfloat16():
 
 
 @pytest.mark.device
-@pytest.mark.parametrize(
-    "backend", [attention._cudnn, lambda q, k, v, queries, keys, *more: flash(q, k, v, keys, *more)]
-)
+@pytest.mark.parametrize("backend", [attention._cudnn, lambda given: flash(*given[:3], given.keys, *given[5:7])])
 def test_a_kernel_on_a_gpu(backend):
     q, k, v = (x.astype(jnp.bfloat16) for x in arrays())
     for window in (0, 40):

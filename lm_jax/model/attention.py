@@ -125,6 +125,19 @@ def preflight(config: Model, sequence_length: int, platform: str, parts: int = 1
     return choose(config.attention, Call(platform, plain(config).compute_dtype, *sizes, *asked, parts, bfloat16))
 
 
+class Inputs(NamedTuple):
+    """What a backend computes with: arrays, and which keys are visible (`attend`)."""
+
+    q_BTHK: jax.Array
+    k_BSGK: jax.Array
+    v_BSGK: jax.Array
+    queries: Context
+    keys: Context
+    window: int
+    causal: bool
+    softcap: float
+
+
 def attend(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
@@ -154,71 +167,47 @@ def attend(
         from lm_jax.model.flash_attention import Rule, on_each_gpu  # half a second, on a GPU only
 
         return on_each_gpu(q_BTHK, k_BSGK, v_BSGK, keys.segment_ids, Rule(window, causal), *attention_layouts())
-    arguments = q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal
+    inputs = Inputs(q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal, softcap)
     if ways("length") > 1:
-        part = functools.partial(_xla, window=window, causal=causal, softcap=softcap)
+        part = lambda q, k, v, own, others: _xla(Inputs(q, k, v, own, others, window, causal, softcap))
         chunks = Chunks(CHUNK if backend == "chunked" else 0, window, causal)
         out_BTHK = attend_over_devices(part, chunks, q_BTHK, k_BSGK, v_BSGK, queries)
     elif backend == "cudnn":
-        out_BTHK = _cudnn(*arguments)
+        out_BTHK = _cudnn(inputs)
     elif backend == "chunked":
-        out_BTHK = _chunked(*arguments, softcap)
+        out_BTHK = _chunked(inputs)
     else:
-        out_BTHK = _xla(*arguments, softcap, bias_BHTS)
+        out_BTHK = _xla(inputs, bias_BHTS)
     named_BTHK: jax.Array = checkpoint_name(out_BTHK, "attended")
     return named_BTHK
 
 
-def _chunked(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    queries: Context,
-    keys: Context,
-    window: int,
-    causal: bool = True,
-    softcap: float = 0.0,
-) -> jax.Array:
+def _chunked(inputs: Inputs) -> jax.Array:
     """`CHUNK` queries at a time with the keys they may see; the backward pass computes the logits of a chunk again."""
+    q_BTHK, k_BSGK, v_BSGK, queries, keys = inputs[:5]
     num_queries, num_keys = q_BTHK.shape[1], k_BSGK.shape[1]
     if num_queries <= CHUNK:
-        return _xla(q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal, softcap)
+        return _xla(inputs)
+    attend_chunk = jax.checkpoint(lambda q, k, v, own, others: _xla(Inputs(q, k, v, own, others, *inputs[5:])))
     out = []
     for start in range(0, num_queries, CHUNK):
-        stop = min(start + CHUNK, num_queries)
-        first = max(0, start - window + 1) // CHUNK * CHUNK if window else 0
-        last = stop if causal else num_keys
-        part = lambda context, a, b: Context(*(x[:, a:b] for x in context))
-        attend_chunk = jax.checkpoint(functools.partial(_xla, window=window, causal=causal, softcap=softcap))
-        out.append(
-            attend_chunk(
-                q_BTHK[:, start:stop],
-                k_BSGK[:, first:last],
-                v_BSGK[:, first:last],
-                part(queries, start, stop),
-                part(keys, first, last),
-            )
-        )
+        own = slice(start, min(start + CHUNK, num_queries))
+        first = max(0, start - inputs.window + 1) // CHUNK * CHUNK if inputs.window else 0
+        visible = slice(first, own.stop if inputs.causal else num_keys)
+        contexts = (Context(*(x[:, part] for x in context)) for context, part in ((queries, own), (keys, visible)))
+        out.append(attend_chunk(q_BTHK[:, own], k_BSGK[:, visible], v_BSGK[:, visible], *contexts))
     return jnp.concatenate(out, axis=1)
 
 
-def _cudnn(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    queries: Context,
-    keys: Context,
-    window: int,
-    causal: bool = True,
-    implementation: Literal["xla", "cudnn"] = "cudnn",
-) -> jax.Array:
+def _cudnn(inputs: Inputs, implementation: Literal["xla", "cudnn"] = "cudnn") -> jax.Array:
     """Flash attention of cuDNN. JAX's function has no segment ids: the mask says them, two bytes for each query and key."""
+    *arrays, window, causal, _ = inputs
     fused = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
     mask = lambda queries, keys: attention_mask(queries, keys, window, causal)[:, None]
     on_a_device = lambda q, k, v, queries, keys: fused(q, k, v, mask=mask(queries, keys))
     heads, tokens = attention_layouts()
-    inputs = (*heads, *2 * [Context._make((tokens, tokens))])
-    return on_each_device(on_a_device, inputs, heads[0])(q_BTHK, k_BSGK, v_BSGK, queries, keys)
+    layouts = (*heads, *2 * [Context._make((tokens, tokens))])
+    return on_each_device(on_a_device, layouts, heads[0])(*arrays)
 
 
 def attention_mask(queries: Context, keys: Context, window: int, causal: bool = True) -> jax.Array:
@@ -231,18 +220,9 @@ def attention_mask(queries: Context, keys: Context, window: int, causal: bool = 
     return mask_BTS & (distance_BTS < window) if window else mask_BTS
 
 
-def _xla(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    queries: Context,
-    keys: Context,
-    window: int,
-    causal: bool = True,
-    softcap: float = 0.0,
-    bias_BHTS: jax.Array | None = None,
-) -> jax.Array:
+def _xla(inputs: Inputs, bias_BHTS: jax.Array | None = None) -> jax.Array:
     """All logits at once, in plain JAX: for any platform, with caches and biases."""
+    q_BTHK, k_BSGK, v_BSGK, queries, keys, window, causal, softcap = inputs
     batch, num_queries, num_heads, head_dim = q_BTHK.shape
     num_groups = k_BSGK.shape[2]
     shape = (batch, num_queries, num_groups, num_heads // num_groups, head_dim)

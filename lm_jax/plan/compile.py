@@ -1,21 +1,18 @@
 """A step compiled for devices that are not here: by libtpu for TPUs, by the CUDA plugin for GPUs, both on any machine."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
 import pathlib
 import re
-import sys
-import threading
 import time
-from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
 
 from lm_jax.chunked_cross_entropy import num_chunks
 from lm_jax.errors import UserError, needs
+from lm_jax.meanwhile import elapsed
 from lm_jax.mesh import batch_shards
 from lm_jax.plan.devices import Topology, closed_sides
 from lm_jax.plan.estimate import Estimate, peak, ring, vocab_size
@@ -103,7 +100,7 @@ def compiled(found: Estimate) -> Compiled:
     jax.config.update("jax_enable_compilation_cache", False)  # written for absent devices, but never read
     start, k = time.monotonic(), found.num_microbatches
     try:
-        with jax.set_mesh(plan.mesh), progress(f"compiling for {found.topology.text}"):
+        with jax.set_mesh(plan.mesh), elapsed(f"compiling for {found.topology.text}"):
             step = compile_step(plan.program, plan.mesh, one_microbatch=k == 1)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -181,23 +178,3 @@ def step_seconds(found: Estimate, reading: Reading) -> dict[str, float]:
         pairs = max(0.0, found.costs.flops_per_token - 6 * found.costs.matrix_parameters)
         times["kernels"] = found.tokens * pairs / (found.topology.size * peak(found))
     return times
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Says on stderr, while something runs, for how long: each second on a terminal, elsewhere every ten."""
-    done, start, live = threading.Event(), time.monotonic(), sys.stderr.isatty()
-
-    def tell() -> None:
-        while not done.wait(1 if live else 10):
-            text = f"{what}: {time.monotonic() - start:.0f} s"
-            print(f"\r{text}\x1b[K" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        print("\r\x1b[K" * live, end="", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from lm_jax import stop
 from lm_jax.errors import UserError
+from lm_jax.meanwhile import every
 from lm_jax.prepare import clean
 from lm_jax.prepare.steps import task_file, working
 
@@ -208,27 +209,17 @@ def _made_quiet() -> Quiet:
     return Quiet()
 
 
-@contextlib.contextmanager
-def watched(stage: Stage, folder: str, num_bytes: int, log: Log):
+def watched(stage: Stage, folder: str, num_bytes: int, log: Log) -> contextlib.AbstractContextManager[None]:
     """Says every few seconds how far the stage is and when it will be done."""
-    ended, began = threading.Event(), time.monotonic()
-    marks = os.path.join(folder, "completions")
-    share = lambda: done_share(stage, folder, num_bytes)
-    first = share()
+    marks, began = os.path.join(folder, "completions"), time.monotonic()
+    first = done_share(stage, folder, num_bytes)
 
-    def watch() -> None:
-        while not ended.wait(5):
-            now, passed = share(), time.monotonic() - began
-            rest = f", {passed * (1 - now) / (now - first):.0f} s left" if now > first else ""
-            log(f"{stage.name}: {100 * now:.0f}% ({len(os.listdir(marks))} of {stage.tasks} tasks){rest}")
+    def tell() -> None:
+        now, passed = done_share(stage, folder, num_bytes), time.monotonic() - began
+        rest = f", {passed * (1 - now) / (now - first):.0f} s left" if now > first else ""
+        log(f"{stage.name}: {100 * now:.0f}% ({len(os.listdir(marks))} of {stage.tasks} tasks){rest}")
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return every(5, tell)
 
 
 def done_share(stage: Stage, folder: str, num_bytes: int) -> float:
