@@ -4,16 +4,19 @@ Which dims of a parameter are inputs and outputs is read from its declaration, n
 decay and vectors do not, and Muon and Adafactor get the matrix of one layer, however parameters are stacked or sharded.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lm_jax.config import Optimizer
 from lm_jax.model.layers import Declaration
 from lm_jax.sharding import automatic, stored_reshape
 
+NEWTON_SCHULZ = 5  # iterations of Muon
 MUON_RMS = 0.2  # of Muon's update, that of AdamW's: one learning rate and decay for both (arXiv:2502.16982)
 NAMES_OF_MOMENTS = {"mu", "nu", "trace"}  # in Optax's states
 Updated = tuple[optax.Updates, optax.OptState]  # what the update of a rule returns
@@ -77,19 +80,39 @@ def adafactor() -> optax.GradientTransformation:
 
 
 def muon(beta: float) -> optax.GradientTransformation:
-    """Muon of one matrix (github.com/KellerJordan/Muon): orthogonalised momentum, scaled to the RMS of AdamW's updates."""
-    rule = optax.contrib.scale_by_muon(beta=beta)
+    """Muon of one matrix (github.com/KellerJordan/Muon): orthogonalised momentum, scaled to the RMS of AdamW's updates.
 
-    def in_float32(changes: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
-        with jax.default_matmul_precision("highest"):
-            updated: Updated = rule.update(changes, state, parameters)
-            return updated
+    The momentum is Nesterov's of an average, both without the bias of its start (as Optax has it, whose state this is).
+    """
 
-    def as_large_as_adamw(changes: jax.Array, parameters: jax.Array | None) -> jax.Array:
-        return MUON_RMS * math.sqrt(max(changes.shape)) * changes
+    def update(gradient: jax.Array, state: optax.contrib.MuonState, parameter: jax.Array | None = None) -> Updated:
+        count = state.count + 1
+        momentum = (1 - beta) * gradient + beta * state.mu
+        ahead = beta * momentum / (1 - beta ** (count + 1)) + (1 - beta) * gradient / (1 - beta**count)
+        scale = MUON_RMS * math.sqrt(max(gradient.shape))
+        changes = scale * orthogonalised(ahead, state.ns_coeffs)
+        return changes, state._replace(count=count, mu=momentum)
 
-    momentum = optax.GradientTransformation(rule.init, in_float32)
-    return optax.chain(momentum, optax.stateless(as_large_as_adamw))
+    rule = optax.GradientTransformation(optax.contrib.scale_by_muon(beta=beta).init, update)
+    return optax.chain(rule)  # the first of a chain in every checkpoint
+
+
+@jax.custom_batching.sequential_vmap
+def orthogonalised(x: jax.Array, coefficients: jax.Array) -> jax.Array:
+    """A matrix with its singular values near 1, by Newton and Schulz's iteration of fifth order, float32.
+
+    Of stacked layers one after another: what the iterations keep is there once.
+    """
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    wide = x.T if x.shape[0] > x.shape[1] else x
+    first, second, third = coefficients
+
+    def iteration(_: int, x: jax.Array) -> jax.Array:
+        gram = product(x, x.T)
+        return first * x + product(second * gram + product(third * gram, gram), x)
+
+    result = jax.lax.fori_loop(0, NEWTON_SCHULZ, iteration, wide / (jnp.linalg.norm(wide) + 1e-8))
+    return result if wide is x else result.T
 
 
 def with_moments_in(dtype: str, rule: optax.GradientTransformation) -> optax.GradientTransformation:

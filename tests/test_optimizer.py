@@ -146,6 +146,15 @@ def test_moments_in_bfloat16_are_rounded_between_updates_and_nowhere_else(name):
             assert not is_moment or (x != found).any()
 
 
+def test_muon_needs_the_memory_of_one_layer_at_a_time():
+    """Beside what it reads and writes: the momentum of all layers, which is orthogonalised, and what one layer needs for it."""
+    axes, layer = ("layers", "model", "mlp"), 4 * 64 * 256
+    declared = Declaration((16, 64, 256), axes, constant(0.0), inputs=(1,), outputs=(2,), layers=(0,))
+    rule, x = update_rule(wide("muon")[0].optimizer, declared), jax.ShapeDtypeStruct(declared.shape, jnp.float32)
+    compiled = jax.jit(rule.update, donate_argnums=1).lower(x, jax.eval_shape(rule.init, x), x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < (16 + 3) * layer
+
+
 def test_muon_leaves_tables_norms_and_biases_to_adamw():
     config, graph = wide("muon", optimizer__clip_norm=0.0)
     adamw, declared = wide("adamw", optimizer__clip_norm=0.0)[0], graph.tree(lambda one: one)
