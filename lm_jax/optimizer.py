@@ -1,5 +1,7 @@
 """The optimizer: learning-rate schedules, and what is done around an update rule: clipping, weight decay, the guard."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,7 +12,8 @@ from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import LARGEST_LOSS_SCALE, Optimizer
 from lm_jax.loss_scale import dynamic_loss_scale, skip_nonfinite
 from lm_jax.parameter_average import average_of_parameters
-from lm_jax.update_rules import Updated, is_matrix, update_rule
+from lm_jax.sharding import like, spread
+from lm_jax.update_rules import ELEMENTWISE, Updated, is_matrix, update_rule
 
 STABLE_SHARE = 0.8  # of the whole length, before warmup_stable_decay decays (arXiv:2405.18392: the last fifth)
 
@@ -58,9 +61,24 @@ def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.Gradien
     return optax.GradientTransformation(rule.init, update)
 
 
+def over_data(rule: optax.GradientTransformation, elementwise: bool) -> optax.GradientTransformation:
+    """`rule`, with its state and its work split over `data` (arXiv:1910.02054, ZeRO-1) where it treats each number alone.
+
+    Gradients may be split over `data` or not; updates are laid out as the parameters.
+    """
+    place: Callable = spread if elementwise else lambda x: x
+
+    def update(gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
+        placed = jax.tree.map(place, parameters)
+        changes, state = rule.update(jax.tree.map(like, gradients, placed), state, placed)
+        return jax.tree.map(like, changes, parameters), state
+
+    return optax.GradientTransformation(lambda parameters: rule.init(jax.tree.map(place, parameters)), update)
+
+
 def make_optimizer(
     config: Optimizer, declared: dict, factors: dict | None = None, clocks: Clocks = UPDATES
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; takes mean gradients.
 
     `declared` is a tree of declarations like the trained parameters, `factors` is {path: share of the learning rate}
@@ -73,6 +91,6 @@ def make_optimizer(
     rate = optax.scale_by_learning_rate(schedule(config, clocks))
     rate = at_rates(rate, factors) if factors and config.layer_decay < 1 else rate
     whole = optax.chain(*parts, rate, *average)
-    return (
-        dynamic_loss_scale(whole, config.loss_scale, LARGEST_LOSS_SCALE) if config.loss_scale else skip_nonfinite(whole)
-    )
+    largest = LARGEST_LOSS_SCALE
+    guarded = dynamic_loss_scale(whole, config.loss_scale, largest) if config.loss_scale else skip_nonfinite(whole)
+    return over_data(guarded, config.name in ELEMENTWISE)

@@ -18,6 +18,7 @@ from lm_jax.sharding import automatic, stored_reshape
 
 NEWTON_SCHULZ = 5  # iterations of Muon
 MUON_RMS = 0.2  # of Muon's update, that of AdamW's: one learning rate and decay for both (arXiv:2502.16982)
+ELEMENTWISE = ("adamw", "adam", "lion", "sgd")  # rules that treat each number of a parameter alone
 NAMES_OF_MOMENTS = {"mu", "nu", "trace"}  # in Optax's states
 Updated = tuple[optax.Updates, optax.OptState]  # what the update of a rule returns
 

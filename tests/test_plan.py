@@ -150,7 +150,7 @@ def test_what_crosses_hosts_goes_over_the_network():
         (
             "gpt3.py:175b",
             "v5p:4x4x4",
-            ["--config.data.batch_ramp=(0,0)", "--config.mesh.data=2", "--config.mesh.fsdp=32"],
+            ["--config.data.batch_ramp=(0,0)", "--config.mesh.data=4", "--config.mesh.fsdp=16"],
         ),
         (
             "gpt3.py:13b",

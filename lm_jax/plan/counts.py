@@ -21,6 +21,7 @@ from lm_jax.model_config import plain
 from lm_jax.plan.devices import DEVICES, device_name
 from lm_jax.sharding import platform
 from lm_jax.trainable import depth, trained_paths
+from lm_jax.update_rules import ELEMENTWISE
 
 # Copies of the parameters that an update rule keeps, at most: Muon's tables have two, Adafactor keeps rows and columns.
 MOMENTS = {"adamw": 2, "adam": 2, "muon": 2, "lion": 1, "sgd": 1, "adafactor": 0}
@@ -155,7 +156,7 @@ def bytes_by_class(
     one_layer = tokens * act * again + squares
     return {
         "parameters": 4 * costs.parameters / shards,
-        "optimizer": moments * costs.trained / shards,
+        "optimizer": moments * costs.trained / shards / (sizes["data"] if rule.name in ELEMENTWISE else 1),
         "gradients": 4 * costs.trained / shards * (2 if accumulates else 1),
         "activations": tokens * act * num_layers * kept[model.remat] + one_layer,
         "logits": logits if model.remat == "none" else max(0.0, logits - one_layer),
