@@ -107,6 +107,12 @@ class Optimizer:
         fixed=False,
         reach={"optimizer.name": ("adamw", "adam", "muon")},
     )
+    moment_dtype: str = knob(
+        "float32",
+        "what moments and momentum are stored in between steps; bfloat16 halves them, with betas up to 0.99",
+        choices=("float32", "bfloat16"),
+        reach={"optimizer.name": ("adamw", "adam", "lion", "muon", "sgd")},
+    )
     weight_decay: float = knob(
         0.1,
         "decoupled; only of matrices and tables",

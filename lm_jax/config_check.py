@@ -213,6 +213,9 @@ def _two_rests(config: Config) -> Words:
 
 
 LONGEST_CORRUPTED = round(3.0 * (NUM_SENTINELS - 1) / 0.15)  # tokens of a row: spans of three tokens, 15% of all
+LARGEST_BETA = (
+    0.99  # of a moment in bfloat16: from 1 - 2^-8 on, what it loses in a step is rounded away, and it never falls
+)
 
 CLASHES = (
     Clash(
@@ -317,6 +320,11 @@ CLASHES = (
         lambda c: c.model.compute_dtype == "float16" and not c.optimizer.loss_scale,
         "config.model.compute_dtype = float16 without a loss scale: most gradients are too small for float16",
         f"\nadd --config.optimizer.loss_scale={FIRST_LOSS_SCALE}, or compute in bfloat16",
+    ),
+    Clash(
+        lambda c: c.optimizer.moment_dtype == "bfloat16" and max(c.optimizer.beta1, c.optimizer.beta2) > LARGEST_BETA,
+        "config.optimizer.moment_dtype = bfloat16: beta1 = {optimizer.beta1} or beta2 = {optimizer.beta2} is too near 1",
+        f" for it\ntake at most {LARGEST_BETA}, or --config.optimizer.moment_dtype=float32",
     ),
     Clash(
         lambda c: c.data.validation_fraction + c.data.test_fraction >= 0.9,

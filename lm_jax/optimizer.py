@@ -1,10 +1,5 @@
-"""The optimizer: learning-rate schedules, update rules of Optax, weight decay.
+"""The optimizer: learning-rate schedules, and what is done around an update rule: clipping, weight decay, the guard."""
 
-Which dims of a parameter are inputs and outputs is read from its declaration, never guessed from its shape. So matrices
-decay and vectors do not, and Muon and Adafactor get the matrix of one layer, however parameters are stacked or sharded.
-"""
-
-import math
 from collections.abc import Callable
 
 import jax
@@ -16,13 +11,11 @@ from jax.typing import ArrayLike
 from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import LARGEST_LOSS_SCALE, Optimizer
 from lm_jax.loss_scale import dynamic_loss_scale, skip_nonfinite
-from lm_jax.model.layers import Declaration
 from lm_jax.parameter_average import average_of_parameters
-from lm_jax.sharding import automatic, stored_reshape
+from lm_jax.sharding import like, spread
+from lm_jax.update_rules import ELEMENTWISE, Updated, is_matrix, update_rule
 
 STABLE_SHARE = 0.8  # of the whole length, before warmup_stable_decay decays (arXiv:2405.18392: the last fifth)
-MUON_RMS = 0.2  # of Muon's update, that of AdamW's: one learning rate and decay for both (arXiv:2502.16982)
-Updated = tuple[optax.Updates, optax.OptState]  # what the update of a rule returns
 
 
 def schedule(config: Optimizer, clocks: Clocks = UPDATES) -> optax.Schedule:
@@ -57,95 +50,6 @@ def schedule(config: Optimizer, clocks: Clocks = UPDATES) -> optax.Schedule:
     return rate
 
 
-def is_matrix(declared: Declaration) -> bool:
-    """Whether a parameter is a matrix or a table, not a bias or the scale of a norm: weight decay acts on matrices."""
-    return bool(declared.inputs and declared.outputs)
-
-
-def is_table(declared: Declaration) -> bool:
-    """Whether a matrix is an embedding or an output table: one of its dims is the vocabulary, positions or the like."""
-    return is_matrix(declared) and not {"vocab", "positions", "segments", "buckets"}.isdisjoint(declared.axes)
-
-
-def per_layer(
-    rule_of: Callable[[Declaration], optax.GradientTransformation], declared: dict
-) -> optax.GradientTransformation:
-    """Applies `rule_of(declaration)` to each layer of each parameter: to a matrix [inputs, outputs], or to a vector.
-
-    `declared` is a tree of declarations like the parameters, and the state a tree of the rules' states, stacked over layers.
-    On a mesh the compiler chooses the layouts inside a rule; results have the layouts of the arguments.
-    """
-
-    def over_layers(one: Declaration, function: Callable) -> Callable:
-        for _ in one.layers:
-            function = jax.vmap(function)
-        return function
-
-    def init(parameters: optax.Params) -> optax.OptState:
-        state_of = lambda one, x: over_layers(one, rule_of(one).init)(as_matrix(one, x))
-        return jax.tree.map(state_of, declared, parameters)
-
-    def update(gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
-        def one_parameter(
-            one: Declaration, gradient: jax.Array, state: optax.OptState, parameter: jax.Array
-        ) -> Updated:
-            gradient, parameter = as_matrix(one, gradient), as_matrix(one, parameter)
-            function = over_layers(one, rule_of(one).update)
-            changes, state = automatic(function, (gradient, state), gradient, state, parameter)
-            return stored_reshape(changes, one.shape, one.axes), state
-
-        both = jax.tree.map(one_parameter, declared, gradients, state, parameters)
-        return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], declared, both) for i in range(2))
-
-    return optax.GradientTransformation(init, update)
-
-
-def as_matrix(declared: Declaration, x: jax.Array) -> jax.Array:
-    """A matrix as [layers, inputs, outputs], other parameters as [layers, size]; without `layers` where there is no stack."""
-    num_layers = len(declared.layers)
-    groups = [declared.inputs, declared.outputs] if is_matrix(declared) else [tuple(range(num_layers, x.ndim))]
-    assert sum(groups, declared.layers) == tuple(range(x.ndim)), declared
-    shape = *x.shape[:num_layers], *(math.prod(x.shape[dim] for dim in dims) for dims in groups)
-    return stored_reshape(x, shape, (*declared.axes[:num_layers], *(declared.axes[dims[0]] for dims in groups)))
-
-
-def adafactor() -> optax.GradientTransformation:
-    """Adafactor (arXiv:1804.04235) without momentum: factored second moments, clipped updates, scaled by the parameter's RMS."""
-    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
-
-
-def muon(beta: float) -> optax.GradientTransformation:
-    """Muon of one matrix (github.com/KellerJordan/Muon): orthogonalised momentum, scaled to the RMS of AdamW's updates."""
-    rule = optax.contrib.scale_by_muon(beta=beta)
-
-    def in_float32(changes: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
-        with jax.default_matmul_precision("highest"):
-            updated: Updated = rule.update(changes, state, parameters)
-            return updated
-
-    def as_large_as_adamw(changes: jax.Array, parameters: jax.Array | None) -> jax.Array:
-        return MUON_RMS * math.sqrt(max(changes.shape)) * changes
-
-    momentum = optax.GradientTransformation(rule.init, in_float32)
-    return optax.chain(momentum, optax.stateless(as_large_as_adamw))
-
-
-def update_rule(config: Optimizer, declared: dict) -> optax.GradientTransformation:
-    """The rule of `optimizer.name`. Elementwise rules take stacked and sharded parameters as they are."""
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
-    if config.name in ("adam", "adamw"):
-        return adam
-    if config.name == "lion":
-        return optax.scale_by_lion(config.beta1, config.beta2)
-    if config.name == "adafactor":
-        return per_layer(lambda one: adafactor(), declared)
-    if config.name == "muon":
-        hidden = lambda one: is_matrix(one) and not is_table(one)
-        return per_layer(lambda one: muon(config.beta1) if hidden(one) else adam, declared)
-    assert config.name == "sgd", config.name
-    return optax.trace(config.beta1)
-
-
 def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.GradientTransformation:
     """`rule` with its updates multiplied by `factors`, {path: factor}; the state is that of `rule`."""
 
@@ -157,9 +61,24 @@ def at_rates(rule: optax.GradientTransformation, factors: dict) -> optax.Gradien
     return optax.GradientTransformation(rule.init, update)
 
 
+def over_data(rule: optax.GradientTransformation, elementwise: bool) -> optax.GradientTransformation:
+    """`rule`, with its state and its work split over `data` (arXiv:1910.02054, ZeRO-1) where it treats each number alone.
+
+    Gradients may be split over `data` or not; updates are laid out as the parameters.
+    """
+    place: Callable = spread if elementwise else lambda x: x
+
+    def update(gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
+        placed = jax.tree.map(place, parameters)
+        changes, state = rule.update(jax.tree.map(like, gradients, placed), state, placed)
+        return jax.tree.map(like, changes, parameters), state
+
+    return optax.GradientTransformation(lambda parameters: rule.init(jax.tree.map(place, parameters)), update)
+
+
 def make_optimizer(
     config: Optimizer, declared: dict, factors: dict | None = None, clocks: Clocks = UPDATES
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; takes mean gradients.
 
     `declared` is a tree of declarations like the trained parameters, `factors` is {path: share of the learning rate}
@@ -172,6 +91,6 @@ def make_optimizer(
     rate = optax.scale_by_learning_rate(schedule(config, clocks))
     rate = at_rates(rate, factors) if factors and config.layer_decay < 1 else rate
     whole = optax.chain(*parts, rate, *average)
-    return (
-        dynamic_loss_scale(whole, config.loss_scale, LARGEST_LOSS_SCALE) if config.loss_scale else skip_nonfinite(whole)
-    )
+    largest = LARGEST_LOSS_SCALE
+    guarded = dynamic_loss_scale(whole, config.loss_scale, largest) if config.loss_scale else skip_nonfinite(whole)
+    return over_data(guarded, config.name in ELEMENTWISE)

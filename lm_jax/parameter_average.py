@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from lm_jax.trainable import merge_params
+from lm_jax.sharding import like
 
 
 class Average(NamedTuple):
@@ -36,4 +37,7 @@ def average_of_parameters(decay: float) -> optax.GradientTransformation:
 def averaged(parameters: dict, optimizer_state: optax.OptState) -> dict:
     """The parameters of the model that is evaluated: the average of the trained ones where the optimizer keeps one."""
     average = optax.tree.get(optimizer_state, "average")
-    return parameters if average is None else merge_params(parameters, average)
+    if average is None:
+        return parameters
+    flat = flatten_mapping(parameters)  # the average may be split further
+    return unflatten_mapping(flat | {path: like(x, flat[path]) for path, x in flatten_mapping(average).items()})

@@ -4,8 +4,10 @@ Model code names logical axes only, through `constrain`, `einsum` and `reshape`.
 every array is part of its type, so that a layout nobody asked for is an error while tracing instead of a slow program.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import TypeVar
 
 import jax
@@ -16,6 +18,7 @@ from jax.typing import DTypeLike
 Tree = TypeVar("Tree")  # of arrays
 Names = str | tuple[str, ...] | None  # of mesh axes, the outermost first
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+APART: ContextVar[tuple[str, ...]] = ContextVar("mesh axes that split nothing in what is traced now", default=())
 
 #   logical axis   a stored parameter   a computed value (also a parameter gathered for use)
 TABLE: dict[str, tuple[Names, Names]] = {
@@ -53,7 +56,7 @@ def computed(axes: tuple[str | None, ...], mesh: jax.sharding.Mesh | None = None
 def _layout_of(dims: Sequence[Names], mesh: jax.sharding.Mesh | None) -> PartitionSpec:
     """A mesh axis splits the first dim that names it, and none where it has one device (off a mesh all are named)."""
     sizes = dict((jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape)
-    free = [name for name, size in sizes.items() if size > 1] if sizes else list(AXES)
+    free = [name for name, size in sizes.items() if size > 1 and name not in APART.get()] if sizes else list(AXES)
     parts: list[Names] = []
     for names in dims:
         found = tuple(name for name in names_of(names) if name in free)
@@ -128,6 +131,67 @@ def iota(shape: tuple[int, ...], *axes: str | None) -> jax.Array:
 def like(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x` in the layout of `other`."""
     return jax.sharding.reshard(x, jax.typeof(other).sharding.spec) if on_mesh() else x
+
+
+def num_copies() -> int:
+    """How many devices have a copy of each part of the parameters: those of `data`."""
+    return int(dict(jax.sharding.get_abstract_mesh().shape).get("data", 1))
+
+
+def by_copy(function: Callable[..., Tree], copied: object, batch: object) -> Tree:
+    """`function(copied, batch)` of each copy of the parameters for its part of the batch: results [data, ...], not added up.
+
+    Inside, `data` splits nothing. Where there is one copy: `function` itself, without that first dim.
+    """
+    if num_copies() == 1:
+        return function(copied, batch)
+
+    def of_one(copied: object, batch: object) -> Tree:
+        before = APART.set(("data",))  # until the gradients are traced too
+        try:
+            result: Tree = jax.tree.map(lambda x: x[None], function(copied, batch))
+        finally:
+            APART.reset(before)
+        return result
+
+    split = PartitionSpec("data")
+    on_parts = jax.shard_map(
+        of_one, in_specs=(PartitionSpec(), split), out_specs=split, axis_names={"data"}, check_vma=False
+    )
+    result: Tree = on_parts(copied, batch)
+    return result
+
+
+def over_copies(x: jax.Array) -> jax.Array:
+    """The sum over the first dim of a result of `by_copy`, laid out as `spread` would: a device has the part that it updates."""
+    if num_copies() == 1:
+        return x
+    layout = jax.typeof(x).sharding.spec
+    dim, wanted = _with_data(x.shape[1:], layout[1:])
+
+    scatter = functools.partial(jax.lax.psum_scatter, scatter_dimension=dim, tiled=True)
+    total = lambda x: (jax.lax.psum if dim is None else scatter)(x[0], "data")
+    result: jax.Array = on_each_device(total, (layout,), wanted)(x)
+    return result
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """`x` split over `data` too, along the first dim that divides, instead of once on each of its devices."""
+    layout = jax.typeof(x).sharding.spec
+    if num_copies() == 1 or any("data" in names_of(part) for part in layout):
+        return x
+    result: jax.Array = jax.sharding.reshard(x, _with_data(x.shape, layout)[1])
+    return result
+
+
+def _with_data(shape: tuple[int, ...], layout: Sequence[Names]) -> tuple[int | None, PartitionSpec]:
+    """(the first dim that `data` divides as well, the layout where it does)."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    for dim, size in enumerate(shape):
+        names = (*names_of(layout[dim]), "data")
+        if size % math.prod(sizes[name] for name in names) == 0:
+            return dim, PartitionSpec(*layout[:dim], names if len(names) > 1 else "data", *layout[dim + 1 :])
+    return None, PartitionSpec(*layout)
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

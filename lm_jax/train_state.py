@@ -28,7 +28,7 @@ class TrainSetup(NamedTuple):
 
     config: Config
     graph: graphs.ModelDef
-    optimizer: optax.GradientTransformationExtraArgs
+    optimizer: optax.GradientTransformation
     trained: frozenset[tuple[str, ...]]  # paths of the parameters that the optimizer updates
     clocks: Clocks = UPDATES  # of the schedule
 

@@ -17,13 +17,16 @@ from lm_jax.distributed import block_on_cpu
 from lm_jax.loss import batch_loss
 from lm_jax.model.dropout import Dropout
 from lm_jax.optimizer import schedule
-from lm_jax.sharding import laid_out
+from lm_jax.sharding import by_copy, laid_out, over_copies
 from lm_jax.train_state import TrainSetup, TrainState, abstract
 from lm_jax.trainable import merge_params
 
 
 class Sums(NamedTuple):
-    """Sums over the microbatches of a step so far; loss and gradients are multiplied by the loss scale."""
+    """Sums over the microbatches of a step so far; loss and gradients are multiplied by the loss scale.
+
+    Each copy of the parameters has its own, the first dim of all (`sharding.by_copy`): they meet once a step, in `update`.
+    """
 
     gradients: dict  # like the trained parameters
     loss: jax.Array  # nats
@@ -32,24 +35,34 @@ class Sums(NamedTuple):
 
 def zeros(program: TrainSetup, parameters: dict) -> Sums:
     """The sums before the first microbatch."""
-    return Sums(jax.tree.map(jnp.zeros_like, program.split(parameters)[0]), jnp.zeros(()), jnp.zeros(()))
+
+    def of_copy(trained: dict, _: None) -> Sums:
+        return Sums(jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), jnp.zeros(()))
+
+    return by_copy(of_copy, program.split(parameters)[0], None)
 
 
 def accumulate(program: TrainSetup, state: TrainState, sums: Sums | None, batch: dict) -> Sums:
     """`sums` (None: zeros) with one more microbatch."""
-    dropout = Dropout(program.root, state.step, batch["row"]) if program.config.model.dropout else None
-    scaled = batch | {"loss_mask": batch["loss_mask"] * state.optimizer_state.scale}
-    trained, frozen = program.split(state.parameters)
+    read = state.parameters, state.step, state.optimizer_state.scale
+    new = by_copy(functools.partial(_sums_of, program), read, batch)
+    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+
+def _sums_of(program: TrainSetup, read: tuple[dict, jax.Array, jax.Array], batch: dict) -> Sums:
+    """The sums of a microbatch, or of a copy's part of it; `read` are parameters, step and loss scale."""
+    parameters, step, scale = read
+    dropout = Dropout(program.root, step, batch["row"]) if program.config.model.dropout else None
+    scaled = batch | {"loss_mask": batch["loss_mask"] * scale}
+    trained, frozen = program.split(parameters)
     weights = program.config.train
     routing = weights.balance_loss, weights.router_z_loss
 
     def loss_of(trained: dict) -> tuple[jax.Array, jax.Array]:
-        parameters = merge_params(frozen, trained)
-        return batch_loss(program.graph, parameters, scaled, dropout, weights.z_loss, routing)[:2]
+        return batch_loss(program.graph, merge_params(frozen, trained), scaled, dropout, weights.z_loss, routing)[:2]
 
     (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
-    new = Sums(gradients, loss, batch["loss_mask"].sum())
-    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+    return Sums(gradients, loss, batch["loss_mask"].sum())
 
 
 def update(program: TrainSetup, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -57,7 +70,8 @@ def update(program: TrainSetup, state: TrainState, sums: Sums) -> tuple[TrainSta
 
     Where the update would not be finite it is skipped: only the step and the counts of the guard change.
     """
-    num_tokens, before = jnp.maximum(sums.tokens, 1), state.optimizer_state
+    sums, before = jax.tree.map(over_copies, sums), state.optimizer_state
+    num_tokens = jnp.maximum(sums.tokens, 1)
     gradients = jax.tree.map(lambda g: g / num_tokens, sums.gradients)
     trained, frozen = program.split(state.parameters)
     changes, optimizer_state = program.optimizer.update(gradients, state.optimizer_state, trained)

@@ -122,14 +122,14 @@ def test_costs_count_what_is_trained():
     everything = config_of(model__unroll=True)  # a scan's body would be counted once
     of_all, flops = counted(everything), compiled_flops(everything)
     assert of_all.trained == of_all.parameters and of_all.backward
-    for change, backward in ((SOME, True), ("^norm", False)):
-        config = config_of(optimizer__trainable=change, model__unroll=True)
+    for change, backward, dtype in ((SOME, True, "float32"), ("^norm", False, "bfloat16")):
+        config = config_of(optimizer__trainable=change, optimizer__moment_dtype=dtype, model__unroll=True)
         found, program = counted(config), make_program(config, PIECES)
         assert found.trained == sum(np.prod(program.graph.declarations[path].shape) for path in program.trained)
         assert found.backward == backward
         state = jax.eval_shape(lambda program=program: fresh(program)).optimizer_state
         classes = counts.bytes_by_class(config, found, 4, sizes, accumulates=False)
-        assert classes["optimizer"] == sum(x.size * 4 for x in jax.tree.leaves(state) if x.shape)
+        assert classes["optimizer"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.shape)
         assert classes["gradients"] == 4 * found.trained
         less = found.flops_per_token / of_all.flops_per_token
         np.testing.assert_allclose(compiled_flops(config) / flops, less, atol=0.05)

@@ -28,7 +28,8 @@ model.unroll model.compute_dtype
 data.sources data.tokenizer data.sequence_length data.global_batch_size data.batch_ramp data.packing data.objective
 data.seed data.columns data.prompt data.num_workers data.validation_fraction data.test_fraction
 optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup optimizer.decay_over optimizer.decay_to
-optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm optimizer.ema
+optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.moment_dtype optimizer.weight_decay optimizer.clip_norm
+optimizer.ema
 optimizer.trainable optimizer.layer_decay optimizer.loss_scale
 train.task train.num_steps train.microbatch_rows train.z_loss train.balance_loss train.router_z_loss train.dpo_beta train.seed
 train.init_from train.on_spike

@@ -58,7 +58,7 @@ def decided_on(config, here: decide.Site, saved: dict | None = None) -> dict:
         ("llama_1b.py", "gpu:8xH100", [], GPU),
         ("llama_1b.py", "v5e:2x4", [], TPU | {"mesh.fsdp": 8, "model.remat": "dots"}),
         ("gpt3.py:2.7b", "gpu:4*8xH100", [RAMP], GPU | {"model.unroll": False, "mesh.fsdp": 8, "model.remat": "dots"}),
-        ("gpt3.py:13b", "gpu:4*8xH100", [RAMP], GPU | {"model.unroll": False, "mesh.fsdp": 32, "model.remat": "dots"}),
+        ("gpt3.py:13b", "gpu:4*8xH100", [RAMP], GPU | {"model.unroll": False, "mesh.fsdp": 8, "model.remat": "names"}),
         ("decoders.py:llama_7b", "2*v5e:16x16", [], TPU | {"mesh.slices": 2, "mesh.fsdp": 256, "model.remat": "full"}),
         ("gpt3.py:175b", "v5p:8x8x16", SPLIT, TPU | {"mesh.fsdp": 128}),
     ],

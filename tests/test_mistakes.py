@@ -30,6 +30,7 @@ MISTAKES = [
     ("main", [SMOKE, "--config.model.num_layers=2.0"], "did you mean 2?"),
     ("main", [SMOKE, "--config.train.num_steps=3 weeks"], 'a string such as "375M tokens"'),
     ("main", [SMOKE, "--config.model.compute_dtype=float16"], "add --config.optimizer.loss_scale=1024"),
+    ("main", [SMOKE, "--config.optimizer.moment_dtype=bfloat16", "--config.optimizer.beta1=0.999"], "most 0.99"),
     ("main", [SMOKE, "--config.optimizer.loss_scale=1000"], "no power of two up to 2^24; the nearest is 1024"),
     ("main", [SMOKE, "--config.optimizer.name=adamW"], "did you mean adamw?"),
     ("main", [SMOKE, "stray"], "unknown argument stray"),

@@ -13,8 +13,9 @@ from lm_jax.config import Mesh, leaves
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.layers import Declaration, constant
-from lm_jax.optimizer import is_matrix, make_optimizer, schedule
+from lm_jax.optimizer import make_optimizer, schedule
 from lm_jax.parameter_average import averaged
+from lm_jax.update_rules import is_matrix, update_rule
 
 RULES = leaves()["optimizer.name"].metadata["choices"]
 # One of the rules that act on each number alone, one of those that look at a whole matrix; the others are proofs.
@@ -119,6 +120,39 @@ def test_five_steps_are_those_of_optax_on_a_plain_matrix(name):
             )
             theirs[layer] = optax.apply_updates(theirs[layer], changes)
             np.testing.assert_allclose(mine[layer].reshape(128, 160), theirs[layer], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [rule for rule in RULES if rule != "adafactor"])
+def test_moments_in_bfloat16_are_rounded_between_updates_and_nowhere_else(name):
+    """Each update is that of float32 on what was stored, to the bit; nothing but moments is stored otherwise."""
+    config = wide(name)[0].optimizer
+    declared = Declaration(
+        (2, 8, 12), ("layers", "model", "mlp"), constant(0.0), inputs=(1,), outputs=(2,), layers=(0,)
+    )
+    exact, rule = (
+        update_rule(dataclasses.replace(config, moment_dtype=dtype), declared) for dtype in ("float32", "bfloat16")
+    )
+    random = np.random.RandomState(0)
+    parameter = jnp.float32(random.randn(*declared.shape))
+    state, widened = rule.init(parameter), lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    for gradient in jnp.float32(random.randn(3, *declared.shape)):
+        expected, unrounded = exact.update(gradient, jax.tree.map(widened, state), parameter)
+        changes, state = rule.update(gradient, state, parameter)
+        np.testing.assert_array_equal(changes, expected)
+        for found, x in zip(jax.tree.leaves(state), jax.tree.leaves(unrounded), strict=True):
+            is_moment = x.shape == declared.shape
+            assert found.dtype == (jnp.bfloat16 if is_moment else x.dtype)
+            np.testing.assert_array_equal(found, x.astype(found.dtype))
+            assert not is_moment or (x != found).any()
+
+
+def test_muon_needs_the_memory_of_one_layer_at_a_time():
+    """Beside what it reads and writes: the momentum of all layers, which is orthogonalised, and what one layer needs for it."""
+    axes, layer = ("layers", "model", "mlp"), 4 * 64 * 256
+    declared = Declaration((16, 64, 256), axes, constant(0.0), inputs=(1,), outputs=(2,), layers=(0,))
+    rule, x = update_rule(wide("muon")[0].optimizer, declared), jax.ShapeDtypeStruct(declared.shape, jnp.float32)
+    compiled = jax.jit(rule.update, donate_argnums=1).lower(x, jax.eval_shape(rule.init, x), x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < (16 + 3) * layer
 
 
 def test_muon_leaves_tables_norms_and_biases_to_adamw():

@@ -120,6 +120,8 @@ def test_gpt_2_on_an_h100_is_what_is_known_of_it():
     assert found.costs.flops_per_token == pytest.approx(798e6, rel=0.005)
     assert found.tokens / seconds(found)["compute"] == pytest.approx(1.24e6, rel=0.01)
     assert found.memory["parameters"] == 4 * found.costs.parameters and found.fits
+    half = counted("gpt_125m.py", "gpu:1xH100", *FULL, "--config.optimizer.moment_dtype=bfloat16")
+    assert found.memory["optimizer"] == 8 * found.costs.parameters == 2 * half.memory["optimizer"]
 
 
 def test_llama_1b_is_split_over_eight_chips_and_its_links_are_counted():
@@ -148,7 +150,7 @@ def test_what_crosses_hosts_goes_over_the_network():
         (
             "gpt3.py:175b",
             "v5p:4x4x4",
-            ["--config.data.batch_ramp=(0,0)", "--config.mesh.data=2", "--config.mesh.fsdp=32"],
+            ["--config.data.batch_ramp=(0,0)", "--config.mesh.data=4", "--config.mesh.fsdp=16"],
         ),
         (
             "gpt3.py:13b",

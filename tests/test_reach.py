@@ -193,6 +193,7 @@ REFUSED = {
     "scaled embedding of an encoder_decoder": dict(ENCODER_DECODER, model__scale_embedding=True),
     "beta2 of sgd": dict(optimizer__name="sgd", optimizer__beta2=0.9),
     "epsilon of lion": dict(optimizer__name="lion", optimizer__epsilon=1e-6),
+    "moments of adafactor": dict(optimizer__name="adafactor", optimizer__moment_dtype="bfloat16"),
     "decay of adam": dict(optimizer__name="adam", optimizer__weight_decay=0.2),
     "decay_over of a constant rate": dict(optimizer__schedule="constant", optimizer__decay_over=50),
     "decay_to of a rate without end": dict(optimizer__schedule="inverse_square_root", optimizer__decay_to=0.0),

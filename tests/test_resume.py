@@ -7,7 +7,8 @@ from task_runs import CASES, line_of
 from lm_jax import main
 
 QUICK = ("question_answering",)  # the others are proofs; adapters and preferences have their own tests
-SMALL = ["--config.model.num_layers=1", "--config.mesh.data=1", "--config.optimizer.name=sgd"]
+SMALL = ["--config.model.num_layers=1", "--config.mesh.data=1", "--config.optimizer.name=lion"]
+SMALL += ["--config.optimizer.moment_dtype=bfloat16"]  # kept in every checkpoint
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.proof) for c in CASES])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import re
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from lm_jax.model import layers
 from lm_jax.model.build import build
 from lm_jax.run_plan import make_plan
 from lm_jax.sharding import AXES, names_of, stored
+from lm_jax.train_state import abstract, make_program
+from lm_jax.train_step import compile_step
 
 MESHES = {"1": (1, 1, 1), "8 fsdp": (1, 8, 1), "2x4": (2, 1, 4), "2x2x2": (2, 2, 2), "two slices": (4, 2, 1, 2)}
 SMOKE = ["--config", "experiments/quickstart.py:smoke"]
@@ -171,6 +175,23 @@ def test_state_is_made_where_it_lives(corpus, eight):
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
     moments = [x for x in jax.tree.leaves(state.optimizer_state) if x.shape == kernel.shape]
     assert moments and all(x.addressable_shards[0].data.size * 8 == x.size for x in moments)
+
+
+COLLECTIVE = re.compile(r" (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def test_copies_meet_once_a_step_and_share_the_optimizer(corpus, eight):
+    """Over `data` alone a microbatch needs no other device; a device has an eighth of the moments, and updates that."""
+    program = make_program(tiny(optimizer__name="sgd", data__global_batch_size=16), corpus.tokenizer.vocab_size)
+    with jax.set_mesh(mesh := mesh_of((8, 1, 1), eight)):
+        step = compile_step(program, mesh, one_microbatch=False)
+        state = abstract(program)
+    assert not COLLECTIVE.findall(step.accumulate.as_text()) and not COLLECTIVE.findall(step.zeros.as_text())
+    assert {"all-gather"} < set(COLLECTIVE.findall(step.update.as_text()))
+    moments = [x for x in jax.tree.leaves(state.optimizer_state) if x.ndim]
+    assert moments and all(x.sharding.shard_shape(x.shape) != x.shape for x in moments)
+    assert sum(math.prod(x.sharding.shard_shape(x.shape)) for x in moments) * 8 == sum(x.size for x in moments)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.parameters))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from lm_jax.model_config import plain
 from lm_jax.plan.devices import DEVICES, device_name
 from lm_jax.sharding import platform
 from lm_jax.trainable import depth, trained_paths
+from lm_jax.update_rules import ELEMENTWISE
 
 # Copies of the parameters that an update rule keeps, at most: Muon's tables have two, Adafactor keeps rows and columns.
 MOMENTS = {"adamw": 2, "adam": 2, "muon": 2, "lion": 1, "sgd": 1, "adafactor": 0}
@@ -108,8 +109,8 @@ def bytes_by_class(
     """{what: bytes} on one device: state, gradients, what the backward pass reads again, logits, experts in use.
 
     An estimate, counted as XLA compiles it (docs/notebook.md). `rows` is one microbatch over all devices, `sizes` are
-    those of the mesh axes. State, gradients and logits are float32, two copies of the gradients where a step
-    `accumulates` over several microbatches. What is not trained has neither gradient nor moments; where nothing is
+    those of the mesh axes. State (its moments as named), gradients and logits are float32, two copies of the gradients
+    where a step `accumulates` over several microbatches. What is not trained has neither gradient nor moments; where nothing is
     trained in the layers or below them, only one layer at a time keeps what it reads.
 
     A token keeps in each layer, by `model.remat`: with full its input; with names also attention's result and branch,
@@ -119,10 +120,10 @@ def bytes_by_class(
     Where rows are split over devices (`context`), one layer at a time has the keys and values of whole rows. Where layers
     are computed again, one at a time, no logits are left: they count for what they need beyond a layer.
     """
-    model, length = plain(config.model), config.data.sequence_length
+    model, length, rule = plain(config.model), config.data.sequence_length, config.optimizer
     act = jnp.dtype(model.compute_dtype).itemsize
     shards, tensor = parameter_shards(sizes), sizes["tensor"]
-    moments = MOMENTS[config.optimizer.name] + (config.optimizer.ema > 0)
+    moments = MOMENTS[rule.name] * jnp.dtype(rule.moment_dtype).itemsize + 4 * (rule.ema > 0)
     tokens = math.ceil(rows / batch_shards(sizes)) * length // sizes["context"]
     heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
     hidden *= model.experts_per_token if model.num_experts else 1
@@ -155,7 +156,7 @@ def bytes_by_class(
     one_layer = tokens * act * again + squares
     return {
         "parameters": 4 * costs.parameters / shards,
-        "optimizer": 4 * moments * costs.trained / shards,
+        "optimizer": moments * costs.trained / shards / (sizes["data"] if rule.name in ELEMENTWISE else 1),
         "gradients": 4 * costs.trained / shards * (2 if accumulates else 1),
         "activations": tokens * act * num_layers * kept[model.remat] + one_layer,
         "logits": logits if model.remat == "none" else max(0.0, logits - one_layer),

@@ -164,7 +164,7 @@ def seconds(found: Estimate) -> dict[str, float]:
     activations and logits; a step reads and writes state and gradients. Left out where the bandwidth is not known.
     links, by mesh axis of n devices, (n - 1) / n of: `fsdp` each microbatch gathers weights twice and scatters their
     gradients, in the compute dtype (`expert`, of what is no expert, and `context` their shares of it); `data` each
-    microbatch sums a device's gradients, float32, twice over the wire (scatter and gather); `expert` in each layer gathers
+    step scatters a device's gradients and gathers its updates, float32; `expert` in each layer gathers
     the stream of its devices once (recomputed: twice) and that of the gradients, and scatters both in float32; `context` in
     each layer gathers keys and values once (recomputed: twice) and scatters their gradients; `tensor` in each layer 4
     (recomputed: 6) sums of the stream. Over the bandwidth of `ring`.
@@ -190,7 +190,7 @@ def seconds(found: Estimate) -> dict[str, float]:
     gathered = k * 3 / sizes["fsdp"]  # by the axes one after the other, the outermost at the end
     tokens_of_group = sizes["expert"] * stream * ((2 if remat == "none" else 3) + 2 * 4 / act)
     moved = {
-        "data": k * 2 * 4 * costs.trained / shards,
+        "data": 2 * 4 * costs.trained / shards,
         "fsdp": k * 3 * weights,
         "expert": gathered * others + layers * tokens_of_group,
         "context": gathered * (others + experts) / sizes["expert"]
