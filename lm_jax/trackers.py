@@ -159,8 +159,8 @@ class Trackio:
         self._run.log(dict(values), step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A sample, indented: as code in Markdown."""
-        self._run.log({name: self._text("    " + text.replace("\n", "\n    "))}, step=step)
+        """A sample; its lines come indented, as code is in Markdown."""
+        self._run.log({name: self._text(text)}, step=step)
 
     def close(self) -> None:
         """Ends the run for this process."""
