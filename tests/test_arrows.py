@@ -34,7 +34,7 @@ generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_r
 generate.command evaluator open_data evaluate run step_checks step_log samples closing rewind initial_state
 workdir_lock start train main verify generate.lm_eval generate.__main__ trust.card plan.inspection plan.estimate
 plan.program_text plan.compile plan.budget plan.compare plan.page plan.search plan.command plan.__main__
-trust.comparison trust.introspection trust.killed_runs trust.report
+trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}

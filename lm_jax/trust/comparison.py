@@ -27,7 +27,11 @@ def rows(runs: dict[str, list[dict]]) -> list[list[str]]:
 
 def table(runs: dict[str, list[dict]]) -> str:
     """The same as text, in columns."""
-    found = rows(runs)
+    return aligned(rows(runs))
+
+
+def aligned(found: list[list[str]]) -> str:
+    """Rows as text, in columns."""
     widths = [max(len(row[i]) for row in found) for i in range(len(found[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in found)
 
