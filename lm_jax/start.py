@@ -139,7 +139,8 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
         return None
     if is_main_process():
         write_run_files(opening)
-    given = workdir, log, mirror, opening.mixed, opening.stream, opening.peak_flops
+    peak = 0.0 if opening.device.platform == "cpu" else opening.peak_flops  # a CPU's is a measured one, and no bound
+    given = workdir, log, mirror, opening.mixed, opening.stream, peak
     run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
     attach_reference(run)
     if is_main_process():
