@@ -253,6 +253,12 @@ class Log:
 
     every: Length = length(10, "between lines of metrics", low=1)
     profile: int = length(0, "step from which three are traced for XProf; 0 = none")
+    trackers: tuple[str, ...] = knob(
+        ("tensorboard",),
+        'where the numbers of metrics.jsonl are shown, such as ("tensorboard", "wandb")',
+        choices=("tensorboard", "trackio", "wandb", "mlflow"),
+        fixed=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Writes the numbers of a run: into `metrics.jsonl` (`metrics_file.py`), and once more for TensorBoard."""
+"""Writes the numbers of a run: into `metrics.jsonl` (`metrics_file.py`), and once more for those who look (`trackers.py`)."""
 
 import json
 import math
@@ -7,25 +7,29 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
-from tensorboard.plugins.hparams import summary_v2 as hparams
-from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lm_jax.files import flush
 from lm_jax.metrics_file import CHECKSUMS, FILE, checksum, cut
+from lm_jax.trackers import TensorBoard, Trackers
 
 
 class Writer:
     """Appends one line a step, after removing lines of later steps: no step is missing, and none is written twice."""
 
-    def __init__(self, workdir: epath.Path, step: int, log: Callable[[str], None] = lambda line: None):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        step: int,
+        log: Callable[[str], None] = lambda line: None,
+        names: tuple[str, ...] = ("tensorboard",),
+        title: str = "",
+        flat: dict[str, Any] | None = None,
+    ):
+        """`names` of trackers, in which the run is called `title` and has the flat config `flat`."""
         cut(workdir, step, log)
         self._file, self._sums = open(workdir / FILE, "ab"), open(workdir / CHECKSUMS, "ab")  # noqa: SIM115
-        self._events = EventFileWriter(str(workdir / "tensorboard"))
-        # From this step on readers drop what earlier files have.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._events.add_event(event_pb2.Event(step=step + 1 if step else 0, session_log=start))
+        self._board = TensorBoard(workdir, step, title) if "tensorboard" in names else None
+        self._trackers, self._flat = Trackers(names, workdir, title, flat or {}, log), flat or {}
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of numbers; a value that is not finite is null."""
@@ -35,39 +39,37 @@ class Writer:
         for file, content in ((self._file, line), (self._sums, checksum(line))):
             file.write(content + b"\n")
             file.flush()
-        summary = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        self._add(step, summary_pb2.Summary(value=summary))
+        if self._board:
+            self._board.scalars(step, numbers)
+        self._trackers.scalars(step, numbers)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A text, which TensorBoard shows as Markdown under Text."""
-        tensor = tensor_pb2.TensorProto(
-            dtype=types_pb2.DT_STRING, string_val=[text.encode()], tensor_shape={"dim": [{"size": 1}]}
-        )
-        metadata = text_metadata.create_summary_metadata(display_name=name, description="")
-        self._add(step, summary_pb2.Summary(value=[{"tag": name, "metadata": metadata, "tensor": tensor}]))
+        """A text, such as a sample."""
+        if self._board:
+            self._board.text(step, name, text)
+        self._trackers.text(step, name, text)
 
-    def hyper_parameters(self, flat: dict[str, Any]) -> None:
-        """The HParams tab, and the config as text."""
-        shown = lambda value: value if isinstance(value, (bool, int, float, str)) else str(value)
-        plain = {name: shown(value) for name, value in flat.items()}
-        self._add(0, hparams.hparams_pb(plain))
-        self.text(0, "config", "\n".join(f"    {name} = {value!r}" for name, value in flat.items()))
-
-    def _add(self, step: int, summary: summary_pb2.Summary) -> None:
-        self._events.add_event(event_pb2.Event(step=step, summary=summary))
+    def hyper_parameters(self) -> None:
+        """TensorBoard's HParams tab, and the config as text; trackers have it from the start."""
+        if self._board:
+            self._board.hyper_parameters(self._flat)
+            self._board.text(0, "config", "\n".join(f"    {name} = {value!r}" for name, value in self._flat.items()))
 
     def flush(self) -> None:
         """Returns once all lines are on the disk."""
         flush(self._file)
         flush(self._sums)
-        self._events.flush()
+        if self._board:
+            self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self.flush()
         self._file.close()
         self._sums.close()
-        self._events.close()
+        if self._board:
+            self._board.close()
+        self._trackers.close()
 
 
 class NullWriter:

@@ -5,11 +5,11 @@ from typing import Any
 
 from etils import epath
 
-from lm_jax import terminal
+from lm_jax import metrics, terminal
 from lm_jax.batch_ramp import DataState, Every, every
-from lm_jax.config import Config, Length
+from lm_jax.config import Config, Length, flatten
 from lm_jax.data import mixed_rows, mixture
-from lm_jax.distributed import agree
+from lm_jax.distributed import agree, is_main_process
 from lm_jax.goodput import Goodput
 from lm_jax.parameter_average import averaged
 from lm_jax.remote import LocalMirror
@@ -60,6 +60,13 @@ class Run:
     def is_asked_to_stop(self) -> bool:
         """Whether a signal has asked the main process to stop; all processes ask together."""
         return bool(agree(self.stop.requested, "stop"))
+
+    def open_writer(self) -> metrics.Writer | metrics.NullWriter:
+        """What writes the lines of the run from the step at hand on: on the main process alone."""
+        if not is_main_process():
+            return metrics.NullWriter()
+        shown = self.config.log.trackers, self.workdir.name, flatten(self.config)
+        return metrics.Writer(self.mirror.folder, self.data.step, self.log, *shown)
 
     def progress(self, text: str) -> None:
         """Says where something long between two steps is. Raises Stopped where the run is asked to stop."""

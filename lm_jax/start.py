@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax import decide, fault_points, load_model, run_folder, run_plan, step_folders, terminal
+from lm_jax import decide, fault_points, load_model, run_folder, run_plan, step_folders, terminal, trackers
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import is_over
 from lm_jax.config import Config, flatten
@@ -87,6 +87,7 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
         run_folder.read_config(workdir) if is_main_process() and step_folders.has_steps(workdir) else {}, "config.json"
     )
     check_scores(config)
+    trackers.check(config.log.trackers)
     with goodput("data"):
         mixed = open_data(config, log)
         tell_losses(mixed.tokenizer, log)
@@ -138,7 +139,8 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
         return None
     if is_main_process():
         write_run_files(opening)
-    given = workdir, log, mirror, opening.mixed, opening.stream, opening.peak_flops
+    peak = 0.0 if opening.device.platform == "cpu" else opening.peak_flops  # a CPU's is a measured one, and no bound
+    given = workdir, log, mirror, opening.mixed, opening.stream, peak
     run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
     attach_reference(run)
     if is_main_process():

@@ -15,7 +15,7 @@ import jax
 from lm_jax import checkpoint, cli, fault_points, metrics, metrics_file, spikes, start, step_folders, terminal
 from lm_jax.batch_ramp import DataState
 from lm_jax.closing import already_done, compare_with_compressors, give_up, next_commands
-from lm_jax.config import Config, flatten
+from lm_jax.config import Config
 from lm_jax.data import loader, mixed_rows
 from lm_jax.distributed import agree, everyone, is_main_process
 from lm_jax.experiment import as_given, run_name
@@ -103,13 +103,13 @@ def stretch(
 
     The last step is saved, unless there is trouble or a spike (`step_log.checks.spike`).
     """
-    writer = metrics.Writer(run.mirror.folder, run.data.step, run.log) if is_main_process() else metrics.NullWriter()
+    writer = run.open_writer()
     kept = step_folders.saved_beside(run.workdir, run.data.step) if is_main_process() else {}  # whose spikes count
     step_log = StepLog(run, writer, watch or spikes.Watch(kept))
     try:
         try:
             if run.data.step == 0:
-                writer.hyper_parameters(flatten(run.config))
+                writer.hyper_parameters()
                 show_sample(run, writer)
             elif one_step:
                 look(run, None if is_evaluated(run) else evaluation, writer)

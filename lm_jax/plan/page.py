@@ -28,6 +28,9 @@ svg{display:block;width:100%;height:auto}
 svg text{font:13px system-ui,sans-serif;fill:currentColor;paint-order:stroke;stroke:canvas;stroke-width:4px}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.2rem .6rem .2rem 0;border-bottom:1px solid var(--line)}
 td.n,th.n{text-align:right;white-space:nowrap}code{display:inline-block;overflow-wrap:anywhere}i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.5em}
+pre{background:var(--soft);border-radius:6px;padding:.6rem .8rem;overflow-x:auto;font-size:.85rem;margin:.3rem 0}
+h3{font-size:.95rem;margin:1rem 0 .2rem}h4{font-size:.85rem;margin:.6rem 0 0;opacity:.75}
+.paper{background:#fff;border-radius:6px}.paper svg text{font:inherit;paint-order:normal;stroke:none}
 .soft{opacity:.7;font-size:.9rem}
 """
 Parts = list[tuple[float, str]]  # (size, colour), one beside the other in a bar
@@ -65,15 +68,19 @@ def table(head: list[str], rows: list[list[str]], numbers: int = 0) -> str:
 
 def page(plan: dict[str, Any], config: Config, origins: dict[str, dict[str, Any]]) -> str:
     """The page of what `command` found of a config, and of where its settings come from."""
-    title = html.escape(f"{plan['config']} on {plan['topology']}")
     parts = [_verdict(plan), _numbers(plan), _memory(plan), _times(plan), _collectives(plan), _changes(plan)]
     values = flatten(config)
     rows = [
         [_codes([path]), html.escape(str(values[path])), origins[path]["from"]] for path in values if path in origins
     ]
     parts.append(f"<h2>Settings that are not by default</h2>{table(['setting', 'value', 'from'], rows)}")
+    return document(f"{plan['config']} on {plan['topology']}", "".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """A whole page of a title and the HTML under it."""
+    title = html.escape(title)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    body = "".join(parts)
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n'
 
 

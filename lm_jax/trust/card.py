@@ -51,25 +51,24 @@ def evaluation(workdir, lines: list[dict]) -> str:
     return table(("split", "measure", "value"), found)
 
 
-def training(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict]) -> str:
-    """What the steps cost, as a Markdown table."""
+def spent(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict]) -> list[tuple[str, str]]:
+    """What the steps cost, as (what, how much)."""
     config, log = found.config, found.workdir / "log.txt"
     consumed = step_folders.read_data_state(found.workdir, found.step)
     tokens, dropped = (
         consumed.cursor * config.data.sequence_length,
         sum(last - first for first, last in consumed.skipped),
     )
-    spent, device = hours(lines, log.read_text() if log.exists() else "")
-    facts = [
+    of_steps, device = hours(lines, log.read_text() if log.exists() else "")
+    return [
         ("parameters", f"{counted.parameters:,}"),
         ("tokens seen", f"{tokens:,}" + f" ({dropped:,} rows left out)" * bool(dropped)),
         ("FLOPs, counted", f"{tokens * counted.flops_per_token:.2e}"),
-        ("device-hours of steps", f"{spent:.2f} ({device})"),
+        ("device-hours of steps", f"{of_steps:.2f} ({device})"),
         ("steps", f"{found.step:,}"),
         ("started from", config.train.init_from or "nothing"),
         ("longest text", f"{config.data.sequence_length} tokens"),
     ]
-    return table(("", ""), facts)
 
 
 def card(found: load_model.ModelRef) -> str:
@@ -108,7 +107,7 @@ FILL IN: where each source comes from, its licence, and who is in it.
 
 ## Training
 
-{training(found, counted, lines)}
+{table(("", ""), spent(found, counted, lines))}
 
 What differs from the defaults of `lm_jax/config.py`:
 
