@@ -49,9 +49,10 @@ def dynamic_loss_scale(
         if largest > 1:
             gradients = jax.tree.map(lambda gradient: gradient / state.scale, gradients)
         # A trial of the update, which the barrier keeps apart from the real one: chosen in one piece the update would have other
-        # last bits, and on a CPU need 0.73 copies of the parameters more (docs/notebook.md).
+        # last bits, and on a CPU need 0.73 copies of the parameters more (docs/notebook.md). A rule may do less in it, if what
+        # it leaves out makes nothing of what is finite that is not.
         trial = jax.lax.optimization_barrier((gradients, state.inner, parameters))
-        changes, changed = inner.update(*trial, **extra)
+        changes, changed = inner.update(*trial, **extra, trial=True)
         after = optax.apply_updates(trial[2], changes), changed
         finite = jnp.isfinite(optax.tree.norm(gradients)) & all_finite(after)
         changes, changed = inner.update(gradients, state.inner, parameters, **extra)

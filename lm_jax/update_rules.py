@@ -17,6 +17,7 @@ from lm_jax.model.layers import Declaration
 from lm_jax.sharding import automatic, stored_reshape
 
 NEWTON_SCHULZ = 5  # iterations of Muon
+ORTHOGONAL_BOUND = 2.0  # of a number of a matrix with singular values near 1
 MUON_RMS = 0.2  # of Muon's update, that of AdamW's: one learning rate and decay for both (arXiv:2502.16982)
 ELEMENTWISE = ("adamw", "adam", "lion", "sgd")  # rules that treat each number of a parameter alone
 NAMES_OF_MOMENTS = {"mu", "nu", "trace"}  # in Optax's states
@@ -39,7 +40,8 @@ def per_layer(
     """Applies `rule_of(declaration)` to each layer of each parameter: to a matrix [inputs, outputs], or to a vector.
 
     `declared` is a tree of declarations like the parameters, and the state a tree of the rules' states, stacked over layers.
-    On a mesh the compiler chooses the layouts inside a rule; results have the layouts of the arguments.
+    On a mesh the compiler chooses the layouts inside a rule; results have the layouts of the arguments. What else a rule is
+    told (`trial`, of Muon) is the same for all layers.
     """
 
     def over_layers(one: Declaration, function: Callable) -> Callable:
@@ -51,19 +53,22 @@ def per_layer(
         state_of = lambda one, x: over_layers(one, rule_of(one).init)(as_matrix(one, x))
         return jax.tree.map(state_of, declared, parameters)
 
-    def update(gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
+    def update(
+        gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None, **told: bool
+    ) -> Updated:
         def one_parameter(
             one: Declaration, gradient: jax.Array, state: optax.OptState, parameter: jax.Array
         ) -> Updated:
             gradient, parameter = as_matrix(one, gradient), as_matrix(one, parameter)
-            function = over_layers(one, rule_of(one).update)
+            rule = optax.with_extra_args_support(rule_of(one))
+            function = over_layers(one, functools.partial(rule.update, **told))
             changes, state = automatic(function, (gradient, state), gradient, state, parameter)
             return stored_reshape(changes, one.shape, one.axes), state
 
         both = jax.tree.map(one_parameter, declared, gradients, state, parameters)
         return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], declared, both) for i in range(2))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def as_matrix(declared: Declaration, x: jax.Array) -> jax.Array:
@@ -83,18 +88,29 @@ def adafactor() -> optax.GradientTransformation:
 def muon(beta: float) -> optax.GradientTransformation:
     """Muon of one matrix (github.com/KellerJordan/Muon): orthogonalised momentum, scaled to the RMS of AdamW's updates.
 
-    The momentum is Nesterov's of an average, both without the bias of its start (as Optax has it, whose state this is).
+    The momentum is Nesterov's of an average, both without the bias of its start (as Optax has it, whose state this is). In a
+    `trial` (`loss_scale.dynamic_loss_scale`) numbers of about the size stand for the orthogonalised matrix, away from zero.
     """
 
-    def update(gradient: jax.Array, state: optax.contrib.MuonState, parameter: jax.Array | None = None) -> Updated:
+    def update(
+        gradient: jax.Array,
+        state: optax.contrib.MuonState,
+        parameter: jax.Array | None = None,
+        trial: bool = False,
+        **told: bool,
+    ) -> Updated:
         count = state.count + 1
         momentum = (1 - beta) * gradient + beta * state.mu
         ahead = beta * momentum / (1 - beta ** (count + 1)) + (1 - beta) * gradient / (1 - beta**count)
         scale = MUON_RMS * math.sqrt(max(gradient.shape))
-        changes = scale * orthogonalised(ahead, state.ns_coeffs)
+        if trial:
+            assert parameter is not None
+            bound = jnp.where(parameter > 0, -ORTHOGONAL_BOUND, ORTHOGONAL_BOUND)
+            ahead = jnp.where(jnp.isfinite(ahead), bound, ahead)
+        changes = scale * (ahead if trial else orthogonalised(ahead, state.ns_coeffs))
         return changes, state._replace(count=count, mu=momentum)
 
-    rule = optax.GradientTransformation(optax.contrib.scale_by_muon(beta=beta).init, update)
+    rule = optax.GradientTransformationExtraArgs(optax.contrib.scale_by_muon(beta=beta).init, update)
     return optax.chain(rule)  # the first of a chain in every checkpoint
 
 
@@ -118,6 +134,7 @@ def orthogonalised(x: jax.Array, coefficients: jax.Array) -> jax.Array:
 
 def with_moments_in(dtype: str, rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """`rule`, an arithmetic of float32, with its moments rounded to `dtype` between updates."""
+    rule = optax.with_extra_args_support(rule)
 
     def cast(state: optax.OptState, to: str) -> optax.OptState:
         def one(path: tuple, x: jax.Array) -> jax.Array:
@@ -125,11 +142,13 @@ def with_moments_in(dtype: str, rule: optax.GradientTransformation) -> optax.Gra
 
         return jax.tree_util.tree_map_with_path(one, state)
 
-    def update(gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None) -> Updated:
-        changes, state = rule.update(gradients, cast(state, "float32"), parameters)
+    def update(
+        gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None, **told: bool
+    ) -> Updated:
+        changes, state = rule.update(gradients, cast(state, "float32"), parameters, **told)
         return changes, cast(state, dtype)
 
-    return optax.GradientTransformation(lambda parameters: cast(rule.init(parameters), dtype), update)
+    return optax.GradientTransformationExtraArgs(lambda parameters: cast(rule.init(parameters), dtype), update)
 
 
 def update_rule(config: Optimizer, declared: dict) -> optax.GradientTransformation:

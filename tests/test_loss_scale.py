@@ -83,6 +83,11 @@ BAD_UPDATES = {
     "a sum beyond float32": (dict(name="sgd", learning_rate=1e38, clip_norm=0.0), -2.0, 3e38),
     "lion": (dict(name="lion", learning_rate=1e38, weight_decay=1e3), 0.5, 2.0),
     "muon": (dict(name="muon", learning_rate=1e38, weight_decay=1e3), 0.5, 2.0),
+    "muon, a sum beyond float32": (
+        dict(name="muon", learning_rate=3e38, clip_norm=0.0, weight_decay=0.0),
+        -1e-3,
+        3.3e38,
+    ),
     "adafactor": (dict(name="adafactor", learning_rate=1e38, weight_decay=1e3), 0.5, 2.0),
     "loss scale": (dict(loss_scale=1024, epsilon=0.0), 0.0, 2.0),
     "layer decay": (dict(layer_decay=0.5, weight_decay=1e39), 0.5, 2.0),
