@@ -70,7 +70,8 @@ def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> st
 
 def next_commands(run: Run, given: str) -> str:
     """What can be done with a finished run, as commands to paste; `given` is the one that trained it."""
-    mixed, model = run.mixed, ["--model", str(run.workdir)]
+    mixed, own = run.mixed, run.plan.program.parts
+    model = ["--model", str(run.workdir), *(["--parts", own.path] if own.path else [])]
     splits = [split for split in ("test", "validation") if has_split(mixed, run.config, split)]
     chats = bool(mixed.task and mixed.task.chat_template)
     asked = ["--chat"] if chats else ["--prompt", run.config.evaluate.prompt]
@@ -81,7 +82,7 @@ def next_commands(run: Run, given: str) -> str:
     logs = str(step_folders.steps_folder(run.workdir).parent.parent)
     lines = [
         f"done in {counts.duration(time.monotonic() - run.goodput.start)}; next:",
-        f"  longer     {given} {shlex.join(longer)}",
+        *[f"  longer     {given} {shlex.join(longer)}"] * bool(given),
         *[f"  generate   {cli.as_typed('-m', 'lm_jax.generate', *model, *asked)}"] * writes,
         *[f"  evaluate   {cli.as_typed('-m', 'lm_jax.evaluate', *model, '--split', split)}" for split in splits[:1]],
         f"  look       {cli.as_typed('-m', 'tensorboard.main', '--logdir', logs)}",
