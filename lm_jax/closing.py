@@ -12,9 +12,9 @@ from lm_jax import cli, metrics_file, step_folders, terminal
 from lm_jax.config import Config
 from lm_jax.data import mixture
 from lm_jax.errors import UserError
+from lm_jax.open_run import Run
 from lm_jax.plan import counts
 from lm_jax.remote import LocalMirror
-from lm_jax.run import Run
 from lm_jax.run_plan import Plan
 
 GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked

@@ -26,11 +26,11 @@ from lm_jax.goodput import Goodput
 from lm_jax.initial_state import Source, find_init, starting_point
 from lm_jax.multihost import peers
 from lm_jax.open_data import check_scores, open_data
+from lm_jax.open_run import Run
 from lm_jax.parts import Parts, check_parts, check_same_parts, of_experiment
 from lm_jax.plan import counts
 from lm_jax.regular_files import check_plain, check_url, is_url
 from lm_jax.remote import LocalMirror
-from lm_jax.run import Run
 from lm_jax.run_plan import Plan
 from lm_jax.samples import attach_reference
 from lm_jax.stop import NEVER, StopSignal
