@@ -12,9 +12,9 @@ from lm_jax import cli, metrics_file, step_folders, terminal
 from lm_jax.config import Config
 from lm_jax.data import mixture
 from lm_jax.errors import UserError
+from lm_jax.open_run import Run
 from lm_jax.plan import counts
 from lm_jax.remote import LocalMirror
-from lm_jax.run import Run
 from lm_jax.run_plan import Plan
 
 GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked
@@ -70,7 +70,8 @@ def compare_with_compressors(mixed: mixture.Mixture, bits_per_byte: float) -> st
 
 def next_commands(run: Run, given: str) -> str:
     """What can be done with a finished run, as commands to paste; `given` is the one that trained it."""
-    mixed, model = run.mixed, ["--model", str(run.workdir)]
+    mixed, own = run.mixed, run.plan.program.parts
+    model = ["--model", str(run.workdir), *(["--parts", own.path] if own.path else [])]
     splits = [split for split in ("test", "validation") if has_split(mixed, run.config, split)]
     chats = bool(mixed.task and mixed.task.chat_template)
     asked = ["--chat"] if chats else ["--prompt", run.config.evaluate.prompt]
@@ -81,7 +82,7 @@ def next_commands(run: Run, given: str) -> str:
     logs = str(step_folders.steps_folder(run.workdir).parent.parent)
     lines = [
         f"done in {counts.duration(time.monotonic() - run.goodput.start)}; next:",
-        f"  longer     {given} {shlex.join(longer)}",
+        *[f"  longer     {given} {shlex.join(longer)}"] * bool(given),
         *[f"  generate   {cli.as_typed('-m', 'lm_jax.generate', *model, *asked)}"] * writes,
         *[f"  evaluate   {cli.as_typed('-m', 'lm_jax.evaluate', *model, '--split', split)}" for split in splits[:1]],
         f"  look       {cli.as_typed('-m', 'tensorboard.main', '--logdir', logs)}",

@@ -18,6 +18,7 @@ from lm_jax.mesh import batch_shards, by_slice, legal_meshes, mesh_shape, prefli
 from lm_jax.model import attention, build
 from lm_jax.model.language_model import padded
 from lm_jax.model_config import ATTENDING, MOST_UNROLLED, plain
+from lm_jax.parts import ORDINARY, Parts
 from lm_jax.plan import counts
 from lm_jax.plan.devices import has_bfloat16
 from lm_jax.sharding import AXES
@@ -80,7 +81,13 @@ def by_devices(config: Config, site: Site, saved: Mapping[str, Any]) -> dict[str
 
 
 def decide(
-    config: Config, vocab_size: int, ramp: Ramp, site: Site | None, saved: Mapping[str, Any], num_devices: int
+    config: Config,
+    vocab_size: int,
+    ramp: Ramp,
+    site: Site | None,
+    saved: Mapping[str, Any],
+    num_devices: int,
+    parts: Parts = ORDINARY,
 ) -> Decision:
     """Decides all that is "auto" in a config, for a tokenizer of `vocab_size`; its lengths stay as they are given.
 
@@ -92,7 +99,8 @@ def decide(
     config = dataclasses.replace(config, model=plain(config.model))
     sizes = mesh_shape(config.mesh, num_devices)
     preflight(config, padded(vocab_size), sizes)
-    model = build.build(config.model, vocab_size, config.data.sequence_length)
+    built = lambda config: build.build(config.model, vocab_size, config.data.sequence_length, parts.block)
+    model = built(config)
     counted = counts.count(config, model.declarations)
     if site:
         values |= by_counts(given, config, counted, ramp, site, saved)
@@ -100,7 +108,7 @@ def decide(
         sizes = mesh_shape(config.mesh, num_devices)
         preflight(config, padded(vocab_size), sizes)
         if model.config != config.model:
-            model = build.build(config.model, vocab_size, config.data.sequence_length)
+            model = built(config)
     elif config.train.microbatch_rows == "auto":
         config = replaced(config, {"train.microbatch_rows": config.data.global_batch_size})
     return Decision(config, values, model, counted, sizes)

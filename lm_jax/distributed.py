@@ -18,9 +18,9 @@ from lm_jax.multihost.peers import everyone as everyone
 Tree = TypeVar("Tree")  # of arrays
 
 
-def configure() -> None:
-    """JAX's settings for every command: strict shapes, and a cache of compiled programs where there is a folder for it."""
-    jax.config.update("jax_numpy_rank_promotion", "raise")
+def configure(strict: bool = True) -> None:
+    """JAX's settings: a cache of compiled programs where there is a folder for it; of a command (`strict`) strict shapes, too."""
+    jax.config.update("jax_numpy_rank_promotion", "raise" if strict else jax.config.values["jax_numpy_rank_promotion"])
     with contextlib.suppress(FileNotFoundError):  # no home: no program is kept; what needs the cache says so
         compile_cache.use(os.path.join(cache_folder(), "compiled"))
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of all that it raises

@@ -28,9 +28,7 @@ def check_tokenizer(found: load_model.ModelRef, mixed: mixture.Mixture) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The flags. Raises UserError."""
     parser = cli.Parser("lm_jax.evaluate", __doc__)
-    parser.add_argument(
-        "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
-    )
+    load_model.add_flags(parser)
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = greedy")
     parser.add_argument("--records", type=int, default=0, help="of written texts, the first of the split; 0 = all")
@@ -49,7 +47,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command with its arguments. Returns the exit code; raises UserError."""
     flags, log = parse(arguments), Terminal()
     devices = distributed.devices()  # of several processes each verifies its share of the model
-    found = load_model.locate(flags.model, log)
+    found = load_model.of_flags(flags, log)
     tell_losses(found.tokenizer, log)
     mesh = make_mesh(Mesh(slices=-1), devices)
     check_scores(found.config)

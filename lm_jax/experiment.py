@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -75,8 +76,8 @@ def find_experiment(experiment: str) -> tuple[str, str]:
 def experiment_config(experiment: str) -> ml_collections.ConfigDict:
     """What an experiment file says, `:smoke` shrunk. The file is code and is executed. Raises UserError."""
     path, variant = find_experiment(experiment)
-    module = _executed(path, experiment)
-    with _faults_told(path):
+    module = executed(path, f"--config {experiment}")
+    with faults_told(path):
         config = _config_of(module, experiment, variant)
     return shrink(config) if variant == "smoke" else config
 
@@ -87,29 +88,29 @@ def shipped() -> list[str]:
     files = [name for name in sorted(os.listdir(folder)) if name.endswith(".py")] if os.path.isdir(folder) else []
     found = []
     for file in (f"experiments/{name}" for name in files):
-        variants = getattr(_executed(find_experiment(file)[0], file), "VARIANTS", ())
+        variants = getattr(executed(find_experiment(file)[0], f"--config {file}"), "VARIANTS", ())
         found += [f"{file}:{variant}" for variant in variants] or [file]
     return found
 
 
-def _executed(path: str, experiment: str):
-    """The file of an experiment as a module. Raises UserError."""
+def executed(path: str, named: str) -> ModuleType:
+    """A file of a user's code as a module; `named` is the flag that names it, for messages. Raises UserError."""
     folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # an experiment may import another
     spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config {experiment}: not a Python file")
+        raise UserError(f"{named}: not a Python file")
     if os.path.getsize(path) > LARGEST_EXPERIMENT:
-        raise UserError(f"--config {experiment}: a file of {os.path.getsize(path):,} bytes is no experiment")
+        raise UserError(f"{named}: a file of {os.path.getsize(path):,} bytes is no experiment")
     module = importlib.util.module_from_spec(spec)
-    with _faults_told(path):
+    with faults_told(path):
         spec.loader.exec_module(module)
     return module
 
 
 @contextlib.contextmanager
-def _faults_told(path: str) -> Iterator[None]:
+def faults_told(path: str) -> Iterator[None]:
     """Makes a UserError of whatever the code of a user's file may raise."""
     try:
         yield
@@ -183,10 +184,15 @@ def without_unread(flat: dict[str, Any], given=()) -> dict[str, Any]:
     return flat | {path: leaves()[path].default for path in unread(flat) if path in SHRUNK and path not in given}
 
 
-def load_config(experiment: str, overrides: dict[str, str]) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """The resolved config, and for every leaf that is not its default where it came from: {path: {from, default}}."""
-    defaults, from_file = flatten(Config()), flatten(experiment_config(experiment))
-    given = {path: parse_value(path, text) for path, text in overrides.items()}
+def load_config(
+    experiment: str, overrides: dict[str, Any], config: ml_collections.ConfigDict | None = None
+) -> tuple[Config, dict[str, dict[str, Any]]]:
+    """The resolved config, and for every leaf that is not its default where it came from: {path: {from, default}}.
+
+    `config`: what stands in for the experiment's file. Overrides that are text are read as on a command line.
+    """
+    defaults, from_file = flatten(Config()), flatten(experiment_config(experiment) if config is None else config)
+    given = {path: parse_value(path, x) if isinstance(x, str) else x for path, x in overrides.items()}
     origins = {
         path: {"from": "file", "default": defaults[path]}
         for path, value in from_file.items()
@@ -198,14 +204,27 @@ def load_config(experiment: str, overrides: dict[str, str]) -> tuple[Config, dic
     return resolve(unflatten(without_unread(flat, given) if experiment.endswith(":smoke") else flat)), origins
 
 
+def table(config: Config, origins: dict[str, dict]) -> str:
+    """One line a setting: path, value, where the value came from, meaning."""
+    rows = []
+    for path, field in leaves().items():
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        rows.append((path, repr(value), origins.get(path, {}).get("from", "default"), field.metadata["meaning"]))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(f"{a:<{widths[0]}} = {b:<{widths[1]}}  {c:<{widths[2]}}  {d}" for a, b, c, d in rows)
+
+
 def as_given(experiment: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
-    """The command that trains this, to paste; without its workdir and number of steps."""
+    """The command that trains this, to paste; without its workdir and number of steps. "" of a config without a file."""
+    if not experiment:
+        return ""
     values = flatten(config)
     given = [path for path, origin in origins.items() if origin["from"] == "command line" and path != "train.num_steps"]
     return as_typed("-m", "lm_jax.main", "--config", experiment, *[f"--config.{path}={values[path]}" for path in given])
 
 
 def run_name(experiment: str) -> str:
-    """`gpt_125m` or `gpt_125m-smoke`: the experiment and its variant."""
+    """`gpt_125m` or `gpt_125m-smoke`: the experiment and its variant; of a config without a file `notebook`."""
     path, _, variant = experiment.partition(":")
-    return os.path.basename(path).removesuffix(".py") + (f"-{variant}" if variant else "")
+    return os.path.basename(path).removesuffix(".py") + "notebook" * (not path) + (f"-{variant}" if variant else "")

@@ -32,7 +32,7 @@ def find_init(program: TrainSetup, mixed: mixture.Mixture, log: terminal.Termina
 
         return word_vectors.read(path, mixed.tokenizer, program.config.model.model_dim)
     try:
-        found = load_model.locate(path, log)
+        found = load_model.locate(path, log, program.parts)
     except UserError as error:
         raise UserError(str(error).replace("--model", "config.train.init_from")) from None
     if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:

@@ -4,6 +4,7 @@
 takes `--model`, and `config.train.init_from`, goes through here.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -29,6 +30,7 @@ from lm_jax.files import file_hash
 from lm_jax.manifest import MANIFEST, invalid_reason
 from lm_jax.model.build import ModelDef, build
 from lm_jax.model.lora import merged
+from lm_jax.parts import ORDINARY, Parts, of_run, of_source
 from lm_jax.regular_files import check_plain, check_url, read_object
 from lm_jax.run_folder import CONFIG, check_run_files, read_config
 from lm_jax.step_folders import STEP, complete_steps, has_steps, newest_valid, steps_folder
@@ -36,12 +38,35 @@ from lm_jax.stop import NEVER
 from lm_jax.train_state import TrainSetup, abstract, make_program
 from lm_jax.trainable import merge_params
 
+MODEL = "a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
+
 
 def convert_modules() -> tuple[ModuleType, ModuleType]:
     """(hugging_face, safetensors) of the wing `convert`, looked up here alone, when a MODEL needs them."""
     from lm_jax.convert import hugging_face, safetensors
 
     return hugging_face, safetensors
+
+
+def add_flags(parser: argparse.ArgumentParser, model: str = MODEL) -> None:
+    """--model and --parts, as every command has them that reads a MODEL."""
+    parser.add_argument("--model", required=True, help=model)
+    parser.add_argument(
+        "--parts", default="", help="the file of the parts that the run was trained with; it is executed"
+    )
+
+
+def of_flags(flags: argparse.Namespace, log: Callable[[str], None]) -> "ModelRef":
+    """The MODEL that these flags name. Raises UserError, also where it has no use for --parts."""
+    return locate_with(flags.model, flags.parts, log)
+
+
+def locate_with(model: str, parts: str, log: Callable[[str], None]) -> "ModelRef":
+    """`locate`, which raises UserError also where the MODEL has no use for the file `parts`."""
+    found = locate(model, log, parts)
+    if parts and not found.parts.replaced:
+        raise UserError(f"--parts {parts}: {model} was trained with the ordinary parts; leave it out")
+    return found
 
 
 class ModelRef(NamedTuple):
@@ -53,6 +78,7 @@ class ModelRef(NamedTuple):
     tokenizer: Tokenizer
     described: Any = None  # of a Hugging Face folder: what its config.json says (`hugging_face.Description`)
     base: "ModelRef | None" = None  # of a folder with the trained parameters alone: the MODEL that has the frozen ones
+    parts: Parts = ORDINARY  # that a run was trained with
 
     @property
     def vocab_size(self) -> int:
@@ -67,10 +93,11 @@ class ModelRef(NamedTuple):
         return special_ids.read(self.workdir, self.tokenizer)
 
 
-def locate(model: str, log: Callable[[str], None] = print) -> ModelRef:
+def locate(model: str, log: Callable[[str], None] = print, parts: str | Parts = "") -> ModelRef:
     """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`) or a Hugging Face folder.
 
-    With several processes all of them call it together. Raises UserError.
+    `parts`: the file of the parts that a run was trained with, or those of the run that starts from it. With several processes
+    all of them call it together. Raises UserError.
     """
     check_url("--model", model)
     path, _, wanted = (model, "", "") if (epath.Path(model) / CONFIG).exists() else model.rpartition("@")
@@ -87,8 +114,10 @@ def locate(model: str, log: Callable[[str], None] = print) -> ModelRef:
     if not has_steps(workdir):
         raise UserError(f"--model {model}: the run has no checkpoint yet")
     config = resolve_found(unflatten(content["config"]))
-    base = locate_base(workdir, content["base"], log) if "base" in content else None
-    found = ModelRef(workdir, NEVER, config, load(str(workdir)), None, base)
+    recorded = content.get("parts", {})
+    own = of_run(recorded, parts, path) if isinstance(parts, str) else of_source(recorded, parts, path)
+    base = locate_base(workdir, content["base"], log, own) if "base" in content else None
+    found = ModelRef(workdir, NEVER, config, load(str(workdir)), None, base, own)
     return found._replace(step=locate_step(found, model, wanted, content.get("run", ""), log))
 
 
@@ -115,16 +144,16 @@ def items_read(located: ModelRef) -> frozenset[str]:
     """
     if not located.config.optimizer.ema or located.base:
         return frozenset({"parameters"})
-    program = make_program(located.config, located.vocab_size)
+    program = make_program(located.config, located.vocab_size, parts=located.parts)
     has_frozen = len(program.trained) < len(program.graph.declarations)
     return frozenset({"optimizer", *["parameters"] * has_frozen})
 
 
-def locate_base(workdir: epath.Path, said: dict[str, str], log: Callable[[str], None]) -> ModelRef:
+def locate_base(workdir: epath.Path, said: dict[str, str], log: Callable[[str], None], parts: Parts) -> ModelRef:
     """The MODEL with the frozen parameters; `said` is {"place", "hash"} as in config.json. Raises UserError."""
     where = f"put it back, or write its new place into {workdir / CONFIG} (base, place)"
     try:
-        found = locate(said["place"], log)
+        found = locate(said["place"], log, parts)
     except RecursionError:
         raise UserError(f"{workdir}: its base is itself, or leads back to it\n{where}") from None
     except UserError as error:
@@ -162,7 +191,7 @@ def locate_hugging_face(folder: epath.Path) -> ModelRef:
 def graph_of(located: ModelRef) -> ModelDef:
     """The model without its parameters, and without LoRA adapters: those are merged into its matrices."""
     model = dataclasses.replace(located.config.model, lora_rank=0)
-    return build(model, located.vocab_size, located.config.data.sequence_length)
+    return build(model, located.vocab_size, located.config.data.sequence_length, located.parts.block)
 
 
 def load_parameters(located: ModelRef) -> tuple[ModelDef, dict]:
@@ -177,7 +206,7 @@ def load_parameters(located: ModelRef) -> tuple[ModelDef, dict]:
 
 def load_as_trained(located: ModelRef) -> tuple[TrainSetup, dict]:
     """(what trains a MODEL, its parameters on the mesh that is set), LoRA adapters as they are."""
-    program = make_program(located.config, located.vocab_size)
+    program = make_program(located.config, located.vocab_size, parts=located.parts)
     target = abstract(program)
     if located.described:
         hugging_face, _ = convert_modules()

@@ -4,7 +4,8 @@ Shape suffixes: B batch, T length, D model, V padded vocabulary, L layers, C tok
 `labels_BTC`: outputs of a head).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from lm_jax.model import task_heads
 from lm_jax.model.build import ModelDef
 from lm_jax.model.dropout import Dropout
 from lm_jax.model.language_model import LanguageModel, ModelOutputs
+from lm_jax.model.moe import routing_loss
 from lm_jax.model.row_order import balanced, in_row_order
 
+TokenLoss = Callable[[jax.Array, jax.Array], jax.Array]  # float32 logits [B, T, V], int32 targets [B, T] -> [B, T]
 SMALL = 2**22  # logits of a device up to which all exist at once: as fast as in chunks
 
 
@@ -50,11 +53,13 @@ def batch_loss(
     dropout: Dropout | None = None,
     z_loss: float = 0.0,
     routing: tuple[float, float] = (0.0, 0.0),
+    token_loss: TokenLoss = token_losses,
 ) -> BatchLoss:
     """The loss of a batch by its task: cross entropy of tokens or labels, squared error, or the loss of pairs of answers.
 
     The objective also has z_loss * log(Z)^2 of every predicted token, Z the denominator of the softmax (arXiv:2204.02311,
-    section 5), and the experts' (balance, z) losses times `routing` (`routing_loss`).
+    section 5), and the experts' (balance, z) losses times `routing` (`routing_loss`). Where tokens are predicted it has
+    `token_loss` in place of the cross entropy.
     """
     batch = {name: balanced(x) if x.ndim > 1 else x for name, x in batch.items()}
     model, mask_BT = graph.module(parameters), batch["loss_mask"]
@@ -65,12 +70,12 @@ def batch_loss(
         loss = (losses_BT * mask_BT).sum()
         return BatchLoss(loss + added, loss, in_row_order(answers_BTC))
     if outputs.labels_BTC is None:
-        objective, loss = vocabulary_loss(model, outputs.hidden_BTD, batch, z_loss)
+        objective, loss = vocabulary_loss(model, outputs.hidden_BTD, batch, z_loss, token_loss)
         return BatchLoss(objective + added, loss)
     # BERT's pretraining: the target of a segment's first token is its next-sentence label, the other targets are tokens.
     is_label_BT = batch["positions"] == 0
     of_tokens = batch | {"loss_mask": mask_BT * ~is_label_BT}
-    objective, loss = vocabulary_loss(model, outputs.hidden_BTD, of_tokens, z_loss)
+    objective, loss = vocabulary_loss(model, outputs.hidden_BTD, of_tokens, z_loss, token_loss)
     label_loss = (task_heads.label_losses(outputs.labels_BTC, batch["targets"]) * mask_BT * is_label_BT).sum()
     return BatchLoss(objective + added + label_loss, loss + label_loss)
 
@@ -80,24 +85,20 @@ def answer_losses(model: LanguageModel, outputs: ModelOutputs, batch: dict) -> t
     if outputs.hidden_BTD is None:
         assert outputs.labels_BTC is not None
         return task_heads.losses(model.config.head, outputs.labels_BTC, batch), outputs.labels_BTC
-    log_BT = target_log_probabilities(model, outputs.hidden_BTD, batch["targets"])
+    log_BT = by_token(lambda *both: -token_losses(*both), model, outputs.hidden_BTD, batch["targets"])
     margins_BT = task_heads.preference_margins(log_BT, batch)
     return jax.nn.softplus(-margins_BT), margins_BT[:, :, None]
 
 
-def routing_loss(losses: list[jax.Array], mask_BT: jax.Array, weights: tuple[float, float]) -> jax.Array:
-    """The weighted sum of the experts' (balance, z) losses over layers and rows, each row counted once for every masked token.
-
-    `losses`: for each block of the layer pattern, [L / period, B, 2].
-    """
-    of_row_B = sum(weight * x_LB2[..., i].sum(0) for x_LB2 in losses for i, weight in enumerate(weights))
-    return (of_row_B * mask_BT.sum(1)).sum()
-
-
 def vocabulary_loss(
-    model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float
+    model: LanguageModel, hidden_BTD: jax.Array, batch: dict, z_loss: float, token_loss: TokenLoss = token_losses
 ) -> tuple[jax.Array, jax.Array]:
     """(objective, cross entropy in nats) of a model that predicts tokens: sums over the masked tokens, float32 []."""
+    if token_loss is not token_losses:
+        z_losses = lambda logits_BTV: z_loss * jnp.square(jax.nn.logsumexp(logits_BTV, axis=-1)) if z_loss else 0.0
+        both = lambda logits, targets: (token_loss(logits, targets) + z_losses(logits), token_losses(logits, targets))
+        objective_BT, loss_BT = by_token(both, model, hidden_BTD, batch["targets"])
+        return (objective_BT * batch["loss_mask"]).sum(), (loss_BT * batch["loss_mask"]).sum()
     num_logits = batch["tokens"].size // sharding.ways("tokens") * (model.padded_vocab_size // sharding.ways("vocab"))
     if is_chunked(num_logits, hidden_BTD.dtype):
         hidden_BTD = model.before_table(hidden_BTD)
@@ -112,8 +113,8 @@ def vocabulary_loss(
     return loss + z_loss * (jnp.square(log_total_BT) * batch["loss_mask"]).sum(), loss
 
 
-def target_log_probabilities(model: LanguageModel, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Log probabilities of the targets, log softmax(logits)[target] in nats, float32 [B, T].
+def by_token(function: Callable, model: LanguageModel, hidden_BTD: jax.Array, targets_BT: jax.Array) -> Any:
+    """`function(float32 logits [B, T, V], targets [B, T])`, an array [B, T] or a tree of them, of each token for itself.
 
     Logits exist for a chunk of each row at a time, and are computed again for the gradient.
     """
@@ -124,11 +125,13 @@ def target_log_probabilities(model: LanguageModel, hidden_BTD: jax.Array, target
     hidden_BPTD, target_BPT = by_part(hidden_BTD, None), by_part(targets_BT)
 
     @jax.checkpoint
-    def chunk(hidden_BPCD: jax.Array, target_BPC: jax.Array) -> jax.Array:
+    def chunk(hidden_BPCD: jax.Array, target_BPC: jax.Array) -> Any:
         one_row = lambda x, *rest: sharding.reshape(x, (batch, -1, *x.shape[3:]), "batch", "length", *rest)
         logits_BCV = model.logits(one_row(hidden_BPCD, None))
-        return by_part(-token_losses(logits_BCV, one_row(target_BPC)))
+        return jax.tree.map(by_part, function(logits_BCV, one_row(target_BPC)))
+
+    def whole(*chunks_BPC: jax.Array) -> jax.Array:
+        return sharding.reshape(jnp.concatenate(chunks_BPC, axis=2), targets_BT.shape, "batch", "length")
 
     chunks = (slice(start, min(start + size, length)) for start in range(0, length, size))
-    log_BPT = jnp.concatenate([chunk(hidden_BPTD[:, :, at], target_BPT[:, :, at]) for at in chunks], axis=2)
-    return sharding.reshape(log_BPT, targets_BT.shape, "batch", "length")
+    return jax.tree.map(whole, *[chunk(hidden_BPTD[:, :, at], target_BPT[:, :, at]) for at in chunks])

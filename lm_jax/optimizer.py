@@ -77,7 +77,11 @@ def over_data(rule: optax.GradientTransformation, elementwise: bool) -> optax.Gr
 
 
 def make_optimizer(
-    config: Optimizer, declared: dict, factors: dict | None = None, clocks: Clocks = UPDATES
+    config: Optimizer,
+    declared: dict,
+    factors: dict | None = None,
+    clocks: Clocks = UPDATES,
+    rule: Callable = update_rule,
 ) -> optax.GradientTransformation:
     """Clip by global norm, update rule, decoupled decay (arXiv:1711.05101), schedule, average; takes mean gradients.
 
@@ -86,11 +90,11 @@ def make_optimizer(
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(is_matrix, declared))
-    parts = [clip, update_rule(config, declared)] + [decay] * (config.name != "adam")
+    parts = [clip, rule(config, declared)] + [decay] * (config.name != "adam")
     average = [average_of_parameters(config.ema)] if config.ema else []
     rate = optax.scale_by_learning_rate(schedule(config, clocks))
     rate = at_rates(rate, factors) if factors and config.layer_decay < 1 else rate
     whole = optax.chain(*parts, rate, *average)
     largest = LARGEST_LOSS_SCALE
     guarded = dynamic_loss_scale(whole, config.loss_scale, largest) if config.loss_scale else skip_nonfinite(whole)
-    return over_data(guarded, config.name in ELEMENTWISE)
+    return over_data(guarded, rule is update_rule and config.name in ELEMENTWISE)

@@ -6,7 +6,7 @@ from lm_jax import checkpoint, manifest, spikes, step_folders
 from lm_jax.batch_ramp import DataState
 from lm_jax.data import mixed_rows
 from lm_jax.distributed import agree, is_main_process
-from lm_jax.run import Run
+from lm_jax.open_run import Run
 from lm_jax.step_log import StepLog
 from lm_jax.stop import NEVER
 

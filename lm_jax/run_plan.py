@@ -20,6 +20,7 @@ from lm_jax.data.objectives import EXTRA
 from lm_jax.mesh import make_mesh, mesh_shape, preflight
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
+from lm_jax.parts import ORDINARY, Parts
 from lm_jax.plan import counts
 from lm_jax.train_state import TrainSetup, program_of
 
@@ -82,6 +83,7 @@ def make_plan(
     data: DataState = START,
     site: decide.Site | None = None,
     saved: Mapping[str, Any] = NEW,
+    parts: Parts = ORDINARY,
 ) -> Plan:
     """The plan of a config as it is written, for a tokenizer of `vocab_size` and the devices of all processes.
 
@@ -90,10 +92,10 @@ def make_plan(
     of a run that is gone on with. Raises UserError where a dim does not divide over the mesh.
     """
     ramp = make_ramp(config).through(data.step, data.cursor)
-    found = decide.decide(config, vocab_size, ramp, site, saved, len(devices))
+    found = decide.decide(config, vocab_size, ramp, site, saved, len(devices), parts)
     planned = with_steps(found.config, ramp, rows_per_epoch)
     mesh = make_mesh(planned.mesh, devices)
-    program = program_of(planned, found.model, clocks(config, ramp))
+    program = program_of(planned, found.model, clocks(config, ramp), parts)
     return Plan(planned, found.values, ramp, found.sizes, mesh, found.counted, program)
 
 

@@ -14,7 +14,7 @@ from lm_jax.errors import UserError
 from lm_jax.evaluator import Evaluator, by_source
 from lm_jax.mesh import with_whole_rows
 from lm_jax.model.build import ModelDef
-from lm_jax.run import Run
+from lm_jax.open_run import Run
 from lm_jax.sharding import stored
 
 SAMPLE_TOKENS = 96

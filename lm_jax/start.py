@@ -1,7 +1,9 @@
 """How a run is opened: first it is looked at, with nothing written; then it is begun, under the workdir's lock."""
 
+import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,23 +15,27 @@ from lm_jax.batch_ramp import DataState
 from lm_jax.closing import is_over
 from lm_jax.config import Config, flatten
 from lm_jax.data import mixed_rows, mixture, special_ids
+from lm_jax.data.loader import abstract_batch
 from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.distributed import agree, devices, is_main_process, own
 from lm_jax.errors import UserError
-from lm_jax.experiment import run_name
+from lm_jax.experiment import faults_told, run_name
 from lm_jax.files import BESIDE, check_room
 from lm_jax.goodput import Goodput
 from lm_jax.initial_state import Source, find_init, starting_point
 from lm_jax.multihost import peers
 from lm_jax.open_data import check_scores, open_data
+from lm_jax.open_run import Run
+from lm_jax.parts import Parts, check_parts, check_same_parts, of_experiment
 from lm_jax.plan import counts
 from lm_jax.regular_files import check_plain, check_url, is_url
 from lm_jax.remote import LocalMirror
-from lm_jax.run import Run
 from lm_jax.run_plan import Plan
 from lm_jax.samples import attach_reference
 from lm_jax.stop import NEVER, StopSignal
+from lm_jax.train_state import abstract
+from lm_jax.train_step import train_step
 from lm_jax.workdir_lock import find_together
 
 
@@ -80,12 +86,15 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     device = own(here)
     fault_points.reach("start")
     log.silent = not is_main_process()
-    peers.compare(settings(config, experiment, dry_run))
+    parts = of_experiment(experiment)
+    peers.compare(settings(config, experiment, dry_run) | {"the hash of its parts": parts.sha256})
     site = decide.at_hand(here, device)
     run_plan.check(config, site)
+    check_parts(config, parts)
     saved = agree(
         run_folder.read_config(workdir) if is_main_process() and step_folders.has_steps(workdir) else {}, "config.json"
     )
+    check_same_parts(workdir, saved, parts)
     check_scores(config)
     trackers.check(config.log.trackers)
     with goodput("data"):
@@ -97,17 +106,37 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
         agree(step_folders.expected_data_state(workdir) if is_main_process() else None, "data")
     )
     known = specials(mixed.tokenizer, config.data.objective).vocab_size, here, stream.rows_per_epoch
-    with goodput("plan"):
-        plan = run_plan.make_plan(config, *known, expected, site, saved.get("config", {}))
-    plan_from = functools.partial(run_plan.make_plan, decide.replaced(config, plan.decided), *known)
+    with goodput("plan"), faults_of(parts):
+        plan = run_plan.make_plan(config, *known, expected, site, saved.get("config", {}), parts)
+        rehearse(plan)
+    plan_from = functools.partial(run_plan.make_plan, decide.replaced(config, plan.decided), *known, parts=parts)
     changes = run_folder.check_resume(workdir, saved, plan.config, mixed.facts) if saved else []
-    facts = mixed.facts | {"run": run_folder.run_identity(saved, plan.config, mixed.facts)}
+    facts = mixed.facts | parts.record
+    facts |= {"run": run_folder.run_identity(saved, plan.config, facts)}
     source = None if saved else find_init(plan.program, mixed, log)
     peers.compare({"the step of config.train.init_from": source.step if isinstance(source, load_model.ModelRef) else 0})
     with goodput("peak"):
         peak = counts.peak_flops(plan.mesh, plan.config.model.compute_dtype)
     inside = workdir, mirror, log, goodput, saved, expected
     return Opening(*inside, device, mixed, stream, plan, plan_from, changes, facts, source, peak)
+
+
+def faults_of(parts: Parts) -> contextlib.AbstractContextManager:
+    """Makes a UserError, which names the line, of what the code of a user's parts raises."""
+    return faults_told(os.path.abspath(parts.path)) if parts.replaced else contextlib.nullcontext()
+
+
+def rehearse(plan: Plan) -> None:
+    """Traces a step with parts of a user's own, which compiles nothing. Raises UserError where they do not fit."""
+    program, parts = plan.program, plan.program.parts
+    if not parts.replaced:
+        return
+    with jax.set_mesh(plan.mesh):
+        state, batch = abstract(program), abstract_batch(plan.mesh, plan.microbatch, plan.config)
+        after, _ = jax.eval_shape(functools.partial(train_step, program), state, batch)
+    kind = lambda x: (x.shape, x.dtype)
+    if jax.tree.map(kind, after) != jax.tree.map(kind, state):
+        raise UserError(f"{parts.path}: a step with these parts changes the shape or the dtype of its state")
 
 
 def settings(config: Config, experiment: str, dry_run: bool) -> dict[str, Any]:

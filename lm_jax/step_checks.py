@@ -7,7 +7,7 @@ import numpy as np
 from lm_jax import metrics, spikes
 from lm_jax.data import mixed_rows
 from lm_jax.distributed import agree
-from lm_jax.run import Run
+from lm_jax.open_run import Run
 
 MOST_IN_A_ROW = 10  # updates that are not finite, before the run stops
 NAMES = ("train/skipped", "train/skipped_in_a_row", "train/loss", "train/grad_norm")

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 
 from lm_jax import metrics, spikes
+from lm_jax.open_run import Run
 from lm_jax.plan import counts
-from lm_jax.run import Run
 from lm_jax.step_checks import StepChecks
 
 

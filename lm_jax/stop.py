@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,6 +20,7 @@ WORKERS = ("multiprocessing", "multiprocess")  # what starts Grain's workers, an
 LAST = b"\0"  # in the place of a signal's number
 
 
+Listen = Callable[[], contextlib.AbstractContextManager["StopSignal"]]  # `StopSignal`, or what stands in for it
 listening: list["StopSignal"] = []  # the last one takes what comes; a command of ours has its first from its start on
 
 

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -22,21 +21,23 @@ from lm_jax.experiment import as_given, run_name
 from lm_jax.goodput import traced
 from lm_jax.knob import parse_length
 from lm_jax.multihost import peers
+from lm_jax.open_run import Run
 from lm_jax.rewind import go_back
-from lm_jax.run import Run
 from lm_jax.samples import Evaluation, answer_now, evaluate_now, is_evaluated, make_evaluation, show_sample
 from lm_jax.step_checks import MOST_IN_A_ROW
 from lm_jax.step_log import StepLog
-from lm_jax.stop import EXIT_PREEMPTED, Stopped, StopSignal
+from lm_jax.stop import EXIT_PREEMPTED, Listen, Stopped, StopSignal
 from lm_jax.train_step import CompiledStep, compile_step
 from lm_jax.workdir_lock import workdir_lock
 
 
-def run(config: Config, experiment: str, path: str, origins: dict[str, dict[str, Any]], dry_run: bool = False) -> int:
+def run(
+    config: Config, experiment: str, path: str, origins: dict, dry_run: bool = False, listen: Listen = StopSignal
+) -> int:
     """Trains to the end, from the newest step in the workdir. Returns the exit code. Raises UserError before it writes there.
 
-    `experiment` is the value of `--config`, `path` the workdir ("": runs/<experiment>[-<variant>]). A `dry_run` ends once it is
-    known what the run will be.
+    `experiment` is the value of `--config` ("": no file), `path` the workdir ("": runs/<experiment>[-<variant>]). A `dry_run`
+    ends once it is known what the run will be. `listen` gives the context in which signals ask the run to stop.
     """
     opening = start.look(config, experiment, path, dry_run)
     workdir, plan, log = opening.workdir, opening.plan, opening.log
@@ -44,7 +45,7 @@ def run(config: Config, experiment: str, path: str, origins: dict[str, dict[str,
     if dry_run:
         return 0
     opening.check_room()
-    with workdir_lock(workdir, log), contextlib.closing(log), jax.set_mesh(plan.mesh), StopSignal() as stop:
+    with workdir_lock(workdir, log), contextlib.closing(log), jax.set_mesh(plan.mesh), listen() as stop:
         run = start.begin(opening, origins, stop)
         return train(run, as_given(experiment, config, origins)) if run else already_done(opening.mirror, log)
 

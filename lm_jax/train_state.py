@@ -11,6 +11,7 @@ from lm_jax.config import Config
 from lm_jax.loss_scale import Guarded
 from lm_jax.model import build as graphs
 from lm_jax.optimizer import make_optimizer
+from lm_jax.parts import ORDINARY, Parts
 from lm_jax.sharding import laid_out, on_mesh
 from lm_jax.trainable import partition_params, rates, trained_paths
 
@@ -31,6 +32,7 @@ class TrainSetup(NamedTuple):
     optimizer: optax.GradientTransformation
     trained: frozenset[tuple[str, ...]]  # paths of the parameters that the optimizer updates
     clocks: Clocks = UPDATES  # of the schedule
+    parts: Parts = ORDINARY
 
     def split(self, parameters: dict) -> tuple[dict, dict]:
         """(parameters that are trained, parameters that are frozen)."""
@@ -42,17 +44,19 @@ class TrainSetup(NamedTuple):
         return jax.random.key(self.config.train.seed)
 
 
-def make_program(config: Config, vocab_size: int, clocks: Clocks = UPDATES) -> TrainSetup:
+def make_program(config: Config, vocab_size: int, clocks: Clocks = UPDATES, parts: Parts = ORDINARY) -> TrainSetup:
     """The setup of a config whose lengths are in steps, for a tokenizer of `vocab_size`."""
-    return program_of(config, graphs.build(config.model, vocab_size, config.data.sequence_length), clocks)
+    graph = graphs.build(config.model, vocab_size, config.data.sequence_length, parts.block)
+    return program_of(config, graph, clocks, parts)
 
 
-def program_of(config: Config, graph: graphs.ModelDef, clocks: Clocks) -> TrainSetup:
+def program_of(config: Config, graph: graphs.ModelDef, clocks: Clocks, parts: Parts = ORDINARY) -> TrainSetup:
     """The setup that trains a model."""
     trained = trained_paths(config, graph.declarations)
     declared, _ = partition_params(graph.tree(lambda declared: declared), trained)
     factors = rates(config, {path: graph.declarations[path] for path in trained})
-    return TrainSetup(config, graph, make_optimizer(config.optimizer, declared, factors, clocks), trained, clocks)
+    optimizer = make_optimizer(config.optimizer, declared, factors, clocks, parts.optimizer)
+    return TrainSetup(config, graph, optimizer, trained, clocks, parts)
 
 
 def fresh(program: TrainSetup) -> TrainState:

@@ -59,7 +59,8 @@ def _sums_of(program: TrainSetup, read: tuple[dict, jax.Array, jax.Array], batch
     routing = weights.balance_loss, weights.router_z_loss
 
     def loss_of(trained: dict) -> tuple[jax.Array, jax.Array]:
-        return batch_loss(program.graph, merge_params(frozen, trained), scaled, dropout, weights.z_loss, routing)[:2]
+        whole = merge_params(frozen, trained)
+        return batch_loss(program.graph, whole, scaled, dropout, weights.z_loss, routing, program.parts.loss)[:2]
 
     (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
     return Sums(gradients, loss, batch["loss_mask"].sum())

@@ -6,6 +6,7 @@ With `--config.mesh.slices=2` those that two slices can split as well. `expert` 
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from lm_jax.errors import UserError
 from lm_jax.mesh import by_slice, legal_meshes, mesh_shape, parameter_table, preflight
 from lm_jax.model.language_model import padded
 from lm_jax.open_data import open_data
+from lm_jax.parts import of_experiment
 from lm_jax.run_plan import Plan, make_plan
 from lm_jax.terminal import Terminal
 from lm_jax.train_state import fresh
@@ -97,7 +99,8 @@ def main(arguments: list[str]) -> int:
     stream = mixed.stream(config.data)
     vocab_size = specials(mixed.tokenizer, config.data.objective).vocab_size
     site = decide.at_hand(here, distributed.own(here))
-    planned = lambda changed: make_plan(changed, vocab_size, here, stream.rows_per_epoch, site=site)
+    known = functools.partial(make_plan, site=site, parts=of_experiment(flags.config))
+    planned = lambda changed: known(changed, vocab_size, here, stream.rows_per_epoch)
     if flags.show:
         plan = planned(config)
         log(parameter_table(plan.program.graph.declarations, plan.mesh))

@@ -83,6 +83,8 @@ MISTAKES = [
     ("evaluate", ["--model", "{run}x"], "is not a run.*did you mean {run}?"),
     ("evaluate", ["--model", "{run}@7"], "no step '7'; the run has 2"),
     ("evaluate", ["--model", "{run}", "--split", "tets"], "choose from"),
+    ("main", ["--config=experiments/ademamix.py:smoke", "--config.optimizer.name=lion"], "is not read: leave it out"),
+    ("generate", ["--model", "{run}", "--prompt=x", "--parts=x.py"], "trained with the ordinary parts; leave it out"),
     ("generate", ["--prompt", "x"], "required: --model"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--top_p", "1.5"], "--top_p 1.5: from 0 to 1"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--max_new_tokens", "1000"], "at most"),

@@ -33,6 +33,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("output", help="the folder to make, or a .gguf file")
     parser.add_argument("--unproven", action="store_true", help="write without comparing it in transformers")
     parser.add_argument("--over", default="", help="write only what was trained, over this MODEL, which has the rest")
+    parser.add_argument(
+        "--parts", default="", help="the file of the parts that the run was trained with; it is executed"
+    )
     flags, log = parser.parse_args(arguments), Terminal()
     again = shlex.join(["python", "tools/convert_checkpoint.py", *arguments, "--unproven"])
     to_gguf = flags.output.endswith(".gguf")
@@ -42,9 +45,9 @@ def main(arguments: list[str]) -> int:
         if flags.model.endswith(".gguf") and not flags.over:
             leaving = export.of_gguf(flags.model)
         else:
-            found = load_model.locate(flags.model, log)
+            found = load_model.of_flags(flags, log)
             if flags.over:
-                run.write_part(epath.Path(flags.output), found, load_model.locate(flags.over, log))
+                run.write_part(epath.Path(flags.output), found, load_model.locate(flags.over, log, found.parts))
                 log(f"wrote {flags.output}, which needs {flags.over}")
                 return 0
             if found.described and not to_gguf:

@@ -23,14 +23,14 @@ SHADES, SHOWN = " .:-=+*#%@", 8
 def main(arguments: list[str]) -> int:
     parser = cli.Parser("tools/look_inside.py", __doc__)
     parser.add_argument("view", choices=("embedding", "attention", "next"))
-    parser.add_argument("--model", required=True, help="a run, a step of it, or a Hugging Face folder")
+    load_model.add_flags(parser)
     parser.add_argument("--text", required=True)
     parser.add_argument("--layer", type=int, default=0, help="of attention, from 0 on")
     parser.add_argument("--compare", nargs="+", default=[], help="endings, each with its space before it")
     parser.reads({"view": ("attention",)}, "layer")
     parser.reads({"view": ("next",)}, "compare")
     flags, log = parser.parse_args(arguments), Terminal()
-    found = load_model.locate(flags.model, log)
+    found = load_model.of_flags(flags, log)
     if found.config.model.kind != "transformer":
         raise UserError(f"--model {flags.model} is of kind {found.config.model.kind}: this looks into a transformer")
     if not 0 <= flags.layer < found.config.model.num_layers:

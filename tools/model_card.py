@@ -12,10 +12,10 @@ from lm_jax.trust.card import card
 
 def main(arguments: list[str]) -> int:
     parser = cli.Parser("tools/model_card.py", __doc__)
-    parser.add_argument("--model", required=True, help="a run (runs/x) or a step of it (runs/x@12000)")
+    load_model.add_flags(parser, "a run (runs/x) or a step of it (runs/x@12000)")
     parser.add_argument("--output", default="", help="a file; without it the card is printed")
     flags, log = parser.parse_args(arguments), Terminal()
-    found = load_model.locate(flags.model, log)
+    found = load_model.of_flags(flags, log)
     if found.described:
         parser.error(f"--model {flags.model} is a Hugging Face folder: the run knows what it was trained on")
     step = step_folders.steps_folder(found.workdir) / str(found.step)

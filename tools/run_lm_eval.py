@@ -11,7 +11,7 @@ from lm_jax.terminal import Terminal
 
 def main(arguments: list[str]) -> int:
     parser = cli.Parser("tools/run_lm_eval.py", __doc__)
-    parser.add_argument("--model", required=True, help="a run, a step of it (runs/x@12000), or a Hugging Face folder")
+    load_model.add_flags(parser)
     parser.add_argument("--tasks", required=True, help="names with commas between them")
     parser.add_argument("--include_path", default="", help="a folder with task files (YAML) of your own")
     parser.add_argument(
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     from lm_jax.generate import lm_eval  # takes seconds, and says so where lm-eval is missing
 
     log = Terminal()
-    found = load_model.locate(flags.model, log)
+    found = load_model.of_flags(flags, log)
     tell_losses(found.tokenizer, log)
     model = lm_eval.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), log)
     if flags.apply_chat_template:

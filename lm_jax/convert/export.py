@@ -31,6 +31,8 @@ class Leaving(NamedTuple):
 
 def of_model(found: load_model.ModelRef) -> Leaving:
     """Describes a run or a Hugging Face folder. Raises UserError where no family can express this model."""
+    if "block" in found.parts.replaced:
+        raise UserError(f"{found.workdir} has the block of {found.parts.path}, which no family of transformers has")
     text, no_chat = text_of(found)
     reads = found.config.model.kind == "encoder_decoder"
     fields, context = text_files.id_fields(text.ids, reads), load_model.context_of(found)

@@ -40,12 +40,15 @@ def write(
         (workdir / name).write_bytes(content)
     facts: dict[str, Any] = {"pipeline": 0, "tokenizer": tokenizer.fingerprint, "data": "", "shards": {}}
     facts["run"] = run_folder.run_identity({}, found.config, facts)
-    said = {"base": {"place": path_of(base), "hash": load_model.fingerprint(base)}} if base else {}
+    said = found.parts.record | (
+        {"base": {"place": path_of(base), "hash": load_model.fingerprint(base)}} if base else {}
+    )
     run_folder.write_config(workdir, found.config, {}, facts | said | {"context": load_model.context_of(found)})
     graph = build(
         found.config.model,
         specials(tokenizer, found.config.data.objective).vocab_size,
         found.config.data.sequence_length,
+        found.parts.block,
     )
     flat = flatten_mapping(parameters).items()
     kept = unflatten_mapping({path: x[: graph.declarations[path].shape[0]] for path, x in flat})

@@ -31,9 +31,7 @@ Write = Callable[..., list[Completion]]  # what `writer` gives
 def parse(arguments: list[str]):
     """The flags, each within its bounds. Raises UserError."""
     parser = cli.Parser("lm_jax.generate", __doc__)
-    parser.add_argument(
-        "--model", required=True, help="a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
-    )
+    load_model.add_flags(parser)
     parser.add_argument("--prompt", action="append", help="may stand several times; without it: interactive")
     parser.add_argument(
         "--chat", action="store_true", help="prompts are what a user says, in the model's chat template"
@@ -70,7 +68,7 @@ def main(arguments: list[str]) -> int:
     """The command. Returns its exit code; raises UserError."""
     flags, log = parse(arguments), Terminal()
     from_file = read_prompts(flags.prompts) if flags.prompts else []
-    found = load_model.locate(flags.model, log)
+    found = load_model.of_flags(flags, log)
     if not writes(found.config.model):
         does = f"answers with its {found.config.model.head}" if found.config.model.head else "fills in what is hidden"
         raise UserError(

@@ -14,7 +14,7 @@ from lm_jax.model.language_model import Caches, LanguageModel
 from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
-from lm_jax.model.transformer import Transformer
+from lm_jax.model.transformer import Block, Transformer
 from lm_jax.model.unstacked import Unstacked, is_unstacked
 from lm_jax.model_config import plain
 
@@ -72,10 +72,10 @@ def _unstacked(graph: ModelDef, parameters: dict) -> dict:
     return unstacked
 
 
-def build(config: Model, vocab_size: int, sequence_length: int) -> ModelDef:
+def build(config: Model, vocab_size: int, sequence_length: int, block: type[Block] = Block) -> ModelDef:
     """The model of a config, for a tokenizer of `vocab_size` and rows of `sequence_length` tokens; "auto" is `plain`."""
-    config = plain(config)
-    model = KINDS[config.kind](config, vocab_size, sequence_length)
+    config, replaced = plain(config), {} if block is Block else {"block": block}
+    model = KINDS[config.kind](config, vocab_size, sequence_length, **replaced)
     if config.lora_rank:
         adapt(model, config)
     graph, state = nnx.split(model)

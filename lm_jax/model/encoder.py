@@ -15,7 +15,7 @@ from lm_jax.model.embedding import Embedding
 from lm_jax.model.language_model import ModelOutputs
 from lm_jax.model.layers import Dense, constant, declare, model_norm
 from lm_jax.model.task_heads import PER_TOKEN
-from lm_jax.model.transformer import ACTIVATIONS, Transformer
+from lm_jax.model.transformer import ACTIVATIONS, Block, Transformer
 
 NUM_SEGMENTS = 2  # token types of BERT: a segment has two texts; the second follows the first (label 0) or does not (1)
 
@@ -23,8 +23,8 @@ NUM_SEGMENTS = 2  # token types of BERT: a segment has two texts; the second fol
 class Encoder(Transformer):
     """A Transformer that is not causal. Heads read the first token of a segment, or a masked token."""
 
-    def __init__(self, config: Model, vocab_size: int, sequence_length: int):
-        super().__init__(config, vocab_size, sequence_length)
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int, block: type[Block] = Block):
+        super().__init__(config, vocab_size, sequence_length, block)
         dense = lambda num: Dense({"model": config.model_dim}, {"features": num}, config.init_scale, config.bias)
         self.segments = Embedding(NUM_SEGMENTS, config.model_dim, "segments", config.init_scale)
         self.embedding_norm = model_norm(config)

@@ -17,6 +17,15 @@ from lm_jax.model.layers import Declaration, Dense, declare, normal
 from lm_jax.sharding import computed, constrain, on_each_device, precision, ways
 
 
+def routing_loss(losses: list[jax.Array], mask_BT: jax.Array, weights: tuple[float, float]) -> jax.Array:
+    """The weighted sum of the experts' (balance, z) losses over layers and rows, each row counted once for every masked token.
+
+    `losses`: for each block of the layer pattern, [L / period, B, 2].
+    """
+    of_row_B = sum(weight * x_LB2[..., i].sum(0) for x_LB2 in losses for i, weight in enumerate(weights))
+    return (of_row_B * mask_BT.sum(1)).sum()
+
+
 class Experts(nnx.Module):
     """Gated MLPs, `experts_per_token` of `num_experts` for each token, summed with the router's weights (arXiv:2401.04088)."""
 

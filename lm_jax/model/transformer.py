@@ -107,15 +107,15 @@ class Block(nnx.Module):
 
 
 class Transformer(LanguageModel):
-    """Embedding, blocks, final norm, output table."""
+    """Embedding, blocks (each a `block(config, window)`), final norm, output table."""
 
-    def __init__(self, config: Model, vocab_size: int, sequence_length: int):
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int, block: type[Block] = Block):
         super().__init__(config, vocab_size, sequence_length)
         self.softcap, self.divisor = config.logit_softcap[1], config.multipliers[3]
         self.period = len(config.window)
         self.positions = learned_positions(config, sequence_length)
         for index, window in enumerate(config.window):
-            setattr(self, f"block_{index}", stacked(Block(config, window), config.num_layers // self.period))
+            setattr(self, f"block_{index}", stacked(block(config, window), config.num_layers // self.period))
         self.norm = model_norm(config) if config.norm_place != "post" else None  # there the last block has normalised
 
     @staticmethod

@@ -23,6 +23,7 @@ import jax
 
 from lm_jax import cli, decide, experiment, files, regular_files
 from lm_jax.config import Config
+from lm_jax.parts import of_experiment
 from lm_jax.plan import devices, estimate
 from lm_jax.plan.counts import TYPICAL_MFU, brief, duration, short, total_flops
 from lm_jax.sharding import AXES
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> None:
     if topology.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", topology.size)
     name, (config, origins) = experiment.run_name(flags.config), experiment.load_config(flags.config, overrides)
-    found = estimate.estimate(config, topology)
+    found = estimate.estimate(config, topology, of_experiment(flags.config))
     plan = {"config": name, "topology": topology.text} | counted_facts(config, found, flags.price_per_hour)
     say = (lambda *lines: None) if flags.json else (lambda *lines: print(*lines, sep="\n", flush=True))
     if flags.compare:
@@ -128,7 +129,9 @@ def compared(flags, overrides: dict[str, str], topology: devices.Topology, plan:
     from lm_jax.plan import compare
 
     config, name = experiment.load_config(flags.compare, overrides)[0], experiment.run_name(flags.compare)
-    other = counted_facts(config, estimate.estimate(config, topology), flags.price_per_hour)
+    other = counted_facts(
+        config, estimate.estimate(config, topology, of_experiment(flags.compare)), flags.price_per_hour
+    )
     say(*compare.lines((plan["config"], name), (plan, other), topology.text))
     return {"config": plan["config"], "other": name, "topology": topology.text, "numbers": compare.facts(plan, other)}
 

@@ -96,7 +96,7 @@ def compiled(found: Estimate) -> Compiled:
 
     The peak is the larger of the two; the rest is summed over the step. Raises UserError.
     """
-    plan = make_plan(found.config, vocab_size(found.config), absent_devices(found.topology))
+    plan = make_plan(found.config, vocab_size(found.config), absent_devices(found.topology), parts=found.parts)
     jax.config.update("jax_enable_compilation_cache", False)  # written for absent devices, but never read
     start, k = time.monotonic(), found.num_microbatches
     try:

@@ -19,6 +19,7 @@ from lm_jax.errors import UserError
 from lm_jax.knob import parse_length
 from lm_jax.mesh import batch_shards, legal_meshes, mesh_shape
 from lm_jax.model.recurrent import CELLS
+from lm_jax.parts import ORDINARY, Parts
 from lm_jax.plan import counts
 from lm_jax.plan.devices import DEVICES, Device, Topology
 from lm_jax.run_plan import NEW, check, with_microbatch
@@ -41,6 +42,7 @@ class Estimate:
     memory: dict[str, float]  # {class: bytes on one device} at the largest batch
     has_end: bool  # False: its length is in epochs of data that nobody has opened
     decided: dict[str, Any] = dataclasses.field(default_factory=dict)  # {path: value} of what was "auto"
+    parts: Parts = ORDINARY
 
     @property
     def rows(self) -> int:
@@ -81,7 +83,7 @@ def vocab_size(config: Config) -> int:
     ]
 
 
-def estimate(config: Config, topology: Topology) -> Estimate:
+def estimate(config: Config, topology: Topology, parts: Parts = ORDINARY) -> Estimate:
     """Counts a config as it is written; what is "auto" is decided as a run on these devices decides it.
 
     Raises UserError where the devices do not form the mesh, a dim does not divide over it, or a device does not
@@ -110,10 +112,10 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     check(config, site)
     num_tokens, ramp = vocab_size(config), make_ramp(config)
     with jax.sharding.use_abstract_mesh(mesh_of(topology, sizes)):
-        found = decide.decide(config, num_tokens, ramp, site, NEW, topology.size)
+        found = decide.decide(config, num_tokens, ramp, site, NEW, topology.size, parts)
     in_steps = with_steps(found.config, ramp, 1.0)
     made = counted(in_steps, topology, device, ramp, found.sizes, found.counted, has_end)
-    return dataclasses.replace(made, decided=found.values)
+    return dataclasses.replace(made, decided=found.values, parts=parts)
 
 
 def site_of(topology: Topology, device: Device, slices: int) -> decide.Site:
@@ -274,7 +276,7 @@ def candidates(
                 values = {"model.remat": remat, "train.microbatch_rows": rows}
                 other = decide.replaced(found.config, values | {f"mesh.{axis}": size for axis, size in mesh.items()})
                 made = counted(other, found.topology, found.device, found.ramp, mesh, found.costs, found.has_end)
-                yield change | named, made
+                yield change | named, dataclasses.replace(made, parts=found.parts)
 
 
 def _smaller(

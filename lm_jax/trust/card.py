@@ -67,6 +67,10 @@ def spent(found: load_model.ModelRef, counted: counts.Costs, lines: list[dict]) 
         ("device-hours of steps", f"{of_steps:.2f} ({device})"),
         ("steps", f"{found.step:,}"),
         ("started from", config.train.init_from or "nothing"),
+        *[
+            (f"{' and '.join(own['replaced'])} of", f"{own['path']}, sha256 {own['sha256']}")
+            for own in found.parts.record.values()
+        ],
         ("longest text", f"{config.data.sequence_length} tokens"),
     ]
 
@@ -75,7 +79,7 @@ def card(found: load_model.ModelRef) -> str:
     """The card of a run, or of a step of it: Markdown with a head of YAML."""
     config, workdir, saved = found.config, found.workdir, run_folder.read_config(found.workdir)
     lines = [line for line in metrics_file.read(workdir, print) if line["step"] <= found.step]
-    counted = counts.count(config, make_program(config, found.vocab_size).graph.declarations)
+    counted = counts.count(config, make_program(config, found.vocab_size, parts=found.parts).graph.declarations)
     task, data = config.train.task, config.data
     what = TASKS.get(task) or KINDS.get(config.model.kind, "text-generation")
     size, purpose = counts.short(counted.parameters), f" for {task}" if task else ""

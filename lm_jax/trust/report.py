@@ -87,20 +87,19 @@ def _differences(runs: list[Shown]) -> str:
 
 
 def _costs(runs: list[Shown], price: float) -> str:
-    """Parameters, tokens, FLOPs and device-hours, one column a run that has a step."""
+    """Parameters, tokens, FLOPs and device-hours, one column a run."""
     columns: dict[str, dict[str, str]] = {}
     for run in runs:
         try:
             found = load_model.locate(str(run.workdir), print)
-        except UserError:
-            continue  # no step is saved yet
+        except UserError as error:  # no step is saved yet, or it has parts of its own
+            columns[run.name] = {"not counted": str(error).split("\n")[0]}
+            continue
         counted = counts.count(found.config, make_program(found.config, found.vocab_size).graph.declarations)
         lines = [line for line in run.lines if line["step"] <= found.step]
         columns[run.name] = dict(spent(found, counted, lines))
         if price:
             columns[run.name]["cost"] = f"{price * hours(lines, run.log)[0]:,.2f}"
-    if not columns:
-        return ""
     whats = list(dict.fromkeys(what for column in columns.values() for what in column))
     rows = [[what, *(column.get(what, "") for column in columns.values())] for what in whats]
     return "<h2>What it cost</h2>" + table(_escaped([["", *columns]])[0], _escaped(rows))
