@@ -12,13 +12,10 @@ from lm_jax.convert import encoders, families
 from lm_jax.convert.config_fields import per_layer
 from lm_jax.errors import UserError
 from lm_jax.model.build import ModelDef, build
-from lm_jax.model_config import OBJECTIVES
+from lm_jax.model_config import OBJECTIVES, OF_TRAINING
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
 WITHOUT_TABLE = ("rotary", "relative")  # positions that any length has
-# What a model is, beside how it is trained and computed: this a config.json must say.
-TRAINING = {"dropout", "init_scale", "attention", "remat", "unroll", "compute_dtype"}
-TRAINING |= {"lora_rank", "lora_alpha", "lora_pattern"}  # what is written has its adapters merged
 
 
 class Description(NamedTuple):
@@ -41,11 +38,12 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
         raise UserError(f"{where}: model_type = {name!r} is not supported; known are {', '.join(FAMILIES)}")
     if "quantization_config" in content:
         raise UserError(f"{where}: quantised weights are not read; take the model's own weights")
-    reader = FAMILIES[name].reader(name, content, where)
-    length = reader.size(FAMILIES[name].length)
+    family = FAMILIES[name]
+    reader = family.reader(name, content, where)
+    length = reader.size(family.length)
     vocab_size = reader.size("vocab_size", largest=2**31 - 1)
     config = default_config()
-    config.model.update(FAMILIES[name].read(reader))
+    config.model.update(family.read(reader))
     config.model.compute_dtype = "float32"  # a model of others' making, computed as they prove theirs
     config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
     config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
@@ -61,8 +59,8 @@ def graph_of(described: Description) -> ModelDef:
 
 
 def what_it_is(model: Model) -> dict[str, Any]:
-    """The settings of a model that a config.json must say, {name: value}."""
-    found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
+    """The settings of a model that a config.json must say, {name: value}; what is written has its adapters merged."""
+    found = {name: value for name, value in dataclasses.asdict(model).items() if name not in OF_TRAINING}
     windows = tuple(per_layer(model, model.window))
     of_rotary = {"rotary_base", "rotary_scaling", "rotary_scaling_kind", "rotary_share", "rotary_local_base"}
     unused = set() if model.positions == "rotary" else of_rotary
