@@ -174,7 +174,8 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
     run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
     attach_reference(run)
     if is_main_process():
-        run_folder.write_config(workdir, plan.config, origins, opening.facts | kept_context(opening))
+        known = opening.mixed.task.facts if opening.mixed.task else {}
+        run_folder.write_config(workdir, plan.config, origins, opening.facts | known | kept_context(opening))
     return run
 
 

@@ -26,7 +26,7 @@ model.row_order model.context_attention model.splash plan.devices model.flash_at
 model.embedding model.language_model model.expert_parallel model.moe model.unstacked model.stack model.positions
 model.kv_cache model.attention_layer model.transformer model.encoder model.encoder_decoder model.recurrent
 model.build convert.safetensors convert.config_reader convert.rotary convert.config_fields convert.families
-convert.encoders convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json
+convert.encoders convert.heads convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json
 convert.text_files convert.gguf chunked_cross_entropy loss update_rules plan.counts loss_scale parameter_average
 optimizer cli step_folders run_folder experiment_file parts train_state checkpoint load_model inherited experiment
 train_step metrics_file trackers metrics goodput decide run_plan terminal convert.run generate.sampling
