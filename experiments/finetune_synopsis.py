@@ -27,11 +27,7 @@ SMOLLM2 = "weights/smollm2"
 
 def smollm2():
     config = default_config()
-    model = config.model
-    model.num_layers, model.model_dim, model.mlp_dim, model.num_heads, model.num_kv_heads = 30, 576, 1536, 9, 3
-    model.positions, model.rotary_base, model.norm, model.norm_epsilon = "rotary", 1e5, "rmsnorm", 1e-5
-    model.activation, model.gated, model.bias = "silu", True, False
-    config.data.tokenizer = config.train.init_from = SMOLLM2
+    config.train.init_from = SMOLLM2
     config.data.global_batch_size, config.train.num_steps = 2, 30
     config.optimizer.learning_rate, config.optimizer.warmup, config.optimizer.weight_decay = 1e-4, 4, 0.01
     return config

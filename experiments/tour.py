@@ -10,8 +10,6 @@ chrF 99.3 of 64 numbers after 240 steps (a dictionary 57.6); summaries ROUGE-1 0
 0.15). One seed each; one to two and a half minutes on two CPU cores, other work beside them.
 """
 
-import quickstart
-
 from lm_jax.config import default_config
 
 VARIANTS = ("classification", "questions", "summaries", "translation")
@@ -27,9 +25,9 @@ def small(kind: str, objective: str):
 
 
 def from_quickstart():
-    """The pretrained decoder, its tokenizer, a smaller rate."""
-    config = quickstart.get_config()
-    config.data.tokenizer = config.train.init_from = "runs/quickstart"
+    """The pretrained decoder, which brings its settings and its tokenizer; a smaller rate."""
+    config = default_config()
+    config.train.init_from, config.model.init_scale = "runs/quickstart", 0.06
     config.optimizer.learning_rate, config.optimizer.warmup, config.optimizer.weight_decay = 5e-4, 10, 0.01
     return config
 

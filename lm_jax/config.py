@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from lm_jax.knob import Length, Sources, axis, knob, length
+from lm_jax.knob import Length, Section, Sources, axis, knob, length
 from lm_jax.model_config import DECODERS, TASKS, WRITING, Model
 
 ONE_LESS = 0.999999  # float32 tells it from 1
@@ -186,7 +186,9 @@ class Train:
         reach={"train.task": ("preference",)},
     )
     seed: int = knob(0, "seed of initialisation and dropout", within=(0, 2**32 - 1))
-    init_from: str = knob("", "what a fresh run starts from: MODEL, or a text file of word vectors", fixed=False)
+    init_from: str = knob(
+        "", "what a new run starts from: MODEL, which brings its settings, or word vectors", fixed=False
+    )
     on_spike: str = knob(
         "log",
         "what a spike of loss and gradient norm leads to: nothing, a line in the log, or the run goes back to a saved step "
@@ -280,7 +282,10 @@ SECTIONS: dict[str, Any] = {field.name: type(field.default) for field in datacla
 
 def default_config() -> ml_collections.ConfigDict:
     """All defaults, locked: a new key is an error, an existing one can be set. Types are checked by `resolve`."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False).lock()
+    config = ml_collections.ConfigDict(type_safe=False)
+    for name, settings in dataclasses.asdict(Config()).items():
+        config[name] = Section.of(settings)
+    return config.lock()
 
 
 def leaves() -> dict[str, dataclasses.Field]:

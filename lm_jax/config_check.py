@@ -35,7 +35,7 @@ def resolve(config) -> Config:
 
     Raises UserError for what is wrong by itself, then for what nothing reads, then for what does not go together.
     """
-    flat = _each_checked(flatten(config))
+    flat = each_checked(flatten(config))
     check_reach(flat)
     return _derived(flat)
 
@@ -46,7 +46,7 @@ def resolve_found(config) -> Config:
     Settings that only concern the machine it was trained on (attention's backend, mesh, recomputation, workers) and
     settings that nothing reads get their defaults. Raises UserError.
     """
-    flat = _each_checked(flatten(config) | OF_MACHINE)
+    flat = each_checked(flatten(config) | OF_MACHINE)
     return _derived(flat | {path: leaves()[path].default for path in unread(flat)})
 
 
@@ -64,7 +64,7 @@ def check_key(path: str) -> None:
     raise UserError(f"config.{path}: {section} has no {name!r}{near}" if name else f"config.{path} is a section{near}")
 
 
-def _each_checked(flat: dict[str, Any]) -> dict[str, Any]:
+def each_checked(flat: dict[str, Any]) -> dict[str, Any]:
     """Every leaf by itself. Raises UserError."""
     for path in flat:
         check_key(path)
@@ -304,7 +304,7 @@ CLASHES = (
     Clash(
         _labels_not_told_apart,
         "config.model.labels = {model.labels}: {train.task} tells at least two labels apart, each named once",
-        ', such as ("negative", "positive")',
+        ', such as ("negative", "positive");\nthose of a folder of records are read where none are given',
     ),
     Clash(
         lambda c: c.train.task and c.data.packing == "split",

@@ -1,15 +1,8 @@
-"""An experiment: the file that `--config` names, executed; overrides; where each value came from; `:smoke`."""
+"""The config of an experiment: what its file says, overrides, where each value came from, `:smoke`."""
 
 import ast
-import contextlib
-import importlib.util
 import inspect
 import os
-import re
-import sys
-import traceback
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -18,9 +11,10 @@ from lm_jax.cli import as_typed, check_text
 from lm_jax.config import Config, flatten, leaves, unflatten
 from lm_jax.config_check import check_key, resolve
 from lm_jax.errors import UserError, nearest, shown
+from lm_jax.experiment_file import executed, faults_told, find_experiment
+from lm_jax.knob import Section
 from lm_jax.reach import unread
 
-LARGEST_EXPERIMENT = 2**20  # bytes
 SHRUNK = ("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim")  # of those that `shrink` sets
 
 
@@ -58,21 +52,6 @@ def parse_value(path: str, text: str) -> Any:
         return text  # `resolve` says what was expected
 
 
-def find_experiment(experiment: str) -> tuple[str, str]:
-    """(file, variant) of `x.py:variant`; a relative path that is not here may stand in the clone. Raises UserError."""
-    path, _, variant = experiment.partition(":")
-    clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for candidate in (path, os.path.join(clone, path)):
-        if os.path.isfile(candidate):
-            return os.path.abspath(candidate), variant
-    shipped, folder = os.path.join(clone, "experiments"), os.path.dirname(path) or "."
-    folder = folder if os.path.isdir(folder) else shipped
-    names = [name for name in sorted(os.listdir(folder)) if name.endswith(".py")] if os.path.isdir(folder) else []
-    near = nearest(path, [os.path.join(os.path.relpath(folder), name) for name in names])
-    missing = "" if os.path.isdir(shipped) else "; experiments come with a clone of the repository"
-    raise UserError(f"--config {experiment}: no such file{near}{missing}")
-
-
 def experiment_config(experiment: str) -> ml_collections.ConfigDict:
     """What an experiment file says, `:smoke` shrunk. The file is code and is executed. Raises UserError."""
     path, variant = find_experiment(experiment)
@@ -93,33 +72,6 @@ def shipped() -> list[str]:
     return found
 
 
-def executed(path: str, named: str) -> ModuleType:
-    """A file of a user's code as a module; `named` is the flag that names it, for messages. Raises UserError."""
-    folder = os.path.dirname(path)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # an experiment may import another
-    spec = importlib.util.spec_from_file_location(f"experiment_{os.path.basename(path)[:-3]}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{named}: not a Python file")
-    if os.path.getsize(path) > LARGEST_EXPERIMENT:
-        raise UserError(f"{named}: a file of {os.path.getsize(path):,} bytes is no experiment")
-    module = importlib.util.module_from_spec(spec)
-    with faults_told(path):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def faults_told(path: str) -> Iterator[None]:
-    """Makes a UserError of whatever the code of a user's file may raise."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(_where_it_failed(error, path)) from error
-
-
 def _config_of(module, experiment: str, variant: str) -> ml_collections.ConfigDict:
     """What `get_config` of an experiment returns; for `smoke`, the full config, checked. Raises UserError."""
     if not hasattr(module, "get_config"):
@@ -137,21 +89,6 @@ def _config_of(module, experiment: str, variant: str) -> ml_collections.ConfigDi
     if variant == "smoke":
         resolve(config)  # a wrong value is answered by its name before it is shrunk
     return config
-
-
-def _where_it_failed(error: BaseException, path: str) -> str:
-    """The line of the experiment file, the type and the first words of what it raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = [frame for frame in frames if frame.filename == path]
-    number = inside[-1].lineno if inside else getattr(error, "lineno", frames[-1].lineno)
-    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError
-        error = error.args[0]
-    message = re.sub(
-        r'Other fields present: "\{.*\}"', "", str(error.args[0] if error.args else error), flags=re.DOTALL
-    )
-    message = re.sub(r"\s+", " ", message)[:200]
-    near = os.path.relpath(path)
-    return f"{path if near.startswith('..') else near} line {number}: {type(error).__name__}: {message}"
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -185,13 +122,16 @@ def without_unread(flat: dict[str, Any], given=()) -> dict[str, Any]:
 
 
 def load_config(
-    experiment: str, overrides: dict[str, Any], config: ml_collections.ConfigDict | None = None
+    experiment: str, overrides: dict[str, Any], workdir: str = "", config: ml_collections.ConfigDict | None = None
 ) -> tuple[Config, dict[str, dict[str, Any]]]:
     """The resolved config, and for every leaf that is not its default where it came from: {path: {from, default}}.
 
-    `config`: what stands in for the experiment's file. Overrides that are text are read as on a command line.
+    `config`: what stands in for the experiment's file. Overrides that are text are read as on a command line. What a
+    model or a table brings is read there, or in the `workdir` of a run that goes on (`inherited.py`); `:smoke` takes what
+    a model is from the model, if one is given: that cannot be shrunk.
     """
-    defaults, from_file = flatten(Config()), flatten(experiment_config(experiment) if config is None else config)
+    defaults, written = flatten(Config()), experiment_config(experiment) if config is None else config
+    from_file = flatten(written)
     given = {path: parse_value(path, x) if isinstance(x, str) else x for path, x in overrides.items()}
     origins = {
         path: {"from": "file", "default": defaults[path]}
@@ -200,8 +140,16 @@ def load_config(
     }
     for path in given:
         origins[path] = {"from": "command line", "default": defaults[path], "file": from_file[path]}
-    flat = from_file | given
-    return resolve(unflatten(without_unread(flat, given) if experiment.endswith(":smoke") else flat)), origins
+    flat, is_small = from_file | given, experiment.endswith(":smoke")
+    if flat.get("train.init_from") or flat.get("train.task"):
+        from lm_jax import inherited  # it wakes JAX up
+
+        set_there = {f"{name}.{leaf}" for name in written for leaf in Section.said(written[name])}
+        stated = (origins.keys() | set_there) - set(inherited.FROM_MODEL if is_small else ()) | given.keys()
+        for where, settings in inherited.found(flat, stated, workdir).items():
+            flat |= settings
+            origins |= {path: {"from": where, "default": defaults[path]} for path in settings}
+    return resolve(unflatten(without_unread(flat, given) if is_small else flat)), origins
 
 
 def table(config: Config, origins: dict[str, dict]) -> str:

@@ -205,8 +205,8 @@ def run(
     given = dict(overrides or {})
     for path in given:
         check_key(path)
-    resolved, origins = experiment.load_config(named, given, None if named else config)
     folder = os.fspath(workdir) or f"runs/{experiment.run_name(named)}"
+    resolved, origins = experiment.load_config(named, given, folder, None if named else config)
     code = train.run(resolved, named, folder, origins, listen=_interruptible)
     lines = metrics_file.read(epath.Path(folder))
     return RunResult(folder, code == 0, {name: value for line in lines for name, value in line.items()})

@@ -15,6 +15,7 @@ from lm_jax.distributed import agree
 from lm_jax.errors import UserError
 from lm_jax.train_state import TrainSetup, TrainState, fresh
 
+FIRST_ROWS = (("positions", "table"), ("embedding", "table"), ("unembedding", "table"), ("output_bias",))
 Source = load_model.ModelRef | Any  # a MODEL, or the `WordVectors` of a file (lm_jax/convert/word_vectors.py)
 
 
@@ -36,13 +37,16 @@ def find_init(program: TrainSetup, mixed: mixture.Mixture, log: terminal.Termina
     except UserError as error:
         raise UserError(str(error).replace("--model", "config.train.init_from")) from None
     if found.tokenizer.fingerprint != mixed.tokenizer.fingerprint:
-        mend = f"--config.data.tokenizer={found.workdir / found.tokenizer.file_name}"
+        given, own = program.config.data.tokenizer, found.workdir / found.tokenizer.file_name
         raise UserError(
-            f"config.train.init_from = {path!r} has another tokenizer than this corpus; take it too: {mend}"
+            f"config.train.init_from = {path!r} has another tokenizer than config.data.tokenizer = {given!r}, or than a\n"
+            f"prepared source has; take the model's: --config.data.tokenizer={own}, which is so where none is given"
         )
     mine, theirs = program.graph.declarations, load_model.graph_of(found).declarations
-    differing = [path for path in mine.keys() & theirs.keys() if not fits(path, mine[path].shape, theirs[path].shape)]
     new = {path for path in mine if path[-1] in ("lora_a", "lora_b")}
+    own_head = set() if has_the_head(program, found) else {path for path in theirs if path[0] == "labels"}
+    shared = mine.keys() & theirs.keys() - own_head
+    differing = [path for path in shared if not fits(path, mine[path].shape, theirs[path].shape)]
     if program.config.train.task:  # other heads
         differing += [path for path in mine.keys() - theirs.keys() - new if path[0] not in ("labels", "pooler")]
     else:
@@ -53,10 +57,19 @@ def find_init(program: TrainSetup, mixed: mixture.Mixture, log: terminal.Termina
     return found
 
 
+def has_the_head(program: TrainSetup, found: load_model.ModelRef) -> bool:
+    """Whether the head of a MODEL says what the task of a config asks: the same labels, in the same order."""
+    mine, theirs = program.config.model, found.config.model
+    return (mine.head, mine.labels) == (theirs.head, theirs.labels)
+
+
 def fits(path: tuple[str, ...], mine: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    """Whether a parameter can be taken; shorter rows take the first of the learned positions."""
-    shorter = path == ("positions", "table") and mine[0] <= theirs[0]
-    return mine[1:] == theirs[1:] if shorter else mine == theirs
+    """Whether a parameter can be taken: the first of the learned positions, the first tokens of a vocabulary.
+
+    Tables of others often have more tokens than their tokenizer: nothing here says them.
+    """
+    fewer = path in FIRST_ROWS and mine[0] <= theirs[0]
+    return mine[1:] == theirs[1:] if fewer else mine == theirs
 
 
 def starting_point(
@@ -78,7 +91,7 @@ def starting_point(
     if isinstance(source, load_model.ModelRef):
         _, given = load_model.load_parameters(source)
         log(f"parameters from {source.workdir} step {source.step:,}")
-        parameters = with_the_rest(program, given, log)
+        parameters = with_the_rest(program, given, unusable(given, has_the_head(program, source)), log)
     else:
         num, of = int(source.found.sum()), len(source.found)
         log(f"{num:,} of {of:,} pieces from the words of {source.path}; the other {of - num:,} are initialised")
@@ -87,13 +100,27 @@ def starting_point(
     return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer_state), START
 
 
-def with_the_rest(program: TrainSetup, given: dict, log: terminal.Terminal) -> dict:
-    """The parameters of the model: the given ones, and initial values for those that are missing; the log lists both."""
-    flat, mine = nnx.traversals.flatten_mapping(given), program.graph.declarations
+def unusable(given: dict, same: bool) -> set[str]:
+    """Which parameters of a model a run does not take: a head that answers another question, a pooler that is nought.
+
+    Nought is what a folder did not have.
+    """
+    is_empty = "pooler" in given and not bool(jnp.any(given["pooler"]["kernel"]))
+    return {name for name, is_left in (("labels", not same), ("pooler", is_empty)) if is_left}
+
+
+def with_the_rest(program: TrainSetup, given: dict, left: set[str], log: terminal.Terminal) -> dict:
+    """The parameters of the model: the given ones but those `left`, and initial values for the missing; the log lists both."""
+    whole, mine = nnx.traversals.flatten_mapping(given), program.graph.declarations
+    flat = {path: x for path, x in whole.items() if path[0] not in left}
     if all(path in mine and x.shape == mine[path].shape for path, x in flat.items()) and len(flat) == len(mine):
         return given
     names = lambda paths: ", ".join("/".join(path) for path in sorted(paths)) or "nothing"
-    log(f"left behind: {names(flat.keys() - mine.keys())}; initialised: {names(mine.keys() - flat.keys())}")
+    other = whole.keys() - mine.keys() | {path for path in whole.keys() - flat.keys() if path[0] == "labels"}
+    log(f"left behind: {names(other)}; initialised: {names(mine.keys() - flat.keys())}")
+    for path in sorted(flat.keys() & mine.keys()):
+        if (rows := mine[path].shape[0]) < len(flat[path]):
+            log(f"{'/'.join(path)}: the first {rows:,} of {len(flat[path]):,} rows")
     start = nnx.traversals.flatten_mapping(jax.jit(lambda: fresh(program))().parameters)
     placed = {path: jax.device_put(flat.get(path, x)[: len(x)], x.sharding) for path, x in start.items()}
     return nnx.traversals.unflatten_mapping(placed)

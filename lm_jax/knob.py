@@ -1,10 +1,12 @@
-"""One setting of the config: how it is declared, and whether a value fits its declaration."""
+"""One setting of the config: how it is declared, and whether a value fits its declaration; what an experiment has set."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
+
+import ml_collections
 
 from lm_jax.errors import UserError, nearest, shown
 
@@ -17,6 +19,29 @@ LONGEST_TEXT, LONGEST_TUPLE = 10_000, 1_000
 LONGEST = 1e18  # tokens, epochs or minutes
 MOST_STEPS = 2**31 - 1  # the step is an int32
 LENGTH = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)(?P<prefix>[kKMBT]?) ?(?P<unit>tokens|epochs|steps|min)")
+
+
+class Section(ml_collections.ConfigDict):
+    """A section of a config that an experiment fills in; it remembers what was set, also to what it was by default.
+
+    A copy does not: of that it is known what differs from the defaults.
+    """
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self.__dict__.get("_said", set()).add(name)
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Section":
+        """A section of these defaults, of which nothing is set."""
+        section = cls(settings, type_safe=False)
+        section.__dict__["_said"] = set()
+        return section
+
+    @staticmethod
+    def said(section: ml_collections.ConfigDict) -> set[str]:
+        """The names of the settings that were set."""
+        return set(vars(section).get("_said", ()))
 
 
 def knob(default, meaning: str, *, choices=(), within=(None, None), fixed=True, reach=None, idle=(), machine=False):

@@ -99,6 +99,24 @@ def locate(model: str, log: Callable[[str], None] = print, parts: str | Parts = 
     `parts`: the file of the parts that a run was trained with, or those of the run that starts from it. With several processes
     all of them call it together. Raises UserError.
     """
+    workdir, wanted = folder_of(model)
+    if is_hugging_face(workdir):
+        return locate_hugging_face(workdir)
+    content = read_config(workdir)
+    check_run_files(workdir, content)
+    if not has_steps(workdir):
+        raise UserError(f"--model {model}: the run has no checkpoint yet")
+    config = resolve_found(unflatten(content["config"]))
+    recorded = content.get("parts", {})
+    where = str(workdir)
+    own = of_run(recorded, parts, where) if isinstance(parts, str) else of_source(recorded, parts, where)
+    base = locate_base(workdir, content["base"], log, own) if "base" in content else None
+    found = ModelRef(workdir, NEVER, config, load(str(workdir)), None, base, own)
+    return found._replace(step=locate_step(found, model, wanted, content.get("run", ""), log))
+
+
+def folder_of(model: str) -> tuple[epath.Path, str]:
+    """(the folder that MODEL names, its step or ""). Raises UserError where no config.json is there."""
     check_url("--model", model)
     path, _, wanted = (model, "", "") if (epath.Path(model) / CONFIG).exists() else model.rpartition("@")
     path, wanted = (path, wanted) if path else (wanted or model, "")
@@ -107,18 +125,19 @@ def locate(model: str, log: Callable[[str], None] = print, parts: str | Parts = 
     if not (workdir / CONFIG).exists():
         siblings = [str(path) for path in workdir.parent.glob("*") if (path / CONFIG).exists()]
         raise UserError(f"--model {model}: {path} is not a run (it has no config.json){nearest(path, siblings)}")
-    if "model_type" in read_object(workdir / CONFIG):
-        return locate_hugging_face(workdir)
-    content = read_config(workdir)
-    check_run_files(workdir, content)
-    if not has_steps(workdir):
-        raise UserError(f"--model {model}: the run has no checkpoint yet")
-    config = resolve_found(unflatten(content["config"]))
-    recorded = content.get("parts", {})
-    own = of_run(recorded, parts, path) if isinstance(parts, str) else of_source(recorded, parts, path)
-    base = locate_base(workdir, content["base"], log, own) if "base" in content else None
-    found = ModelRef(workdir, NEVER, config, load(str(workdir)), None, base, own)
-    return found._replace(step=locate_step(found, model, wanted, content.get("run", ""), log))
+    return workdir, wanted
+
+
+def is_hugging_face(folder: epath.Path) -> bool:
+    """Whether a config.json is one of Hugging Face's: it says what it is by `model_type`."""
+    return "model_type" in read_object(folder / CONFIG)
+
+
+def read_settings(folder: epath.Path) -> Config:
+    """The config of a MODEL by its config.json alone, whose arrays nobody has looked at. Raises UserError."""
+    if is_hugging_face(folder):
+        return convert_modules()[0].read_description(str(folder)).config
+    return resolve_found(unflatten(read_config(folder)["config"]))
 
 
 def locate_step(found: ModelRef, model: str, wanted: str, run: str, log: Callable[[str], None]) -> int:

@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="stop after the checks and the header")
     parser.epilog = "--config.section.name=value overrides a value; --print_config lists them"
     flags = parser.parse_args(rest)
-    config, origins = experiment.load_config(flags.config, overrides)
+    workdir = flags.workdir or f"runs/{experiment.run_name(flags.config)}"
+    config, origins = experiment.load_config(flags.config, overrides, workdir)
     if flags.print_config:
         print(experiment.table(config, origins))
         return 0

@@ -24,6 +24,11 @@ TASKS = {
 WRITING = ("text_to_text", "instruction")  # the tasks whose answers are texts
 NUM_SENTINELS = 100  # marks of hidden spans, as T5 has
 
+# Settings that say how a model is trained and computed; the others say what it is.
+OF_TRAINING = frozenset(
+    "dropout init_scale attention remat unroll compute_dtype lora_rank lora_alpha lora_pattern".split()
+)
+
 ATTENDING = {"model.kind": ("transformer", "encoder", "encoder_decoder")}
 ONE_STACK = {"model.kind": ("transformer", "encoder")}
 ROTARY = {"model.positions": ("rotary",)}
@@ -148,7 +153,7 @@ class Model:
     )
     labels: tuple[str, ...] = knob(
         (),
-        "the classes of a task, in the order of their ids",
+        "the classes of a task, in the order of their ids; () = those of the records, sorted",
         reach={"train.task": ("classification", "token_classification")},
     )
     lora_rank: int = knob(

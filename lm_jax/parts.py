@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import optax
 
-from lm_jax import experiment
+from lm_jax import experiment_file
 from lm_jax.config import Config, Optimizer
 from lm_jax.errors import UserError
 from lm_jax.files import file_hash
@@ -58,7 +58,7 @@ def of_experiment(named: str) -> Parts:
     return (
         ORDINARY
         if not named
-        else _of_module(experiment.executed(experiment.find_experiment(named)[0], f"--config {named}"))
+        else _of_module(experiment_file.executed(experiment_file.find_experiment(named)[0], f"--config {named}"))
     )
 
 
@@ -66,7 +66,7 @@ def _of_module(module: Any) -> Parts:
     """What `get_parts()` of an executed file returns, with the file that defines it. Raises UserError."""
     if not hasattr(module, "get_parts"):
         return ORDINARY
-    with experiment.faults_told(module.__file__ or ""):
+    with experiment_file.faults_told(module.__file__ or ""):
         path = os.path.abspath(inspect.getfile(module.get_parts))  # an experiment may import it from another
         found = module.get_parts()
     near = os.path.relpath(path)
@@ -107,7 +107,7 @@ def of_run(recorded: dict[str, Any], given: str, model: str) -> Parts:
             f"--parts {given} is another file than {model} was trained with, and is not executed:\n"
             f"its sha256 is {found}\nput back {needed.removeprefix('--parts ')}"
         )
-    return _of_module(experiment.executed(os.path.abspath(given), f"--parts {given}"))
+    return _of_module(experiment_file.executed(os.path.abspath(given), f"--parts {given}"))
 
 
 def of_source(recorded: dict[str, Any], mine: Parts, model: str) -> Parts:

@@ -20,7 +20,8 @@ from lm_jax.data.objectives import specials
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.distributed import agree, devices, is_main_process, own
 from lm_jax.errors import UserError
-from lm_jax.experiment import faults_told, run_name
+from lm_jax.experiment import run_name
+from lm_jax.experiment_file import faults_told
 from lm_jax.files import BESIDE, check_room
 from lm_jax.goodput import Goodput
 from lm_jax.initial_state import Source, find_init, starting_point
@@ -173,7 +174,8 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
     run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
     attach_reference(run)
     if is_main_process():
-        run_folder.write_config(workdir, plan.config, origins, opening.facts | kept_context(opening))
+        known = opening.mixed.task.facts if opening.mixed.task else {}
+        run_folder.write_config(workdir, plan.config, origins, opening.facts | known | kept_context(opening))
     return run
 
 

@@ -19,6 +19,7 @@ from lm_jax.data import loader, mixed_rows
 from lm_jax.distributed import agree, everyone, is_main_process
 from lm_jax.experiment import as_given, run_name
 from lm_jax.goodput import traced
+from lm_jax.inherited import told
 from lm_jax.knob import parse_length
 from lm_jax.multihost import peers
 from lm_jax.open_run import Run
@@ -41,7 +42,8 @@ def run(
     """
     opening = start.look(config, experiment, path, dry_run)
     workdir, plan, log = opening.workdir, opening.plan, opening.log
-    log(terminal.header(plan, run_name(experiment), opening.mixed, opening.device, opening.peak_flops))
+    header = terminal.header(plan, run_name(experiment), opening.mixed, opening.device, opening.peak_flops)
+    log(header + told(config, origins))
     if dry_run:
         return 0
     opening.check_room()

@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import importlib
+import json
 import os
 import pathlib
 import shutil
@@ -15,7 +16,7 @@ os.environ.setdefault("LM_JAX_CACHE", str(pathlib.Path(__file__).parent.parent /
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from helpers import ROOT, tiny  # noqa: E402
+from helpers import ROOT, STARTS, tiny  # noqa: E402
 from one_process import PRESET  # noqa: E402
 
 from lm_jax import distributed, main  # noqa: E402
@@ -91,6 +92,16 @@ def finished(tmp_path_factory) -> pathlib.Path:
             assert main.main([*line, "--workdir", str(folder / "run")]) == 0
             (folder / "done").touch()
     return folder / "run"
+
+
+@pytest.fixture
+def starts(tmp_path, monkeypatch) -> pathlib.Path:
+    """A folder to work in, where lie the models that shipped experiments start from, as far as a config reads them."""
+    for name, content in STARTS.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")

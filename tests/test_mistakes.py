@@ -74,6 +74,12 @@ MISTAKES = [
     ("main", [SMOKE, "--workdir={run}", "--config.data.seed=3"], "use another --workdir"),
     ("main", [SMOKE, "--workdir={tmp}/file"], "is a file|not a folder"),
     ("main", [SMOKE, "--config.train.init_from={tmp}/nowhere"], "is not a run"),
+    (
+        "main",
+        [SMOKE, "--config.train.init_from={run}", "--config.model.num_layers=3"],
+        "another model:\nconfig.model.num_layers = 3 is given, 2 is the model's",
+    ),
+    ("main", ["--config=experiments/finetune.py:chat"], "config.train.init_from MODEL: MODEL is not a run"),
     ("main", ["--config={tmp}/broken.py"], "broken.py line 2: NameError: name 'undefined' is not defined"),
     (
         "main",

@@ -166,3 +166,14 @@ def write(folder: pathlib.Path, name: str, generation: dict | None = None, **con
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+def words(num: int, special: tuple[str, ...] = ("<|endoftext|>", "[MASK]", "[CLS]", "[SEP]")) -> bytes:
+    """A tokenizer.json of `num` pieces: the special ones, then w4, w5 ... with spaces between them."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": name, "special": True} | flags for i, name in enumerate(special)]
+    vocab = {name: i for i, name in enumerate([*special, *(f"w{k}" for k in range(len(special), num))])}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": f"w{len(special)}"}
+    found = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    found |= {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    return json.dumps(found).encode()

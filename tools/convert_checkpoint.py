@@ -7,7 +7,8 @@
     python tools/convert_checkpoint.py runs/x out/x.gguf            # read again here, but not proven elsewhere
 
 Tokenizer, first token, ends and chat template go along. "Proven" means: in `transformers` the same logits, and from the same
-prompts and conversations the same greedy texts up to the same end. Nothing is written where anything is missing or unknown.
+prompts and conversations the same greedy texts up to the same end; of a model with a task's head the same answers, and the same
+ids of texts. Nothing is written where anything is missing or unknown.
 """
 
 import shlex

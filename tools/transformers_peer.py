@@ -55,6 +55,8 @@ class Transformers:
         given = {its: self.torch.tensor(batch[own]).long() for its, own in self.names.items()}
         with self.torch.no_grad():
             found = self.model(**given, return_dict=True)
+        if "start_logits" in found:
+            return [np.stack([found[f"{end}_logits"].numpy() for end in ("start", "end")], -1)]
         heads = ("logits", "prediction_logits", "seq_relationship_logits")
         return [found[name].numpy() for name in heads if name in found]
 

@@ -4,7 +4,8 @@ config_reader.py   a config.json read by name and type; what nobody here underst
 config_fields.py   fields of config.json files: how each is read and how it is written, described once
 rotary.py          rotary positions among them
 families.py        GPT-2, Llama and what came after: tensors and config fields of each, a table a family
-encoders.py        the same of BERT and T5
+encoders.py        the same of BERT, RoBERTa, DistilBERT and T5
+heads.py           heads of tasks: their classes there, the names of labels
 description.py     a model without its arrays: config.json <-> config, by these tables
 tensor_map.py      tensors <-> parameters, by these tables, slice by slice
 safetensors.py     the file format of tensors, read without trust

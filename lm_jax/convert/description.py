@@ -8,17 +8,14 @@ from typing import Any, NamedTuple
 
 from lm_jax.config import Config, Model, default_config
 from lm_jax.config_check import resolve_found
-from lm_jax.convert import encoders, families
+from lm_jax.convert import encoders, families, heads
 from lm_jax.convert.config_fields import per_layer
 from lm_jax.errors import UserError
 from lm_jax.model.build import ModelDef, build
-from lm_jax.model_config import OBJECTIVES
+from lm_jax.model_config import OBJECTIVES, OF_TRAINING
 
 FAMILIES = families.FAMILIES | encoders.FAMILIES
 WITHOUT_TABLE = ("rotary", "relative")  # positions that any length has
-# What a model is, beside how it is trained and computed: this a config.json must say.
-TRAINING = {"dropout", "init_scale", "attention", "remat", "unroll", "compute_dtype"}
-TRAINING |= {"lora_rank", "lora_alpha", "lora_pattern"}  # what is written has its adapters merged
 
 
 class Description(NamedTuple):
@@ -41,14 +38,16 @@ def describe(content: Any, where: str, tokenizer: str) -> Description:
         raise UserError(f"{where}: model_type = {name!r} is not supported; known are {', '.join(FAMILIES)}")
     if "quantization_config" in content:
         raise UserError(f"{where}: quantised weights are not read; take the model's own weights")
-    reader = FAMILIES[name].reader(name, content, where)
-    length = reader.size(FAMILIES[name].length)
+    family = FAMILIES[name]
+    reader = family.reader(name, content, where)
+    length = reader.size(family.length) - family.first_position
     vocab_size = reader.size("vocab_size", largest=2**31 - 1)
     config = default_config()
-    config.model.update(FAMILIES[name].read(reader))
+    config.model.update(family.read(reader))
     config.model.compute_dtype = "float32"  # a model of others' making, computed as they prove theirs
     config.data.sequence_length, config.data.tokenizer = max(length, 2), tokenizer
     config.data.objective = OBJECTIVES.get(config.model.kind, ("causal",))[0]
+    heads.read(family, content, where, config)
     try:
         return Description(name, resolve_found(config), vocab_size, content)
     except UserError as error:
@@ -61,8 +60,8 @@ def graph_of(described: Description) -> ModelDef:
 
 
 def what_it_is(model: Model) -> dict[str, Any]:
-    """The settings of a model that a config.json must say, {name: value}."""
-    found = {name: value for name, value in dataclasses.asdict(model).items() if name not in TRAINING}
+    """The settings of a model that a config.json must say, {name: value}; what is written has its adapters merged."""
+    found = {name: value for name, value in dataclasses.asdict(model).items() if name not in OF_TRAINING}
     windows = tuple(per_layer(model, model.window))
     of_rotary = {"rotary_base", "rotary_scaling", "rotary_scaling_kind", "rotary_share", "rotary_local_base"}
     unused = set() if model.positions == "rotary" else of_rotary
@@ -90,14 +89,14 @@ def description_of(config: Config, vocab_size: int, ids: dict[str, Any] | None =
     reasons, kind = {}, config.model.kind
     length = config.data.sequence_length
     for name, family in FAMILIES.items():
-        if family.kind != kind:
+        if family.kind != kind or not family.is_written or config.model.head not in ("", *family.heads):
             continue
         content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
         content.update(dtype="float32", torch_dtype="float32", vocab_size=vocab_size, **(ids or {}))
         content[family.length] = max(length, context) if config.model.positions in WITHOUT_TABLE else length
         if kind == "transformer":  # a family's own may be beyond this vocabulary: then no model is built
             content.setdefault("pad_token_id", None)
-        content |= family.write(config.model)
+        content |= family.write(config.model) | heads.written(family, config.model)
         found = describe(content, name, "bytes")
         here, there = what_it_is(config.model), what_it_is(found.config.model)
         differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
@@ -105,7 +104,8 @@ def description_of(config: Config, vocab_size: int, ids: dict[str, Any] | None =
             return found
         reasons[name] = sorted(differing)
     if not reasons:
-        raise UserError(f"no Hugging Face family is of config.model.kind = {kind}")
+        head = f" with the head {config.model.head!r} of this task" if config.model.head else ""
+        raise UserError(f"no Hugging Face family is of config.model.kind = {kind}{head}")
     name, differing = min(reasons.items(), key=lambda item: len(item[1]))
     keys = ", ".join(f"{key} = {getattr(config.model, key)!r}" for key in differing)
     raise UserError(

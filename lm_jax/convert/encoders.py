@@ -1,17 +1,18 @@
-"""BERT and T5 as tables, in the form of families.py.
+"""BERT, RoBERTa, DistilBERT and T5 as tables, in the form of families.py.
 
-Two kinds more than there: `pieces`, a vector over the vocabulary, ours padded; `undivided`, a linear that makes queries whose
-products with keys are not divided by the root of a head's width.
+More kinds than there: `pieces`, a vector over the vocabulary, ours padded; `undivided`, a linear that makes queries whose
+products with keys are not divided by the root of a head's width; `from_third`, a table of positions whose first two rows are
+no positions; `one_row`, of which ours has as many copies as it has rows. The last two are only read.
 """
 
 from lm_jax.convert import config_fields as fields
 from lm_jax.convert.config_fields import Part, Settings, always, field, must_say, only, only_written, written
 from lm_jax.convert.config_reader import HFConfigReader
-from lm_jax.convert.families import Family, Row, dense, norms
+from lm_jax.convert.families import Family, Head, Row, dense, norms
 from lm_jax.errors import UserError
 
 GATES = {"gated-gelu": "gelu", "gated-gelu_new": "gelu", "gated-silu": "silu", "gated-relu": "relu"}
-BERT_FIELDS = (
+BERT_SHARED = (
     must_say("vocab_size", "max_position_embeddings"),
     only(is_decoder=False, position_embedding_type="absolute"),
     always(kind="encoder", norm_place="post"),
@@ -22,6 +23,9 @@ BERT_FIELDS = (
     field("layer_norm_eps", "norm_epsilon", fields.NUMBER, 1e-12),
     field("hidden_act", "activation", fields.ACTIVATION, "gelu"),
     field("tie_word_embeddings", "tie_embedding", fields.FLAG, True),
+)
+BERT_FIELDS = (
+    *BERT_SHARED,
     only_written(type_vocab_size=2),
     written(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
 )
@@ -104,12 +108,89 @@ T5: tuple[Row, ...] = (
     *attention("decoder_layers/cross", "decoder.block.{layer}.layer.1.EncDecAttention"),
 )
 
+CLASSIFIER, ANSWER = dense("", "", labels="classifier"), dense("", "", labels="qa_outputs")
+BERT_LABELS = Head("BertForSequenceClassification", CLASSIFIER)
+BERT_HEADS = {
+    "": Head("BertForMaskedLM", (), ("cls.seq_relationship.", "pooler.")),
+    **{"labels": BERT_LABELS, "value": BERT_LABELS},
+    **{"tags": Head("BertForTokenClassification", CLASSIFIER), "spans": Head("BertForQuestionAnswering", ANSWER)},
+}
+
+# RoBERTa: BERT with one type of token for both texts, its first position in the third row, and other names for its heads.
+ROBERTA_OWN = {
+    "segments/table": ("embeddings.token_type_embeddings.weight", "one_row"),
+    "positions/table": ("embeddings.position_embeddings.weight", "from_third"),
+    "unembedding/table": ("lm_head.decoder.weight", "table"),
+    "output_bias": ("lm_head.bias", "pieces"),
+}
+ROBERTA: tuple[Row, ...] = (
+    *((path, *ROBERTA_OWN.get(path, (name, kind))) for path, name, kind in BERT if not path.startswith("transform")),
+    *dense("", "", transform="lm_head.dense"),
+    *norms("", "", transform_norm="lm_head.layer_norm"),
+)
+ROBERTA_LABELS = Head(
+    "RobertaForSequenceClassification", dense("", "classifier", pooler="dense", labels="out_proj")
+)  # it has BERT's pooler within
+ROBERTA_HEADS = {
+    **{"labels": ROBERTA_LABELS, "value": ROBERTA_LABELS},
+    **{"tags": Head("RobertaForTokenClassification", CLASSIFIER), "spans": Head("RobertaForQuestionAnswering", ANSWER)},
+}
+ROBERTA_FIELDS = (*BERT_SHARED, only(type_vocab_size=1))
+
+# DistilBERT: without types of tokens, and without a pooler; what its classifier has in its place is not tanh.
+DISTIL_I = "transformer.layer.{layer}"
+DISTILBERT: tuple[Row, ...] = (
+    ("embedding/table", "embeddings.word_embeddings.weight", "table"),
+    ("unembedding/table", "vocab_projector.weight", "table"),
+    ("output_bias", "vocab_projector.bias", "pieces"),
+    ("positions/table", "embeddings.position_embeddings.weight", "conv"),
+    ("segments/table", "embeddings.token_type_embeddings.weight", "conv"),
+    *norms("", "embeddings", embedding_norm="LayerNorm"),
+    *dense("block/attention", f"{DISTIL_I}.attention", query="q_lin", key="k_lin", value="v_lin", output="out_lin"),
+    *norms("block", DISTIL_I, attention_norm="sa_layer_norm", mlp_norm="output_layer_norm"),
+    *dense("block/mlp", f"{DISTIL_I}.ffn", up="lin1", down="lin2"),
+    *dense("", "", pooler="pooler.dense", transform="vocab_transform", next_sentence="cls.seq_relationship"),
+    *norms("", "", transform_norm="vocab_layer_norm"),
+)
+DISTILBERT_FIELDS = (
+    must_say("vocab_size", "max_position_embeddings"),
+    only(sinusoidal_pos_embds=False),
+    always(kind="encoder", norm_place="post", norm_epsilon=1e-12),
+    field("n_layers", "num_layers", fields.COUNT),
+    field("dim", "model_dim"),
+    field("n_heads", "num_heads"),
+    field("hidden_dim", "mlp_dim"),
+    field("activation", "activation", fields.ACTIVATION, "gelu"),
+    field("tie_word_embeddings", "tie_embedding", fields.FLAG, True),
+)
+DISTILBERT_HEADS = {
+    "tags": Head("DistilBertForTokenClassification", CLASSIFIER),
+    "spans": Head("DistilBertForQuestionAnswering", ANSWER),
+}
+
 FAMILIES: dict[str, Family] = {
     "bert": Family(
         *("BertForPreTraining", "bert.", BERT, BERT_FIELDS),
         idle="directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type",
         kind="encoder",
-        optional=("cls.", "pooler."),
+        optional=("cls.predictions.", "cls.seq_relationship.", "pooler."),
+        heads=BERT_HEADS,
+    ),
+    "roberta": Family(
+        *("RobertaForMaskedLM", "roberta.", ROBERTA, ROBERTA_FIELDS, {"type_vocab_size": 2}),
+        kind="encoder",
+        optional=("lm_head.", "cls.seq_relationship.", "pooler."),
+        heads=ROBERTA_HEADS,
+        first_position=2,
+        is_written=False,
+    ),
+    "distilbert": Family(
+        *("DistilBertForMaskedLM", "distilbert.", DISTILBERT, DISTILBERT_FIELDS),
+        idle="dropout qa_dropout seq_classif_dropout",
+        kind="encoder",
+        optional=("vocab_", "embeddings.token_type_embeddings.", "cls.seq_relationship.", "pooler."),
+        heads=DISTILBERT_HEADS,
+        is_written=False,
     ),
     "t5": Family(
         *("T5ForConditionalGeneration", "", T5, T5_FIELDS, {"n_positions": 512}, "dense_act_fn is_gated_act"),

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from etils import epath
 
-from lm_jax import load_model
-from lm_jax.convert import description, gguf, hugging_face, tensor_map, text_files
+from lm_jax import load_model, run_folder
+from lm_jax.convert import description, gguf, heads, hugging_face, tensor_map, text_files
 from lm_jax.convert.proof import Exported
 from lm_jax.convert.text_files import Text
 from lm_jax.data.hugging_face_tokenizer import HuggingFace
@@ -27,6 +27,7 @@ class Leaving(NamedTuple):
     parameters: dict
     text: Text
     no_chat: str = ""  # why conversations cannot be compared here, though there is a template
+    told: str = ""  # what is to be known of its answers
 
 
 def of_model(found: load_model.ModelRef) -> Leaving:
@@ -37,7 +38,11 @@ def of_model(found: load_model.ModelRef) -> Leaving:
     reads = found.config.model.kind == "encoder_decoder"
     fields, context = text_files.id_fields(text.ids, reads), load_model.context_of(found)
     described = description.description_of(found.config, found.vocab_size, fields, context)
-    return Leaving(described, load_model.load_parameters(found)[1], text, no_chat)
+    kept = {} if found.described else run_folder.read_config(found.workdir)
+    _, parameters = load_model.load_parameters(found)
+    parameters, told = heads.expressible(parameters, described.config.model, kept.get("values", ()))
+    content = heads.without_unused(description.FAMILIES[described.family], described.content, parameters)
+    return Leaving(described._replace(content=content), parameters, text, no_chat, told)
 
 
 def of_gguf(path: str) -> Leaving:
@@ -55,9 +60,10 @@ def text_of(found: load_model.ModelRef) -> tuple[Text, str]:
     """What a MODEL knows of text, and why its conversations cannot be compared ("" = they can)."""
     tokenizer, data, no_chat = found.tokenizer, found.config.data, ""
     ids, template = found.special_ids, chat_template.find_template(found.workdir)
-    if found.config.model.kind == "encoder":
-        own = specials(tokenizer, data.objective)
-        ids = ids._replace(first=(own.classifier,), last=(own.document,), ends=())
+    if found.config.model.kind == "encoder" or found.config.model.head:
+        own, is_encoder = specials(tokenizer, data.objective), found.config.model.kind == "encoder"
+        ids = ids._replace(first=(own.classifier,) * is_encoder, last=(own.document,), ends=())
+        template = None
     else:
         ids, no_chat = with_turns(ids, template, tokenizer)
     added = () if found.described else text_files.added_pieces(data.objective, tokenizer)
@@ -80,11 +86,13 @@ def with_turns(
 
 def write_folder(folder: str, leaving: Leaving, prove: Prove, log: Callable[[str], None]) -> None:
     """Writes a new Hugging Face folder, proven before its arrays are written. Raises UserError."""
-    described, parameters, text, no_chat = leaving
+    described, parameters, text, no_chat, told = leaving
     fields = text_files.id_fields(text.ids, described.config.model.kind == "encoder_decoder")
     files, left_out = text_files.made(text, fields, described.config.data.sequence_length)
     if left_out:
         log(left_out)
+    if told:
+        log(told)
     if no_chat:
         log(f"conversations are not compared: {no_chat}")
 
@@ -107,7 +115,7 @@ def write_gguf(path: str, leaving: Leaving) -> None:
     """Writes a GGUF file of the Llama family; an existing file is not replaced. Raises UserError."""
     if os.path.exists(path):
         raise UserError(f"{path} is there; name another file")
-    described, parameters, text, _ = leaving
+    described, parameters, text, *_ = leaving
     tensors = tensor_map.their_tensors(described, parameters)
     hugging_face.check_room(os.path.dirname(os.path.abspath(path)), path, sum(x.nbytes for x in tensors.values()))
     gguf.write(path, described.content, tensors, text)

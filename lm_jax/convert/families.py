@@ -20,6 +20,14 @@ Row = tuple[str, str, str]
 LAYER, EXPERT = "{layer}", "{expert}"
 
 
+class Head(NamedTuple):
+    """A class of `transformers` with the head of a task, which takes the place of the output table."""
+
+    architecture: str
+    rows: tuple[Row, ...]  # of the head, and in place of those of the family for the same parameter
+    lacks: tuple[str, ...] = ()  # names, or starts of names, of tensors that it does not have: nought here
+
+
 class Family(NamedTuple):
     """What `transformers` calls an architecture: its tensors, and the fields of its config.json."""
 
@@ -32,6 +40,9 @@ class Family(NamedTuple):
     length: str = "max_position_embeddings"  # where the longest text is said
     kind: str = "transformer"  # `model.kind` of its models
     optional: tuple[str, ...] = ()  # their names start so where a folder may lack them: nought, then
+    heads: dict[str, Head] = {}  # by our `model.head`; "" is a class without heads that the family's own has
+    first_position: int = 0  # rows of the table of positions before that of a text's first token
+    is_written: bool = True  # whether a model leaves in it; else it is only read
 
     @property
     def defaults(self) -> Settings:
@@ -75,6 +86,12 @@ def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
         (f"block/mlp/{own}", f"{theirs}.experts.{EXPERT}.{its}.weight", "linear") for own, its in names.items()
     )
     return dense("block/mlp", theirs, router="gate") + rows
+
+
+def classifies(name: str) -> dict[str, Head]:
+    """The heads of a decoder: a label or a number of the last token, without a bias."""
+    head = Head(f"{name}ForSequenceClassification", dense("", "", labels="score"), ("score.bias",))
+    return {"labels": head, "value": head}
 
 
 TABLES: tuple[Row, ...] = (
@@ -197,35 +214,55 @@ FAMILIES: dict[str, Family] = {
         *("GPT2LMHeadModel", "transformer.", GPT2, GPT2_FIELDS),
         idle="n_ctx summary_type summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels",
         length="n_positions",
+        heads=classifies("GPT2"),
     ),
-    "llama": Family("LlamaForCausalLM", "model.", LLAMA, LLAMA_FIELDS),
+    "llama": Family("LlamaForCausalLM", "model.", LLAMA, LLAMA_FIELDS, heads=classifies("Llama")),
     "mistral": Family(
         *("MistralForCausalLM", "model.", LLAMA, (*UNBIASED, fields.WINDOW)),
         {"num_key_value_heads": 8, "sliding_window": 4096},
+        heads=classifies("Mistral"),
     ),
-    "qwen2": Family("Qwen2ForCausalLM", "model.", LLAMA, QWEN2_FIELDS, {"num_key_value_heads": 32}),
-    "qwen3": Family("Qwen3ForCausalLM", "model.", LLAMA, QWEN3_FIELDS, {"num_key_value_heads": 32, "head_dim": 128}),
-    "gemma2": Family("Gemma2ForCausalLM", "model.", GEMMA_ROWS, GEMMA2_FIELDS, GEMMA, "hidden_act"),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", "model.", LLAMA, QWEN2_FIELDS, {"num_key_value_heads": 32}, heads=classifies("Qwen2")
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        "model.",
+        LLAMA,
+        QWEN3_FIELDS,
+        {"num_key_value_heads": 32, "head_dim": 128},
+        heads=classifies("Qwen3"),
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", "model.", GEMMA_ROWS, GEMMA2_FIELDS, GEMMA, "hidden_act", heads=classifies("Gemma2")
+    ),
     "gemma3_text": Family(
         *("Gemma3ForCausalLM", "model.", GEMMA_ROWS, GEMMA3_FIELDS, GEMMA3, "hidden_act _sliding_window_pattern"),
+        heads=classifies("Gemma3Text"),
     ),
     "mixtral": Family(
         *("MixtralForCausalLM", "model.", MIXTRAL, MIXTRAL_FIELDS),
         {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+        heads=classifies("Mixtral"),
     ),
     "qwen3_moe": Family(
         *("Qwen3MoeForCausalLM", "model.", QWEN3_MOE, QWEN3_MOE_FIELDS),
         *({"num_key_value_heads": 4, "norm_topk_prob": False}, "intermediate_size max_window_layers"),
+        heads=classifies("Qwen3Moe"),
     ),
     "phi3": Family(
         *("Phi3ForCausalLM", "model.", TABLES + PHI3 + NORMS, PHI3_FIELDS, {"rms_norm_eps": 1e-5}),
         idle="original_max_position_embeddings",  # of longrope, which is refused
+        heads=classifies("Phi3"),
     ),
-    "olmo2": Family("Olmo2ForCausalLM", "model.", OLMO2, OLMO2_FIELDS, {"rms_norm_eps": 1e-5}),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", "model.", OLMO2, OLMO2_FIELDS, {"rms_norm_eps": 1e-5}, heads=classifies("Olmo2")
+    ),
     "smollm3": Family(
         *("SmolLM3ForCausalLM", "model.", LLAMA, (*SHARED, fields.BIASES, fields.SMOLLM3_WINDOWS)),
         {"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
         "max_window_layers",
+        heads=classifies("SmolLM3"),
     ),
     "granite": Family("GraniteForCausalLM", "model.", LLAMA, (*SHARED, fields.BIASES, fields.GRANITE_MULTIPLIERS)),
 }

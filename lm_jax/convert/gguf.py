@@ -189,6 +189,8 @@ def write(path: str, config: dict[str, Any], tensors: dict[str, np.ndarray], tex
     The tokenizer is a SentencePiece model of byte pairs (`llama`), else one of byte pairs in a tokenizer.json (`gpt2`).
     No reader but ours is known to take it. Raises UserError for another family, and for a text that GGUF cannot say.
     """
+    if "id2label" in config:
+        raise UserError(f"{path}: a GGUF file has no place for the head of a task; name a folder")
     gguf = package()
     if config["model_type"] != "llama" or config["rope_parameters"]["rope_type"] != "default":
         raise UserError(

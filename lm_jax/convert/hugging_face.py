@@ -19,14 +19,6 @@ from lm_jax.errors import UserError
 from lm_jax.files import MODEL_FILES, draft_folder
 
 
-def is_folder(folder: str) -> bool:
-    """Whether config.json is one of Hugging Face's: it says what it is by `model_type`."""
-    try:
-        return "model_type" in regular_files.read_json(os.path.join(folder, "config.json"))
-    except (OSError, ValueError, RecursionError, TypeError):
-        return False
-
-
 def read_description(folder: str) -> Description:
     """What the config.json of a folder says. Raises UserError."""
     path = os.path.join(folder, "config.json")

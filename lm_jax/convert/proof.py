@@ -18,6 +18,7 @@ from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens, decoding
 from lm_jax.model.build import ModelDef
+from lm_jax.model.task_heads import PER_TOKEN
 
 # Of the largest logit, less the mean of its position: float32 leaves about 1e-5 in SmolLM2, 30 layers deep, in either library.
 LIMIT = 5e-5
@@ -80,12 +81,15 @@ def prove(ours: Exported, peer: Peer) -> str:
         apart, texts = distance(ours, peer), []
         if apart <= LIMIT and decoding.writes(ours.described.config.model):
             texts = compared_texts(ours, peer)
+        elif apart <= LIMIT and ours.described.config.model.head:
+            texts = compared_ids(ours, peer)
     problems = [f"logits are {apart:.1e} of their size apart (limit {LIMIT:.0e})"] if apart > LIMIT else []
     problems += [text.problem for text in texts if text.problem]
     if problems:
         raise UserError("\n".join([f"in {peer.name} this is another model:", *problems[:3]]))
     ended = sum(text.ended for text in texts)
     same = f"; {len(texts)} greedy texts are the same, {ended} of them up to their end" if texts else ""
+    same = f"; {len(texts)} texts have the same ids" if ours.described.config.model.head else same
     remark = f"\n{peer.remark}" if peer.remark else ""
     return f"proven: in {peer.name} logits are within {apart:.1e} of their size{same}{remark}"
 
@@ -94,16 +98,22 @@ def distance(ours: Exported, peer: Peer) -> float:
     """The largest difference of a logit of a random row over the largest logit, that less the mean of its position."""
     batch = random_row(ours.described)
     mine = [np.asarray(x, np.float32) for x in heads(ours.graph, ours.parameters, batch)]
-    mine[0] = mine[0][..., : ours.described.vocab_size]
+    mine[0] = mine[0] if ours.graph.config.head else mine[0][..., : ours.described.vocab_size]
     return max(relative(a, b) for a, b in zip(mine, peer.logits(batch), strict=True))
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
 def heads(graph: ModelDef, parameters: dict, batch: dict) -> list[jax.Array]:
-    """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first position."""
+    """Logits [B, T, V] of a batch, and [B, C] what a model says of each row's first position; of a task, its head's alone.
+
+    A head that answers once a segment is asked at the first token, in a causal model at the last: [B, C], others [B, T, C].
+    """
     model = graph.module(parameters)
     outputs = model.read(batch)
-    assert outputs.hidden_BTD is not None  # a model with another head than text's is in no family
+    if outputs.hidden_BTD is None:
+        assert outputs.labels_BTC is not None
+        asked = slice(None) if graph.config.head in PER_TOKEN else 0 if graph.config.kind == "encoder" else -1
+        return [outputs.labels_BTC[:, asked]]
     return [model.logits(outputs.hidden_BTD), *([] if outputs.labels_BTC is None else [outputs.labels_BTC[:, 0]])]
 
 
@@ -116,7 +126,8 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def size(logits: np.ndarray) -> float:
-    """The largest distance of a logit from the mean of its position, above 0."""
+    """The largest distance of a logit from the mean of its position, above 0; the largest size where there is but one."""
+    logits = logits if logits.shape[-1] > 1 else np.stack([logits, -logits], -1)
     return float(max(np.abs(logits - logits.mean(-1, keepdims=True)).max(), np.finfo(np.float32).tiny))
 
 
@@ -163,6 +174,16 @@ def compared_texts(ours: Exported, peer: Peer) -> list[Compared]:
         ours.graph, ours.parameters, ours.tokenizer, prompts, limit, decoding.GREEDY, marks=ours.ids
     )
     return [compared(ours, peer, *one, limit) for one in zip(asked, mine, strict=True)]
+
+
+def compared_ids(ours: Exported, peer: Peer) -> list[Compared]:
+    """Prompts as a model with a head reads them, with what stands around them."""
+    whole = lambda text: [*ours.ids.first, *ours.tokenizer.encode(text).tolist(), *ours.ids.last]
+    differing = [(text, whole(text), peer.encode(text)) for text in PROMPTS]
+    return [
+        Compared(f"{text!r} is read as {theirs}, here as {ids}" if ids != theirs else "")
+        for text, ids, theirs in differing
+    ]
 
 
 def compared(ours: Exported, peer: Peer, asked: tuple, mine: decoding.Completion, limit: int) -> Compared:

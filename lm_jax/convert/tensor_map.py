@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax.convert import safetensors
+from lm_jax.convert import heads, safetensors
 from lm_jax.convert.description import FAMILIES, Description, graph_of
 from lm_jax.convert.families import EXPERT, LAYER, Family
 from lm_jax.errors import UserError
@@ -25,8 +25,13 @@ AT_ONCE = 2**24  # bytes of a parameter that the host holds on their way to a de
 # Not parameters: masks and frequencies that older versions saved as well.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)")
 # The same arrays under other names, where the tables are one.
-TWICE = ("cls.predictions.decoder.bias", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-HEADS = ("lm_head.", "cls.")  # their names have no prefix
+TWICE = (
+    "cls.predictions.decoder.bias",
+    "lm_head.decoder.bias",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+)
+HEADS = ("lm_head.", "cls.", "vocab_", "classifier.", "qa_outputs.", "score.")  # their names have no prefix
 MOST_RANGES = 20  # of numbers in a message
 
 
@@ -60,6 +65,7 @@ class Slot(NamedTuple):
         inputs, outputs = self.matrix
         shapes: dict[str, tuple[int, ...]] = {"linear": (outputs, inputs), "conv": (inputs, outputs)}
         shapes |= {"undivided": (outputs, inputs), "table": (vocab_size, self.shape[-1]), "pieces": (vocab_size,)}
+        shapes |= {"one_row": (1, self.shape[-1]), "from_third": (self.shape[0] + 2, self.shape[-1])}
         return shapes.get(self.kind, (inputs * outputs,))
 
     def to_ours(self, x: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -68,6 +74,10 @@ class Slot(NamedTuple):
             inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
             axes = (*range(len(outputs), len(self.shape)), *range(len(outputs)))
             x = x.reshape(*outputs, *inputs).transpose(axes)  # a view, as dims are split and not joined
+        elif self.kind == "one_row":
+            x = np.broadcast_to(x, self.shape)
+        elif self.kind == "from_third":
+            x = x[2:]
         elif self.kind not in ("table", "pieces"):
             x = x.reshape(self.shape)
         part = np.array(x[tuple(slice(*both) for both in bounds)], np.float32)
@@ -151,7 +161,8 @@ def _filled(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
 def slots(family: Family, graph: ModelDef) -> list[Slot]:
     """Every tensor of a model of this family. Raises UserError where the family lacks one for a parameter of ours."""
     period, found, covered = len(graph.config.window), [], set()
-    for path, name, kind in family.rows:
+    of_head = family.heads[graph.config.head].rows if graph.config.head in family.heads else ()
+    for path, name, kind in {row[0]: row for row in (*family.rows, *of_head)}.values():
         for layer in range(graph.config.num_layers) if LAYER in name else (0,):
             ours = tuple(path.replace("block/", f"block_{layer % period}/").split("/"))
             declared = graph.declarations.get(ours)
@@ -204,7 +215,7 @@ def stored(described: Description, tensors: dict[str, Any], where: str) -> dict[
     bare = lambda name: name.removeprefix(family.prefix)  # a base model is saved without the prefix
     found = {bare(name): x for name, x in tensors.items() if not IGNORED.fullmatch(name)}
     if described.config.model.tie_embedding:
-        for name in ("lm_head.weight", "cls.predictions.decoder.weight"):
+        for name in (name for path, name, _ in family.rows if path == "unembedding/table"):
             found.pop(name, None)
     for name in TWICE:
         found.pop(name, None)
@@ -213,7 +224,7 @@ def stored(described: Description, tensors: dict[str, Any], where: str) -> dict[
     wanted: dict[str, list[Slot]] = {}
     for slot in slots(family, graph):
         wanted.setdefault(bare(slot.name), []).append(slot)
-    found = without_heads(family, wanted, found, described.vocab_size)
+    found = without_heads(lacking(described), wanted, found, described.vocab_size)
     if problems := _problems(wanted, found, described.vocab_size):
         raise UserError("\n".join([f"{where}: the tensors are not those of its config.json", *problems]))
     ours = {path: Stored(declared.shape, {}) for path, declared in graph.declarations.items()}
@@ -247,11 +258,18 @@ def parameters(described: Description, tensors: dict[str, Any], where: str) -> d
     return nnx.traversals.unflatten_mapping(flat)
 
 
+def lacking(described: Description) -> tuple[str, ...]:
+    """How the names start of tensors that a folder may lack, or that the class has none of."""
+    family = FAMILIES[described.family]
+    _, head = heads.of_class(family, described.content)
+    return (*family.optional, *(head.lacks if head else ()))
+
+
 def without_heads(
-    family: Family, wanted: dict[str, list[Slot]], found: dict[str, Any], vocab_size: int
+    starts: tuple[str, ...], wanted: dict[str, list[Slot]], found: dict[str, Any], vocab_size: int
 ) -> dict[str, Any]:
-    """`found`, with zeros for heads of which no tensor is there: an encoder that was saved without them."""
-    for head in family.optional:
+    """`found`, with zeros for heads of which no tensor is there: a model that was saved without them."""
+    for head in starts:
         if not any(name.startswith(head) for name in found):
             empty = [name for name in wanted if name.startswith(head)]
             found |= {name: np.zeros(whole_shape(wanted[name], vocab_size), np.float32) for name in empty}
@@ -267,13 +285,22 @@ def whole_shape(parts: list[Slot], vocab_size: int) -> tuple[int, ...]:
 
 
 def their_tensors(described: Description, ours: dict) -> dict[str, np.ndarray]:
-    """Our parameters as their tensors, float32: the vocabulary without its padding, a tied table once."""
+    """Our parameters as their tensors, float32: the vocabulary without its padding, a tied table once.
+
+    Raises UserError where the class has no tensor for a parameter that is not nought.
+    """
     parts: dict[str, list[np.ndarray]] = {}
     axes: dict[str, int] = {}
-    for slot in slots(FAMILIES[described.family], graph_of(described)):
+    family = FAMILIES[described.family]
+    _, head = heads.of_class(family, described.content)
+    for slot in slots(family, graph_of(described)):
         x: Any = ours
         for name in slot.path:
             x = x[name]
         parts.setdefault(slot.name, []).append(slot.to_theirs(np.asarray(x)[slot.at], described.vocab_size))
         axes[slot.name] = slot.output_axis
-    return {name: np.ascontiguousarray(np.concatenate(several, axes[name])) for name, several in parts.items()}
+    lacked = [name for name in parts if head and head.lacks and name.removeprefix(family.prefix).startswith(head.lacks)]
+    if full := [name for name in lacked if any(np.any(x) for x in parts[name])]:
+        raise UserError(f"a {described.content['architectures'][0]} has no place for: {listed(full)}")
+    whole = {name: several for name, several in parts.items() if name not in lacked}
+    return {name: np.ascontiguousarray(np.concatenate(several, axes[name])) for name, several in whole.items()}

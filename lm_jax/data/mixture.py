@@ -31,6 +31,10 @@ class Task(Protocol):
     def chat_template(self) -> object:
         """The template in which it writes conversations, None where it writes none."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What config.json keeps of its records."""
+
     def files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """What a run keeps of it, by file name."""
 

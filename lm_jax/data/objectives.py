@@ -38,6 +38,8 @@ def specials(tokenizer: Tokenizer, objective: str) -> Specials:
     """The ids that an objective writes into rows of a tokenizer's ids."""
     special, num, document = tokenizer.special, tokenizer.vocab_size, tokenizer.known_document
     document = -1 if document is None else document  # a model whose texts nothing ends writes, but is not trained
+    if "<mask>" in special and "[MASK]" not in special:  # RoBERTa's names
+        special = special | {"[MASK]": special["<mask>"], "[CLS]": special.get("<s>", document)}
     last = special.get(f"<extra_id_{NUM_SENTINELS - 1}>")
     first = num if last is None else special["<extra_id_0>"]
     step = -1 if last is not None and last < first else 1

@@ -59,7 +59,10 @@ def nearest(parameters: float) -> tuple[str, counts.Costs]:
     dense = [
         (name, one.model.num_layers * 12 * one.model.model_dim**2 + one.model.model_dim * vocabulary)
         for name, one in asked
-        if not one.train.task and one.model.kind == "transformer" and not one.model.num_experts
+        if not one.train.task
+        and not one.train.init_from
+        and one.model.kind == "transformer"
+        and not one.model.num_experts
         for vocabulary in [tokenizer_files.vocab_size(one.data.tokenizer) or 0]
     ]
     if not dense:

@@ -27,6 +27,11 @@ class Regression(OfSequence):
         numbers = np.array([value[1] for value in values])
         self.mean, self.deviation = float(numbers.mean()), float(numbers.std()) or 1.0
 
+    @property
+    def facts(self) -> dict[str, list[float]]:
+        """{"values": [mean, standard deviation]} of the training values."""
+        return {"values": [self.mean, self.deviation]}
+
     def target(self, values: tuple) -> float:
         """The standardised value: its distance from the training mean in standard deviations."""
         return (values[1] - self.mean) / self.deviation

@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -20,8 +21,10 @@ from lm_jax import regular_files
 from lm_jax.data import lines
 from lm_jax.data.sources import SPLITS
 from lm_jax.errors import UserError, needs
+from lm_jax.knob import LONGEST_TUPLE
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+SPACED = re.compile(r"[^ \t\r\n]+")  # words, or tags, in one string
 MOST_ROWS = 100_000_000  # of a Parquet file, whose few bytes may say any number
 
 
@@ -149,3 +152,22 @@ def _parquet(path: epath.Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         first = str(error).split("\n")[0][:200]
         raise UserError(f"{path} cannot be read after row {number}: {first}; copy or download it again") from None
+
+
+def labels_of(folder: str, task: str, given: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels, or tags, that stand in the records of all splits, sorted; `given` as `data.columns`. Raises UserError."""
+    columns = given[:2] or (("text", "label") if task == "classification" else ("tokens", "tags"))
+    found: dict[str, None] = {}
+    for path in files_of(folder).values():
+        for row in rows(path, columns):
+            value = row.content[columns[-1]]
+            value = SPACED.findall(value) if task != "classification" and isinstance(value, str) else value
+            several = value if isinstance(value, list) else [value]
+            found |= {str(x): None for x in several if type(x) in (str, int) and str(x).strip()}
+            if len(found) > LONGEST_TUPLE:
+                raise UserError(
+                    f"{row.where}: by here the column {columns[-1]!r} has more than {LONGEST_TUPLE:,} different values: "
+                    "are these labels?\nname the column by config.data.columns; numbers are of --config.train.task=regression"
+                )
+    whole = all(re.fullmatch(r"-?\d{1,18}", x, re.ASCII) for x in found)
+    return tuple(sorted(found, key=(lambda x: (int(x), x)) if whole else str))

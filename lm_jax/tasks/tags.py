@@ -7,7 +7,6 @@ tag. A record that is too long keeps the words that fit; only these are scored.
 """
 
 import itertools
-import re
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from lm_jax.errors import UserError
 from lm_jax.tasks import scores
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Encoded, for_head
-from lm_jax.tasks.tables import Row
+from lm_jax.tasks.tables import SPACED, Row
 from lm_jax.tasks.task import Task, counted, label_id, no_text
 from lm_jax.tasks.words import spaced, tokens_of_words
 
@@ -97,7 +96,7 @@ def are_spans(labels: tuple[str, ...]) -> bool:
 def listed(row: Row, column: str) -> list:
     """The list in a column; a string is split at spaces. Raises UserError."""
     found = row.content[column]
-    found = re.findall(r"[^ \t\r\n]+", found) if isinstance(found, str) else found
+    found = SPACED.findall(found) if isinstance(found, str) else found
     if not isinstance(found, list) or not found:
         what = "empty" if found == [] else f"no list but {described(found)}"
         raise UserError(f"{row.where}: the {column} are {what}; expected is one for each word")

@@ -91,6 +91,11 @@ class Task:
         """What a run keeps of the task, by file name: its chat template, which a conversation with the model needs."""
         return files_of(shown(self.chat_template, tokenizer)) if self.chat_template else {}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What config.json keeps of the records beside their hashes: what answers are to be read with."""
+        return {}
+
     def scores(self, results: tuple) -> dict[str, float]:
         """The task's metrics, the first of which is what one looks at; none where texts are written (`generate_answers.py`)."""
         return {}
