@@ -130,14 +130,17 @@ def compile_step(program: TrainSetup, mesh: jax.sharding.Mesh, one_microbatch: b
     config, state = program.config, abstract(program)
     batch = abstract_batch(mesh, int(config.train.microbatch_rows), config)
 
-    def compiled(function: Callable, *arguments: object, donate: int | tuple[int, ...]) -> jax.stages.Compiled:
-        return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    def compiled(
+        function: Callable, *arguments: object, donate: int | tuple[int, ...], keep: bool = False
+    ) -> jax.stages.Compiled:
+        return jax.jit(function, donate_argnums=donate, keep_unused=keep).lower(*arguments).compile()
 
     if one_microbatch:
         whole = compiled(functools.partial(train_step, program), state, batch, donate=0)
         return CompiledStep(whole, None, None, None)
     start = functools.partial(zeros, program)
     sums = laid_out(jax.eval_shape(start, state.parameters))
-    add = compiled(functools.partial(accumulate, program), state, sums, batch, donate=1)
+    # The moments lie in memory beside a microbatch, which does not read them: so its compiler knows of them.
+    add = compiled(functools.partial(accumulate, program), state, sums, batch, donate=1, keep=True)
     finish = compiled(functools.partial(update, program), state, sums, donate=0)
     return CompiledStep(None, compiled(start, state.parameters, donate=()), add, finish)

@@ -260,7 +260,7 @@ def test_a_plan_counts_kernels_in_use_and_tokens_on_links():
         config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=-1, tensor=1, expert=expert))
         found[expert] = estimate.estimate(config, devices.parse("v5p:4x4x4"))
     assert found[1].memory["experts"] == kernels * 2 * 2
-    assert found[8].memory["experts"] == kernels / 8 * (2 + 4) + 8 * 2 * 4096 * model_dim * (2 * 4 + 3 * 2)
+    assert found[8].memory["experts"] == kernels / 8 * (2 + 4) + 8 * 2 * 4096 * model_dim * 3 * 2
     moved = {
         name: estimate.seconds(found[8])[f"links {name}"] * estimate.ring(found[8], name) for name in ("fsdp", "expert")
     }

@@ -225,7 +225,9 @@ def test_two_configs_stand_side_by_side(capsys):
     line += ["--config.data.batch_ramp=(0,0)"]
     text, told = said(capsys, *line), json.loads(said(capsys, *line, "--json"))
     for number, (a, b, ratio) in told["numbers"].items():
-        assert ratio == pytest.approx(b / a) and re.search(rf"^{number} .* {ratio:.3g}$", text, re.MULTILINE)
+        assert ratio == pytest.approx(b / a if a else 0) and re.search(
+            rf"^{number} .* {ratio:.3g}$", text, re.MULTILINE
+        )
     assert {"parameters", "GiB of logits", "days expected", "cost", "kWh"} < set(told["numbers"])
     assert "llama_1b fits, gpt3-1.3b fits" in text
 

@@ -192,6 +192,9 @@ def test_copies_meet_once_a_step_and_share_the_optimizer(corpus, eight):
     assert moments and all(x.sharding.shard_shape(x.shape) != x.shape for x in moments)
     assert sum(math.prod(x.sharding.shard_shape(x.shape)) for x in moments) * 8 == sum(x.size for x in moments)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.parameters))
+    of = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    known = step.accumulate.memory_analysis().argument_size_in_bytes
+    assert known > of(state) + of(state.parameters), "of the moments that lie beside a microbatch"
 
 
 @pytest.mark.parametrize(

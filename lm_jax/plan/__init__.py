@@ -1,6 +1,7 @@
 """What is known before a run starts.
 
 devices.py       TPUs and GPUs as their makers' sheets describe them, and the topologies that are made of them
+layer_memory.py  bytes of the layers on a device: kept for the way back, needed by one at a time, weights as they are multiplied
 counts.py        parameters, FLOPs, bytes by class, rows of a microbatch: counted, not measured
 estimate.py      a config on devices that are not here: bytes, seconds at best, and what makes it fit
 program_text.py  the text of a compiled program, read: collectives, kernels, cycles, float32 products, large buffers

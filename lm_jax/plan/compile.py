@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import time
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -69,9 +70,11 @@ def absent_devices(topology: Topology) -> list[jax.Device]:
             if not installed("libtpu"):
                 raise needs("without --counted, compiling for a TPU", "libtpu", "tpu")
             os.environ |= NOBODY_IS_ASKED
-            more = (
-                {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
-            )  # one device a chip, as on a v4 itself
+            more: dict[str, Any] = {}
+            if topology.kind == "v4":
+                more |= {"chip_config_name": "megacore"}  # one device a chip, as on a v4 itself
+            if topology.size == 1:
+                more |= {"chips_per_host_bounds": (1, 1, 1)}  # a host of one chip, where others have four
             asked, slices = f"{topology.kind}:{'x'.join(map(str, topology.shape))}", topology.islands
             described = topologies.get_topology_desc(
                 asked, "tpu", num_slices=slices, wrap=closed_sides(topology), **more
@@ -116,16 +119,16 @@ def compiled(found: Estimate) -> Compiled:
             reading.add(_read(plan, found, program.as_text()), times)  # type: ignore[union-attr]
         except jax.errors.JaxRuntimeError as error:  # a libtpu that is newer than jaxlib writes what that cannot read
             unread = str(error).splitlines()[0][:200]
-    peaks = [peak_bytes(memory) for memory in memories]
+    peaks = [peak_bytes(memory, found.topology.platform) for memory in memories]
     most = memories[peaks.index(max(peaks))]
     sizes = most.argument_size_in_bytes, most.temp_size_in_bytes
     return Compiled(time.monotonic() - start, max(peaks), found.device.memory, *sizes, reading, unread)
 
 
-def peak_bytes(memory) -> int:
-    """What `memory_analysis()` calls the peak, or arguments and temporaries where that leaves the latter out (on a CPU)."""
-    arguments, known = memory.argument_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0)
-    return known if known > arguments else arguments + memory.temp_size_in_bytes
+def peak_bytes(memory, platform: str) -> int:
+    """What `memory_analysis()` calls the peak; on a CPU, where that has no temporaries in it, arguments and temporaries."""
+    together: int = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return together if platform == "cpu" else memory.peak_memory_in_bytes
 
 
 def widths(found: Estimate) -> set[int]:

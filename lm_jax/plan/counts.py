@@ -18,13 +18,14 @@ from lm_jax.model.layers import Declaration
 from lm_jax.model.moe import share_at_work
 from lm_jax.model.recurrent import CELLS
 from lm_jax.model_config import plain
-from lm_jax.plan.devices import DEVICES, device_name
-from lm_jax.sharding import platform
+from lm_jax.plan.devices import DEVICES, device_name, has_bfloat16
+from lm_jax.plan.layer_memory import AttentionBytes, attention_bytes, layer_bytes, mlp_bytes, weight_bytes
+from lm_jax.sharding import device, platform
 from lm_jax.trainable import depth, trained_paths
 from lm_jax.update_rules import ELEMENTWISE
 
-# Copies of the parameters that an update rule keeps, at most: Muon's tables have two, Adafactor keeps rows and columns.
-MOMENTS = {"adamw": 2, "adam": 2, "muon": 2, "lion": 1, "sgd": 1, "adafactor": 0}
+# Copies of the parameters that an update rule keeps: Muon two of tables, as Adam, Adafactor rows and columns.
+MOMENTS = {"adamw": 2, "adam": 2, "muon": 1, "lion": 1, "sgd": 1, "adafactor": 0}
 TYPICAL_MFU = 0.4  # of a recipe like this on an accelerator, for the times in the header
 
 
@@ -92,15 +93,15 @@ def experts_in_use(model: Model, tokens: float, sizes: dict[str, int]) -> float:
     """Bytes on one device, with so many tokens, of the experts of one layer while it is computed, backward.
 
     The kernels of its own experts and their gradients in the compute dtype. Where experts are split over devices the
-    gradients in float32, and tokens of the whole group (`model/expert_parallel.py`): two of them in float32, and of the
-    rows that may be its own what goes in, and the gradients of what goes in and comes out.
+    gradients in float32, and tokens of the whole group (`model/expert_parallel.py`): of the rows that may be its own what
+    goes in, and the gradients of what goes in and comes out; before and after the MLPs, two of all tokens in float32.
     """
     act, expert = jnp.dtype(model.compute_dtype).itemsize, sizes["expert"]
     kernels = expert_parameters(model) / model.num_layers / expert / sizes["tensor"]
     if expert == 1:
         return kernels * 2 * act
-    rows = min(model.experts_per_token, model.num_experts // expert)
-    return kernels * (act + 4) + expert * tokens * model.model_dim * (2 * 4 + 3 * rows * act)
+    rows, group = min(model.experts_per_token, model.num_experts // expert), expert * tokens * model.model_dim
+    return kernels * (act + 4) + group * 3 * rows * act + max(0.0, group * 2 * 4 - tokens * mlp_bytes(model, sizes))
 
 
 def bytes_by_class(
@@ -113,74 +114,56 @@ def bytes_by_class(
     where a step `accumulates` over several microbatches. What is not trained has neither gradient nor moments; where nothing is
     trained in the layers or below them, only one layer at a time keeps what it reads.
 
-    A token keeps in each layer, by `model.remat`: with full its input; with names also attention's result and branch,
-    and the heads' queries, keys and values; with dots also the products of the MLP; with none also what norms,
-    activations and residuals read. With the `xla` backend (`auto` counts as it below 512 tokens) attention's square of
-    logits is kept as well, by every layer where remat is none, else by one; of `chunked` 256 queries of it, at a time.
-    Where rows are split over devices (`context`), one layer at a time has the keys and values of whole rows. Where layers
-    are computed again, one at a time, no logits are left: they count for what they need beyond a layer.
+    Activations are what every layer keeps, what one layer at a time needs beside that (`layer_memory.py`), and the layers'
+    weights in the compute dtype. The input table's gradient comes after all of them, where the output has a table of its own;
+    the logits are gone before the first gradient of a layer is there: both count for what they need beyond the others.
     """
     model, length, rule = plain(config.model), config.data.sequence_length, config.optimizer
-    act = jnp.dtype(model.compute_dtype).itemsize
     shards, tensor = parameter_shards(sizes), sizes["tensor"]
-    moments = MOMENTS[rule.name] * jnp.dtype(rule.moment_dtype).itemsize + 4 * (rule.ema > 0)
     tokens = math.ceil(rows / batch_shards(sizes)) * length // sizes["context"]
-    heads, hidden = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads) / tensor, model.mlp_dim / tensor
-    hidden *= model.experts_per_token if model.num_experts else 1
-    of_mlp = 0 if sizes["expert"] > 1 else hidden  # experts over devices are always computed again
-    kept = {
-        "none": (3 + 3 / tensor) * model.model_dim + heads + (7 + model.gated) * of_mlp,  # GELU alone keeps five
-        "dots": 2 / tensor * model.model_dim + heads + (1 + model.gated) * of_mlp,
-        "names": 2 / tensor * model.model_dim + heads,
-        "full": model.model_dim / tensor,
-    }
-    kept_layers = model.num_layers if costs.backward else 1  # else nothing waits for a way back
-    backend = attention.preflight(model, length, platform()) if model.attention == "auto" else model.attention
-    square = tokens * length * model.num_heads / tensor * (act + 4)
-    squares = square * (kept_layers if model.remat == "none" else 1)
-    if backend != "xla":  # the kernels have none of it, but for cuDNN's mask
-        squares = {"chunked": 2 * square * 256 / length, "cudnn": float(tokens * length * act)}.get(backend, 0.0)
-    if sizes["context"] > 1:
-        squares = _over_devices(config, squares * (sizes["context"] if backend == "chunked" else 1), tokens, sizes)
-    whole_layer = kept["none"] + (7 + model.gated) * (hidden - of_mlp)
-    again = whole_layer if model.remat != "none" or hidden > of_mlp else 0  # computed again
-    if model.kind in CELLS:  # for every token its gates twice, their activations, its states before and after
-        cell = CELLS[model.kind]
-        floats = (3 * cell.num_gates + 2 * cell.num_states + 1) * model.model_dim
-        kept, again, squares = dict.fromkeys(kept, floats * 4 / act) | {"full": float(model.model_dim)}, 0, 0
-    num_layers = kept_layers * (
-        2.5 if model.kind == "encoder_decoder" else 1
+    backend = attention.preflight(model, length, platform(), sizes["context"], has_bfloat16(device()))
+    layer, inside = layer_bytes(model, sizes, backend), attention_bytes(model, backend, tokens, length, sizes)
+    if model.kind in CELLS:
+        inside = AttentionBytes()
+    sides, period = (
+        2.5 if model.kind == "encoder_decoder" else 1,
+        len(model.window),
     )  # attention to the source is half a layer
-    squares *= 3 if model.kind == "encoder_decoder" else 1
-    logits = _logits(model, costs, tokens, tensor)
-    one_layer = tokens * act * again + squares
+    num_layers = sides * (model.num_layers if costs.backward else 1)  # else nothing waits for a way back
+    num_layers /= period if model.remat == "full" else 1  # the layers of a period are computed again together
+    in_attention = inside.working * (3 if sides > 1 else 1)
+    one_layer = max(0.0, in_attention - tokens * layer.of_mlp) + inside.mask
+    one_layer += tokens * layer.working * (1 if model.remat == "none" else period)
+    table = costs.padded_vocab_size * model.model_dim
+    tables = table * (1 if model.tie_embedding else 2)
+    of_layers = max(0, costs.parameters - tables - expert_parameters(model))
+    copies = MOMENTS[rule.name] * costs.trained + (min(tables, costs.trained) if rule.name == "muon" else 0)
+    moments = copies * jnp.dtype(rule.moment_dtype).itemsize + 4 * (rule.ema > 0) * costs.trained
+    optimizer = moments / shards / (sizes["data"] if rule.name in ELEMENTWISE else 1)
+    parameters = 4 * costs.parameters / shards
+    state = (parameters + optimizer) * of_layers / costs.parameters
+    kept = num_layers * (tokens * layer.kept + inside.kept) + weight_bytes(model, of_layers, state, sizes)
+    gradients, logits = 4 * costs.trained / shards, _logits(model, costs, tokens, tensor)
+    last = 0.0 if model.tie_embedding else min(gradients, 4 * table / shards)
     return {
-        "parameters": 4 * costs.parameters / shards,
-        "optimizer": moments * costs.trained / shards / (sizes["data"] if rule.name in ELEMENTWISE else 1),
-        "gradients": 4 * costs.trained / shards * (2 if accumulates else 1),
-        "activations": tokens * act * num_layers * kept[model.remat] + one_layer,
-        "logits": logits if model.remat == "none" else max(0.0, logits - one_layer),
+        "parameters": parameters,
+        "optimizer": optimizer,
+        "gradients": gradients * (2 if accumulates else 1),
+        "activations": max(0.0, kept + one_layer - last),
+        "logits": max(0.0, logits - one_layer - (gradients - last)),
         **({"experts": experts_in_use(model, tokens, sizes)} if model.num_experts else {}),
     }
 
 
 def _logits(model: Model, costs: Costs, tokens: int, tensor: int) -> float:
-    """Bytes of the loss on one device: logits of all tokens or of a chunk, then the output table and its gradient too."""
+    """Bytes of the loss on one device: logits of all tokens, or of a chunk in float32, with their gradient in the compute dtype.
+
+    Then also the output table and its gradient.
+    """
     width, act = costs.padded_vocab_size / tensor, jnp.dtype(model.compute_dtype).itemsize
     if not is_chunked(tokens * width, model.compute_dtype):
         return 4 * 3 * tokens * width
-    copies = 1 if platform() == "tpu" else 3  # of a chunk's logits at the same time
-    return 4 * copies * min(tokens, chunk_size(int(width))) * width + width * model.model_dim * (4 + act)
-
-
-def _over_devices(config: Config, squares: float, tokens: int, sizes: dict[str, int]) -> float:
-    """Bytes of attention where rows are split: keys and values of whole rows, their gradients, logits (`squares`).
-
-    A TPU's kernel has no logits. `tokens` are those of a device.
-    """
-    model, act = config.model, jnp.dtype(config.model.compute_dtype).itemsize
-    whole = 4 * tokens * sizes["context"] * model.num_kv_heads * model.head_dim / sizes["tensor"] * act
-    return whole + (0 if platform() == "tpu" else squares)
+    return (4 + act) * (min(tokens, chunk_size(int(width))) + model.model_dim) * width
 
 
 def measured_peak() -> float:

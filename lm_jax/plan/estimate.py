@@ -298,7 +298,8 @@ def _smaller(
         unnamed = asked.model.remat
         if unnamed == "auto" and not everything:
             least = decide.enough_rows(found.config, found.ramp, mesh) if rows == "auto" else int(rows)
-            unnamed = decide.least_remat(found.config, found.costs, mesh, found.ramp, site, least)
+            with jax.sharding.use_abstract_mesh(mesh_of(found.topology, mesh)):
+                unnamed = decide.least_remat(found.config, found.costs, mesh, found.ramp, site, least)
             remats = (unnamed,)
         same = (asked.train.microbatch_rows,) if everything else ("auto", found.rows)
         for remat in remats:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from lm_jax.cli import as_typed
 from lm_jax.config import Config
+from lm_jax.mesh import batch_shards
 from lm_jax.model_config import MOST_UNROLLED
-from lm_jax.plan.counts import bytes_by_class
 from lm_jax.plan.estimate import NEAR, Estimate, candidates, seconds
+from lm_jax.plan.layer_memory import layer_bytes
 from lm_jax.sharding import AXES
 
 MOST_COMPILED = 8  # settings, with those that turn out not to fit
@@ -55,8 +56,9 @@ def added_seconds(found: Estimate) -> dict[str, float]:
     times, device, config = seconds(found), found.device, found.config
     if device.bandwidth:
         recomputes = config.model.remat != "none"
-        everything = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-        kept = bytes_by_class(everything, found.costs, found.rows, found.sizes, accumulates=True)["activations"]
+        everything = dataclasses.replace(config.model, remat="none")
+        tokens = found.rows * config.data.sequence_length / batch_shards(found.sizes) / found.sizes["context"]
+        kept = config.model.num_layers * tokens * layer_bytes(everything, found.sizes, backend="").kept
         weights = found.costs.parameters * jnp.dtype(config.model.compute_dtype).itemsize / found.sizes["tensor"]
         copies = 3 * weights if found.sizes["fsdp"] > 1 else 0.0
         times["elementwise"] = found.num_microbatches * (2 + recomputes) * (2 * kept + copies) / device.bandwidth
