@@ -28,7 +28,7 @@ class Writer:
         """`names` of trackers, in which the run is called `title` and has the flat config `flat`."""
         cut(workdir, step, log)
         self._file, self._sums = open(workdir / FILE, "ab"), open(workdir / CHECKSUMS, "ab")  # noqa: SIM115
-        self._board = TensorBoard(workdir, step, title) if "tensorboard" in names else None
+        self._board = TensorBoard(workdir, step, title) if "tensorboard" in names else NullWriter()
         self._trackers, self._flat = Trackers(names, workdir, title, flat or {}, log), flat or {}
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -39,36 +39,31 @@ class Writer:
         for file, content in ((self._file, line), (self._sums, checksum(line))):
             file.write(content + b"\n")
             file.flush()
-        if self._board:
-            self._board.scalars(step, numbers)
+        self._board.scalars(step, numbers)
         self._trackers.scalars(step, numbers)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A text, such as a sample."""
-        if self._board:
-            self._board.text(step, name, text)
+        self._board.text(step, name, text)
         self._trackers.text(step, name, text)
 
     def hyper_parameters(self) -> None:
         """TensorBoard's HParams tab, and the config as text; trackers have it from the start."""
-        if self._board:
-            self._board.hyper_parameters(self._flat)
-            self._board.text(0, "config", "\n".join(f"    {name} = {value!r}" for name, value in self._flat.items()))
+        self._board.hyper_parameters(self._flat)
+        self._board.text(0, "config", "\n".join(f"    {name} = {value!r}" for name, value in self._flat.items()))
 
     def flush(self) -> None:
         """Returns once all lines are on the disk."""
         flush(self._file)
         flush(self._sums)
-        if self._board:
-            self._board.flush()
+        self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self.flush()
         self._file.close()
         self._sums.close()
-        if self._board:
-            self._board.close()
+        self._board.close()
         self._trackers.close()
 
 

@@ -218,9 +218,10 @@ NATURAL = {
 }  # fmt: skip
 
 
-def test_every_experiment_fits_on_its_natural_devices(monkeypatch):
+def test_every_experiment_fits_on_its_natural_devices(monkeypatch, starts):
+    """All but `finetune.py`, which is as large as the model that it is given."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    for name in sorted(path.stem for path in (ROOT / "experiments").glob("*.py")):
+    for name in sorted({path.stem for path in (ROOT / "experiments").glob("*.py")} - {"finetune"}):
         for variant in getattr(importlib.import_module(name), "VARIANTS", ("",)):
             place = f"{name}:{variant}" if variant else name
             topology, settings = NATURAL.get(place, NATURAL.get(name, ("gpu:T4", ())))
