@@ -6,8 +6,6 @@ import lzma
 import shlex
 import time
 
-from etils import epath
-
 from lm_jax import cli, metrics_file, step_folders, terminal
 from lm_jax.config import Config
 from lm_jax.data import mixture
@@ -78,7 +76,7 @@ def next_commands(run: Run, given: str) -> str:
     room = run.config.data.sequence_length - len(mixed.tokenizer.encode("" if chats else asked[1])) - 1
     asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
     writes = run.config.data.objective == "causal" and (not run.config.train.task or chats)
-    longer = [f"--config.train.num_steps={4 * run.num_steps}", "--workdir", free_place(f"{run.workdir}-longer")]
+    longer = [f"--config.train.num_steps={4 * run.num_steps}", "--workdir", str(run.workdir)]  # the same run goes on
     logs = str(step_folders.steps_folder(run.workdir).parent.parent)
     lines = [
         f"done in {counts.duration(time.monotonic() - run.goodput.start)}; next:",
@@ -88,9 +86,3 @@ def next_commands(run: Run, given: str) -> str:
         f"  look       {cli.as_typed('-m', 'tensorboard.main', '--logdir', logs)}",
     ]
     return "\n".join(lines)
-
-
-def free_place(path: str) -> str:
-    """`path`, or where something is there already the first of path-2, path-3, ... where nothing is."""
-    paths = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
-    return next(path for path in paths if not epath.Path(path).exists())

@@ -6,13 +6,15 @@ the first of its rows that is true of the Config is the error that the user read
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lm_jax.config import FIRST_LOSS_SCALE, LARGEST_LOSS_SCALE, SECTIONS, Config, flatten, leaves, unflatten
 from lm_jax.errors import UserError, nearest
 from lm_jax.knob import checked
 from lm_jax.model_config import LARGEST_HEAD, NUM_SENTINELS, OBJECTIVES, ONE_STACK, TASKS
+from lm_jax.other_words import answer
 from lm_jax.reach import check_reach, is_read, unread
 
 WITH_LORA = "/lora_|^(labels|pooler)/"  # what is trained beside a frozen base; a pooler belongs to the head
@@ -27,6 +29,7 @@ OTHER_AXES = {  # as others call them -> what to say here
     **dict.fromkeys(("tp", "model"), "for heads, MLP and vocabulary say mesh.tensor"),
     **dict.fromkeys(("dp", "replica"), "for copies of the parameters say mesh.data"),
 }
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 OF_MACHINE = {path: field.default for path, field in leaves().items() if field.metadata["machine"]}
 
 
@@ -50,15 +53,20 @@ def resolve_found(config) -> Config:
     return _derived(flat | {path: leaves()[path].default for path in unread(flat)})
 
 
-def check_key(path: str) -> None:
-    """Raises UserError for a path that names no leaf, with the nearest one that does."""
+def check_key(path: str, value: Any = None, flat: Mapping[str, Any] = EMPTY) -> None:
+    """Raises UserError for a path that names no leaf, with the nearest one that does.
+
+    `value` is what `--config.<path>=` gave, `flat` what is known of the config beside it.
+    """
     if path in leaves():
         return
     section, _, name = path.partition(".")
-    if section not in SECTIONS:
-        raise UserError(f"config.{path}: no section {section!r}{nearest(path, leaves())}")
     if section == "mesh" and name in OTHER_AXES:
         raise UserError(f"config.{path}: {OTHER_AXES[name]}")
+    if value is not None and (words := answer(path, value, flat, typed=True)):
+        raise UserError(f"--config.{path[:100]}={str(value)[:100]}{words}")
+    if section not in SECTIONS:
+        raise UserError(f"config.{path}: no section {section!r}{nearest(path, leaves())}")
     names = ", ".join(field.name for field in dataclasses.fields(SECTIONS[section]))
     near = nearest(path, leaves()) or f"; {section} has: {names}"
     raise UserError(f"config.{path}: {section} has no {name!r}{near}" if name else f"config.{path} is a section{near}")

@@ -11,8 +11,8 @@ from helpers import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-stop errors meanwhile knob model_config config reach config_check fault_points regular_files files batch_ramp spikes
-sharding mesh data.lines data.source_kinds data.sources data.tokenizer data.hugging_face_tokenizer
+stop errors meanwhile knob model_config config reach other_words config_check fault_points regular_files files
+batch_ramp spikes sharding mesh data.lines data.source_kinds data.sources data.tokenizer data.hugging_face_tokenizer
 data.tokenizer_files data.special_ids convert.word_vectors data.corpus_verification data.shards data.shard_writer
 data.packing data.best_fit data.mixed_rows data.objectives data.tokenizer_training data.corpus data.mixture
 generate.jinja_process generate.chat_template model.task_heads tasks.scores tasks.tables tasks.results tasks.segments
