@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
+from lm_jax import best, metrics_file
 from lm_jax.checkpoint import by_path
 from lm_jax.config import Config, unflatten
 from lm_jax.config_check import resolve_found
@@ -40,7 +41,7 @@ from lm_jax.stop import NEVER
 from lm_jax.train_state import TrainSetup, abstract, make_program
 from lm_jax.trainable import merge_params
 
-MODEL = "a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
+MODEL = "a run (runs/x), a step of it (runs/x@12000, runs/x@best), or a Hugging Face folder"
 
 
 def convert_modules() -> tuple[ModuleType, ModuleType]:
@@ -96,7 +97,7 @@ class ModelRef(NamedTuple):
 
 
 def locate(model: str, log: Callable[[str], None] = print, parts: str | Parts = "") -> ModelRef:
-    """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`) or a Hugging Face folder.
+    """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`, `runs/x@best`) or a Hugging Face folder.
 
     What lies inside of these is taken for them: `runs/x/checkpoints/12000`, `folder/model.safetensors`. `parts`: the file of the
     parts that a run was trained with, or those of the run that starts from it. With several processes
@@ -173,15 +174,25 @@ def whole(model: str) -> str:
 
 
 def locate_step(found: ModelRef, model: str, wanted: str, run: str, log: Callable[[str], None]) -> int:
-    """The step `wanted` of a run, verified; "" = the newest valid one. `run` is its identity. Raises UserError."""
+    """The step `wanted` of a run, verified; "" = the newest valid one, "best" = of those saved the one that is evaluated best.
+
+    `run` is its identity. Raises UserError.
+    """
     folder = steps_folder(found.workdir)
     steps, items = complete_steps(folder), items_read(found)
     if not wanted:
         step = newest_valid(found.workdir, log, quarantine=False, run=run, items=items)
         assert step is not None
         return step
+    if wanted == "best":
+        name = best.measure(found.config)
+        if (step := best.best_step(metrics_file.read(found.workdir, log), name, steps)) == NEVER:
+            raise UserError(
+                f"--model {model}: none of its saved steps ({', '.join(map(str, steps))}) has a finite {name}"
+            )
+        wanted = str(step)
     if not STEP.fullmatch(wanted) or int(wanted) not in steps:
-        raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
+        raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}, and best")
     if problem := invalid_reason(folder / wanted, run, items):
         others = ", ".join(str(step) for step in steps if step != int(wanted)) or "none"
         raise UserError(f"--model {model}: {problem}; whole are {others}")

@@ -57,6 +57,8 @@ SAME = {
     "model.lora_rank": "lora_r",
     "checkpoint.every": "save_steps save_interval save_every checkpoint_period checkpoint_every checkpoint_interval",
     "checkpoint.keep_last": "save_total_limit max_to_keep",
+    "checkpoint.keep_best": "metric_for_best_model",
+    "evaluate.patience": "early_stopping_patience early_stop_patience",
     "evaluate.every": "eval_steps eval_interval eval_every val_interval val_every",
     "log.every": "logging_steps log_interval log_period log_every",
     "mesh.data": "ici_data_parallelism data_parallel_size num_replicas",
@@ -70,6 +72,17 @@ VALUES = {  # of words in SAME, as others spell them -> as here
     "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "swish": "silu", "sdpa": "auto", "flash_attention_2": "auto", "eager": "xla",
     "dot_product": "xla",
 }  # fmt: skip
+NO_STAGES = (
+    "there are no stages of layers, every device works on each of them\n"
+    "to split parameters say mesh.fsdp, each layer mesh.tensor, long rows mesh.context, experts mesh.expert"
+)
+OTHER_AXES = {  # as others call them -> what to say here
+    **dict.fromkeys(("stage", "stages", "pipeline", "pipe", "pp"), NO_STAGES),
+    **dict.fromkeys(("sequence", "seq", "sp", "cp"), "for the tokens of a row say mesh.context"),
+    **dict.fromkeys(("ep", "experts"), "for experts say mesh.expert"),
+    **dict.fromkeys(("tp", "model"), "for heads, MLP and vocabulary say mesh.tensor"),
+    **dict.fromkeys(("dp", "replica"), "for copies of the parameters say mesh.data"),
+}
 Flat = Mapping[str, Any]  # what is known of the config beside the word, by key
 
 

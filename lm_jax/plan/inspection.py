@@ -102,10 +102,10 @@ def statistics(mixed: mixture.Mixture, stream: mixed_rows.MixedRows, taken: list
         rows[name] += 1
         trained[name] += int(row["loss_mask"].sum())
         documents[name] += int(row["segment_ids"].max())
-    stage = stream.quotas.weights[max(k for k, row in enumerate(stream.quotas.firsts) if row <= first)]
+    shares = stream.quotas.shares(first)
     lines = [f"rows {first:,} to {taken[-1] + 1:,}", f"{'source':<20}  weight    rows  off by  targets  segments a row"]
     for k, name in enumerate(names):
-        weight, share = float(stage[k] / sum(stage)), rows[name] / len(taken)
+        weight, share = shares[k], rows[name] / len(taken)
         off = f"{100 * (share / weight - 1):+.2f}%" if weight else "-"
         each = documents[name] / max(1, rows[name])
         lines.append(f"{name:<20}  {weight:6.4f}  {share:6.4f}  {off:>6}  {trained[name]:>7,}  {each:.2f}")
