@@ -1,11 +1,8 @@
 """The door: flags -> config -> devices -> train. `python -m lm_jax.main --config experiments/gpt_125m.py`."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lm_jax import cli, experiment
-
-if TYPE_CHECKING:
-    from lm_jax.summary import Summary
 
 DEFAULT = "experiments/quickstart.py"
 
@@ -20,8 +17,8 @@ def main(arguments: list[str]) -> int:
         return summary.done(trained(arguments, summary))
 
 
-def trained(arguments: list[str], summary: "Summary | None" = None) -> int:
-    """The command; `summary` is told what is known of the run."""
+def trained(arguments: list[str], summary: Any = None) -> int:
+    """The command; `summary`, a `Summary` or None, is told what is known of the run."""
     overrides, rest = experiment.split_overrides(arguments)
     parser = cli.Parser("lm_jax.main", __doc__)
     parser.add_argument("--config", default=DEFAULT, help="an experiment file, file.py:variant; it is executed")

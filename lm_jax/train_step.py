@@ -110,16 +110,11 @@ class CompiledStep(NamedTuple):
     ticks: jax.sharding.Sharding | None = None  # where the ticks of a schedule by time are expected
 
     def __call__(
-        self,
-        state: TrainState,
-        num_microbatches: int,
-        batches: Iterator[dict],
-        watch: Callable[[int], bool],
-        ticks: int = 0,
+        self, state: TrainState, num_microbatches: int, batches: Iterator[dict], watch: Callable, ticks: int = 0
     ) -> Stepped | None:
         """(state, metrics) after one step over the next microbatches. Donates `state`.
 
-        `watch(done)` is called after each microbatch but the last. Where it returns True the step is given up: None is
+        `watch(done) -> bool` is called after each microbatch but the last. Where it returns True the step is given up: None is
         returned, and `state` has not changed.
         """
         given = [jax.device_put(np.int32(ticks), self.ticks)] if self.ticks else []
