@@ -9,25 +9,32 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
+from jax.typing import ArrayLike
+
 from lm_jax.config import Config
 from lm_jax.errors import UserError
 from lm_jax.knob import Length, parse_length
 
 
 class DataState(NamedTuple):
-    """Where the training stream is: after `step` updates the next row is `cursor`; `skipped` row ranges were dropped."""
+    """Where the training stream is: after `step` updates the next row is `cursor`; `skipped` row ranges were dropped.
+
+    Of a run whose length is a time, `seconds` of it are over.
+    """
 
     step: int
     cursor: int
     skipped: tuple[tuple[int, int], ...] = ()
+    seconds: float = 0.0
 
     @classmethod
     def of_lists(cls, found) -> "DataState":
         """From what JSON makes of it: lists for tuples."""
-        step, cursor, skipped = found
-        return cls(step, cursor, tuple((first, last) for first, last in skipped))
+        step, cursor, skipped, *seconds = found
+        return cls(step, cursor, tuple((first, last) for first, last in skipped), *seconds)
 
 
+TICKS = 2**20  # of the time of a run whose length is one
 START = DataState(0, 0)  # of a run that has consumed nothing
 
 
@@ -106,6 +113,12 @@ def is_in_rows(length: Length) -> bool:
     return parse_length(length)[1] in ("tokens", "epochs")
 
 
+def seconds_of(length: Length) -> float:
+    """A length in minutes as seconds, 0 where it is counted otherwise."""
+    number, unit = parse_length(length)
+    return 60 * number if unit == "min" else 0.0
+
+
 def in_rows(length: Length, config: Config, rows_per_epoch: float) -> Fraction:
     """A length in tokens or epochs as rows, exactly."""
     number, unit = parse_length(length)
@@ -116,7 +129,7 @@ def in_rows(length: Length, config: Config, rows_per_epoch: float) -> Fraction:
 def to_steps(length: Length, config: Config, ramp: Ramp, rows_per_epoch: float, ahead: int = 0) -> int:
     """A length of time as the number of steps after which it is over, on a clock that is `ahead`; at least 1 of what is consumed.
 
-    Not for lengths in minutes, which checkpoints alone have.
+    Not for lengths in minutes.
     """
     if not is_in_rows(length):
         return int(parse_length(length)[0])
@@ -126,11 +139,13 @@ def to_steps(length: Length, config: Config, ramp: Ramp, rows_per_epoch: float, 
 class Clocks(NamedTuple):
     """By how many steps the clocks of the schedule are ahead of the number of updates.
 
-    `Ramp.ahead` where a length is in tokens or epochs: its clock is what was consumed, in steps of the config at hand.
+    `Ramp.ahead` where a length is in tokens or epochs: its clock is what was consumed, in steps of the config at hand. Where the
+    decay is as long as a run whose length is a time, its clock is that of the time: the step at hand ends at `ticks` of TICKS.
     """
 
     warmup: int = 0
     decay: int = 0
+    ticks: ArrayLike | None = None
 
 
 UPDATES = Clocks()  # lengths in steps
@@ -139,22 +154,24 @@ UPDATES = Clocks()  # lengths in steps
 def clocks(config: Config, ramp: Ramp) -> Clocks:
     """Of a config whose lengths are as they were given."""
     ahead = lambda length: ramp.ahead if is_in_rows(length) else 0
-    return Clocks(ahead(config.optimizer.warmup), ahead(config.optimizer.decay_over or config.train.num_steps))
+    decay = config.optimizer.decay_over or config.train.num_steps
+    return Clocks(ahead(config.optimizer.warmup), ahead(decay), 0 if seconds_of(decay) else None)
 
 
 def with_steps(config: Config, ramp: Ramp, rows_per_epoch: float) -> Config:
-    """The config with `num_steps`, `warmup` and `decay_over` in steps; the intervals of `Every` stay as they were given.
+    """The config with `num_steps`, `warmup` and `decay_over` in steps; times and the intervals of `Every` stay as given.
 
     `num_steps` is counted from the start of the run, the other two on their own `clocks`.
     """
     steps = lambda length, ahead: to_steps(length, config, ramp, rows_per_epoch, ahead)
     ahead, num_steps = clocks(config, ramp), config.train.num_steps
+    is_time = seconds_of(num_steps) > 0
     optimizer = dataclasses.replace(
         config.optimizer,
         warmup=steps(config.optimizer.warmup, ahead.warmup),
-        decay_over=steps(config.optimizer.decay_over or num_steps, ahead.decay),
+        decay_over=steps(config.optimizer.decay_over or (0 if is_time else num_steps), ahead.decay),
     )
-    train = dataclasses.replace(config.train, num_steps=steps(num_steps, 0))
+    train = dataclasses.replace(config.train, num_steps=num_steps if is_time else steps(num_steps, 0))
     return dataclasses.replace(config, optimizer=optimizer, train=train)
 
 

@@ -9,6 +9,7 @@ is removed. `step_folders.py` finds the steps, removes old ones and sets broken 
 import concurrent.futures
 import contextlib
 import time
+from collections.abc import Collection
 from types import TracebackType
 from typing import Any
 
@@ -46,7 +47,7 @@ def items(state: TrainState, data: DataState) -> dict[str, Any]:
     return {
         "parameters": ocp.args.StandardSave(state.parameters),
         "optimizer": ocp.args.StandardSave(by_path(state.optimizer_state)),
-        "data": ocp.args.JsonSave(data._asdict()),
+        "data": ocp.args.JsonSave({name: x for name, x in data._asdict().items() if x or name != "seconds"}),
     }
 
 
@@ -86,10 +87,12 @@ class Saver:
         if error is not None and self._commit is not None:
             concurrent.futures.wait([self._commit], PATIENCE)
 
-    def save(self, state: TrainState, data: DataState, also: dict[str, Any] | None = None, retain: bool = True) -> None:
+    def save(
+        self, state: TrainState, data: DataState, also: dict[str, Any] | None = None, keep: Collection[int] | None = ()
+    ) -> None:
         """Starts to save a step; returns once the state is copied, so that its arrays may be donated.
 
-        `also` goes into the manifest, beside the facts of the run. Without `retain` no older step is removed.
+        `also` goes into the manifest, beside the facts of the run. Steps in `keep` are not removed; None: no older step is.
         Raises NotFinite.
         """
         self.wait()
@@ -105,7 +108,7 @@ class Saver:
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         self.saved_at = time.monotonic()
         self._orbax.save(self.folder / str(data.step), args=ocp.args.Composite(**items(state, data)), force=True)
-        self._commit = self._thread.submit(self._finish, data.step, also or {}, retain)
+        self._commit = self._thread.submit(self._finish, data.step, also or {}, keep)
 
     def _make_way(self, step: int, num_bytes: int) -> str:
         """Marks the step unfinished. Returns what is in its way, "" = nothing. Raises OSError without room."""
@@ -117,7 +120,7 @@ class Saver:
         fault_points.reach("save.begin")
         return ""
 
-    def _finish(self, step: int, also: dict[str, Any], retain: bool) -> None:
+    def _finish(self, step: int, also: dict[str, Any], keep: Collection[int] | None) -> None:
         self._orbax.wait_until_finished()
         fault_points.reach("save.arrays")
         folder = self.folder / str(step)
@@ -130,8 +133,8 @@ class Saver:
             fault_points.reach("save.mark")
             mark_path(self.folder, step).unlink()
             fault_points.reach("save.commit")
-            if retain:
-                remove_old_steps(self.folder, self.config.checkpoint)
+            if keep is not None:
+                remove_old_steps(self.folder, self.config.checkpoint, keep)
         wait_for(folder / MANIFEST)  # so that all processes know the same steps
         self.stop.saved = step
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 from lm_jax import fault_points, faults, stop
 from lm_jax.errors import PeerError, UserError, nearest, plain_lines, shown
 from lm_jax.faults import EXIT_MACHINE, EXIT_USER
+from lm_jax.other_words import answer
 from lm_jax.stop import EXIT_FAULT, StopSignal, end_process, listening, replace_process, work_is_done
 
 # Of glibc: huge pages; blocks below 1 GiB come from one heap that keeps up to 4 GiB of what it was given back.
@@ -45,7 +46,10 @@ class Parser(argparse.ArgumentParser):
         check_text(arguments or ())
         known, rest = self.parse_known_args(arguments, namespace)
         if rest:
-            flag = rest[0].split("=")[0]
+            flag, _, value = rest[0].partition("=")
+            value = value or next((word for word in rest[1:2] if not word.startswith("--")), "")
+            if "--config" in self._option_string_actions and (words := answer(flag.lstrip("-"), value, {}, typed=True)):
+                raise UserError(f"{flag[:100]}={value[:100]}".rstrip("=") + words)
             raise UserError(f"unknown argument {rest[0][:100]}{nearest(flag[:100], self._option_string_actions)}")
         for name, reach in self._reach.items():
             self._check_reach(known, name, reach)

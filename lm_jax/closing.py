@@ -6,26 +6,40 @@ import lzma
 import shlex
 import time
 
-from etils import epath
-
-from lm_jax import cli, metrics_file, step_folders, terminal
+from lm_jax import best, cli, fault_points, metrics, metrics_file, step_folders, terminal
+from lm_jax.batch_ramp import DataState
 from lm_jax.config import Config
 from lm_jax.data import mixture
+from lm_jax.distributed import is_main_process
 from lm_jax.errors import UserError
 from lm_jax.open_run import Run
 from lm_jax.plan import counts
 from lm_jax.remote import LocalMirror
 from lm_jax.run_plan import Plan
+from lm_jax.samples import Evaluation, answer_now, evaluate_now, is_evaluated, show_sample
 
 GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked
+LARGER = {
+    "steps": "train.num_steps",
+    "time": "train.num_steps",
+    "patience": "evaluate.patience",
+}  # {why a run is over: with more of which it goes on}
 
 
-def is_over(mirror: LocalMirror, mixed: mixture.Mixture, plan: Plan, step: int) -> bool:
-    """Whether all steps are done, and the last evaluation as well, which comes after the last step is saved."""
-    if step < plan.num_steps:
-        return False
-    evaluated = any("final/loss" in line and line["step"] == step for line in metrics_file.read(mirror.folder))
-    return evaluated or step > plan.num_steps or not has_split(mixed, plan.config, "validation")
+def why_over(mirror: LocalMirror, plan: Plan, data: DataState) -> str:
+    """Why no step is to follow: "steps" are done, the "time" or "patience" is over; "" where one is. Reads the metrics."""
+    if data.step >= plan.num_steps:
+        return "steps"
+    if plan.seconds and data.seconds >= plan.seconds:
+        return "time"
+    return "patience" if best.is_out_of_patience(mirror.folder, plan.config, data.step) else ""
+
+
+def why_finished(mirror: LocalMirror, mixed: mixture.Mixture, plan: Plan, data: DataState) -> str:
+    """`why_over` where the last evaluation is done as well, which comes after the last step is saved."""
+    evaluated = any("final/loss" in line and line["step"] == data.step for line in metrics_file.read(mirror.folder))
+    nothing_due = evaluated or data.step > plan.num_steps or not has_split(mixed, plan.config, "validation")
+    return why_over(mirror, plan, data) if nothing_due else ""
 
 
 def has_split(mixed: mixture.Mixture, config: Config, split: str) -> bool:
@@ -36,14 +50,13 @@ def has_split(mixed: mixture.Mixture, config: Config, split: str) -> bool:
         return False
 
 
-def already_done(mirror: LocalMirror, log: terminal.Terminal) -> int:
-    """Says the result of a run that is over. Returns the exit code."""
+def already_done(mirror: LocalMirror, log: terminal.Terminal, why: str) -> None:
+    """Says the result of a run that is finished, for the reason `why`."""
     last = [line for line in metrics_file.read(mirror.folder, log) if "final/loss" in line][-1:]
     shown = lambda value: "not finite" if value is None else f"{value:.4f}"
     values = [f"{name} {shown(value)}" for line in last for name, value in line.items() if name != "step"]
     result = ", ".join(values) or "no result"
-    log(f"this run is finished: {result}\ntrain on with a larger --config.train.num_steps")
-    return 0
+    log(f"this run is finished: {result}\ntrain on with a larger --config.{LARGER[why]}")
 
 
 def give_up(run: Run, trouble: str) -> None:
@@ -78,7 +91,8 @@ def next_commands(run: Run, given: str) -> str:
     room = run.config.data.sequence_length - len(mixed.tokenizer.encode("" if chats else asked[1])) - 1
     asked += [f"--max_new_tokens={max(1, room // 2)}"] * (room < 2 * GENERATED)
     writes = run.config.data.objective == "causal" and (not run.config.train.task or chats)
-    longer = [f"--config.train.num_steps={4 * run.num_steps}", "--workdir", free_place(f"{run.workdir}-longer")]
+    four_times = f"{run.plan.seconds / 15:g} min" if run.plan.seconds else 4 * run.num_steps
+    longer = [f"--config.train.num_steps={four_times}", "--workdir", str(run.workdir)]  # the same run goes on
     logs = str(step_folders.steps_folder(run.workdir).parent.parent)
     lines = [
         f"done in {counts.duration(time.monotonic() - run.goodput.start)}; next:",
@@ -90,7 +104,42 @@ def next_commands(run: Run, given: str) -> str:
     return "\n".join(lines)
 
 
-def free_place(path: str) -> str:
-    """`path`, or where something is there already the first of path-2, path-3, ... where nothing is."""
-    paths = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
-    return next(path for path in paths if not epath.Path(path).exists())
+def finish(run: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
+    """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors.
+
+    The line with `final/loss` is the last one that a run writes: without it the run is not over.
+    """
+    fault_points.reach("end")
+    show_sample(run, writer)
+    if run.ended == "patience":
+        run.log(f"stopped at step {run.data.step:,} of {run.plan.length}: {best.measure(run.config)} gets no better")
+    lines = metrics_file.read(run.mirror.folder)
+    run.log(terminal.curve(metrics_file.series(lines, "train/loss"), "training loss, nats per token"))
+    if evaluation is None:
+        return
+    num_rows = run.config.evaluate.num_rows
+    limited = 0 < num_rows < max(held.num_rows for held in evaluation[1].values())
+    evaluated = is_evaluated(run)
+    if limited and not evaluated:
+        writer.scalars(run.data.step, evaluate_now(run, evaluation, num_rows, "eval"))
+    values = evaluate_now(run, evaluation, 0, *["eval"] * (not limited and not evaluated), "final")
+    if run.config.evaluate.metrics:
+        values |= answer_now(run)
+    writer.scalars(run.data.step, values)
+    if "final/bits_per_byte" in values and not run.config.train.task:
+        run.log(compare_with_compressors(run.mixed, values["final/bits_per_byte"]))
+    if run.config.checkpoint.keep_best and is_main_process():
+        run.log(best_line(run))
+
+
+def best_line(run: Run) -> str:
+    """Which saved step is the best one, and how a command takes it."""
+    lines, name = metrics_file.read(run.mirror.folder), best.measure(run.config)
+    saved = step_folders.complete_steps(step_folders.steps_folder(run.workdir))
+    step = best.best_step(lines, name, saved)
+    value = next((line[name] for line in lines if line["step"] == step and line.get(name) is not None), None)
+    return (
+        f"best: {name} {value:.4f} at step {step:,}: --model {run.workdir}@best"
+        if value is not None
+        else f"no {name} is finite"
+    )

@@ -148,7 +148,7 @@ class Train:
     """What is learnt, for how long, and from where."""
 
     task: str = knob("", 'what is learnt from records; "" = a text, by data.objective', choices=("", *TASKS))
-    num_steps: Length = length(1000, "steps, or tokens or epochs with their unit", low=1)
+    num_steps: Length = length(1000, 'steps, or tokens, epochs or time with their unit: "5 min"', low=1)
     microbatch_rows: int | str = knob(
         "auto",
         "rows in one pass of the model, over all devices; auto = what fits",
@@ -224,6 +224,11 @@ class Checkpoint:
     every: Length = length(1000, 'between saves; also in time: "30 min"', low=1)
     keep_last: int = length(2, "newest checkpoints kept", low=1)
     keep_every: int = length(0, "steps whose multiples are kept for ever; 0 = none")
+    keep_best: str = knob(
+        "",
+        'a number of the evaluations, such as "eval/loss", whose best step is saved and kept; "" = none',
+        fixed=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +237,9 @@ class Evaluate:
 
     every: Length = length(500, "between evaluations, also one at the end; 0 = only at the end")
     num_rows: int = length(64, "validation rows each time (at the end: all); 0 = all")
+    patience: int = length(
+        0, "evaluations after the best one (by checkpoint.keep_best, else eval/loss) with which a run ends; 0 = off"
+    )
     metrics: str = knob(
         "",
         "how texts that the model writes for held-out records are scored at the end: answers (exact match, F1), summaries "

@@ -6,27 +6,17 @@ the first of its rows that is true of the Config is the error that the user read
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lm_jax.config import FIRST_LOSS_SCALE, LARGEST_LOSS_SCALE, SECTIONS, Config, flatten, leaves, unflatten
 from lm_jax.errors import UserError, nearest
 from lm_jax.knob import checked
 from lm_jax.model_config import LARGEST_HEAD, NUM_SENTINELS, OBJECTIVES, ONE_STACK, TASKS
+from lm_jax.other_words import OTHER_AXES, answer
 from lm_jax.reach import check_reach, is_read, unread
 
 WITH_LORA = "/lora_|^(labels|pooler)/"  # what is trained beside a frozen base; a pooler belongs to the head
-NO_STAGES = (
-    "there are no stages of layers, every device works on each of them\n"
-    "to split parameters say mesh.fsdp, each layer mesh.tensor, long rows mesh.context, experts mesh.expert"
-)
-OTHER_AXES = {  # as others call them -> what to say here
-    **dict.fromkeys(("stage", "stages", "pipeline", "pipe", "pp"), NO_STAGES),
-    **dict.fromkeys(("sequence", "seq", "sp", "cp"), "for the tokens of a row say mesh.context"),
-    **dict.fromkeys(("ep", "experts"), "for experts say mesh.expert"),
-    **dict.fromkeys(("tp", "model"), "for heads, MLP and vocabulary say mesh.tensor"),
-    **dict.fromkeys(("dp", "replica"), "for copies of the parameters say mesh.data"),
-}
 OF_MACHINE = {path: field.default for path, field in leaves().items() if field.metadata["machine"]}
 
 
@@ -50,15 +40,20 @@ def resolve_found(config) -> Config:
     return _derived(flat | {path: leaves()[path].default for path in unread(flat)})
 
 
-def check_key(path: str) -> None:
-    """Raises UserError for a path that names no leaf, with the nearest one that does."""
+def check_key(path: str, value: Any = None, flat: Mapping[str, Any] | None = None) -> None:
+    """Raises UserError for a path that names no leaf, with the nearest one that does.
+
+    `value` is what `--config.<path>=` gave, `flat` what is known of the config beside it.
+    """
     if path in leaves():
         return
     section, _, name = path.partition(".")
-    if section not in SECTIONS:
-        raise UserError(f"config.{path}: no section {section!r}{nearest(path, leaves())}")
     if section == "mesh" and name in OTHER_AXES:
         raise UserError(f"config.{path}: {OTHER_AXES[name]}")
+    if value is not None and (words := answer(path, value, flat or {}, typed=True)):
+        raise UserError(f"--config.{path[:100]}={str(value)[:100]}{words}")
+    if section not in SECTIONS:
+        raise UserError(f"config.{path}: no section {section!r}{nearest(path, leaves())}")
     names = ", ".join(field.name for field in dataclasses.fields(SECTIONS[section]))
     near = nearest(path, leaves()) or f"; {section} has: {names}"
     raise UserError(f"config.{path}: {section} has no {name!r}{near}" if name else f"config.{path} is a section{near}")
@@ -344,6 +339,11 @@ CLASHES = (
         lambda c: _nearest_divisor(c.train.microbatch_rows, c.data.batch_ramp[0] or c.data.global_batch_size),
         "config.train.microbatch_rows = {train.microbatch_rows} does not divide the (smallest) batch of rows = {large}",
         "; the nearest is {near}",
+    ),
+    Clash(
+        lambda c: (c.checkpoint.keep_best or c.evaluate.patience) and not c.evaluate.every,
+        "config.checkpoint.keep_best and config.evaluate.patience compare evaluations, and evaluate.every = 0 makes none",
+        ":\nadd such as --config.evaluate.every=100",
     ),
     Clash(_mesh_axis_without_devices, "config.mesh.{axis} = {size}", ": expected a number of {what}"),
     Clash(_two_rests, "config.mesh: only one axis can be -1 (the rest), got {axes}"),

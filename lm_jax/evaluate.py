@@ -5,7 +5,7 @@ import json
 
 import jax
 
-from lm_jax import cli, distributed, load_model, run_folder
+from lm_jax import cli, distributed, load_model, run_folder, step_folders
 from lm_jax.config import Mesh
 from lm_jax.data import mixture
 from lm_jax.data.tokenizer import tell_losses
@@ -29,7 +29,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The flags. Raises UserError."""
     parser = cli.Parser("lm_jax.evaluate", __doc__)
     load_model.add_flags(parser)
-    parser.add_argument("--split", default="validation", choices=("validation", "test"))
+    parser.add_argument("--split", default="validation", choices=("validation", "test", "train"))
+    parser.add_argument("--rows", type=int, default=0, help="of each source, the first of the split; 0 = all")
     parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = greedy")
     parser.add_argument("--records", type=int, default=0, help="of written texts, the first of the split; 0 = all")
     parser.add_argument(
@@ -38,8 +39,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.batch_size < 1:
         parser.error(f"--batch_size {flags.batch_size}: at least 1")
-    if not 1 <= flags.beams <= 64 or flags.records < 0:
-        parser.error("--beams is from 1 to 64, --records at least 0")
+    if not 1 <= flags.beams <= 64 or min(flags.records, flags.rows) < 0:
+        parser.error("--beams is from 1 to 64, --records and --rows at least 0")
     return flags
 
 
@@ -68,19 +69,23 @@ def main(arguments: list[str]) -> int:
         size = flags.batch_size * batch_shards(dict(mesh.shape))
         evaluator = Evaluator(graph, mesh, mixed.tokenizer, size)
         watch = lambda done, of: log.progress(f"row {done} of {of}")
-        totals = {name: evaluator(parameters, held, watch=watch) for name, held in rows.items()}
+        totals = {name: evaluator(parameters, held, flags.rows, watch) for name, held in rows.items()}
         kind, kept = mixed.task.kept(added(list(totals.values())).results) if mixed.task else ("", ())
         if found.config.evaluate.metrics:
             from lm_jax.tasks import generate_answers
 
             watch = lambda done, of: log.progress(f"writing: record {done} of {of}")
             kept = generate_answers.written(graph, parameters, mixed, flags.split, flags.records, flags.beams, watch)
-    documents = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
-    result = {"model": flags.model, "step": found.step, "split": flags.split, "documents": documents}
+    result = {"model": flags.model, "step": found.step, "split": flags.split}
+    if flags.rows:
+        result["rows"] = sum(min(flags.rows, held.num_rows) for held in rows.values())
+    else:
+        result["documents"] = sum(len(totals[name].results) or held.split.num_documents for name, held in rows.items())
     if not found.config.train.task:
         result["tokens"] = sum(int(part.tokens) for part in totals.values())
         result["bytes"] = sum(int(part.num_bytes) for part in totals.values())
-    result |= by_source(totals, "eval", mixed.task)
+    row = 0 if found.described else step_folders.read_data_state(found.workdir, found.step).cursor
+    result |= by_source(totals, "eval", mixed.task, mixed.shares(found.config.data, row))
     kind = found.config.evaluate.metrics or kind
     if kind and kept:
         from lm_jax.tasks import results

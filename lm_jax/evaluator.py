@@ -6,7 +6,7 @@ Shape suffixes: B batch, T length, C outputs of a task's head.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,16 +40,22 @@ class Totals(NamedTuple):
         return found
 
 
-def by_source(totals: dict[str, Totals], prefix: str, task: mixture.Task | None = None) -> dict[str, float]:
+def by_source(
+    totals: dict[str, Totals], prefix: str, task: mixture.Task | None = None, shares: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """Metrics of the whole, and where there are several sources of each: `eval/loss`, `eval/<source>/loss`, ...
 
-    `task` scores the results, where there is one.
+    `task` scores the results, where there is one. The whole counts every token once; `eval/weighted_loss` counts the losses of
+    the sources by `shares`, as they are trained.
     """
     whole = added(list(totals.values()))
     if any(part.tokens and not part.num_bytes for part in totals.values()):
         whole = whole._replace(num_bytes=0.0)
     found = whole.metrics(prefix)
     found |= {f"{prefix}/{name}": value for name, value in task.scores(whole.results).items()} if task else {}
+    if shares and len(totals) > 1 and (weight := sum(shares.get(source, 0.0) for source in totals)):
+        weighted = (shares.get(source, 0.0) * part.loss / max(part.tokens, 1) for source, part in totals.items())
+        found[f"{prefix}/weighted_loss"] = sum(weighted) / weight
     for source, part in totals.items() if len(totals) > 1 else ():
         found |= part.metrics(f"{prefix}/{source}")
     return found

@@ -29,8 +29,8 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             rest.append(argument)
             continue
         path, equals, value = argument.removeprefix("--config.").partition("=")
-        check_key(path)
         if not equals and not waiting:
+            check_key(path)
             raise UserError(f"--config.{path} needs a value, such as --config.{path}=1")
         if path in overrides:
             values = shown(overrides[path]), shown(value or waiting[0])
@@ -132,7 +132,11 @@ def load_config(
     """
     defaults, written = flatten(Config()), experiment_config(experiment) if config is None else config
     from_file = flatten(written)
-    given = {path: parse_value(path, x) if isinstance(x, str) else x for path, x in overrides.items()}
+    read = lambda path, x: parse_value(path, x) if isinstance(x, str) else x
+    known = {path: read(path, x) for path, x in overrides.items() if path in leaves()}
+    for path, x in overrides.items():
+        check_key(path, x, from_file | known)
+    given = {path: known[path] for path in overrides}
     origins = {
         path: {"from": "file", "default": defaults[path]}
         for path, value in from_file.items()

@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Iterator
 from types import ModuleType
 
-from lm_jax.errors import UserError, nearest
+from lm_jax.errors import UserError, nearest, shown
+from lm_jax.other_words import answer
 
 LARGEST_EXPERIMENT = 2**20  # bytes
 
@@ -61,11 +62,25 @@ def _where_it_failed(error: BaseException, path: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if frame.filename == path]
     number = inside[-1].lineno if inside else getattr(error, "lineno", frames[-1].lineno)
+    near = os.path.relpath(path)
+    where = f"{path if near.startswith('..') else near} line {number}"
+    if words := _other_word(error):
+        return f"{where}: {words}"
     while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError
         error = error.args[0]
     message = re.sub(
         r'Other fields present: "\{.*\}"', "", str(error.args[0] if error.args else error), flags=re.DOTALL
     )
     message = re.sub(r"\s+", " ", message)[:200]
-    near = os.path.relpath(path)
-    return f"{path if near.startswith('..') else near} line {number}: {type(error).__name__}: {message}"
+    return f"{where}: {type(error).__name__}: {message}"
+
+
+def _other_word(error: BaseException) -> str:
+    """What a name that no section has means here, where `ml_collections` refused to set or read it; "" elsewhere."""
+    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    word = frame.f_locals.get("attribute", frame.f_locals.get("key"))
+    if not isinstance(word, str) or "ml_collections" not in frame.f_code.co_filename:
+        return ""
+    value = frame.f_locals.get("value")
+    words = answer(word, value, {}, typed=False)
+    return (word if value is None else f"{word} = {shown(value)}") + words if words else ""

@@ -11,7 +11,7 @@ import time
 
 from lm_jax.errors import UserError, nearest
 
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 ACTIONS = (*SIGNALS, "raise", "exit", "sleep")
 POINTS = {
     "start": "the devices are known",

@@ -53,22 +53,24 @@ class Goodput:
         return "\n".join([f"goodput {100 * parts['step'] / total:.1f}%: where {total:,.0f} s went", *rows])
 
 
-def traced(steps: Iterable[int], first: int, folder: epath.Path, log: Callable[[str], None]) -> Iterator[int]:
-    """`steps`, of which `TRACED_STEPS` are recorded from step number `first` (counted from 1; 0: none) on, for XProf."""
-    steps, recording = iter(steps), False
+def traced(
+    steps: Iterable[int], first: Callable[[], int], folder: epath.Path, log: Callable[[str], None]
+) -> Iterator[int]:
+    """`steps`, of which `TRACED_STEPS` are recorded for XProf from step number `first()` (counted from 1) on.
+
+    It is asked before each step: 0, or a step that is over, records none.
+    """
+    begun = 0
     try:
         for step in steps:
-            if step + 1 == first:
+            if not begun and step + 1 == first():
                 jax.profiler.start_trace(str(folder))
-                recording = True
+                begun = step + 1
             yield step
-            if recording and step + 1 == first + TRACED_STEPS - 1:
-                break
-        if recording:
-            jax.profiler.stop_trace()
-            recording = False
-            log(f"trace of steps {first} to {first + TRACED_STEPS - 1}: pip install xprof && xprof --logdir {folder}")
-        yield from steps
+            if begun and step + 1 == begun + TRACED_STEPS - 1:
+                jax.profiler.stop_trace()
+                log(f"trace of steps {begun} to {step + 1}: pip install xprof && xprof --logdir {folder}")
+                begun = 0
     finally:
-        if recording:
+        if begun:
             jax.profiler.stop_trace()

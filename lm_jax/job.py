@@ -11,7 +11,7 @@ from jax._src import distributed
 from lm_jax.errors import PeerError, UserError
 from lm_jax.multihost import cluster, peers, roll_call
 from lm_jax.multihost.cluster import Cluster
-from lm_jax.stop import SIGNALS
+from lm_jax.stop import TAKEN
 
 LAST_WORDS = 10  # seconds that a process which ends waits for the others to hear why
 
@@ -53,7 +53,7 @@ def join(patience: int = 0) -> None:
             f"all {found.num_processes} processes were here ({found.where}), and then JAX could not join them at "
             f"{found.address}: {str(error).splitlines()[0][:300]}\nstart all of them again"
         ) from error
-    for taken in SIGNALS:  # JAX listens for SIGTERM too, and keeps it to itself
+    for taken in TAKEN:  # JAX listens for SIGTERM too, and keeps it to itself
         signal.signal(taken, signal.getsignal(taken))
     peers.join(found.process, joined[0].hosts, found.address, distributed.global_state.client)
 

@@ -10,7 +10,9 @@ import ml_collections
 
 from lm_jax.errors import UserError, nearest, shown
 
-Length = int | str  # a number of steps, or a string with its unit: "375M tokens", "2 epochs", "30 min" (checkpoints)
+Length = (
+    int | str
+)  # a number of steps, or a string with its unit: "375M tokens", "2 epochs", "30 min" (a run, or between saves)
 Weight = float | tuple[tuple[int, float], ...]  # of a source in the mixture; or ((first row, weight), ...), rising rows
 Sources = tuple[tuple[str, Weight], ...]
 
@@ -126,7 +128,7 @@ def _checked_item(path: str, value: Any, kind: Any, metadata: Mapping) -> Any:
 
 
 def _fault_of_length(path: str, value: str, high: int) -> str:
-    units = ("tokens", "epochs", "steps", "min") if path == "checkpoint.every" else ("tokens", "epochs", "steps")
+    units = ("tokens", "epochs", "steps", *["min"] * (path in ("checkpoint.every", "train.num_steps")))
     match = LENGTH.fullmatch(value)
     if not match or match["unit"] not in units:
         return f'expected steps as an integer, or a string such as "375M tokens" (units: {", ".join(units)})'

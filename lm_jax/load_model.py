@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import shlex
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
+from lm_jax import best, metrics_file
 from lm_jax.checkpoint import by_path
 from lm_jax.config import Config, unflatten
 from lm_jax.config_check import resolve_found
@@ -38,7 +41,7 @@ from lm_jax.stop import NEVER
 from lm_jax.train_state import TrainSetup, abstract, make_program
 from lm_jax.trainable import merge_params
 
-MODEL = "a run (runs/x), a step of it (runs/x@12000), or a Hugging Face folder"
+MODEL = "a run (runs/x), a step of it (runs/x@12000, runs/x@best), or a Hugging Face folder"
 
 
 def convert_modules() -> tuple[ModuleType, ModuleType]:
@@ -94,9 +97,10 @@ class ModelRef(NamedTuple):
 
 
 def locate(model: str, log: Callable[[str], None] = print, parts: str | Parts = "") -> ModelRef:
-    """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`) or a Hugging Face folder.
+    """Finds and verifies MODEL: a run (`runs/x`), a step of it (`runs/x@12000`, `runs/x@best`) or a Hugging Face folder.
 
-    `parts`: the file of the parts that a run was trained with, or those of the run that starts from it. With several processes
+    What lies inside of these is taken for them: `runs/x/checkpoints/12000`, `folder/model.safetensors`. `parts`: the file of the
+    parts that a run was trained with, or those of the run that starts from it. With several processes
     all of them call it together. Raises UserError.
     """
     workdir, wanted = folder_of(model)
@@ -118,6 +122,7 @@ def locate(model: str, log: Callable[[str], None] = print, parts: str | Parts = 
 def folder_of(model: str) -> tuple[epath.Path, str]:
     """(the folder that MODEL names, its step or ""). Raises UserError where no config.json is there."""
     check_url("--model", model)
+    model = whole(model)
     path, _, wanted = (model, "", "") if (epath.Path(model) / CONFIG).exists() else model.rpartition("@")
     path, wanted = (path, wanted) if path else (wanted or model, "")
     workdir = epath.Path(path)
@@ -140,16 +145,54 @@ def read_settings(folder: epath.Path) -> Config:
     return resolve_found(unflatten(read_config(folder)["config"]))
 
 
+def whole(model: str) -> str:
+    """The MODEL that a file or folder inside of it belongs to; else what was given. Raises UserError for a file that is none."""
+    path = epath.Path(model)
+    if (path / CONFIG).exists() or not path.exists():
+        return model
+    inside = [path, *path.parents][:4]  # up to runs/x/checkpoints/12000/parameters
+    for below, folder in itertools.pairwise(inside):
+        if below.name == "checkpoints" and (folder / CONFIG).exists():
+            step = next((inner.name for inner, outer in itertools.pairwise(inside) if outer == below), "")
+            return f"{folder}@{step}" if STEP.fullmatch(step) else str(folder)
+    if not path.is_file():
+        return model
+    if (path.parent / CONFIG).exists() and path.suffix in (".safetensors", ".json"):
+        return str(path.parent)
+    converted = f"python tools/convert_checkpoint.py {shlex.quote(model)} {shlex.quote(str(path.with_suffix('')))}"
+    mends = {
+        ".gguf": f"a GGUF file is made a folder first, and that is the MODEL:\n{converted}",
+        ".safetensors": "weights alone; give a folder that has config.json and a tokenizer beside them",
+    }
+    pickles = dict.fromkeys(
+        (".bin", ".pt", ".pth", ".ckpt", ".pkl"), "a pickle may run code and is not read; save it as safetensors"
+    )
+    mend = (mends | pickles).get(
+        path.suffix, "a file; give a run (runs/x), a step of it (runs/x@12000) or a Hugging Face folder"
+    )
+    raise UserError(f"--model {model}: {mend}")
+
+
 def locate_step(found: ModelRef, model: str, wanted: str, run: str, log: Callable[[str], None]) -> int:
-    """The step `wanted` of a run, verified; "" = the newest valid one. `run` is its identity. Raises UserError."""
+    """The step `wanted` of a run, verified; "" = the newest valid one, "best" = of those saved the one that is evaluated best.
+
+    `run` is its identity. Raises UserError.
+    """
     folder = steps_folder(found.workdir)
     steps, items = complete_steps(folder), items_read(found)
     if not wanted:
         step = newest_valid(found.workdir, log, quarantine=False, run=run, items=items)
         assert step is not None
         return step
+    if wanted == "best":
+        name = best.measure(found.config)
+        if (step := best.best_step(metrics_file.read(found.workdir, log), name, steps)) == NEVER:
+            raise UserError(
+                f"--model {model}: none of its saved steps ({', '.join(map(str, steps))}) has a finite {name}"
+            )
+        wanted = str(step)
     if not STEP.fullmatch(wanted) or int(wanted) not in steps:
-        raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}")
+        raise UserError(f"--model {model}: no step {wanted!r}; the run has {', '.join(map(str, steps))}, and best")
     if problem := invalid_reason(folder / wanted, run, items):
         others = ", ".join(str(step) for step in steps if step != int(wanted)) or "none"
         raise UserError(f"--model {model}: {problem}; whole are {others}")

@@ -15,12 +15,13 @@ from lm_jax.parameter_average import averaged
 from lm_jax.remote import LocalMirror
 from lm_jax.run_plan import Plan
 from lm_jax.stop import Stopped, StopSignal
+from lm_jax.time_budget import TimeBudget
 from lm_jax.train_state import TrainState
 
 
 @dataclasses.dataclass
 class Run:
-    """What the loop holds on to; of it only `state`, `data` and times change."""
+    """What the loop holds on to; of it only `state`, `data`, the last fields and times change."""
 
     plan: Plan
     workdir: epath.Path
@@ -34,6 +35,9 @@ class Run:
     goodput: Goodput
     facts: dict[str, Any]  # by which a resumed run checks that its data and tokenizer are the same
     stop: StopSignal
+    clock: TimeBudget | None = None  # while there are steps, where the length of the run is a time
+    trace_from: int = 0  # the step from which some are traced, counted from 1
+    ended: str = ""  # why no step is to follow, as all processes know (`closing.why_over`)
     _every: dict[Length, Every] = dataclasses.field(default_factory=dict, init=False)
 
     @property
@@ -45,6 +49,12 @@ class Run:
     def num_steps(self) -> int:
         """Steps from the start of the run to its end."""
         return self.plan.num_steps
+
+    @property
+    def seconds(self) -> float:
+        """Of a run whose length is a time, what of it is over; where it ends for that, all of it."""
+        spent = self.clock.spent() if self.clock else self.data.seconds
+        return max(spent, self.plan.seconds) if self.ended == "time" else spent
 
     @property
     def parameters(self) -> dict:
@@ -67,6 +77,11 @@ class Run:
             return metrics.NullWriter()
         shown = self.config.log.trackers, self.workdir.name, flatten(self.config)
         return metrics.Writer(self.mirror.folder, self.data.step, self.log, *shown)
+
+    def is_asked_to_look(self) -> bool:
+        """Whether a signal has asked the main process to save, to show a sample and to profile; it is answered once."""
+        asked, self.stop.look = self.stop.look, False
+        return bool(agree(asked, "look"))
 
     def progress(self, text: str) -> None:
         """Says where something long between two steps is. Raises Stopped where the run is asked to stop."""

@@ -34,8 +34,9 @@ def go_back(run: Run, step_log: StepLog, saver: checkpoint.Saver) -> str:
         step_folders.go_back(run.workdir, data)
     agree(good, "went back")  # all wait until that is done
     jax.tree.map(lambda x: x.delete(), run.state)  # there may be no room for two
-    run.state, run.data = checkpoint.restore(run.workdir, good, run.plan.program)[0], data
+    run.state, run.data = checkpoint.restore(run.workdir, good, run.plan.program)[0], data._replace(seconds=run.seconds)
     run.stop.done = run.stop.saved = good
+    run.ended = ""
     step_log.checks.watch = None
     log(f"went back to step {good:,}: from there on rows {first:,} to {last - 1:,} are left out")
     return ""

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from lm_jax import decide
-from lm_jax.batch_ramp import START, DataState, Ramp, clocks, make_ramp, with_steps
+from lm_jax.batch_ramp import START, DataState, Ramp, clocks, make_ramp, seconds_of, with_steps
 from lm_jax.config import Config
 from lm_jax.data.mixture import pieces_expected
 from lm_jax.data.objectives import EXTRA
+from lm_jax.knob import MOST_STEPS
 from lm_jax.mesh import make_mesh, mesh_shape, preflight
 from lm_jax.model import attention
 from lm_jax.model.language_model import padded
@@ -41,8 +42,18 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Steps from the start of the run to its end."""
-        return int(self.config.train.num_steps)
+        """Steps from the start of the run to its end; where that is a time, more than there will be."""
+        return MOST_STEPS if self.seconds else int(self.config.train.num_steps)
+
+    @property
+    def seconds(self) -> float:
+        """From the first step of the run to its end, where its length is a time; else 0."""
+        return seconds_of(self.config.train.num_steps)
+
+    @property
+    def length(self) -> str:
+        """The length of the run in words: "1,000" steps, or "5 min"."""
+        return str(self.config.train.num_steps) if self.seconds else f"{self.num_steps:,}"
 
     @property
     def microbatch(self) -> int:

@@ -45,14 +45,13 @@ def evaluate_now(run: Run, evaluation: Evaluation, num_rows: int, *prefixes: str
 
     with run.goodput("evaluation"):
         totals = {name: evaluator(run.parameters, held, num_rows, watch) for name, held in rows.items()}
-    values = {name: value for prefix in prefixes for name, value in by_source(totals, prefix, run.mixed.task).items()}
-    shown = {name.split("/", 1)[1]: value for name, value in values.items() if name.startswith(f"{prefixes[0]}/")}
-    loss = shown.pop("loss")
-    of_text = f", {shown['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in shown else ""
-    if run.config.train.task:
-        of_text = "".join(f", {name} {value:.4f}" for name, value in list(shown.items())[:2])
-    run.log(f"step {run.data.step:>6,} validation loss {loss:.4f}{of_text}")
-    return values
+    shares = run.mixed.shares(run.config.data, run.data.cursor)
+    by_prefix = [by_source(totals, prefix, run.mixed.task, shares) for prefix in prefixes]
+    shown = [pair for pair in by_prefix[0].items() if pair[0].count("/") == 1 and not pair[0].endswith("/perplexity")][
+        :3
+    ]
+    run.log(f"step {run.data.step:>6,} {', '.join(f'{name} {value:.4f}' for name, value in shown)}")
+    return {name: value for values in by_prefix for name, value in values.items()}
 
 
 def is_evaluated(run: Run) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm_jax import decide, fault_points, load_model, run_folder, run_plan, step_folders, terminal, trackers
+from lm_jax import best, decide, fault_points, load_model, run_folder, run_plan, step_folders, terminal, trackers
 from lm_jax.batch_ramp import DataState
-from lm_jax.closing import is_over
+from lm_jax.closing import already_done, why_finished, why_over
 from lm_jax.config import Config, flatten
 from lm_jax.data import mixed_rows, mixture, special_ids
 from lm_jax.data.loader import abstract_batch
@@ -102,6 +102,7 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
         mixed = open_data(config, log)
         tell_losses(mixed.tokenizer, log)
         stream = mixed.stream(config.data)
+        best.check(config, mixed)
     peers.compare(mixed.alike)
     expected = DataState.of_lists(
         agree(step_folders.expected_data_state(workdir) if is_main_process() else None, "data")
@@ -165,13 +166,16 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
     newest_is_whole = data[:2] == opening.expected[:2]
     plan = opening.plan if newest_is_whole else opening.plan_from(data)
     stop.done, stop.saved = data.step, data.step if opening.saved else NEVER
-    if agree(is_over(mirror, opening.mixed, plan, data.step) if is_main_process() else None, "is over"):
+    if why := agree(why_finished(mirror, opening.mixed, plan, data) if is_main_process() else "", "is finished"):
+        already_done(mirror, log, why)
         return None
     if is_main_process():
         write_run_files(opening)
     peak = 0.0 if opening.device.platform == "cpu" else opening.peak_flops  # a CPU's is a measured one, and no bound
     given = workdir, log, mirror, opening.mixed, opening.stream, peak
     run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
+    run.trace_from = plan.config.log.profile
+    run.ended = agree(why_over(mirror, plan, data) if is_main_process() else "", "is over")
     attach_reference(run)
     if is_main_process():
         known = opening.mixed.task.facts if opening.mixed.task else {}

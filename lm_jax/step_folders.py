@@ -51,10 +51,10 @@ def remove_step(folder: epath.Path, step: int) -> None:
     mark_path(folder, step).unlink()
 
 
-def remove_old_steps(folder: epath.Path, settings: config.Checkpoint) -> None:
-    """Keeps the newest `keep_last` steps and every multiple of `keep_every`, and removes the others."""
+def remove_old_steps(folder: epath.Path, settings: config.Checkpoint, keep: Collection[int] = ()) -> None:
+    """Keeps the newest `keep_last` steps, every multiple of `keep_every` and those in `keep`, and removes the others."""
     for step in complete_steps(folder)[: -settings.keep_last]:
-        if not settings.keep_every or step % settings.keep_every:
+        if step not in keep and (not settings.keep_every or step % settings.keep_every):
             remove_step(folder, step)
 
 
@@ -168,7 +168,7 @@ def read_data_state(workdir: epath.Path, step: int) -> DataState:
         return DataState(step, 0)
     saved = json.loads((folder / "data" / "metadata").read_text())
     skipped = read_object(folder / MANIFEST).get("skipped", saved["skipped"])
-    return DataState.of_lists((saved["step"], saved["cursor"], skipped))
+    return DataState.of_lists((saved["step"], saved["cursor"], skipped, saved.get("seconds", 0.0)))
 
 
 def expected_data_state(workdir: epath.Path) -> DataState:

@@ -20,6 +20,7 @@ class StepLog:
         self.run, self.writer, self.checks = run, writer, StepChecks(run, watch)
         self.waiting: tuple[int, dict] | None = None  # the step of the next line, and its metrics
         self.unread: list[tuple[int, dict]] = []  # the steps since the last line
+        self.latest: tuple[int, dict] | None = None  # the newest step
         self.first = run.data.step
         self.mark, self.mark_tokens, self.mark_step = time.monotonic(), 0.0, run.data.step  # of the last line
         self.tokens = 0.0  # since this process started
@@ -40,16 +41,18 @@ class StepLog:
         tokens = self.tokens + done * length
         rate = tokens / (time.monotonic() - self.since)
         self.run.log.progress(
-            f"step {step + 1:,} of {self.run.num_steps:,}: row {done} of {rows}, {rate:,.0f} tokens/s, "
+            f"step {step + 1:,} of {self.run.plan.length}: row {done} of {rows}, {rate:,.0f} tokens/s, "
             f"step done in {counts.duration((rows - done) * length / rate)}, "
-            f"all in {counts.duration(self._left(tokens) / rate)}"
+            f"all in {counts.duration(self._left(tokens, rate))}"
         )
 
-    def _left(self, tokens: float) -> float:
-        """Tokens that are left to read, where this process has read `tokens`."""
+    def _left(self, tokens: float, rate: float) -> float:
+        """Seconds that are left, where this process has read `tokens` at `rate` a second."""
+        if self.run.clock:
+            return max(0.0, self.run.clock.left())
         cursor = self.run.plan.ramp.cursor
         num_rows = cursor(self.run.num_steps) - cursor(self.first)
-        return max(0.0, num_rows * self.run.config.data.sequence_length - tokens)
+        return max(0.0, num_rows * self.run.config.data.sequence_length - tokens) / rate
 
     def done(self, step: int, rows: int, device_metrics: dict) -> None:
         """Takes the metrics of the step with which `step` updates are done (dispatched, on an accelerator)."""
@@ -58,14 +61,20 @@ class StepLog:
             self.flush()
         if self.run.is_due(every, step - 1):
             self.checks.agree_on_spike()
-        self.unread.append((step, device_metrics))
+        self.latest = (step, device_metrics)
+        self.unread.append(self.latest)
         self.tokens += rows * self.run.config.data.sequence_length
-        if self.run.is_due(every, step) or step in (1, self.run.num_steps):
+        if self.run.is_due(every, step) or step == 1 or self.run.ended:
             self.waiting = (step, device_metrics)
             if all(value.is_ready() for value in device_metrics.values()):  # on a CPU: nothing would wait
                 self.flush()
         else:
             self.inside(step, 0, rows)
+
+    def end(self) -> None:
+        """No step is to follow, which was not known before the last one: it has a line all the same."""
+        if self.latest and self.latest[0] > self.mark_step:
+            self.waiting = self.latest
 
     def flush(self) -> None:
         """Reads the steps since the last line, and writes the line that waits."""
@@ -83,10 +92,12 @@ class StepLog:
         values |= {"perf/tokens_per_second": rate, "perf/step_seconds": seconds / max(1, step - self.mark_step)}
         if run.peak_flops:
             values["perf/mfu"] = rate * run.plan.counted.flops_per_token / run.peak_flops
+        if run.clock:
+            values["train/seconds"] = run.clock.spent()
         self.mark, self.mark_tokens, self.mark_step = now, self.tokens, step
         self.writer.scalars(step, values)
         run.log(
-            f"step {step:>6,} of {run.num_steps:,}  loss {values['train/loss']:.4f}"
-            f"  grad norm {values['train/grad_norm']:.2f}  {rate:,.0f} tokens/s"
-            f"  {counts.duration(self._left(self.tokens) / rate)} left"
+            f"step {step:>6,} of {run.plan.length}  train/loss {values['train/loss']:.4f}"
+            f"  train/grad_norm {values['train/grad_norm']:.2f}  {rate:,.0f} tokens/s"
+            f"  {counts.duration(self._left(self.tokens, rate))} left"
         )

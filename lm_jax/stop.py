@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do: they end the process at once where nothing is lost, else ask it to save and leave.
+"""What SIGINT and SIGTERM do: they end the process at once where nothing is lost, else ask it to save and leave. And SIGUSR1.
 
 A thread takes them, because a handler in Python has to wait until C++ (a compiler, the training of a tokenizer) returns
 to the main thread. Nothing heavy is imported here: `lm_jax/__init__.py` listens before anything else is imported.
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOOK = signal.SIGUSR1  # asks a run to save, to show a sample and to profile, and to go on
+TAKEN = (*SIGNALS, LOOK)
 EXIT_FAULT, EXIT_PREEMPTED = 70, 75
 NEVER = -1  # in the place of a step: there is none
 WORKERS = ("multiprocessing", "multiprocess")  # what starts Grain's workers, and datatrove's
@@ -40,6 +42,7 @@ class Alone:
 
 ALONE = Alone()
 others: Alone = ALONE  # or the line to the other processes, while they are joined
+farewells: list[Callable[[int], None]] = []  # called with the exit code before a signal ends the process at once
 
 
 class Stopped(Exception):  # noqa: N818  (it is no error)
@@ -55,11 +58,12 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested, self.taken = False, False  # to stop; and whether a signal came here
+        self.look = False  # asked to save, to show a sample and to profile
         self.done = NEVER  # the newest step in memory
         self.saved = NEVER  # the newest step on disk, whole
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
+        self._before = {number: signal.signal(number, lambda number, frame: None) for number in TAKEN}
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -67,7 +71,7 @@ class StopSignal:
         self._thread.start()
         os.register_at_fork(after_in_child=self._forget)
         listening.append(self)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while this process replaced itself comes now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN)  # what came while this process replaced itself comes now
         return self
 
     def __exit__(self, *error) -> None:
@@ -84,25 +88,29 @@ class StopSignal:
         """In a forked child: signals have their default effect, and the parent's thread hears nothing of them."""
         if self._write != NEVER:
             signal.set_wakeup_fd(-1)
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
+            for number in TAKEN:
+                signal.signal(number, signal.SIG_DFL if number != LOOK else signal.SIG_IGN)
 
     def _listen(self, read: int) -> None:
         while taken := os.read(read, 1):  # the number of a signal; nothing once `__exit__` has closed the other end
-            if taken[0] in SIGNALS:
+            if taken[0] in TAKEN:
                 self._take(taken[0])
             elif taken == LAST:
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now waits
+                signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN)  # what comes now waits
                 os.close(self._write)  # what came before is answered
         os.close(read)
 
     def hand_over(self) -> None:
         """Ends listening so that no signal is lost: those that are not answered here stay with the process."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN)
         os.write(self._write, LAST)
         self._thread.join()
 
     def _take(self, number: int) -> None:
+        if number == LOOK:
+            if not others.ask(number):
+                self.wish(number)
+            return
         if self.taken:
             leave(number, self.saved)
         self.taken = True
@@ -112,8 +120,13 @@ class StopSignal:
             self.wish(number)
 
     def wish(self, number: int) -> None:
-        """A signal that came here, or to another process of this run: leaves where nothing is lost, else stops soon."""
-        if self.requested:
+        """A signal that came here, or to another process of this run: leaves where nothing is lost, else stops soon.
+
+        LOOK is noted, and has no effect on a command that trains nothing.
+        """
+        if number == LOOK:
+            self.look = True
+        if self.requested or number == LOOK:
             return
         if self.done <= max(self.saved, 0):
             leave(number, self.saved)
@@ -125,6 +138,8 @@ def leave(number: int, saved: int = NEVER) -> NoReturn:
     """Ends the process with 128 + the signal, or with 75 where a run is saved; threads and workers end with it."""
     goes_on = f"; saved at step {saved:,}, the same command goes on from there" * (saved > NEVER)
     code = 128 + number if saved == NEVER else EXIT_PREEMPTED
+    for say in farewells:
+        say(code)
     others.end(code, f"{signal.Signals(number).name}{goes_on}")
     tell(f"lm_jax: stopped{goes_on}")
     end_process(code)
@@ -141,7 +156,7 @@ def end_process(code: int) -> NoReturn:
 
 def work_is_done() -> None:
     """From here on a signal changes nothing: while the interpreter ends it would replace the exit code."""
-    for number in SIGNALS if listening else ():
+    for number in TAKEN if listening else ():
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -86,22 +86,23 @@ def header(plan: Plan, name: str, mixed: Mixture, device: jax.Device, flops_here
     `device` is one of this process, `flops_here` the peak FLOP/s of all devices, 0 where it is not known.
     """
     config, counted, ramp = plan.config, plan.counted, plan.ramp
-    tokens, flops = costs.total_flops(config, counted, ramp)
+    on_cpu, num_devices = device.platform == "cpu", math.prod(plan.sizes.values())
+    flops_a_second = flops_here * (0.6 if on_cpu else costs.TYPICAL_MFU)
+    tokens, flops, amount = consumed(plan, flops_a_second)
     parameters = f"{costs.short(counted.parameters)} parameters"
     if counted.trained < counted.parameters:
         parameters += f", {costs.short(counted.trained)} of them trained"
     lines = [
-        f"{name} · {parameters} · {costs.short(tokens)} tokens = {flops:.1e} FLOP".replace("e+", "e"),
+        f"{name} · {parameters} · {amount}",
         *data_lines(config, mixed, tokens),
     ]
-    on_cpu, num_devices = device.platform == "cpu", math.prod(plan.sizes.values())
     if decided := decide.told(config, plan.decided, device.platform, has_bfloat16(device), plan.sizes["context"]):
         lines.append(decided)
     if together := job.described(num_devices):
         lines.append(together)
     num_units = len(os.sched_getaffinity(0)) if on_cpu else num_devices
     what = f"{device_name(device)} x{num_units}"
-    seconds = flops / (flops_here * (0.6 if on_cpu else costs.TYPICAL_MFU)) if flops_here else 0.0
+    seconds = flops / flops_a_second if flops_here else plan.seconds
     mine = f"this machine: {what}, about {costs.duration(seconds)}" if flops_here else f"{what}, time unknown"
     others = [("v5e-8", 8 * DEVICES["v5e"].peak["bfloat16"]), ("H200", DEVICES["H200"].peak["bfloat16"])]
     times = [f"{other}: {costs.duration(flops / (peak * costs.TYPICAL_MFU))}" for other, peak in others]
@@ -122,6 +123,16 @@ def header(plan: Plan, name: str, mixed: Mixture, device: jax.Device, flops_here
     if on_cpu and seconds > 86400:
         lines.append("on this machine try: python -m lm_jax.main      (quickstart, 3 minutes)")
     return "\n".join(lines)
+
+
+def consumed(plan: Plan, flops_a_second: float) -> tuple[float, float, str]:
+    """(tokens, FLOPs, both in words) of a run; where its length is a time, what is expected of it here."""
+    tokens, flops = costs.total_flops(plan.config, plan.counted, plan.ramp)
+    if plan.seconds:
+        flops = plan.seconds * flops_a_second
+        tokens = flops / plan.counted.flops_per_token
+    words = f"{costs.short(tokens)} tokens = {flops:.1e} FLOP".replace("e+", "e")
+    return tokens, flops, plan.length + f", about {words}" * bool(flops) if plan.seconds else words
 
 
 def data_lines(config: Config, mixed: Mixture, tokens: float) -> list[str]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from lm_jax.batch_ramp import UPDATES, Clocks
 from lm_jax.config import Config
@@ -37,6 +38,10 @@ class TrainSetup(NamedTuple):
     def split(self, parameters: dict) -> tuple[dict, dict]:
         """(parameters that are trained, parameters that are frozen)."""
         return partition_params(parameters, self.trained)
+
+    def at(self, ticks: ArrayLike) -> "TrainSetup":
+        """The setup with which a step is made that ends at `ticks` of a run whose length is a time."""
+        return program_of(self.config, self.graph, self.clocks._replace(ticks=ticks), self.parts)
 
     @property
     def root(self) -> jax.Array:

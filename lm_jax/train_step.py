@@ -10,16 +10,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lm_jax.data.loader import abstract_batch
 from lm_jax.distributed import block_on_cpu
 from lm_jax.loss import batch_loss
 from lm_jax.model.dropout import Dropout
-from lm_jax.optimizer import schedule
+from lm_jax.schedule import schedule
 from lm_jax.sharding import by_copy, laid_out, over_copies
 from lm_jax.train_state import TrainSetup, TrainState, abstract
 from lm_jax.trainable import merge_params
+
+Stepped = tuple[TrainState, dict[str, jax.Array]]  # a state, and the metrics of the step to it
 
 
 class Sums(NamedTuple):
@@ -66,11 +69,13 @@ def _sums_of(program: TrainSetup, read: tuple[dict, jax.Array, jax.Array], batch
     return Sums(gradients, loss, batch["loss_mask"].sum())
 
 
-def update(program: TrainSetup, state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
+def update(program: TrainSetup, state: TrainState, sums: Sums, *ticks: jax.Array) -> Stepped:
     """One optimizer update on the mean gradient over the step's tokens -> the next state and float32 metrics.
 
-    Where the update would not be finite it is skipped: only the step and the counts of the guard change.
+    Where the update would not be finite it is skipped: only the step and the counts of the guard change. `ticks`, int32 [], is
+    given where the schedule goes by time.
     """
+    program = program.at(*ticks) if ticks else program
     sums, before = jax.tree.map(over_copies, sums), state.optimizer_state
     num_tokens = jnp.maximum(sums.tokens, 1)
     gradients = jax.tree.map(lambda g: g / num_tokens, sums.gradients)
@@ -90,39 +95,38 @@ def update(program: TrainSetup, state: TrainState, sums: Sums) -> tuple[TrainSta
     return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
 
-def train_step(program: TrainSetup, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(program: TrainSetup, state: TrainState, batch: dict, *ticks: jax.Array) -> Stepped:
     """(state, batch) -> (state, metrics): the whole step where the batch is one microbatch."""
-    return update(program, state, accumulate(program, state, None, batch))
-
-
-Stepped = tuple[TrainState, dict[str, jax.Array]]  # a state, and the metrics of the step to it
+    return update(program, state, accumulate(program, state, None, batch), *ticks)
 
 
 class CompiledStep(NamedTuple):
     """The compiled programs of a run: `whole` where every step is one microbatch, else the other three."""
 
-    whole: Callable[[TrainState, dict], Stepped] | None
+    whole: Callable[..., Stepped] | None
     zeros: Callable[[dict], Sums] | None
     accumulate: Callable[[TrainState, Sums, dict], Sums] | None
-    update: Callable[[TrainState, Sums], Stepped] | None
+    update: Callable[..., Stepped] | None
+    ticks: jax.sharding.Sharding | None = None  # where the ticks of a schedule by time are expected
 
     def __call__(
-        self, state: TrainState, num_microbatches: int, batches: Iterator[dict], watch: Callable[[int], bool]
+        self, state: TrainState, num_microbatches: int, batches: Iterator[dict], watch: Callable, ticks: int = 0
     ) -> Stepped | None:
         """(state, metrics) after one step over the next microbatches. Donates `state`.
 
-        `watch(done)` is called after each microbatch but the last. Where it returns True the step is given up: None is
+        `watch(done) -> bool` is called after each microbatch but the last. Where it returns True the step is given up: None is
         returned, and `state` has not changed.
         """
+        given = [jax.device_put(np.int32(ticks), self.ticks)] if self.ticks else []
         if self.whole:
-            return block_on_cpu(self.whole(state, next(batches)))
+            return block_on_cpu(self.whole(state, next(batches), *given))
         assert self.zeros and self.accumulate and self.update
         sums = self.zeros(state.parameters)
         for done in range(1, num_microbatches + 1):
             sums = block_on_cpu(self.accumulate(state, sums, next(batches)))
             if done < num_microbatches and watch(done):
                 return None
-        return block_on_cpu(self.update(state, sums))
+        return block_on_cpu(self.update(state, sums, *given))
 
 
 def compile_step(program: TrainSetup, mesh: jax.sharding.Mesh, one_microbatch: bool) -> CompiledStep:
@@ -135,12 +139,14 @@ def compile_step(program: TrainSetup, mesh: jax.sharding.Mesh, one_microbatch: b
     ) -> jax.stages.Compiled:
         return jax.jit(function, donate_argnums=donate, keep_unused=keep).lower(*arguments).compile()
 
+    layout = state.step.sharding if program.clocks.ticks is not None else None
+    ticks = [jax.ShapeDtypeStruct((), jnp.int32, sharding=layout)] if layout else []
     if one_microbatch:
-        whole = compiled(functools.partial(train_step, program), state, batch, donate=0)
-        return CompiledStep(whole, None, None, None)
+        whole = compiled(functools.partial(train_step, program), state, batch, *ticks, donate=0)
+        return CompiledStep(whole, None, None, None, layout)
     start = functools.partial(zeros, program)
     sums = laid_out(jax.eval_shape(start, state.parameters))
     # The moments lie in memory beside a microbatch, which does not read them: so its compiler knows of them.
     add = compiled(functools.partial(accumulate, program), state, sums, batch, donate=1, keep=True)
-    finish = compiled(functools.partial(update, program), state, sums, donate=0)
-    return CompiledStep(None, compiled(start, state.parameters, donate=()), add, finish)
+    finish = compiled(functools.partial(update, program), state, sums, *ticks, donate=0)
+    return CompiledStep(None, compiled(start, state.parameters, donate=()), add, finish, layout)

@@ -11,12 +11,12 @@ from helpers import ROOT
 
 # Each may import itself, those before it, and nothing after it.
 ORDER = """
-stop errors meanwhile knob model_config config reach config_check fault_points regular_files files batch_ramp spikes
-sharding mesh data.lines data.source_kinds data.sources data.tokenizer data.hugging_face_tokenizer
+stop errors meanwhile knob model_config config reach other_words config_check fault_points regular_files files
+batch_ramp spikes sharding mesh data.lines data.source_kinds data.sources data.tokenizer data.hugging_face_tokenizer
 data.tokenizer_files data.special_ids convert.word_vectors data.corpus_verification data.shards data.shard_writer
-data.packing data.best_fit data.mixed_rows data.objectives data.tokenizer_training data.corpus data.mixture
-generate.jinja_process generate.chat_template model.task_heads tasks.scores tasks.tables tasks.results tasks.segments
-tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts
+data.packing data.best_fit data.mixed_rows data.objectives data.tokenizer_training data.stretches data.corpus
+data.mixture generate.jinja_process generate.chat_template model.task_heads tasks.scores tasks.tables tasks.results
+tasks.segments tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts
 generate.render_template generate.chat_words generate.chat_tokens tasks.instruction tasks.preference tasks.records
 data.worker data.loader prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors
 prepare.run prepare.debian_records prepare.package_records prepare.python_records tasks.baselines
@@ -28,14 +28,14 @@ model.kv_cache model.attention_layer model.transformer model.encoder model.encod
 model.build convert.safetensors convert.config_reader convert.rotary convert.config_fields convert.families
 convert.encoders convert.heads convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json
 convert.text_files convert.gguf chunked_cross_entropy loss update_rules plan.layer_memory plan.counts loss_scale
-parameter_average optimizer cli step_folders run_folder experiment_file parts train_state checkpoint load_model
-inherited experiment train_step metrics_file trackers metrics goodput decide run_plan terminal convert.run
-generate.sampling generate.decoding convert.proof convert.export generate.beam_search generate.request_batches
-tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluator open_data evaluate open_run
-step_checks step_log samples closing rewind initial_state workdir_lock start train main verify generate.lm_eval
-generate.__main__ trust.card plan.inspection plan.estimate plan.program_text plan.compile plan.budget plan.compare
-plan.page plan.search plan.command plan.__main__ trust.comparison trust.introspection trust.killed_runs trust.report
-trust.sweep from_python
+parameter_average schedule optimizer cli step_folders run_folder experiment_file parts train_state checkpoint
+metrics_file best load_model inherited experiment train_step trackers metrics goodput decide run_plan terminal
+convert.run generate.sampling generate.decoding convert.proof convert.export generate.beam_search
+generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluator
+open_data evaluate time_budget open_run step_checks step_log samples closing rewind initial_state workdir_lock start
+summary between_steps train main verify generate.lm_eval generate.__main__ trust.card plan.inspection plan.estimate
+plan.program_text plan.compile plan.budget plan.compare plan.page plan.search plan.command plan.__main__
+trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep from_python
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}

@@ -34,8 +34,8 @@ optimizer.trainable optimizer.layer_decay optimizer.loss_scale
 train.task train.num_steps train.microbatch_rows train.z_loss train.balance_loss train.router_z_loss train.dpo_beta train.seed
 train.init_from train.on_spike
 mesh.data mesh.fsdp mesh.tensor mesh.slices mesh.expert mesh.context
-checkpoint.every checkpoint.keep_last checkpoint.keep_every
-evaluate.every evaluate.num_rows evaluate.metrics evaluate.prompt
+checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best
+evaluate.every evaluate.num_rows evaluate.patience evaluate.metrics evaluate.prompt
 log.every log.profile log.trackers
 """
 
@@ -74,7 +74,7 @@ def test_derived_sizes_are_filled_in():
         ("model.window", (), "at least 1"),
         ("data.batch_ramp", (16,), "expected 2 values"),
         ("train.num_steps", "3 weeks", "tokens"),
-        ("train.num_steps", "30 min", "tokens"),
+        ("optimizer.warmup", "30 min", "tokens"),
         ("train.microbatch_rows", "all", "choose one of auto"),
         ("train.num_steps", 0, "at least 1"),
         ("model.rotary_share", (0.5,), "read only where config.model.positions is rotary"),

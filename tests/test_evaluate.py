@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import command, tiny
 
-from lm_jax import evaluate
+from lm_jax import evaluate, load_model
 from lm_jax.config import Mesh
 from lm_jax.data import loader, shards
 from lm_jax.evaluator import Evaluator
@@ -84,6 +84,13 @@ def test_a_part_of_the_rows(corpus, graph, held):
         parameters = jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))()
         totals = Evaluator(graph, mesh, corpus.tokenizer, 4)(parameters, held, num_rows=3)
     assert totals.tokens == 3 * 64
+
+
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/2", "checkpoints/2/parameters", "config.json", ""])
+def test_what_lies_inside_of_a_run_is_taken_for_it(finished, inside):
+    found = load_model.locate(str(finished / inside))
+    assert (str(found.workdir), found.step) == (str(finished), 2)
+    assert load_model.whole(str(finished / inside)) == f"{finished}" + "@2" * ("/2" in inside)
 
 
 def test_the_command_prints_one_object(finished, eight, capsys):

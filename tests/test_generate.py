@@ -338,8 +338,11 @@ def test_a_file_of_prompts_becomes_json_lines(finished, tmp_path, capsys):
     line = ["--model", str(finished), "--prompts", str(tmp_path / "prompts"), "--max_new_tokens", "8"]
     capsys.readouterr()
     assert generate_command.main([*line, "--beams", "2"]) == 0
-    found = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out
+    found = [json.loads(text) for text in printed.splitlines()]
     assert [x["prompt"] for x in found] == ["def ", "class "] and all(len(x["tokens"]) <= 8 for x in found)
+    given = [*line[:2], "--prompt=def ", "--prompt=class ", "--json", *line[4:], "--beams", "2"]
+    assert generate_command.main(given) == 0 and capsys.readouterr().out == printed
 
 
 def test_without_a_prompt_it_asks(finished):

@@ -69,9 +69,9 @@ def test_a_transfer_that_nobody_asked_for_stops_the_loop(tmp_path, monkeypatch):
 
 def test_traced_steps_are_all_steps(tmp_path):
     said = []
-    assert list(traced(range(2, 9), 4, tmp_path / "profile", said.append)) == list(range(2, 9))
+    assert list(traced(range(2, 9), lambda: 4, tmp_path / "profile", said.append)) == list(range(2, 9))
     assert len(said) == 1 and "steps 4 to 6" in said[0]
-    assert list(traced(range(3), 0, tmp_path / "none", said.append)) == [0, 1, 2]
+    assert list(traced(range(3), lambda: 0, tmp_path / "none", said.append)) == [0, 1, 2]
     assert not (tmp_path / "none").exists()
 
 

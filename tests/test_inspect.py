@@ -2,12 +2,16 @@
 
 import json
 import re
+import shutil
 
 import inspect_data
 import pytest
 from chat_templates import TEMPLATES, tokenizer_json
+from etils import epath
 from helpers import ROOT, made_up, tiny, write_shards
 
+from lm_jax import step_folders
+from lm_jax.batch_ramp import DataState
 from lm_jax.data import mixture
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
@@ -58,6 +62,24 @@ def test_statistics_are_counted_against_the_weights(sources, capsys):
     found = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert found["books"][:3] == ["0.7500", "0.7500", "+0.00%"] and found["code"][:2] == ["0.2500", "0.2500"]
     assert int(found["books"][3].replace(",", "")) == 150 * 64
+
+
+def test_the_rows_of_a_run_are_those_that_it_took(finished, tmp_path, capsys):
+    inspect_data.main([*CONFIG, "--step=1", "--rows=0"])
+    of_config = capsys.readouterr().out
+    inspect_data.main([f"--model={finished}", "--step=1", "--rows=0"])
+    assert capsys.readouterr().out == of_config and of_config.startswith("row 8:")
+    shutil.copytree(finished, tmp_path / "run")
+    step_folders.go_back(epath.Path(tmp_path / "run"), DataState(2, 16, ((9, 20),)))
+    inspect_data.main([f"--model={tmp_path / 'run'}@2", "--step=1", "--rows=0"])
+    titles = re.findall(r"^row (\d+):", capsys.readouterr().out, re.MULTILINE)
+    assert list(map(int, titles)) == [8, *range(20, 27)], "what a spike left out is not shown"
+
+
+@pytest.mark.parametrize(("flags", "words"), [([], "give --config"), ([*CONFIG, "--model=x"], "or --model")])
+def test_a_config_or_a_run_is_given(flags, words):
+    with pytest.raises(UserError, match=words):
+        inspect_data.main(flags)
 
 
 def test_a_negative_step_is_refused():

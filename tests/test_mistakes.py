@@ -91,6 +91,12 @@ MISTAKES = [
     ("evaluate", ["--model", "{run}", "--split", "tets"], "choose from"),
     ("main", ["--config=experiments/ademamix.py:smoke", "--config.optimizer.name=lion"], "is not read: leave it out"),
     ("generate", ["--model", "{run}", "--prompt=x", "--parts=x.py"], "trained with the ordinary parts; leave it out"),
+    ("main", [SMOKE, "--lr=3e-4"], "--lr=3e-4: here that is --config.optimizer.learning_rate=3e-4"),
+    ("evaluate", ["--model", "{tmp}/x.gguf"], "python tools/convert_checkpoint.py {tmp}/x.gguf {tmp}/x"),
+    ("evaluate", ["--model", "{tmp}/x.safetensors"], "weights alone; give a folder that has config.json"),
+    ("evaluate", ["--model", "{tmp}/x.bin"], "a pickle may run code and is not read"),
+    ("evaluate", ["--model", "{run}/checkpoints/7"], "checkpoints/7 is not a run"),
+    ("generate", ["--model", "{run}/log.txt", "--prompt=x"], "log.txt: a file; give a run"),
     ("generate", ["--prompt", "x"], "required: --model"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--top_p", "1.5"], "--top_p 1.5: from 0 to 1"),
     ("generate", ["--model", "{run}", "--prompt", "x", "--max_new_tokens", "1000"], "at most"),
@@ -147,7 +153,8 @@ COMMANDS = {"main": main.main, "evaluate": evaluate.main, "generate": generate.m
 def places(tmp_path_factory, finished):
     place = tmp_path_factory.mktemp("mistakes")
     (place / "empty").mkdir()
-    (place / "file").write_text("")
+    for name in ("file", "x.gguf", "x.safetensors", "x.bin"):
+        (place / name).write_text("")
     (place / "records").mkdir()
     (place / "records" / "train.jsonl").write_text('{"Text": "a", "label": "b"}\n')
     (place / "folder").mkdir()
@@ -192,7 +199,8 @@ def test_a_mistake_is_answered(name, arguments, words, places, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stopped:
         commands.run_command(COMMANDS[name], [argument.format(**places) for argument in arguments])
     seconds = time.process_time() - started  # of work: what others do on the machine does not count
-    check(stopped.value.code, capsys.readouterr().err, words.replace("{run}", re.escape(places["run"])))
+    words = words.replace("{run}", re.escape(places["run"])).replace("{tmp}", places["tmp"])
+    check(stopped.value.code, capsys.readouterr().err, words)
     after = listing(tmp_path, places["tmp"], places["run"])
     assert {path for path in after if "__pycache__" not in path} == set(before) and all(
         after[path] == before[path] for path in before

@@ -1,5 +1,6 @@
 """Mixtures: exact quotas in closed form, each source its own stream, one tokenizer, and what a resume refuses by name."""
 
+import dataclasses
 import pickle
 import shutil
 
@@ -208,6 +209,22 @@ def test_raw_text_takes_the_tokenizer_of_the_prepared_source(places, tmp_path):
     assert mixed.corpora["raw"].tokenizer.fingerprint == mixed.corpora["code"].tokenizer.fingerprint
 
 
+def test_an_empty_split_says_what_fills_it(places, tmp_path, corpus):
+    write_shards(tmp_path / "prepared", corpus, made_up(30))
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.txt").write_text("a note")
+    for folder, mend in (
+        ("prepared", "prepare it again with a larger --validation_fraction"),
+        ("raw", "raise config.data.valid"),
+    ):
+        data = tiny(
+            data__sources=str(tmp_path / folder), data__tokenizer=("bytes", "sentencepiece:512")[folder == "prepared"]
+        ).data
+        data = dataclasses.replace(data, validation_fraction=0.0) if folder == "raw" else data
+        with pytest.raises(UserError, match=mend):
+            mixture.open_mixture(data).held(data, "validation")
+
+
 def test_names_are_short_and_different():
     assert mixture.short_names(("python", "/a/text", "gs://b/text/", "x/text")) == [
         "python",
@@ -223,7 +240,23 @@ def test_the_whole_is_the_sum_of_its_sources():
     assert found["eval/loss"] == 35 / 20 and found["eval/books/loss"] == 3 and found["eval/code/loss"] == 0.5
     np.testing.assert_allclose(found["eval/bits_per_byte"], 35 / 60 / np.log(2))
     np.testing.assert_allclose(found["eval/code/bits_per_byte"], 5 / 20 / np.log(2))
+    assert "eval/weighted_loss" not in found
     assert by_source({"books": parts["books"]}, "eval") == parts["books"].metrics("eval")
+
+
+def test_losses_are_weighted_as_the_sources_are_trained(places):
+    parts = {"books": Totals(30.0, 10.0, 40.0), "code": Totals(5.0, 100.0, 20.0)}
+    weighted = lambda parts, shares: by_source(parts, "eval", None, shares).get("eval/weighted_loss")
+    np.testing.assert_allclose(weighted(parts, {"books": 0.75, "code": 0.25}), 0.75 * 3 + 0.25 * 0.05)
+    np.testing.assert_allclose(weighted(parts, {"books": 0.1, "code": 0.1, "web": 0.8}), 0.5 * 3 + 0.5 * 0.05)
+    assert weighted({"books": parts["books"]}, {"books": 0.75, "code": 0.25}) is None
+    data = two(places, "books", "code")
+    data = dataclasses.replace(data, sources=((data.sources[0][0], ((0, 3.0), (100, 1.0))), (data.sources[1][0], 1.0)))
+    mixed = mixture.open_mixture(data)
+    assert mixed.shares(data, 99) == {"books": 0.75, "code": 0.25} and mixed.shares(data, 100) == {
+        "books": 0.5,
+        "code": 0.5,
+    }
 
 
 def refused(saved, data, mixed) -> str:

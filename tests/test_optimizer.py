@@ -13,8 +13,9 @@ from lm_jax.config import Mesh, leaves
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.layers import Declaration, constant
-from lm_jax.optimizer import make_optimizer, schedule
+from lm_jax.optimizer import make_optimizer
 from lm_jax.parameter_average import averaged
+from lm_jax.schedule import schedule
 from lm_jax.update_rules import is_matrix, update_rule
 
 RULES = leaves()["optimizer.name"].metadata["choices"]

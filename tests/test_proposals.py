@@ -57,7 +57,6 @@ def check_proposals(kinds: list[str], folder) -> None:
         case, more, _, _ = KINDS[kind]
         place = folder / f"a run, {kind}"
         place.mkdir()
-        (place / "run-longer").mkdir()  # taken
         given = line_of(place, case) if case else [*SMOKE, "--config.data.tokenizer=bytes"]
         given = [word for word in given if "train.num_steps" not in word and "checkpoint.every" not in word]
         given = [str(ROOT / word) if word.startswith("experiments/") else word for word in given]
@@ -71,7 +70,7 @@ def check_proposals(kinds: list[str], folder) -> None:
         assert tuple(found) == expected, f"{kind}: {found}"
         assert not never or never not in shlex.join(sum(found.values(), [])), f"{kind}: {found}"
         assert kind != "instruction" or "--chat" in found["generate"]
-        assert found["longer"][-1].endswith("run-longer-2")
+        assert found["longer"][-1] == str(folder / f"a run, {kind}" / "run")  # the same run goes on
         next_ones += [(kind, words[1:]) for name, words in found.items() if name != "look"]
         next_ones.append((kind, [*found["look"][1:], "--inspect"]))
     for (kind, words), done in zip(next_ones, performed([words for _, words in next_ones], folder), strict=True):

@@ -301,7 +301,7 @@ def smoke(name: str, folder: pathlib.Path) -> list[str]:
 def check_smoke(name: str, workdir: pathlib.Path, output: str) -> None:
     found, config = metrics_file.read(workdir), command_config(name)
     assert [line["step"] for line in found if "train/loss" in line] == [1, 2], name
-    for words in ("parameters", "this machine: cpu", "validation loss", "next:", "done in"):
+    for words in ("parameters", "this machine: cpu", "eval/loss", "next:", "done in"):
         assert words in output, name
     writes = config.model.kind not in OBJECTIVES and not config.train.task
     for words in ("sample at step 0", "gzip -9", "xz -9", "lm_jax.generate"):

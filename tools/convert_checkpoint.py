@@ -29,7 +29,7 @@ from etils import epath
 def main(arguments: list[str]) -> int:
     parser = cli.Parser("tools/convert_checkpoint.py", __doc__)
     parser.add_argument(
-        "model", help="a run (runs/x), a step of it (runs/x@12000), a Hugging Face folder, a .gguf file"
+        "model", help="a run (runs/x), a step of it (runs/x@12000, runs/x@best), a Hugging Face folder, a .gguf file"
     )
     parser.add_argument("output", help="the folder to make, or a .gguf file")
     parser.add_argument("--unproven", action="store_true", help="write without comparing it in transformers")

@@ -12,7 +12,7 @@ from lm_jax.trust.card import card
 
 def main(arguments: list[str]) -> int:
     parser = cli.Parser("tools/model_card.py", __doc__)
-    load_model.add_flags(parser, "a run (runs/x) or a step of it (runs/x@12000)")
+    load_model.add_flags(parser, "a run (runs/x) or a step of it (runs/x@12000, runs/x@best)")
     parser.add_argument("--output", default="", help="a file; without it the card is printed")
     flags, log = parser.parse_args(arguments), Terminal()
     found = load_model.of_flags(flags, log)

@@ -12,7 +12,7 @@ from etils import epath
 
 from lm_jax import regular_files
 from lm_jax.config import Data
-from lm_jax.data import sources, tokenizer_files, tokenizer_training
+from lm_jax.data import sources, stretches, tokenizer_files, tokenizer_training
 from lm_jax.data.shard_writer import ShardWriter
 from lm_jax.data.shards import MANIFEST, PIPELINE, Corpus, read, read_manifest
 from lm_jax.data.tokenizer import Tokenizer
@@ -50,8 +50,10 @@ def open_corpus(
     tokenizer = given.fingerprint + given.beside.decode() if given else data.tokenizer
     identity = [2, PIPELINE, path, tokenizer, data.validation_fraction, data.test_fraction]
     if source != "python":  # what the folder holds now; the interpreter's own text is kept as it was first read
-        found = sources.documents(source, data.tokenizer)
-        identity.append([(absolute(name), hashlib.sha256(text).hexdigest()) for name, text in found])
+        found = [(name, *sources.share_of(text)) for name, text in sources.documents(source, data.tokenizer)]
+        identity.append([(absolute(name), digest) for name, _, digest in found])
+        few = stretches.is_needed([share for _, share, _ in found], data.validation_fraction, data.test_fraction)
+        identity += ["stretches"] * few
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     folder = os.path.join(cache_folder(), "corpora", f"{os.path.basename(path)}-{num_pieces or 'given'}-{key}")
     check_plain(folder, folder + ".lock")
@@ -86,8 +88,9 @@ def build(data: Data, source: str, given: Tokenizer | None, folder: str, log: Ca
         duplicates += digest in found[split]
         found[split][digest] = text
     ordered = {split: [texts[digest] for digest in sorted(texts)] for split, texts in found.items()}
-    if not ordered["train"]:
+    if not any(ordered.values()):
         raise UserError(f"config.data.sources: {source!r} holds no text (UTF-8 files that are not empty)")
+    ordered = held_out(data, source, ordered, log)
     num_bytes = sum(len(text.encode()) for texts in ordered.values() for text in texts)
     dropped = f"; left out: {empty} empty, {duplicates} duplicates, {len(unreadable)} not UTF-8, {len(hidden)} hidden"
     log(f"corpus {source}: {sum(map(len, ordered.values())):,} documents, {num_bytes / 1e6:.1f} MB{dropped}")
@@ -101,6 +104,29 @@ def build(data: Data, source: str, given: Tokenizer | None, folder: str, log: Ca
     with draft_folder(folder) as draft:
         write_splits(draft, ordered, trained, num_bytes, log).close(source=source, left_out=left_out)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def held_out(
+    data: Data, source: str, ordered: dict[str, list[str]], log: Callable[[str], None]
+) -> dict[str, list[str]]:
+    """The texts of each split; where whole documents leave nothing to evaluate on, with stretches of them held out.
+
+    Raises UserError where whole documents leave nothing to train on, and there is too little for stretches.
+    """
+    shares = [sources.share_of(text)[0] for texts in ordered.values() for text in texts]
+    fractions = data.validation_fraction, data.test_fraction
+    cut = stretches.cut(ordered, *fractions) if stretches.is_needed(shares, *fractions) else None
+    if cut:
+        log(
+            f"corpus {source}: {len(shares):,} documents are too few to hold out whole ones: stretches of them are held out "
+            f"({len(cut['validation']):,} for validation, {len(cut['test']):,} for test)"
+        )
+    elif not ordered["train"]:
+        raise UserError(
+            f"config.data.sources: {source!r}: all its documents are held out ({len(shares):,}, with too little text for "
+            "stretches)\ngive more text, or --config.data.validation_fraction=0.0 --config.data.test_fraction=0.0"
+        )
+    return cut or ordered
 
 
 def write_splits(

@@ -50,6 +50,11 @@ class Quotas:
             remaining -= taken
         return found
 
+    def shares(self, i: int) -> list[float]:
+        """The share of the rows that each source has around row i."""
+        stage = self.weights[max(k for k, first in enumerate(self.firsts) if first <= i)]
+        return [float(weight / sum(stage)) for weight in stage]
+
     def locate(self, i: int) -> tuple[int, int]:
         """(source, which of its rows) that row i is: the source that has one row more once row i is counted."""
         before, after = self.counts(i), self.counts(i + 1)

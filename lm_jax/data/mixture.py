@@ -38,6 +38,10 @@ class Task(Protocol):
     def files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """What a run keeps of it, by file name."""
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of its `scores`, () where it has none."""
+
     def scores(self, results: tuple) -> dict[str, float]:
         """Its metrics of what a model made of records."""
 
@@ -107,6 +111,10 @@ class Mixture:
             )
         return mixed
 
+    def shares(self, data: Data, row: int) -> dict[str, float]:
+        """The share of the training rows that each source has around a row."""
+        return dict(zip(self.corpora, Quotas([weight for _, weight in data.sources]).shares(row), strict=True))
+
     def held(self, data: Data, split: str) -> HeldOut:
         """Rows of a held-out split by source, without the sources that have none. Raises UserError where nobody has."""
         document_id, corruption = self.tokenizer.document_id, make_corruption(data, self.tokenizer)
@@ -116,7 +124,13 @@ class Mixture:
             if corpus.splits[split].num_documents
         }
         if not found:
-            raise UserError(f"the {split} split is empty: raise config.data.{split}_fraction, or give more documents")
+            prepared = all(map(is_prepared, self.sources))
+            larger = (
+                f"prepare it again with a larger --{split}_fraction"
+                if prepared
+                else f"raise config.data.{split}_fraction"
+            )
+            raise UserError(f"the {split} split is empty: {larger}, or give more or longer documents")
         return found
 
     @functools.cached_property

@@ -93,10 +93,15 @@ def decode(content: bytes) -> str | None:
         return None
 
 
+def share_of(text: str | bytes) -> tuple[float, str]:
+    """(a number in [0, 1) from the hash of a text, the hash)."""
+    digest = hashlib.sha256(text.encode("utf-8") if isinstance(text, str) else text).hexdigest()
+    return int(digest[:13], 16) / 16**13, digest
+
+
 def split_of(text: str, validation_fraction: float, test_fraction: float) -> tuple[str, str]:
     """(split, content hash): equal documents never stand in two splits, and no order or seed enters."""
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    share = int(digest[:13], 16) / 16**13
+    share, digest = share_of(text)
     if share < test_fraction:
         return "test", digest
     return ("validation" if share < test_fraction + validation_fraction else "train"), digest

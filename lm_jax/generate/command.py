@@ -41,6 +41,7 @@ def parse(arguments: list[str]):
         "--chat_variables", default="", help='with --chat: of the template, such as {"enable_thinking": false}'
     )
     parser.add_argument("--prompts", default="", help="a file with a prompt a line; JSON lines come out")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each --prompt, as --prompts has them")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
     parser.add_argument("--top_k", type=int, default=50, help="0 = off")
@@ -55,6 +56,7 @@ def parse(arguments: list[str]):
     parser.reads({"beams": (1,)}, *drawn)  # what beam search neither draws nor stops at
     parser.reads({"beams": ()}, "length_penalty")
     parser.reads({"chat": ()}, "system", "chat_variables")
+    parser.reads({"prompt": ()}, "json")
     flags = parser.parse_args(arguments)
     for name, (low, high) in BOUNDS.items():
         if not low <= getattr(flags, name) <= high:
@@ -78,8 +80,8 @@ def main(arguments: list[str]) -> int:
     tell_losses(found.tokenizer, log)
     with jax.set_mesh(make_mesh(Mesh(slices=-1), distributed.devices())):
         write = writer(*load_model.load_parameters(found), found, flags)
-        if from_file:
-            continue_file(write, from_file)
+        if from_file or flags.json:
+            continue_file(write, from_file or flags.prompt)
         elif flags.prompt:
             completions = write(flags.prompt)
             print("\n\n".join(prompt + found.text for prompt, found in zip(flags.prompt, completions, strict=True)))

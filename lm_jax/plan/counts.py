@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from lm_jax.batch_ramp import Ramp
+from lm_jax.batch_ramp import Ramp, seconds_of
 from lm_jax.chunked_cross_entropy import chunk_size
 from lm_jax.config import Config, Model
 from lm_jax.loss import is_chunked
@@ -219,7 +219,9 @@ def most_rows(config: Config, costs: Costs, sizes: dict[str, int], batch: int, m
 
 
 def total_flops(config: Config, costs: Costs, ramp: Ramp) -> tuple[float, float]:
-    """(tokens, FLOPs) from the first step of a run to its last."""
+    """(tokens, FLOPs) from the first step of a run to its last; 0 where its length is a time."""
+    if seconds_of(config.train.num_steps):
+        return 0.0, 0.0
     tokens = float(ramp.cursor(int(config.train.num_steps))) * config.data.sequence_length
     return tokens, tokens * costs.flops_per_token
 

@@ -40,7 +40,7 @@ class Estimate:
     sizes: dict[str, int]
     costs: counts.Costs
     memory: dict[str, float]  # {class: bytes on one device} at the largest batch
-    has_end: bool  # False: its length is in epochs of data that nobody has opened
+    has_end: bool  # False: its length is in epochs of data that nobody has opened, or a time
     decided: dict[str, Any] = dataclasses.field(default_factory=dict)  # {path: value} of what was "auto"
     parts: Parts = ORDINARY
 
@@ -98,7 +98,7 @@ def estimate(config: Config, topology: Topology, parts: Parts = ORDINARY) -> Est
             + f" --config.optimizer.loss_scale={FIRST_LOSS_SCALE}"
             * (able[0] == "float16")
         )
-    has_end = parse_length(config.train.num_steps)[1] != "epochs"
+    has_end = parse_length(config.train.num_steps)[1] not in ("epochs", "min")
     slices = {"tpu": topology.islands, "gpu": 1}.get(topology.platform, max(1, config.mesh.slices))
     if config.mesh.slices not in (-1, slices):
         raise UserError(

@@ -1,13 +1,38 @@
 """The rows of a step as text, by source; and a mixture counted against its weights: `tools/inspect_data.py` is the command."""
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
+from lm_jax import load_model, run_folder, step_folders
+from lm_jax.batch_ramp import START, DataState, make_ramp
+from lm_jax.config import Config
 from lm_jax.data import mixed_rows, mixture
 from lm_jax.data.tokenizer import DOCUMENT, Tokenizer, continuation
+from lm_jax.errors import UserError
+from lm_jax.open_data import open_data
 
 TRAINED, REJECTED, OTHER, BORDER, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\x1b[1;35m", "\x1b[0m"
+
+
+def of_run(model: str) -> tuple[Config, DataState]:
+    """The config of a run, and where it stands in its stream. Raises UserError, also where its data are not those any more."""
+    found = load_model.locate(model)
+    if found.described:
+        raise UserError(f"--model {model}: a Hugging Face folder does not say what it was trained on")
+    saved = run_folder.read_config(found.workdir)
+    if different := run_folder.other_data(saved, open_data(found.config).facts):
+        raise UserError(f"{model} was trained on other data:\n{run_folder.few(different)}")
+    return found.config, step_folders.read_data_state(found.workdir, found.step)
+
+
+def opened(config: Config, data: DataState = START) -> tuple[mixture.Mixture, mixed_rows.MixedRows, Callable]:
+    """(data, stream, (first step, last step) -> the rows of these steps), of a run that has got as far as `data`."""
+    mixed, ramp = open_data(config), make_ramp(config).through(data.step, data.cursor)
+    stream = mixed.stream(config.data)
+    row_at = mixed_rows.SkippingRows(stream, data.skipped).row_at
+    return mixed, stream, lambda first, last: list(map(row_at, range(ramp.cursor(first), ramp.cursor(last))))
 
 
 def show(mixed: mixture.Mixture, stream: mixed_rows.MixedRows, i: int, colours: bool) -> list[str]:
@@ -68,19 +93,19 @@ def _spelled(tokenizer: Tokenizer, names: dict[int, str], ids: np.ndarray, start
     return "".join(text(a, b) for a, b in itertools.pairwise(borders) if a < b)
 
 
-def statistics(mixed: mixture.Mixture, stream: mixed_rows.MixedRows, first: int, last: int) -> list[str]:
-    """A table by source: its weight at row `first`, and its share of the rows [first, last), read one by one."""
-    names = list(mixed.corpora)
+def statistics(mixed: mixture.Mixture, stream: mixed_rows.MixedRows, taken: list[int]) -> list[str]:
+    """A table by source: its weight at the first of these rows, and its share of them, read one by one."""
+    names, first = list(mixed.corpora), taken[0]
     rows, trained, documents = (dict.fromkeys(names, 0) for _ in range(3))
-    for i in range(first, last):
+    for i in taken:
         row, name = stream.row(i), names[stream.quotas.locate(i)[0]]
         rows[name] += 1
         trained[name] += int(row["loss_mask"].sum())
         documents[name] += int(row["segment_ids"].max())
-    stage = stream.quotas.weights[max(k for k, row in enumerate(stream.quotas.firsts) if row <= first)]
-    lines = [f"rows {first:,} to {last:,}", f"{'source':<20}  weight    rows  off by  targets  segments a row"]
+    shares = stream.quotas.shares(first)
+    lines = [f"rows {first:,} to {taken[-1] + 1:,}", f"{'source':<20}  weight    rows  off by  targets  segments a row"]
     for k, name in enumerate(names):
-        weight, share = float(stage[k] / sum(stage)), rows[name] / (last - first)
+        weight, share = shares[k], rows[name] / len(taken)
         off = f"{100 * (share / weight - 1):+.2f}%" if weight else "-"
         each = documents[name] / max(1, rows[name])
         lines.append(f"{name:<20}  {weight:6.4f}  {share:6.4f}  {off:>6}  {trained[name]:>7,}  {each:.2f}")

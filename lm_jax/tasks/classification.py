@@ -79,6 +79,11 @@ class Classification(OfSequence):
         confidence = 1 / np.exp(logits - logits[chosen]).sum()
         return Result(where, self.labels[values[1]], self.labels[chosen], float(confidence))
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of its `scores`."""
+        return "accuracy", "macro_f1", "matthews"
+
     def scores(self, results: tuple) -> dict[str, float]:
         """Accuracy, macro-F1 and Matthews correlation."""
         truths, predictions = ([getattr(result, name) for result in results] for name in ("truth", "prediction"))

@@ -96,6 +96,11 @@ class Preference(Task):
         """The prediction is the margin, beta (log pi(chosen) / pi(rejected) less that of the reference): right above 0."""
         return Result(where, "chosen", float(logits_NC[0, 0]))
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of its `scores`."""
+        return "accuracy", "margin"
+
     def scores(self, results: tuple) -> dict[str, float]:
         """Share of pairs whose margin is above 0 (accuracy), and the mean margin."""
         margins = np.array([result.prediction for result in results], np.float64)

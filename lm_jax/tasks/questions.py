@@ -151,6 +151,11 @@ class QuestionAnswering(Task):
         none = lambda result: self.has_unanswered and result.confidence < 0.5
         return tuple(result._replace(prediction="") if none(result) else result for result in best.values())
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of its `scores`."""
+        return "f1", "exact_match"
+
     def scores(self, results: tuple) -> dict[str, float]:
         """Token F1 and exact match, by SQuAD's normalisation."""
         measures = scores.answers([result.truth for result in results], [result.prediction for result in results])

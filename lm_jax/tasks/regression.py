@@ -49,6 +49,11 @@ class Regression(OfSequence):
         """The predicted number, in the units of the records."""
         return Result(where, values[1], float(self.answer(logits_NC)[0]) * self.deviation + self.mean)
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of its `scores`."""
+        return "rmse", "pearson"
+
     def scores(self, results: tuple) -> dict[str, float]:
         """Root mean squared error and Pearson's correlation (0 where truths or predictions are all equal)."""
         measures = scores.numbers([result.truth for result in results], [result.prediction for result in results])

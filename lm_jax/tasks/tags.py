@@ -72,6 +72,16 @@ class TokenClassification(Task):
         truth, chosen = segment["targets"][asked], logits_NC[asked].argmax(-1)
         return Result(where, [self.labels[k] for k in truth], [self.labels[k] for k in chosen])
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of its `scores`."""
+        of_words = ("accuracy", "macro_f1", "matthews")
+        return (
+            (*(f"span_{name}" for name in ("f1", "precision", "recall")), *of_words)
+            if are_spans(self.labels)
+            else of_words
+        )
+
     def scores(self, results: tuple) -> dict[str, float]:
         """Accuracy, macro-F1 and Matthews of words; before these, where tags are BIO, F1 of whole spans."""
         truths, predictions = ([getattr(result, name) for result in results] for name in ("truth", "prediction"))

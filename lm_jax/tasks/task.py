@@ -96,6 +96,11 @@ class Task:
         """What config.json keeps of the records beside their hashes: what answers are to be read with."""
         return {}
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of its `scores`."""
+        return ()
+
     def scores(self, results: tuple) -> dict[str, float]:
         """The task's metrics, the first of which is what one looks at; none where texts are written (`generate_answers.py`)."""
         return {}
