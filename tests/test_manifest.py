@@ -62,7 +62,7 @@ def test_what_two_processes_saved_is_verified_in_shares_and_restored_by_any_numb
         assert process["step"] == 3 and process["state"] == saved[0]["state"] and process["data"] == saved[0]["data"]
     with jax.set_mesh(make_mesh(Mesh(*MESHES["1x8"]), eight)):
         state, data = checkpoint.restore(epath.Path(tmp_path), 3, run_program())
-        assert digest(state) == saved[0]["state"] and data == (3, 7, ((3, 5),))
+        assert digest(state) == saved[0]["state"] and data[:3] == (3, 7, ((3, 5),))
 
 
 @pytest.mark.proof

@@ -17,10 +17,13 @@ import pytest
 from helpers import LIMIT, ROOT
 
 from lm_jax import (
+    between_steps,
     checkpoint,
+    closing,
     distributed,
     experiment,
     metrics_file,
+    open_run,
     rewind,
     run_folder,
     samples,
@@ -48,11 +51,17 @@ DECISIONS = {
     "room for a step": "the disk of each host",
     "data state": "the manifest of a step, which going back writes anew",
     "is over": "the metrics of the workdir",
+    "is finished": "the metrics of the workdir",
+    "is the best": "the metrics and the steps of the workdir",
     "is evaluated": "the metrics of the workdir",
     "reference": "a file of the workdir",
     "is saved": "whether a manifest is there",
     "stop": "a signal: after a step, a microbatch, a batch of an evaluation, and at the end",
+    "look": "a signal (SIGUSR1), after a step",
     "time to save": "a clock",
+    "time": "a clock: how much of a run in minutes is left before a step",
+    "time to look": "a clock, and how long evaluations took",
+    "seconds": "a clock: what a saved step says of the time spent",
     "hopeless": "what was read of the device so far",
     "spike": "what was read of the device so far, and the history of the losses",
     "went back": "that process 0 has removed what came later",
@@ -84,7 +93,7 @@ def test_every_decision_is_in_the_table_and_no_signal_is_read_past_it():
             else:  # what passes a name on
                 passes_on = path.name == "peers.py" or ast.unparse(call) == "everyone(answer, about)"
                 assert passes_on, f"{path.name} line {call.lineno}: a decision without a name"
-        if path.name not in ("stop.py", "peers.py"):
+        if path.name not in ("stop.py", "peers.py", "from_python.py"):  # whose handlers set it
             nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "requested"]
             reads += [(path.name, node.lineno) for node in nodes]
     assert found == {*DECISIONS}
@@ -372,11 +381,22 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
             patch.setattr(workdir_lock, "TOGETHER", 0)
             patch.setattr(checkpoint, "wait_for", lambda path: None)
             patch.setattr(metrics_file, "read", lambda folder, log=None: [])
-            for module in (train, start, samples, rewind, checkpoint, step_folders, workdir_lock, distributed):
+            modules = (
+                between_steps,
+                open_run,
+                start,
+                samples,
+                rewind,
+                checkpoint,
+                step_folders,
+                workdir_lock,
+                distributed,
+            )
+            for module in modules:
                 patch.setattr(module, "is_main_process", lambda: False)
             for module, name in ((run_folder, "read_config"), (step_folders, "expected_data_state")):
                 patch.setattr(module, name, never)
-        patch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
+        patch.setattr(between_steps, "time", types.SimpleNamespace(monotonic=lambda: rate * time.monotonic()))
 
         def spied(module, name: str, what: str, before=lambda *arguments: None, step=lambda run, *_: run.data.step):
             real = getattr(module, name)
@@ -391,7 +411,8 @@ def run_as(script: Script, workdir, words: list[str], is_stopped: bool, rate: fl
         def signalled(run, *_) -> None:
             run.stop.requested |= is_stopped
 
-        spied(train, "evaluate_now", "evaluation", signalled if script.is_main_process else lambda *_: None)
+        for module in (between_steps, closing):
+            spied(module, "evaluate_now", "evaluation", signalled if script.is_main_process else lambda *_: None)
         spied(train, "steps", "steps", lambda *_: None if script.is_main_process else signalled(*_))
         spied(train.CompiledStep, "__call__", "step", step=lambda _, state, *__: int(state.step))
         spied(checkpoint.Saver, "save", "save", step=lambda _, state, data, *__: data.step)
@@ -415,7 +436,12 @@ def test_who_does_not_lead_does_what_process_0_decides_whatever_it_sees_itself(t
         ("begun", "--config.checkpoint.every=60 min", (1, 1e9), (True, False)),
         ("gone on with", "--config.checkpoint.every=1 min", (1e9, 1), (False, True)),
     ):
-        words = [every, "--config.train.num_steps=5"]
+        words = [
+            every,
+            "--config.train.num_steps=5",
+            "--config.checkpoint.keep_best=eval/loss",
+            "--config.evaluate.patience=9",
+        ]
         leading = Script()
         expected = run_as(leading, tmp_path / "run", [*RUN, *words], stopped[0], clocks[0])
         assert leading.decided and ("save" in {what for what, _ in expected}) and expected[0][0] != "save", expected
@@ -433,6 +459,8 @@ def test_who_does_not_lead_does_what_process_0_decides_whatever_it_sees_itself(t
         "hopeless",
         "a step",
         "is evaluated",
+        "is the best",
+        "look",
     }
 
 
