@@ -218,6 +218,23 @@ def poison(first: int, last: int) -> None:
 # Runs
 
 
+class Crash(Exception):
+    """Raised where a test breaks a run."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, where: tuple, call: int) -> None:
+    """The `call`-th call of (owner, name of a function) raises Crash in place of doing anything."""
+    real, calls = getattr(*where), []
+
+    def crashing(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call:
+            raise Crash
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(*where, crashing)
+
+
 def lines_of(workdir) -> list[dict]:
     """The metrics, without what depends on the clock."""
     lines = metrics_file.read(epath.Path(workdir))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from etils import epath
-from helpers import ROOT, lines_of
+from helpers import ROOT, Crash, crash_at, lines_of
 
 from lm_jax import best, between_steps, checkpoint, evaluate, load_model, main, step_folders
 from lm_jax.config import default_config
@@ -111,10 +111,6 @@ def test_the_best_step_is_kept_a_run_without_patience_ends_and_goes_on(scripted,
     assert (found["step"], found["split"], found["rows"], found["tokens"] <= 3 * 64) == (4, "train", 3, True)
 
 
-class Crash(Exception):
-    pass
-
-
 WHERE = {
     "evaluation": (between_steps, "evaluate_now"),
     "commit": (checkpoint, "write_manifest"),
@@ -130,15 +126,7 @@ CALLS = {"evaluation": 5, "commit": 5, "retention": 3, "next step": 5}  # that t
     + [pytest.param(name, call, marks=pytest.mark.proof) for name in WHERE for call in (1, 2, 3, 4, 5)[: CALLS[name]]],
 )
 def test_the_best_survives_a_crash_anywhere(name, call, scripted, tmp_path, monkeypatch):
-    where, real, calls = WHERE[name], getattr(*WHERE[name]), []
-
-    def crashing(*arguments, **named):
-        calls.append(1)
-        if len(calls) == call:
-            raise Crash
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(*where, crashing)
+    crash_at(monkeypatch, WHERE[name], call)
     with pytest.raises(Crash):
         main.main([*RUN, "--workdir", str(tmp_path)])
     assert main.main([*RUN, "--workdir", str(tmp_path)]) == 0

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from helpers import LIMIT, ONCE, ROOT, lines_of
+from helpers import LIMIT, ONCE, ROOT, Crash, crash_at, lines_of
 
 from lm_jax import checkpoint, evaluator, main, step_folders, stop
 
@@ -161,10 +161,6 @@ def test_a_run_that_is_stopped_in_its_last_evaluation_has_all_its_steps_and_eval
     assert steps == [1, 2] and lines_of(tmp_path / "run")[-1].keys() >= {"eval/loss", "final/loss"}
 
 
-class Crash(Exception):
-    pass
-
-
 def evaluated(num_rows: int, workdir) -> list[str]:
     """A run of four steps that evaluates at the second and at its end: in two parts with 8 rows, with 0 in one."""
     words = ["--config", "experiments/quickstart.py:smoke", "--config.train.num_steps=4", "--config.checkpoint.every=2"]
@@ -204,15 +200,8 @@ def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(
     num_rows, where, call, saved, whole, tmp_path, monkeypatch
 ):
     """A call raises, in an evaluation or in the step after one; gone on with, the metrics are those of the whole run."""
-    line, real, calls = evaluated(num_rows, tmp_path), getattr(*where), []
-
-    def crashing(*arguments, **named):
-        calls.append(1)
-        if len(calls) == call:
-            raise Crash
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(*where, crashing)
+    line = evaluated(num_rows, tmp_path)
+    crash_at(monkeypatch, where, call)
     with pytest.raises(Crash):
         main.main(line)
     assert step_folders.complete_steps(tmp_path / "checkpoints")[-1] == saved

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from helpers import ROOT, lines_of, tiny
+from helpers import ROOT, Crash, lines_of, tiny
 
 from lm_jax import main, step_folders, step_log, time_budget, train_step
 from lm_jax.batch_ramp import TICKS, Clocks, clocks, make_ramp, with_steps
@@ -94,10 +94,6 @@ RUN = [
     "--config.evaluate.prompt=", "--config.data.tokenizer=bytes", "--config.mesh.data=1", "--config.model.num_layers=1",
     "--config.optimizer.name=sgd", "--config.data.validation_fraction=0.002",
 ]  # fmt: skip
-
-
-class Crash(Exception):
-    pass
 
 
 @pytest.mark.parametrize(

@@ -297,9 +297,9 @@ def defaults() -> dict[str, dict[str, Any]]:
     return json.loads(json.dumps(found))
 
 
-def recorded(name: str) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
-    """(config.json, tensors in float32, logits) of a family."""
-    with np.load(FIXTURE) as arrays:
+def recorded(name: str, fixture: pathlib.Path = FIXTURE) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
+    """(config.json, tensors in float32, logits) of what a fixture has under this name, of a family."""
+    with np.load(fixture) as arrays:
         mine = {key.split("|")[1]: arrays[key] for key in arrays.files if key.startswith(f"{name}|")}
     config, logits = json.loads(str(mine.pop("config.json"))), mine.pop("logits")
     return config, {key: x.astype(np.float32) for key, x in mine.items()}, logits

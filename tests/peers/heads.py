@@ -166,10 +166,7 @@ def record() -> None:
 
 def recorded(name: str) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
     """(config.json, tensors in float32, logits) of a class."""
-    with np.load(FIXTURE) as arrays:
-        mine = {key.split("|")[1]: arrays[key] for key in arrays.files if key.startswith(f"{name}|")}
-    config, logits = json.loads(str(mine.pop("config.json"))), mine.pop("logits")
-    return config, {key: x.astype(np.float32) for key, x in mine.items()}, logits
+    return families.recorded(name, FIXTURE)
 
 
 def main() -> None:
