@@ -145,6 +145,7 @@ def finetuned(folder: pathlib.Path, recorded: tuple, pieces: int) -> pathlib.Pat
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> pathlib.Path:
     """A BERT, finetuned, and as the folder that it leaves in."""
+    pytest.importorskip("tokenizers")
     folder = finetuned(tmp_path_factory.mktemp("heads") / "bert", parity.recorded("bert_masked"), parity.PIECES)
     assert convert_checkpoint.main([str(folder / "run"), str(folder / "out"), "--unproven"]) == 0
     return folder

@@ -100,6 +100,7 @@ def first_step(file: str, folder: str, texts: str, workdir: pathlib.Path, *more:
 
 
 def test_the_first_step_is_the_model_s_and_a_run_that_goes_on_keeps_what_it_took(plain, llama, texts, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
     line = first_step(plain, llama, texts, tmp_path / "run")
     config, _ = loaded(plain, train__init_from=llama, data__sources=texts)
     assert line["train/loss"] == pytest.approx(first_loss_here(llama, config), abs=1e-5)
