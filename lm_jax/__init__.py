@@ -1,5 +1,6 @@
 """lm_jax: train language models with JAX. Start reading at `main.py`, then `train.py`."""
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from lm_jax import stop
@@ -11,7 +12,8 @@ __all__ = ["LoadedModel", "RunResult", "load", "run"]
 __version__ = "0.1.0"
 
 if stop.is_command():  # before anything heavy is imported: Ctrl-C is answered from here on
-    stop.StopSignal().__enter__()
+    with contextlib.suppress(OSError, RuntimeError):  # no file or thread is left: `cli.run_command` says it
+        stop.StopSignal().__enter__()
 
 
 def __getattr__(name: str) -> Any:

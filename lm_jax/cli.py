@@ -102,9 +102,9 @@ def run_command(main: Callable[[list[str]], int | None], arguments: list[str] | 
     0 done, 2 user error, 70 an error of this program, 74 an error of the machine (disk, rights, memory), 75 preempted
     and saved; 130 and 143 where SIGINT or SIGTERM ended it and nothing was to be saved.
     """
-    with StopSignal():
+    with contextlib.ExitStack() as listens:
         speak = quiet_threads()
-        code = exit_code(main, sys.argv[1:] if arguments is None else arguments)
+        code = exit_code(main, sys.argv[1:] if arguments is None else arguments, listens)
     if code != EXIT_MACHINE:  # else threads that are not over yet may still find out
         speak()
     in_a_job = stop.others is not stop.ALONE  # ends so: JAX would wait for the others
@@ -116,11 +116,15 @@ def run_command(main: Callable[[list[str]], int | None], arguments: list[str] | 
     sys.exit(code)
 
 
-def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    """Runs `main` of a command; its exit code. An error is written to stderr and told to the job's other processes."""
+def exit_code(main: Callable[[list[str]], int | None], arguments: list[str], listens: contextlib.ExitStack) -> int:
+    """Runs `main` of a command; its exit code. An error is written to stderr and told to the job's other processes.
+
+    Signals are listened to until `listens` is closed.
+    """
     from lm_jax import distributed, job
 
     try:
+        listens.enter_context(StopSignal())
         fault_points.arm(os.environ.get("LM_JAX_FAULT", ""))
         distributed.configure()
         code = main(arguments) or 0

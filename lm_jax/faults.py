@@ -24,6 +24,7 @@ MENDS = {
     errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
     errno.ENFILE: "end other programs: this machine has no more open files",
     errno.ENOMEM: "take fewer rows at once (--config.train.microbatch_rows=1), a smaller model, or more devices",
+    errno.EAGAIN: "no thread can be started: raise the limit of processes (ulimit -u), or end other programs",
     errno.EPIPE: "who read this command's output is gone",
 }
 NAMES = {  # a place that cannot be one: the user's mistake
@@ -39,7 +40,7 @@ TEXTS = {os.strerror(number): number for number in MENDS} | {  # as libraries in
     "RESOURCE_EXHAUSTED": errno.ENOMEM,
     "ut of memory": errno.ENOMEM,
     "OUT_OF_MEMORY": errno.ENOMEM,
-    "can't start new thread": errno.ENOMEM,
+    "can't start new thread": errno.EAGAIN,
     "bad_alloc": errno.ENOMEM,
 }
 

@@ -63,12 +63,12 @@ class StopSignal:
         self.saved = NEVER  # the newest step on disk, whole
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, lambda number, frame: None) for number in TAKEN}
-        read, self._write = os.pipe()
+        read, self._write = os.pipe()  # what may be refused comes first: then signals do what they did before
         os.set_blocking(self._write, False)
-        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, args=(read,), daemon=True)
         self._thread.start()
+        self._before = {number: signal.signal(number, lambda number, frame: None) for number in TAKEN}
+        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._forget)
         listening.append(self)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN)  # what came while this process replaced itself comes now

@@ -8,7 +8,7 @@ import runpy
 import subprocess
 import sys
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from io import StringIO
 
@@ -56,13 +56,15 @@ def perform(words: list[str]) -> int:
     return 0
 
 
+def told(words: list[str], around=nullcontext) -> dict:
+    """{"code": ..., "output": ...} of a command in this process, performed inside the context `around`."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(out), around():
+        code = perform(words)
+    with redirect_stderr(StringIO()):
+        gc.collect()  # what a refused command leaves half made would be told in the next one's output
+    return {"code": code, "output": out.getvalue()}
+
+
 if __name__ == "__main__":
     gc.set_threshold(50_000, 10, 10)
-    done = []
-    for words in json.loads(sys.argv[1]):
-        with redirect_stdout(StringIO()) as out, redirect_stderr(out):
-            code = perform(words)
-        with redirect_stderr(StringIO()):
-            gc.collect()  # what a refused command leaves half made would be told in the next one's output
-        done.append({"code": code, "output": out.getvalue()})
-    print(json.dumps(done))
+    print(json.dumps([told(words) for words in json.loads(sys.argv[1])]))

@@ -9,10 +9,10 @@ import pathlib
 import resource
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
+from functools import partial
 
-from one_process import LIMIT, QUICK, ROOT, perform
+from one_process import LIMIT, QUICK, ROOT, told
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"}
 READS = {"os.listdir", "os.scandir"}
@@ -29,26 +29,25 @@ def refuse(event: str, arguments: tuple) -> None:
         raise OSError(now["errno"], os.strerror(now["errno"]), path)
 
 
-def done_while(situation: dict) -> dict:
-    """{"code": ..., "output": ...} of a situation's command."""
+@contextmanager
+def under(situation: dict):
+    """The environment, the limits and what is refused, while a situation's command runs."""
     limits = {getattr(resource, name): value for name, value in situation.get("limits", {}).items()}
     before = {limit: resource.getrlimit(limit) for limit in limits}
     environment = dict(os.environ)
     os.environ.update(situation.get("environment", {}))
     for name in situation.get("unset", []):
         os.environ.pop(name, None)
-    with redirect_stdout(StringIO()) as out, redirect_stderr(out):
-        for limit, value in limits.items():
-            open_now = len(os.listdir("/proc/self/fd")) if limit == resource.RLIMIT_NOFILE else 0
-            resource.setrlimit(limit, (value + open_now, before[limit][1]))
-        now.update(situation.get("refused", {}))
-        code = perform(situation["words"])
-        now.clear()
-        for limit, value in before.items():
-            resource.setrlimit(limit, value)
+    for limit, value in limits.items():
+        open_now = len(os.listdir("/proc/self/fd")) if limit == resource.RLIMIT_NOFILE else 0
+        resource.setrlimit(limit, (value + open_now, before[limit][1]))
+    now.update(situation.get("refused", {}))
+    yield
+    now.clear()
+    for limit, value in before.items():
+        resource.setrlimit(limit, value)
     os.environ.clear()
     os.environ.update(environment)
-    return {"code": code, "output": out.getvalue()}
 
 
 def refused(situations: list[dict], folder: pathlib.Path, **environment: str) -> list[dict]:
@@ -71,5 +70,5 @@ def refused(situations: list[dict], folder: pathlib.Path, **environment: str) ->
 if __name__ == "__main__":
     sys.addaudithook(refuse)
     for situation in json.load(sys.stdin):
-        print(json.dumps(done_while(situation)), flush=True)
+        print(json.dumps(told(situation["words"], partial(under, situation))), flush=True)
     os._exit(0)  # threads that still wait for what was refused are not waited for

@@ -6,13 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+from threading import Thread
 
 import pytest
 from etils import epath
 from helpers import LIMIT, LLAMA, ROOT
 from refused import refused
 
-from lm_jax import faults, files, manifest
+from lm_jax import cli, faults, files, manifest
 
 TRAIN = [
     "-m", "lm_jax.main", "--config", str(ROOT / "experiments" / "quickstart.py:smoke"), "--config.data.tokenizer=bytes",
@@ -122,6 +123,28 @@ def test_what_the_system_refuses_is_said_in_a_few_lines(part, tmp_path):
     assert manifest.invalid_reason(epath.Path(steps / "2")) == ""
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "mend"),
+    [
+        (os, "pipe", OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (Thread, "start", RuntimeError("can't start new thread"), "ulimit -u"),
+    ],
+)
+def test_what_is_refused_before_a_command_begins_is_a_line(owner, name, error, mend, monkeypatch, capsys):
+    """It listens to signals first: a pipe and a thread. Where one is refused, signals do what they did before."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def refuse(*given):
+        raise error
+
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(SystemExit) as end:
+        cli.run_command(lambda arguments: 0, [])
+    told = capsys.readouterr().err
+    assert end.value.code == 74 and mend in told and len(told.strip().split("\n")) <= 5, told
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize("stream", ["full", "gone"])
 def test_output_that_cannot_be_written_ends_in_a_line(stream):
     line = [sys.executable, "-m", "lm_jax.main", "--print_config", "--config", "experiments/quickstart.py"]
@@ -179,7 +202,7 @@ def test_pipes_devices_and_loops_are_a_line_and_not_waited_for(odd, tmp_path):
         (ValueError("Error writing \"/a/b\": No space left on device [OS error 28: ENOSPC]"), errno.ENOSPC),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."), errno.ENOMEM),
         (RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), errno.ENOMEM),
-        (RuntimeError("can't start new thread"), errno.ENOMEM),
+        (RuntimeError("can't start new thread"), errno.EAGAIN),
         (TimeoutError("x was not written in 600 s"), 0),
         (ValueError("shapes differ"), None),
         (KeyError("x"), None),
