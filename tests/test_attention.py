@@ -149,16 +149,23 @@ def test_what_a_backend_cannot_honour_is_refused_by_name(backend, call, problem,
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (TPU, "splash"), (GPU, "cudnn"), (CALL, "chunked"), (CALL._replace(num_queries=256, num_keys=256), "xla"),
+        (TPU, "splash"), (GPU, "flash"), (CALL, "chunked"), (CALL._replace(num_queries=256, num_keys=256), "xla"),
         (TPU._replace(num_queries=1), "xla"), (GPU._replace(dtype="float32"), "chunked"),
         (GPU._replace(softcap=True), "chunked"), (TPU._replace(softcap=True), "splash"),
         (GPU._replace(head_dim=96), "cudnn"), (GPU._replace(num_queries=1), "xla"),
         (TPU._replace(head_dim=80), "chunked"), (TPU._replace(num_queries=64, num_keys=64), "xla"),
-        (GPU._replace(dtype="float16"), "cudnn"), (TURING, "chunked"),
+        (GPU._replace(dtype="float16"), "flash"), (TURING, "chunked"),
     ],
 )  # fmt: skip
 def test_auto_is_the_best_of_the_platform(call, expected):
     assert attention.choose("auto", call) == expected
+
+
+def test_a_jax_without_the_compiler_of_flash_takes_the_next(monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", {"jax.experimental.pallas.triton": None}.__getitem__)
+    assert attention.choose("auto", GPU) == "cudnn"
+    with pytest.raises(UserError, match="needs Pallas's compiler for Triton.*\n.*--config.model.attention=cudnn"):
+        attention.choose("flash", GPU)
 
 
 def test_preflight_asks_before_anything_compiles():
@@ -182,9 +189,11 @@ def test_flash_attention_has_no_square_and_keeps_its_sums():
 
 
 def test_flash_attention_skips_blocks_that_do_not_meet():
-    """Blocks of 128: documents of 1 1/2, 2 1/2 and 2 blocks, one of padding; ids that do not ascend are right too."""
-    ids = jnp.repeat(jnp.asarray([1, 2, 3, 0]), np.asarray([192, 320, 256, 128]), total_repeat_length=896)[None]
+    """Documents of 1 1/2, 2 1/2 and 2 blocks, one of padding; ids that do not ascend are right too."""
+    lengths = np.asarray([3, 5, 4, 2]) * flash_attention.BLOCK // 2
+    ids = jnp.repeat(jnp.asarray([1, 2, 3, 0]), lengths, total_repeat_length=sum(lengths))[None]
     of_blocks = jax.jit(flash_attention.meeting_blocks, static_argnums=1)
+
     bounds = lambda ids, *rule: np.asarray(of_blocks(ids, flash_attention.Rule(*rule)))[:, :, 0]
     np.testing.assert_array_equal(
         bounds(ids, 0, True),
@@ -194,7 +203,7 @@ def test_flash_attention_skips_blocks_that_do_not_meet():
     np.testing.assert_array_equal(bounds(ids, 1, True), 2 * [[range(7), range(1, 8)]])
     np.testing.assert_array_equal(bounds(ids, 2, True)[0], [[0, 0, 1, 2, 4, 4, 6], range(1, 8)])
     np.testing.assert_array_equal(bounds(ids[:, ::-1], 0, False)[0][0], [0, 1, 1, 3, 3, 3, 5])
-    mixed = jnp.tile(jnp.asarray([2, 1]), 256)[None]
+    mixed = jnp.tile(jnp.asarray([2, 1]), 2 * flash_attention.BLOCK)[None]
     np.testing.assert_array_equal(bounds(mixed, 0, False), 2 * [[[0] * 4, [4] * 4]])
 
 
@@ -206,6 +215,7 @@ def test_flash_attention_in_bfloat16():
 
 
 @pytest.mark.device
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("backend", [attention._cudnn, lambda given: flash(*given[:3], given.keys, *given[5:7])])
 def test_a_kernel_on_a_gpu(backend):
     q, k, v = (x.astype(jnp.bfloat16) for x in arrays())

@@ -12,7 +12,7 @@ from helpers import ROOT, tiny
 from lm_jax import decide, experiment, train
 from lm_jax.batch_ramp import make_ramp
 from lm_jax.config import flatten
-from lm_jax.model import attention
+from lm_jax.model import attention, flash_attention
 from lm_jax.model_config import PLAIN
 from lm_jax.plan import devices
 from lm_jax.plan.estimate import described, estimate, mesh_of, site_of
@@ -199,7 +199,7 @@ def test_what_was_decided_stands_in_config_json_and_is_kept(finished, tmp_path, 
 def test_a_gpu_before_ampere_is_given_no_fused_attention(topology, fused, monkeypatch):
     """By the kind of device that a program is traced for."""
     calls = []
-    monkeypatch.setattr(attention, "_cudnn", lambda inputs: calls.append(inputs[0].dtype) or inputs[0])
+    monkeypatch.setattr(flash_attention, "on_each_gpu", lambda q, *others: calls.append(q.dtype) or q)
     x = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.float16)
     context = attention.Context(*2 * [jax.ShapeDtypeStruct((2, 512), jnp.int32)])
     attend = lambda q, k, v, where: attention.attend(q, k, v, where, where, 0, "auto")

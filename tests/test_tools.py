@@ -35,7 +35,7 @@ def test_every_case_of_the_gpu_table_runs_in_miniature(tmp_path):
     result = tool("benchmark", "gpu", "--smoke", "--json", str(tmp_path / "gpu.json"))
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())["results"]
-    assert len(found) == 9 and all("failed" not in case for case in found.values()), found
+    assert len(found) == 11 and all("failed" not in case for case in found.values()), found
 
 
 def test_an_unknown_benchmark_is_answered_with_those_there_are():

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T query length, S key length, D model, H heads, G kv he
 """
 
 import functools
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import jax
@@ -50,8 +51,8 @@ class Ability(NamedTuple):
 
 ABILITIES = {
     "splash": Ability("tpu", ("float32", "bfloat16"), 64, length_multiple=128, softcap=True, split=True),
-    "cudnn": Ability("gpu", ("float16", "bfloat16"), 8, 128, length_multiple=2, bfloat16=True),
     "flash": Ability("gpu", ("float16", "bfloat16"), 64, 128, length_multiple=128, bfloat16=True),
+    "cudnn": Ability("gpu", ("float16", "bfloat16"), 8, 128, length_multiple=2, bfloat16=True),
     "chunked": Ability(softcap=True, split=True),
     "xla": Ability(cache=True, bias=True, softcap=True, split=True),
 }
@@ -76,6 +77,8 @@ def refusal(backend: str, call: Call) -> str:
     able = ABILITIES[backend]
     if able.platform not in ("", call.platform):
         return f"runs on a {able.platform}, this is a {call.platform}"
+    if backend == "flash" and not find_spec("jax.experimental.pallas.triton"):
+        return "needs Pallas's compiler for Triton, which this JAX no longer has"
     if able.bfloat16 and not call.bfloat16:
         return "runs on GPUs from Ampere on (compute capability 8.0), this is an older one"
     if call.dtype not in able.dtypes:
