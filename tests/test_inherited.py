@@ -84,7 +84,7 @@ def test_nothing_but_the_model_is_given_and_its_settings_are_all_there(name, pla
 def first_loss_here(folder: str, config) -> float:
     """The loss of the first batch of a config by the parameters of a folder, nothing of `initial_state` used."""
     described = hugging_face.read_description(folder)
-    graph, stream = description.graph_of(described), open_data(config).stream(config.data)
+    graph, stream = description.graph_of(described._replace(config=config)), open_data(config).stream(config.data)
     batch = stacked_or_padding(stream.row, 2**31, list(range(config.data.global_batch_size)))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         ours = jax.tree.map(jnp.asarray, hugging_face.read_parameters(folder, described))
@@ -112,6 +112,27 @@ def test_the_first_step_is_the_model_s_and_a_run_that_goes_on_keeps_what_it_took
     paths = [path for path in flatten(config) if path.startswith("model.")]
     paths += ["data.objective", "data.tokenizer", "data.sequence_length"]
     assert {path: flatten(again)[path] for path in paths} == {path: flatten(config)[path] for path in paths}
+
+
+def test_a_context_is_lengthened_by_what_no_parameter_depends_on(plain, llama, texts, tmp_path):
+    """Rows twice as long with rope scaled to them: the parameters are the model's, what they compute is the scaled model's."""
+    pytest.importorskip("tokenizers")
+    given = {
+        "model.rotary_scaling": "(2.0, 1.0, 32.0, 64.0)",
+        "model.rotary_scaling_kind": "yarn",
+        "data.sequence_length": "128",
+    }
+    line = first_step(
+        plain, llama, texts, tmp_path / "run", *[f"--config.{path}={value}" for path, value in given.items()]
+    )
+    config, origins = loaded(plain, train__init_from=llama, data__sources=texts, **given)
+    assert {origins[path]["from"] for path in given} == {"command line"} and origins["model.rotary_base"][
+        "from"
+    ] == "model"
+    unscaled, _ = loaded(plain, train__init_from=llama, data__sources=texts, data__sequence_length=128)
+    assert line["train/loss"] == pytest.approx(first_loss_here(llama, config), abs=1e-5)
+    assert line["train/loss"] != pytest.approx(first_loss_here(llama, unscaled), abs=1e-4)
+    assert load_model.locate(str(tmp_path / "run")).config.model.rotary_scaling == (2.0, 1.0, 32.0, 64.0)
 
 
 def losses_there(model, row: dict) -> list[float]:
