@@ -213,7 +213,9 @@ def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(
     crash_at(monkeypatch, where, call)
     with pytest.raises(Crash) as error:
         main.main(line)
-    assert error.tb and not [file for file in open_files() if file.startswith(str(tmp_path))]  # its frames hold them yet
+    assert error.tb and not [
+        file for file in open_files() if file.startswith(str(tmp_path))
+    ]  # its frames hold them yet
     assert step_folders.complete_steps(tmp_path / "checkpoints")[-1] == saved
     assert main.main(line) == 0
     assert lines_of(tmp_path) == lines_of(whole / str(num_rows))
