@@ -6,7 +6,7 @@ All processes do the same: what a clock or a file says of it is agreed on.
 import contextlib
 import time
 
-from lm_jax import best, checkpoint, metrics, step_folders
+from lm_jax import best, checkpoint, metrics, step_folders, update_histograms
 from lm_jax.closing import why_over
 from lm_jax.distributed import agree, is_main_process
 from lm_jax.knob import parse_length
@@ -16,7 +16,8 @@ from lm_jax.step_log import StepLog
 
 
 def do_what_is_due(run: Run, step_log: StepLog, evaluation: Evaluation | None, saver: checkpoint.Saver) -> None:
-    """What is due after a step other than the last: a checkpoint, then an evaluation or a sample, then the best is saved."""
+    """What is due after a step other than the last: a checkpoint, an evaluation or a sample, then the best is saved."""
+    update_histograms.look(run, step_log.writer)
     number, unit = parse_length(run.config.checkpoint.every)
     in_time = lambda: agree(time.monotonic() - saver.saved_at >= 60 * number, "time to save")
     saves = in_time() if unit == "min" else run.is_due(run.config.checkpoint.every, run.data.step)

@@ -262,6 +262,7 @@ class Log:
     """What is written of the steps."""
 
     every: Length = length(10, "between lines of metrics", low=1)
+    histograms: Length = length(0, "between histograms of what a step changes in each layer, in TensorBoard; 0 = none")
     profile: int = length(0, "step from which three are traced for XProf; 0 = none")
     trackers: tuple[str, ...] = knob(
         ("tensorboard",),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 import jax
 
@@ -14,6 +15,7 @@ from lm_jax.evaluator import Evaluator, added, by_source
 from lm_jax.mesh import batch_shards, make_mesh
 from lm_jax.multihost import peers
 from lm_jax.open_data import check_scores, open_data
+from lm_jax.summary import Summary
 from lm_jax.terminal import Terminal
 
 
@@ -36,6 +38,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, default=8, help="rows at a time on a device; the result does not depend on it"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="the last line also says how it ended, as that of lm_jax.main"
+    )
     flags = parser.parse_args(arguments)
     if flags.batch_size < 1:
         parser.error(f"--batch_size {flags.batch_size}: at least 1")
@@ -46,7 +51,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Runs the command with its arguments. Returns the exit code; raises UserError."""
-    flags, log = parse(arguments), Terminal()
+    log = Terminal()
+    if "--json" not in arguments:
+        log(json.dumps(evaluated(arguments, log)))
+        return 0
+    with Summary().at_the_end() as summary:
+        summary.results = evaluated(arguments, log)
+        summary.say(0, "done")
+    return 0
+
+
+def evaluated(arguments: list[str], log: Terminal) -> dict[str, Any]:
+    """The command -> what it prints: about the model and its split, and the numbers. Raises UserError."""
+    flags = parse(arguments)
     devices = distributed.devices()  # of several processes each verifies its share of the model
     found = load_model.of_flags(flags, log)
     tell_losses(found.tokenizer, log)
@@ -93,8 +110,7 @@ def main(arguments: list[str]) -> int:
         about = {"model": flags.model, "step": found.step}
         scored = results.write(found.workdir, flags.split, kind, kept, about)
         result |= {"records": len(kept)} | {f"eval/{name}": value for name, value in scored.items()}
-    log(json.dumps(result))
-    return 0
+    return result
 
 
 if __name__ == "__main__":

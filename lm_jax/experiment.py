@@ -1,7 +1,6 @@
 """The config of an experiment: what its file says, overrides, where each value came from, `:smoke`."""
 
 import ast
-import inspect
 import os
 from typing import Any
 
@@ -68,20 +67,23 @@ def shipped() -> list[str]:
     found = []
     for file in (f"experiments/{name}" for name in files):
         variants = getattr(executed(find_experiment(file)[0], f"--config {file}"), "VARIANTS", ())
-        found += [f"{file}:{variant}" for variant in variants] or [file]
+        found += [f"{file}:{variant}" for variant in variants if variant != "smoke"] or [file]
     return found
 
 
 def _config_of(module, experiment: str, variant: str) -> ml_collections.ConfigDict:
-    """What `get_config` of an experiment returns; for `smoke`, the full config, checked. Raises UserError."""
+    """What `get_config` of an experiment returns; for `smoke`, the full config, checked. Raises UserError.
+
+    A file that lists `smoke` among its variants says itself what is to be shrunk, others shrink what they are without one.
+    """
     if not hasattr(module, "get_config"):
         raise UserError(f"--config {experiment}: the file has no get_config()")
-    variants = (*getattr(module, "VARIANTS", ()), "smoke")
+    named = tuple(getattr(module, "VARIANTS", ()))
+    variants = tuple(dict.fromkeys((*named, "smoke")))
     if variant and variant not in variants:
         near = nearest(variant, variants)
         raise UserError(f"--config {experiment}: no variant {variant!r}; there is {', '.join(variants)}{near}")
-    takes_variant = inspect.signature(module.get_config).parameters
-    config = module.get_config(variant) if takes_variant and variant != "smoke" else module.get_config()
+    config = module.get_config(variant) if variant in named else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f"--config {experiment}: get_config() returned {type(config).__name__}, not a ConfigDict; return config"

@@ -23,6 +23,8 @@ OF_TASK = ("head", "labels")
 MODEL = tuple(p for p in leaves() if p.startswith("model.") and p[6:] not in OF_TRAINING.union(OF_TASK))
 TEXT = ("data.objective", "data.tokenizer", "data.sequence_length")
 FROM_MODEL = (*MODEL, *TEXT)
+# May be given beside a model that has another: no parameter depends on it, and longer rows want it.
+SCALING = ("model.rotary_scaling", "model.rotary_scaling_kind")
 DERIVED = ("model.num_kv_heads", "model.head_dim", "model.mlp_dim")  # 0 says nothing of them
 # Tokens of a row where a folder of Hugging Face says how many its model can read, not of how many it learnt: 131,072.
 LONGEST_ROW = 2048
@@ -85,7 +87,8 @@ def _settings_of(model: str) -> Config:
 def _of_model(flat: Settings, given: Collection[str], theirs: Config) -> Settings:
     """What a MODEL brings. Raises UserError where `given` settings are not its own, or rows are longer than its table."""
     there, name, length = flatten(theirs), flat["train.init_from"], theirs.data.sequence_length
-    differing = [path for path in MODEL if path in given and flat[path] != there[path]]
+    fixed = [path for path in MODEL if path in given and path not in SCALING]
+    differing = [path for path in fixed if flat[path] != there[path]]
     if (
         theirs.model.positions == "learned"
         and "data.sequence_length" in given

@@ -13,6 +13,7 @@ from lm_jax.batch_ramp import START, DataState
 from lm_jax.data import mixture
 from lm_jax.distributed import agree
 from lm_jax.errors import UserError
+from lm_jax.meanwhile import elapsed
 from lm_jax.train_state import TrainSetup, TrainState, fresh
 
 FIRST_ROWS = (("positions", "table"), ("embedding", "table"), ("unembedding", "table"), ("output_bias",))
@@ -82,14 +83,16 @@ def starting_point(
     step = step_folders.newest_valid(workdir, log, quarantine=True, run=run)
     if step is not None:
         fault_points.reach("restore")
-        state, data = checkpoint.restore(workdir, step, program)
+        with elapsed(f"restoring step {step:,}"):
+            state, data = checkpoint.restore(workdir, step, program)
         data = DataState.of_lists(agree(data, "data state"))
         log(f"resumed at step {step:,}, row {data.cursor:,}")
         return state, data
     if source is None:
         return jax.jit(lambda: fresh(program))(), START
     if isinstance(source, load_model.ModelRef):
-        _, given = load_model.load_parameters(source)
+        with elapsed(f"reading {source.workdir}"):
+            _, given = load_model.load_parameters(source)
         log(f"parameters from {source.workdir} step {source.step:,}")
         parameters = with_the_rest(program, given, unusable(given, has_the_head(program, source)), log)
     else:

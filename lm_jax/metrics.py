@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,10 @@ class Writer:
         self._board.text(step, name, text)
         self._trackers.text(step, name, text)
 
+    def histograms(self, step: int, found: Mapping[str, Any]) -> None:
+        """Histograms by name (`update_histograms.Histogram`): TensorBoard alone has them."""
+        self._board.histograms(step, found)
+
     def hyper_parameters(self) -> None:
         """TensorBoard's HParams tab, and the config as text; trackers have it from the start."""
         self._board.hyper_parameters(self._flat)
@@ -73,7 +77,7 @@ class NullWriter:
     def scalars(self, *_: Any) -> None:
         """Does nothing."""
 
-    text = hyper_parameters = flush = close = scalars
+    text = histograms = hyper_parameters = flush = close = scalars
 
 
 def to_host(metrics: dict) -> dict[str, float]:

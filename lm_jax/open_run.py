@@ -1,5 +1,6 @@
 """A run that is open: what the loop holds on to, what is due after a step, and the one question whether to stop."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -37,6 +38,11 @@ class Run:
     stop: StopSignal
     clock: TimeBudget | None = None  # while there are steps, where the length of the run is a time
     trace_from: int = 0  # the step from which some are traced, counted from 1
+    before: tuple[int, dict] | None = (
+        None  # a step and the parameters after it, where what the next one changes is shown
+    )
+    # Closes the writer that is open, however the run ends.
+    writing: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     ended: str = ""  # why no step is to follow, as all processes know (`closing.why_over`)
     _every: dict[Length, Every] = dataclasses.field(default_factory=dict, init=False)
 
@@ -72,11 +78,13 @@ class Run:
         return bool(agree(self.stop.requested, "stop"))
 
     def open_writer(self) -> metrics.Writer | metrics.NullWriter:
-        """What writes the lines of the run from the step at hand on: on the main process alone."""
+        """What writes the lines of the run from the step at hand on: on the main process alone. The one before is closed."""
+        self.writing.close()
         if not is_main_process():
             return metrics.NullWriter()
         shown = self.config.log.trackers, self.workdir.name, flatten(self.config)
-        return metrics.Writer(self.mirror.folder, self.data.step, self.log, *shown)
+        writer = metrics.Writer(self.mirror.folder, self.data.step, self.log, *shown)
+        return self.writing.enter_context(contextlib.closing(writer))
 
     def is_asked_to_look(self) -> bool:
         """Whether a signal has asked the main process to save, to show a sample and to profile; it is answered once."""

@@ -1,4 +1,4 @@
-"""The last line of a run on request (`--json`): one JSON object that says what came out, and why it ended, however it did."""
+"""The last line of a command on request (`--json`): one JSON object that says what came out, and why it ended, however it did."""
 
 import contextlib
 import json
@@ -30,6 +30,7 @@ class Summary:
         self.opening: Opening | None = None
         self.run: Run | None = None
         self.trouble = ""  # for which a run gave up
+        self.results: dict[str, Any] = {}  # of a command that trains nothing
 
     @contextlib.contextmanager
     def at_the_end(self) -> Iterator["Summary"]:
@@ -86,7 +87,7 @@ class Summary:
                 "bits_per_byte": last(lines, BITS),
                 "train_loss": last(lines, ("train/loss",)),
             }
-        return found
+        return found | self.results
 
 
 def last(lines: list[dict[str, Any]], names: tuple[str, ...]) -> float | None:

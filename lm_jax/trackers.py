@@ -76,6 +76,20 @@ class TensorBoard:
             step, name, text.encode(), text_metadata.create_summary_metadata(display_name=name, description="")
         )
 
+    def histograms(self, step: int, found: Mapping[str, Any]) -> None:
+        """Histograms by name (`update_histograms.Histogram`)."""
+        values = [
+            summary_pb2.Summary.Value(
+                tag=name,
+                histo=summary_pb2.HistogramProto(
+                    min=one.low, max=one.high, num=one.counts_E.sum(), sum=one.total, sum_squares=one.squares,
+                    bucket_limit=one.limits_E, bucket=one.counts_E,
+                ),
+            )
+            for name, one in found.items()
+        ]  # fmt: skip
+        self._add(step, summary_pb2.Summary(value=values))
+
     def hyper_parameters(self, flat: Mapping[str, Any]) -> None:
         """The HParams tab, in which the run has its name, and which curves are drawn in one chart (Custom Scalars)."""
         plain = {

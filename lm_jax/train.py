@@ -69,21 +69,19 @@ def train(run: Run, given: str, summary: Summary) -> int:
     with run.goodput("compile"):
         one_step = None if run.ended else compiled(run)
     log(run.goodput.start_up())
-    with checkpoint.Saver(run.workdir, run.config, run.facts, run.stop) as saver:
+    with checkpoint.Saver(run.workdir, run.config, run.facts, run.stop) as saver, run.writing:
         evaluation = make_evaluation(run)
         step_log, trouble = stretch(run, one_step, evaluation, saver)
         while step_log.checks.spike and not trouble:
             trouble = go_back(run, step_log, saver)
             if trouble or run.is_asked_to_stop():
                 break
-            step_log.writer.close()
             step_log, trouble = stretch(run, one_step, evaluation, saver, step_log.checks.watch)
         saver.close()
-    summary.trouble = trouble
-    finished = bool(run.ended) and not trouble and not run.is_asked_to_stop()
-    if finished:
-        closing.finish(run, evaluation, step_log.writer)
-    step_log.writer.close()
+        summary.trouble = trouble
+        finished = bool(run.ended) and not trouble and not run.is_asked_to_stop()
+        if finished:
+            closing.finish(run, evaluation, step_log.writer)
     if not trouble:
         log(run.goodput.table())
     if finished:

@@ -32,8 +32,8 @@ parameter_average schedule optimizer cli step_folders run_folder experiment_file
 metrics_file best load_model inherited experiment train_step trackers metrics goodput decide run_plan terminal
 convert.run generate.sampling generate.decoding convert.proof convert.export generate.beam_search
 generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluator
-open_data evaluate time_budget open_run step_checks step_log samples closing rewind initial_state workdir_lock start
-summary between_steps train main verify generate.lm_eval generate.__main__ trust.card plan.inspection plan.estimate
+open_data time_budget open_run update_histograms step_checks step_log samples closing rewind initial_state workdir_lock start
+summary evaluate between_steps train main verify generate.lm_eval generate.__main__ trust.card plan.inspection plan.estimate
 plan.program_text plan.compile plan.budget plan.compare plan.page plan.search plan.command plan.__main__
 trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep from_python
 """.split()

@@ -6,6 +6,7 @@ import pytest
 from etils import epath
 from helpers import ROOT, Crash, crash_at, lines_of
 
+import lm_jax
 from lm_jax import best, between_steps, checkpoint, evaluate, load_model, main, step_folders
 from lm_jax.config import default_config
 from lm_jax.config_check import resolve
@@ -108,6 +109,8 @@ def test_the_best_step_is_kept_a_run_without_patience_ends_and_goes_on(scripted,
     assert saved(tmp_path) == [4, 12] and "final/loss" in lines_of(tmp_path)[-1]
     assert evaluate.main(["--model", f"{tmp_path}@best", "--split=train", "--rows=3", "--batch_size=1"]) == 0
     found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    chosen, last = lm_jax.load(f"{tmp_path}@best"), lm_jax.load(tmp_path)
+    assert (chosen.step, last.step) == (4, 12) and chosen.loss("class A:") != last.loss("class A:")
     assert (found["step"], found["split"], found["rows"], found["tokens"] <= 3 * 64) == (4, "train", 3, True)
 
 

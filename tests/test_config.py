@@ -36,7 +36,7 @@ train.init_from train.on_spike
 mesh.data mesh.fsdp mesh.tensor mesh.slices mesh.expert mesh.context
 checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best
 evaluate.every evaluate.num_rows evaluate.patience evaluate.metrics evaluate.prompt
-log.every log.profile log.trackers
+log.every log.histograms log.profile log.trackers
 """
 
 

@@ -30,3 +30,11 @@ def test_every_setting_of_ours_beside_theirs_is_one():
         name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+\.\w+)`", row)
     ]
     assert len(named) > 40 and {*named} <= {*leaves()}
+
+
+def test_what_is_written_by_hand_has_about_as_many_lines_as_its_page_says():
+    rows = re.findall(r"^\| (`lm_jax/[^|]*) \| (\d+) \|", (ROOT / "docs" / "by_hand.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for files, told in rows:
+        found = sum((ROOT / file).read_text().count("\n") for file in re.findall(r"`([^`]+)`", files))
+        assert abs(found - int(told)) <= 0.1 * found, f"{files}: {found} lines"

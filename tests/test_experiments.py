@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from lm_jax import experiment
 from lm_jax.batch_ramp import make_ramp, with_steps
+from lm_jax.config import flatten
 from lm_jax.config_check import resolve
 from lm_jax.data.packing import make_row
 from lm_jax.experiment import shrink
@@ -154,6 +155,16 @@ def test_each_task_takes_any_model_and_the_labels_of_its_records(variant, starts
     assert config.model.labels == labels.get(variant, ())
     assert config.model.model_dim == STARTS[model]["hidden_size"] and config.data.tokenizer == model
     assert (config.train.task == "") == (variant == "text")
+
+
+def test_one_recipe_is_the_quickstarts_and_moderns_and_smoke_shrinks_the_other():
+    flat = lambda place: flatten(experiment.load_config(f"experiments/{place}", {})[0]).items()
+    changed = lambda place, before: {path for path, _ in flat(place) - flat(before)}
+    recipe = {"model.qk_norm", "optimizer.name", "optimizer.schedule", "optimizer.decay_to"}
+    assert changed("modern.py", "gpt_125m.py") == recipe
+    assert changed("quickstart.py", "quickstart.py:gpt3") == recipe | {"optimizer.learning_rate"}
+    assert not recipe & changed("quickstart.py:smoke", "quickstart.py:gpt3")
+    assert flat("quickstart.py") == flat("quickstart.py:modern")
 
 
 @pytest.mark.parametrize("place", ["small_decoders.py:mixtral", "small_decoders.py:gemma3"])

@@ -19,6 +19,7 @@ from lm_jax.data.packing import stacked_or_padding
 from lm_jax.errors import UserError
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
+from lm_jax.model_config import NUM_SENTINELS
 from lm_jax.open_data import open_data
 
 EIGHT = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3", "mixtral", "olmo2")
@@ -34,12 +35,12 @@ def saved(name: str, folder: pathlib.Path) -> str:
     return str(folder)
 
 
-def text(folder: pathlib.Path, num: int) -> str:
-    """Ten documents of words that such a tokenizer knows."""
+def text(folder: pathlib.Path, num: int, first: int = 4) -> str:
+    """Ten documents of words that such a tokenizer knows, after its `first` pieces."""
     folder.mkdir()
     random = np.random.RandomState(0)
     for k in range(10):
-        drawn = random.randint(4, num, 40)
+        drawn = random.randint(first, num, 40)
         (folder / f"{k}.txt").write_text(" ".join(f"w{word}" for word in drawn))
     return str(folder)
 
@@ -84,7 +85,7 @@ def test_nothing_but_the_model_is_given_and_its_settings_are_all_there(name, pla
 def first_loss_here(folder: str, config) -> float:
     """The loss of the first batch of a config by the parameters of a folder, nothing of `initial_state` used."""
     described = hugging_face.read_description(folder)
-    graph, stream = description.graph_of(described), open_data(config).stream(config.data)
+    graph, stream = description.graph_of(described._replace(config=config)), open_data(config).stream(config.data)
     batch = stacked_or_padding(stream.row, 2**31, list(range(config.data.global_batch_size)))
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
         ours = jax.tree.map(jnp.asarray, hugging_face.read_parameters(folder, described))
@@ -114,39 +115,82 @@ def test_the_first_step_is_the_model_s_and_a_run_that_goes_on_keeps_what_it_took
     assert {path: flatten(again)[path] for path in paths} == {path: flatten(config)[path] for path in paths}
 
 
+def test_a_context_is_lengthened_by_what_no_parameter_depends_on(plain, llama, texts, tmp_path):
+    """Rows twice as long with rope scaled to them: the parameters are the model's, what they compute is the scaled model's."""
+    pytest.importorskip("tokenizers")
+    given = {
+        "model.rotary_scaling": "(2.0, 1.0, 32.0, 64.0)",
+        "model.rotary_scaling_kind": "yarn",
+        "data.sequence_length": "128",
+    }
+    line = first_step(
+        plain, llama, texts, tmp_path / "run", *[f"--config.{path}={value}" for path, value in given.items()]
+    )
+    config, origins = loaded(plain, train__init_from=llama, data__sources=texts, **given)
+    assert {origins[path]["from"] for path in given} == {"command line"} and origins["model.rotary_base"][
+        "from"
+    ] == "model"
+    unscaled, _ = loaded(plain, train__init_from=llama, data__sources=texts, data__sequence_length=128)
+    assert line["train/loss"] == pytest.approx(first_loss_here(llama, config), abs=1e-5)
+    assert line["train/loss"] != pytest.approx(first_loss_here(llama, unscaled), abs=1e-4)
+    assert load_model.locate(str(tmp_path / "run")).config.model.rotary_scaling == (2.0, 1.0, 32.0, 64.0)
+
+
 def losses_there(model, row: dict) -> list[float]:
     """The losses in nats of what a row asks, of each of its segments alone, by `transformers`."""
     import torch
 
     found, entropy = [], torch.nn.functional.cross_entropy
+    side = lambda name: "encoder_segment_ids" if name.startswith("encoder_") else "segment_ids"
     for segment in range(1, int(row["segment_ids"].max()) + 1):
-        own = {name: torch.tensor(x[row["segment_ids"] == segment]) for name, x in row.items() if x.ndim}
+        own = {name: torch.tensor(x[row[side(name)] == segment]) for name, x in row.items() if x.ndim}
         ids, targets, asked = own["tokens"][None].long(), own["targets"].long(), own["loss_mask"] > 0
         with torch.no_grad():
             if "token_type_ids" in own:  # the first token asks for the next sentence
                 out = model(ids, token_type_ids=own["token_type_ids"][None].long())
                 found += [float(entropy(out.seq_relationship_logits[0], targets[0]))] if asked[0] else []
                 logits, asked = out.prediction_logits[0], asked & (own["positions"] > 0)
+            elif "encoder_tokens" in own:
+                logits = model(own["encoder_tokens"][None].long(), decoder_input_ids=ids).logits[0]
             else:
                 logits = model(ids).logits[0]
         found += entropy(logits, targets, reduction="none")[asked].tolist()
     return found
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("name", [*EIGHT, "bert"])
-def test_the_loss_of_the_first_step_is_that_of_transformers(name, plain, tmp_path):
-    """Of eight families and BERT, live: a folder that `transformers` saved, nothing else given, the same tokens."""
-    pytest.importorskip("torch")
-    peer = encoders if name == "bert" else parity
-    model, folder, texts = peer.reference(name), tmp_path / name, text(tmp_path / "texts", peer.PIECES)
+def saved_by_transformers(name: str, folder: pathlib.Path) -> tuple:
+    """(The model in PyTorch, the ids of words) of a folder that `transformers` wrote, with a tokenizer."""
+    peer, special, num = (
+        encoders if name in ("bert", "t5") else parity,
+        ("<|endoftext|>", "[MASK]", "[CLS]", "[SEP]"),
+        0,
+    )
+    if name == "t5":
+        special = ("<|endoftext|>", *(f"<extra_id_{k}>" for k in range(NUM_SENTINELS)))
+        num = peer.PIECES + len(special)
+    model = peer.reference(name, num) if num else peer.reference(name)
     model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(words(peer.PIECES))
-    found = first_step(plain, str(folder), texts, tmp_path / "run")
-    config, _ = loaded(plain, train__init_from=folder, data__sources=texts)
+    if name == "t5":
+        (folder / "config.json").write_text(json.dumps(peer.content_of(model)))
+    num = num or peer.PIECES
+    (folder / "tokenizer.json").write_bytes(words(num, special))
+    return model, range(len(special), num)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", [*EIGHT, "bert", "t5"])
+def test_the_loss_of_the_first_step_is_that_of_transformers(name, plain, tmp_path):
+    """Of eight families, BERT and T5, live: a folder that `transformers` saved, and the same tokens; no setting of the model."""
+    pytest.importorskip("torch")
+    model, ids = saved_by_transformers(name, folder := tmp_path / name)
+    texts, short = text(tmp_path / "texts", ids.stop, ids.start), {"data.sequence_length": "64"}
+    found = first_step(
+        plain, str(folder), texts, tmp_path / "run", *[f"--config.{path}={x}" for path, x in short.items()]
+    )
+    config, _ = loaded(plain, train__init_from=folder, data__sources=texts, **short)
     stream = open_data(config).stream(config.data)
     losses = [loss for i in range(2) for loss in losses_there(model, stream.row(i))]
-    assert len(losses) > (10 if name == "bert" else 60)
+    assert len(losses) > (10 if name in ("bert", "t5") else 60)
     assert found["train/loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 

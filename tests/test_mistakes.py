@@ -23,7 +23,7 @@ MISTAKES = [
     ("main", ["--config.optimiser.learning_rate=1"], "no section 'optimiser'; did you mean optimizer.learning_rate?"),
     ("main", ["--config.train=5"], "config.train is a section"),
     ("main", ["--config", "experiments/quickstat.py"], "did you mean experiments/quickstart.py?"),
-    ("main", ["--config", "experiments/quickstart.py:smok"], "no variant 'smok'; there is smoke; did you mean smoke?"),
+    ("main", ["--config", "experiments/quickstart.py:smok"], "there is modern, gpt3, smoke; did you mean smoke?"),
     ("main", [SMOKE, "--config.model.norm=layernrom"], "did you mean layernorm?"),
     ("main", [SMOKE, "--config.optimizer.learning_rate=nan"], "expected a finite number|expected a float"),
     ("main", [SMOKE, "--config.optimizer.learning_rate=fast"], "expected a float"),

@@ -9,7 +9,7 @@ from lm_jax import main, other_words
 from lm_jax.config import leaves
 from lm_jax.errors import UserError
 
-QUICKSTART = f"--config={ROOT / 'experiments' / 'quickstart.py'}"
+QUICKSTART = f"--config={ROOT / 'experiments' / 'quickstart.py:gpt3'}"
 # (arguments, how the answer ends)
 TYPED = [
     (["--config.lr=3e-4"], "--config.optimizer.learning_rate=3e-4"),

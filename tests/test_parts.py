@@ -26,10 +26,10 @@ EXAMPLES = {"parallel_attention": "block", "label_smoothing": "loss", "ademamix"
 OWN = """
 import sys
 sys.path.insert(0, {experiments!r})
-import ademamix, label_smoothing, parallel_attention, quickstart
+import ademamix, label_smoothing, parallel_attention
 from lm_jax.parts import Parts
 
-get_config = quickstart.get_config
+get_config = label_smoothing.get_config
 
 class Mine(parallel_attention.Parallel):
     pass
@@ -147,7 +147,7 @@ def test_an_example_replaces_one_part(name):
     assert example(name).replaced == [EXAMPLES[name]]
     assert (
         experiment.load_config(f"experiments/{name}.py", {})[0]
-        == experiment.load_config("experiments/quickstart.py", {})[0]
+        == experiment.load_config("experiments/quickstart.py:gpt3", {})[0]
     )
 
 

@@ -1,17 +1,19 @@
 """Shards: many read as one, written in bounded memory, and never read where they are not as they were written."""
 
+import itertools
 import json
 import os
 import pathlib
 import pickle
 import shutil
+import types
 
 import numpy as np
 import pytest
 from helpers import made_up, write_shards
 
 from lm_jax import files
-from lm_jax.data import corpus_verification, shard_writer, shards
+from lm_jax.data import corpus, corpus_verification, shard_writer, shards, tokenizer_files
 from lm_jax.data.corpus import is_prepared
 from lm_jax.errors import UserError
 
@@ -134,3 +136,13 @@ def test_large_files_are_known_by_size_and_time_and_one_is_hashed_in_turn(corpus
     shutil.rmtree(tmp_path / "cache")
     shards.read(str(folder), "")
     assert sorted(hashed) == names
+
+
+def test_tokenising_says_how_long_it_will_take(tmp_path, monkeypatch):
+    """Five groups of documents, three seconds each: told after every one."""
+    seconds = itertools.count(0, 3)
+    monkeypatch.setattr(corpus, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
+    trained, told = tokenizer_files.load("bytes"), []
+    texts = {"train": ["word"] * 4 * corpus.TOGETHER, "validation": ["word"] * corpus.TOGETHER}
+    corpus.write_splits(str(tmp_path), texts, trained, 4 * 5 * corpus.TOGETHER, told.append).close()
+    assert told == [f"tokenising: {20 * n}%, {15 - 3 * n} s left" for n in (1, 2, 3, 4, 5)]

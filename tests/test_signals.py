@@ -178,6 +178,15 @@ def whole(tmp_path_factory):
     return folder
 
 
+def open_files() -> list[str]:
+    """The paths of what this process has open."""
+    found = []
+    for link in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # of the listing itself
+            found.append(os.readlink(link.path))
+    return found
+
+
 EVALUATION, NEXT_STEP = (evaluator.Evaluator, "__call__"), (checkpoint.Saver, "poll")
 CRASHES = [
     (8, EVALUATION, 1, 2),
@@ -202,8 +211,11 @@ def test_a_crash_in_any_evaluation_costs_no_step_and_leaves_no_hole(
     """A call raises, in an evaluation or in the step after one; gone on with, the metrics are those of the whole run."""
     line = evaluated(num_rows, tmp_path)
     crash_at(monkeypatch, where, call)
-    with pytest.raises(Crash):
+    with pytest.raises(Crash) as error:
         main.main(line)
+    assert error.tb and not [
+        file for file in open_files() if file.startswith(str(tmp_path))
+    ]  # its frames hold them yet
     assert step_folders.complete_steps(tmp_path / "checkpoints")[-1] == saved
     assert main.main(line) == 0
     assert lines_of(tmp_path) == lines_of(whole / str(num_rows))

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from helpers import ROOT, command, lines_of, outputs, start_processes
 
-from lm_jax import between_steps, cli, main, step_folders, step_log
+from lm_jax import between_steps, cli, evaluate, main, step_folders, step_log
 
 SMOKE = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke"), "--config.mesh.data=1", "--json"]
 SMALL = [
@@ -25,10 +25,10 @@ def last(output: str) -> dict:
     return json.loads(output.rstrip("\n").split("\n")[-1])
 
 
-def ended(arguments: list[str], capsys) -> tuple[int, dict]:
-    """(exit code, the object in the last line) of the command in this process."""
+def ended(arguments: list[str], capsys, command=main.main) -> tuple[int, dict]:
+    """(exit code, the object in the last line) of a command in this process."""
     with pytest.raises(SystemExit) as error:
-        cli.run_command(main.main, arguments)
+        cli.run_command(command, arguments)
     return error.value.code, last(capsys.readouterr().out)
 
 
@@ -71,6 +71,18 @@ def test_a_run_that_is_stopped_is_summed_up(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_log.StepLog, "done", asking)
     code, told = ended([*SMOKE, *SMALL, "--config.train.num_steps=9", "--workdir", str(tmp_path / "run")], capsys)
     assert (code, told["exit_code"], told["exit_reason"], told["step"]) == (75, 75, "signal", 3)
+
+
+def test_an_evaluation_is_summed_up_however_it_ends(finished, capsys):
+    line = ["--model", str(finished), "--rows=1"]
+    assert evaluate.main(line) == 0
+    plain = last(capsys.readouterr().out)
+    code, told = ended([*line, "--json"], capsys, evaluate.main)
+    assert (code, told["exit_code"], told["exit_reason"]) == (0, 0, "done") and plain.items() <= told.items()
+    code, told = ended(["--model", f"{finished}-gone", "--json"], capsys, evaluate.main)
+    assert (
+        (code, told["exit_code"]) == (2, 2) and told["exit_reason"].startswith("mistake: ") and "eval/loss" not in told
+    )
 
 
 @pytest.mark.proof

@@ -53,7 +53,9 @@ def miniature(command: str) -> list[str]:
         name = pathlib.Path(place.partition(":")[0]).stem + ("-" + place.partition(":")[2] if ":" in place else "")
         words = words if where else [*words, "--config", place]
         where = words.index("--config") + 1
-        if ":" in place:
+        if place.endswith("quickstart.py:gpt3"):  # what its `:smoke` shrinks
+            words[where] = place.replace(":gpt3", ":smoke")
+        elif ":" in place:
             words += [f"--config.{change}" for change in SMALL]
             words += ["--config.data.tokenizer=bytes"] * name.startswith("gpt3")  # else one of 50,257 pieces is trained
         else:

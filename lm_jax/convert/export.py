@@ -16,6 +16,7 @@ from lm_jax.data.special_ids import SpecialIds
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens
+from lm_jax.meanwhile import elapsed
 
 Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, the arrays, and the model as it is here
 
@@ -108,7 +109,8 @@ def write_folder(folder: str, leaving: Leaving, prove: Prove, log: Callable[[str
         )
         prove(small, tensors, Exported(described, graph, parameters, again.tokenizer, ids, template))
 
-    hugging_face.write(folder, described, parameters, files, as_read)
+    with elapsed(f"writing {folder}"):
+        hugging_face.write(folder, described, parameters, files, as_read)
 
 
 def write_gguf(path: str, leaving: Leaving) -> None:

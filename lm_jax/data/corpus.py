@@ -134,15 +134,18 @@ def write_splits(
 ) -> ShardWriter:
     """The texts of each split, `num_bytes` in all, tokenised into the shards of a folder. Returns the writer, to be closed."""
     writer, start, done = ShardWriter(folder, trained), time.monotonic(), 0
+    told = start
     for split, texts in ordered.items():  # documents in the order of their hashes
         for first in range(0, len(texts), TOGETHER):
             group = texts[first : first + TOGETHER]
             for text, ids in zip(group, trained.encode_batch(group), strict=True):
-                writer.add(split, ids, len(text.encode()))
-                done += len(text)
-            if time.monotonic() - start > 2:
-                start = time.monotonic()
-                log(f"tokenising: {100 * done / num_bytes:.0f}%")
+                size = len(text.encode())
+                writer.add(split, ids, size)
+                done += size
+            if (now := time.monotonic()) - told > 2:
+                told = now
+                left = (now - start) * (num_bytes - done) / max(done, 1)
+                log(f"tokenising: {100 * done / num_bytes:.0f}%, {left:.0f} s left")
     return writer
 
 

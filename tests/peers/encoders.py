@@ -88,14 +88,14 @@ def outputs(
     return {"encoded": encoded, "target_logits": model.logits(hidden)[..., :PIECES]}
 
 
-def reference(name: str):
+def reference(name: str, vocab_size: int = PIECES):
     """The model of a config in PyTorch, its weights random, no scale or bias left at one or nought."""
     import torch
     import transformers
 
     kind, settings = CONFIGS[name]
     torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(kind, vocab_size=PIECES, **settings)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, **settings)
     made = transformers.BertForPreTraining if kind == "bert" else transformers.T5ForConditionalGeneration
     model = made(config).eval()
     if kind == "t5":  # this version of transformers ties what T5 1.1 does not
