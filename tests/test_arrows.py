@@ -35,7 +35,7 @@ generate.request_batches tasks.generate_answers tasks.dpo_reference generate.lik
 open_data evaluate time_budget open_run step_checks step_log samples closing rewind initial_state workdir_lock start
 summary between_steps train main verify generate.lm_eval generate.__main__ trust.card plan.inspection plan.estimate
 plan.program_text plan.compile plan.budget plan.compare plan.page plan.search plan.command plan.__main__
-trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep from_python
+trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep from_python trust.byte_page
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}
