@@ -14,6 +14,7 @@ gguf.py            GGUF files of the Llama family
 tokenizer_json.py  SentencePiece, or plain bytes, as a tokenizer.json
 text_files.py      the files of a folder that say what its text is
 proof.py           the same logits and texts here and in another library
+transformers_peer.py  that library: `transformers`
 export.py          a MODEL on its way out, proven before its arrays are written
 run.py             parameters from elsewhere as a run at step 0
 word_vectors.py    word2vec and GloVe files -> rows of an embedding table (the core reads these)

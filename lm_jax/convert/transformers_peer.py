@@ -52,6 +52,7 @@ class Transformers:
             self.ends = set(ends if isinstance(ends, list) else [ends])
 
     def logits(self, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """As `proof.Peer` has it."""
         given = {its: self.torch.tensor(batch[own]).long() for its, own in self.names.items()}
         with self.torch.no_grad():
             found = self.model(**given, return_dict=True)
@@ -61,12 +62,15 @@ class Transformers:
         return [found[name].numpy() for name in heads if name in found]
 
     def encode(self, text: str) -> list[int]:
+        """As `proof.Peer` has it."""
         return self.tokenizer(text)["input_ids"]
 
     def encode_chat(self, messages: Sequence[chat_template.Message]) -> list[int]:
+        """As `proof.Peer` has it."""
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def write(self, ids: list[int], limit: int) -> list[int]:
+        """As `proof.Peer` has it."""
         given = self.torch.tensor([ids])
         found = self.model.generate(
             given, attention_mask=self.torch.ones_like(given), max_new_tokens=limit, do_sample=False
@@ -74,6 +78,7 @@ class Transformers:
         return found[0, 1 if self.reads else len(ids) :].tolist()
 
     def decode(self, ids: list[int]) -> str:
+        """As `proof.Peer` has it."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
