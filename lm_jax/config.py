@@ -16,6 +16,7 @@ from lm_jax.model_config import DECODERS, TASKS, WRITING, Model
 ONE_LESS = 0.999999  # float32 tells it from 1
 LARGEST_LOSS_SCALE = 2**24  # a larger one would overflow before it helps
 FIRST_LOSS_SCALE = 1024  # of float16 where none is given
+PREDICTING = {"model.kind": DECODERS, "train.task": ("", *WRITING, "preference")}
 FALLING = {"optimizer.schedule": ("cosine", "linear", "warmup_stable_decay")}
 
 
@@ -189,6 +190,7 @@ class Train:
     init_from: str = knob(
         "", "what a new run starts from: MODEL, which brings its settings, or word vectors", fixed=False
     )
+    export_to: str = knob("", 'Hugging Face folder that a finished run is written to; "" = none', fixed=False)
     on_spike: str = knob(
         "log",
         "what a spike of loss and gradient norm leads to: nothing, a line in the log, or the run goes back to a saved step "
@@ -240,6 +242,8 @@ class Evaluate:
     patience: int = length(
         0, "evaluations after the best one (by checkpoint.keep_best, else eval/loss) with which a run ends; 0 = off"
     )
+    tasks: tuple[str, ...] = knob((), 'of lm-eval, such as ("arc_easy", "my.yaml")', fixed=False, reach=PREDICTING)
+    tasks_every: int = length(1, "evaluations between, also at the end; 0 = only there", reach={"evaluate.tasks": ()})
     metrics: str = knob(
         "",
         "how texts that the model writes for held-out records are scored at the end: answers (exact match, F1), summaries "

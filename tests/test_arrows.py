@@ -30,10 +30,11 @@ convert.encoders convert.heads convert.description convert.tensor_map convert.hu
 convert.text_files convert.gguf chunked_cross_entropy loss update_rules plan.layer_memory plan.counts loss_scale
 parameter_average schedule optimizer cli step_folders run_folder experiment_file parts train_state checkpoint
 metrics_file best load_model inherited experiment train_step trackers metrics goodput decide run_plan terminal
-convert.run generate.sampling generate.decoding convert.proof convert.export convert.transformers_peer generate.beam_search
-generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluator
+convert.run generate.sampling generate.decoding convert.proof convert.export convert.transformers_peer convert.of_run
+generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood
+generate.lm_eval generate.benchmarks generate.command evaluator
 open_data evaluate time_budget open_run step_checks step_log samples closing rewind initial_state workdir_lock start
-summary between_steps train main verify generate.lm_eval generate.__main__ trust.card plan.inspection plan.estimate
+summary between_steps train main verify generate.__main__ trust.card plan.inspection plan.estimate
 plan.program_text plan.compile plan.budget plan.compare plan.page plan.search plan.command plan.__main__
 trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep from_python trust.byte_page
 """.split()

@@ -16,6 +16,7 @@ text_files.py      the files of a folder that say what its text is
 proof.py           the same logits and texts here and in another library
 transformers_peer.py  that library: `transformers`
 export.py          a MODEL on its way out, proven before its arrays are written
+of_run.py          a finished run on its way out, by a process of its own
 run.py             parameters from elsewhere as a run at step 0
 word_vectors.py    word2vec and GloVe files -> rows of an embedding table (the core reads these)
 """

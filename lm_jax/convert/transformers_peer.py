@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,8 @@ class Transformers:
         if any(told.values()):
             raise UserError(f"{self.name} misses arrays, or has no place for them: {told}")
         self.model.eval()
-        self.tokenizer, self.remark = transformers.AutoTokenizer.from_pretrained(folder), ""
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        self.remark = ""
         named = json.loads(pathlib.Path(folder, text_files.CONFIG).read_text())["tokenizer_class"]
         plain = transformers.PreTrainedTokenizerFast
         if named == text_files.CLASS and type(self.tokenizer) is not plain:
