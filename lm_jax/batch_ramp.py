@@ -181,12 +181,14 @@ class Every(NamedTuple):
     number: Fraction
     of_rows: bool
 
+    def times(self, ramp: Ramp, step: int) -> int:
+        """How often it was due up to `step` steps."""
+        consumed = ramp.cursor(step) if self.of_rows else step
+        return int(consumed // self.number) if self.number else 0
+
     def due(self, ramp: Ramp, step: int) -> bool:
         """Whether it is due after `step` steps."""
-        if not self.number:
-            return False
-        before, after = (ramp.cursor(step - 1), ramp.cursor(step)) if self.of_rows else (step - 1, step)
-        return after // self.number > before // self.number
+        return self.times(ramp, step) > self.times(ramp, step - 1)
 
 
 def every(length: Length, config: Config, rows_per_epoch: float) -> Every:

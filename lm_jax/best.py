@@ -15,7 +15,13 @@ from lm_jax.data import mixture
 from lm_jax.errors import UserError, nearest
 from lm_jax.stop import NEVER
 
-LOWER = ("loss", "perplexity", "bits_per_byte", "rmse")  # is better; of all other numbers of an evaluation higher is
+LOWER = (
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "rmse",
+    "brier_score",
+)  # is better; of all other numbers of an evaluation higher is
 Lines = list[dict[str, Any]]
 
 
@@ -58,9 +64,10 @@ def steps_to_keep(folder: epath.Path, config: Config, steps: Collection[int]) ->
     return {best_step(metrics_file.read(folder), measure(config), steps)} - {NEVER}
 
 
-def check(config: Config, mixed: mixture.Mixture) -> None:
-    """Raises UserError where what asks for the best evaluation would never see one, or not that number."""
+def check(config: Config, mixed: mixture.Mixture, of_tasks: Collection[str] = ()) -> None:
+    """Raises UserError where what asks for evaluations would never see one, or not that number; `of_tasks`: lm-eval's numbers."""
     asked = {"checkpoint.keep_best": config.checkpoint.keep_best, "evaluate.patience": config.evaluate.patience}
+    asked["evaluate.tasks"] = config.evaluate.tasks
     if not any(asked.values()):
         return
     try:
@@ -72,6 +79,7 @@ def check(config: Config, mixed: mixture.Mixture) -> None:
     names = [f"eval/{name}" for name in own]
     if len(mixed.corpora) > 1:
         names += ["eval/weighted_loss", *(f"eval/{source}/{name}" for source in mixed.corpora for name in own)]
+    names += of_tasks if config.evaluate.tasks_every else ()
     if (name := measure(config)) not in names:
         listed = ", ".join(names[:8])
         raise UserError(

@@ -11,7 +11,7 @@ from lm_jax.closing import why_over
 from lm_jax.distributed import agree, is_main_process
 from lm_jax.knob import parse_length
 from lm_jax.open_run import Run
-from lm_jax.samples import Evaluation, evaluate_now, show_sample
+from lm_jax.samples import Evaluation, ask_benchmarks, evaluate_now, show_sample
 from lm_jax.step_log import StepLog
 
 
@@ -51,6 +51,12 @@ def is_evaluation_due(run: Run) -> bool:
     return run.is_due(run.config.evaluate.every, run.data.step)
 
 
+def are_tasks_due(run: Run) -> bool:
+    """Whether this evaluation, the n-th of the run, is one that asks the tasks of lm-eval too."""
+    tasks_every, number = run.config.evaluate.tasks_every, run.times_due(run.config.evaluate.every, run.data.step)
+    return bool(tasks_every) and number % tasks_every == 0
+
+
 def is_half_way(run: Run) -> bool:
     """Whether half of the steps are done, where a sample is shown."""
     return run.data.step == run.num_steps // 2
@@ -59,7 +65,8 @@ def is_half_way(run: Run) -> bool:
 def look(run: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
     """The evaluation that is due after a step, and half-way a sample."""
     if evaluation and is_evaluation_due(run):
-        writer.scalars(run.data.step, evaluate_now(run, evaluation, run.config.evaluate.num_rows, "eval"))
+        values = evaluate_now(run, evaluation, run.config.evaluate.num_rows, "eval")
+        writer.scalars(run.data.step, values | (ask_benchmarks(run) if are_tasks_due(run) else {}))
     if is_half_way(run):
         show_sample(run, writer)
 

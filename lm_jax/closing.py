@@ -1,22 +1,33 @@
-"""How a run ends: whether it is over, what a finished run logs, and what a run logs that cannot go on."""
+"""How a run ends: whether it is over, what a finished run logs and exports, and what a run logs that cannot go on."""
 
 import gzip
 import itertools
 import lzma
 import shlex
 import time
+from types import ModuleType
 
-from lm_jax import best, cli, fault_points, metrics, metrics_file, step_folders, terminal
+from lm_jax import (
+    best,
+    cli,
+    fault_points,
+    load_model,
+    metrics,
+    metrics_file,
+    step_folders,
+    terminal,
+    update_histograms,
+)
 from lm_jax.batch_ramp import DataState
 from lm_jax.config import Config
 from lm_jax.data import mixture
-from lm_jax.distributed import is_main_process
+from lm_jax.distributed import agree, is_main_process
 from lm_jax.errors import UserError
 from lm_jax.open_run import Run
 from lm_jax.plan import counts
 from lm_jax.remote import LocalMirror
 from lm_jax.run_plan import Plan
-from lm_jax.samples import Evaluation, answer_now, evaluate_now, is_evaluated, show_sample
+from lm_jax.samples import Evaluation, answer_now, ask_benchmarks, evaluate_now, is_evaluated, show_sample
 
 GENERATED = 64  # tokens, as `lm_jax.generate` writes them unasked
 LARGER = {
@@ -36,10 +47,31 @@ def why_over(mirror: LocalMirror, plan: Plan, data: DataState) -> str:
 
 
 def why_finished(mirror: LocalMirror, mixed: mixture.Mixture, plan: Plan, data: DataState) -> str:
-    """`why_over` where the last evaluation is done as well, which comes after the last step is saved."""
-    evaluated = any("final/loss" in line and line["step"] == data.step for line in metrics_file.read(mirror.folder))
-    nothing_due = evaluated or data.step > plan.num_steps or not has_split(mixed, plan.config, "validation")
-    return why_over(mirror, plan, data) if nothing_due else ""
+    """`why_over` where the last evaluation is done as well, which comes after the last step is saved, and then the export."""
+    done = is_final(mirror, data.step) or data.step > plan.num_steps or not has_split(mixed, plan.config, "validation")
+    of_run = exporting(plan.config)
+    exported = not of_run or of_run.is_there(model_of(mirror, mixed, plan, data))
+    return why_over(mirror, plan, data) if done and exported else ""
+
+
+def is_final(mirror: LocalMirror, step: int) -> bool:
+    """Whether the metrics have the last evaluation, at this step."""
+    return any("final/loss" in line and line["step"] == step for line in metrics_file.read(mirror.folder))
+
+
+def model_of(mirror: LocalMirror, mixed: mixture.Mixture, plan: Plan, data: DataState) -> load_model.ModelRef:
+    """A step of the run as a MODEL, whether it is saved or not yet."""
+    tokenizer, parts = mixed.tokenizer, plan.program.parts
+    return load_model.ModelRef(mirror.workdir, data.step, plan.config, tokenizer, parts=parts)
+
+
+def exporting(config: Config) -> ModuleType | None:
+    """`convert.of_run` where the run is to be exported, None elsewhere: the one place where training looks it up."""
+    if not config.train.export_to:
+        return None
+    from lm_jax.convert import of_run
+
+    return of_run
 
 
 def has_split(mixed: mixture.Mixture, config: Config, split: str) -> bool:
@@ -105,11 +137,25 @@ def next_commands(run: Run, given: str) -> str:
 
 
 def finish(run: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
+    """The last evaluation where it is not written yet, then the export. Raises UserError where that fails."""
+    fault_points.reach("end")
+    update_histograms.look(run, writer)
+    if not agree(is_final(run.mirror, run.data.step) if is_main_process() else False, "is final"):
+        evaluate_last(run, evaluation, writer)
+    if of_run := exporting(run.config):
+        with run.goodput("export"):
+            writer.flush()
+            run.mirror.send()
+            found = model_of(run.mirror, run.mixed, run.plan, run.data)
+            if problem := agree(of_run.export(found, run.log) if is_main_process() else "", "export"):
+                raise UserError(problem)
+
+
+def evaluate_last(run: Run, evaluation: Evaluation | None, writer: metrics.Writer | metrics.NullWriter) -> None:
     """The last sample, the curve, the last evaluation (`eval` as those before, `final` on all rows), the compressors.
 
     The line with `final/loss` is the last one that a run writes: without it the run is not over.
     """
-    fault_points.reach("end")
     show_sample(run, writer)
     if run.ended == "patience":
         run.log(f"stopped at step {run.data.step:,} of {run.plan.length}: {best.measure(run.config)} gets no better")
@@ -125,9 +171,12 @@ def finish(run: Run, evaluation: Evaluation | None, writer: metrics.Writer | met
     values = evaluate_now(run, evaluation, 0, *["eval"] * (not limited and not evaluated), "final")
     if run.config.evaluate.metrics:
         values |= answer_now(run)
+    values |= (asked := ask_benchmarks(run))
     writer.scalars(run.data.step, values)
     if "final/bits_per_byte" in values and not run.config.train.task:
         run.log(compare_with_compressors(run.mixed, values["final/bits_per_byte"]))
+    if asked:
+        run.log(f"tasks at step {run.data.step:,}:\n{run.benchmarks.table(asked)}")
     if run.config.checkpoint.keep_best and is_main_process():
         run.log(best_line(run))
 

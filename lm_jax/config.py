@@ -16,6 +16,7 @@ from lm_jax.model_config import DECODERS, TASKS, WRITING, Model
 ONE_LESS = 0.999999  # float32 tells it from 1
 LARGEST_LOSS_SCALE = 2**24  # a larger one would overflow before it helps
 FIRST_LOSS_SCALE = 1024  # of float16 where none is given
+PREDICTING = {"model.kind": DECODERS, "train.task": ("", *WRITING, "preference")}
 FALLING = {"optimizer.schedule": ("cosine", "linear", "warmup_stable_decay")}
 
 
@@ -189,6 +190,7 @@ class Train:
     init_from: str = knob(
         "", "what a new run starts from: MODEL, which brings its settings, or word vectors", fixed=False
     )
+    export_to: str = knob("", 'Hugging Face folder that a finished run is written to; "" = none', fixed=False)
     on_spike: str = knob(
         "log",
         "what a spike of loss and gradient norm leads to: nothing, a line in the log, or the run goes back to a saved step "
@@ -224,11 +226,7 @@ class Checkpoint:
     every: Length = length(1000, 'between saves; also in time: "30 min"', low=1)
     keep_last: int = length(2, "newest checkpoints kept", low=1)
     keep_every: int = length(0, "steps whose multiples are kept for ever; 0 = none")
-    keep_best: str = knob(
-        "",
-        'a number of the evaluations, such as "eval/loss", whose best step is saved and kept; "" = none',
-        fixed=False,
-    )
+    keep_best: str = knob("", 'a number such as "eval/loss", whose best step is saved and kept; "" = none', fixed=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +235,9 @@ class Evaluate:
 
     every: Length = length(500, "between evaluations, also one at the end; 0 = only at the end")
     num_rows: int = length(64, "validation rows each time (at the end: all); 0 = all")
-    patience: int = length(
-        0, "evaluations after the best one (by checkpoint.keep_best, else eval/loss) with which a run ends; 0 = off"
-    )
+    patience: int = length(0, "evaluations after the best (checkpoint.keep_best or eval/loss) that end a run; 0 = off")
+    tasks: tuple[str, ...] = knob((), 'of lm-eval, such as ("arc_easy", "my.yaml")', fixed=False, reach=PREDICTING)
+    tasks_every: int = length(1, "evaluations between, also at the end; 0 = only there", reach={"evaluate.tasks": ()})
     metrics: str = knob(
         "",
         "how texts that the model writes for held-out records are scored at the end: answers (exact match, F1), summaries "
@@ -262,12 +260,11 @@ class Log:
     """What is written of the steps."""
 
     every: Length = length(10, "between lines of metrics", low=1)
-    histograms: Length = length(0, "between histograms of what a step changes in each layer, in TensorBoard; 0 = none")
     profile: int = length(0, "step from which three are traced for XProf; 0 = none")
     trackers: tuple[str, ...] = knob(
         ("tensorboard",),
-        'where the numbers of metrics.jsonl are shown, such as ("tensorboard", "wandb")',
-        choices=("tensorboard", "trackio", "wandb", "mlflow"),
+        'what shows the metrics, such as ("tensorboard", "wandb"); histograms: of updates, in TensorBoard, per evaluation',
+        choices=("tensorboard", "histograms", "trackio", "wandb", "mlflow"),
         fixed=False,
     )
 

@@ -170,11 +170,12 @@ def table(config: Config, origins: dict[str, dict]) -> str:
 
 
 def as_given(experiment: str, config: Config, origins: dict[str, dict[str, Any]]) -> str:
-    """The command that trains this, to paste; without its workdir and number of steps. "" of a config without a file."""
+    """The command that trains this, to paste; without its workdir, number of steps and export. "" of a config without a file."""
     if not experiment:
         return ""
     values = flatten(config)
-    given = [path for path, origin in origins.items() if origin["from"] == "command line" and path != "train.num_steps"]
+    ends = "train.num_steps", "train.export_to"
+    given = [path for path, origin in origins.items() if origin["from"] == "command line" and path not in ends]
     return as_typed("-m", "lm_jax.main", "--config", experiment, *[f"--config.{path}={values[path]}" for path in given])
 
 

@@ -28,7 +28,7 @@ class Writer:
         """`names` of trackers, in which the run is called `title` and has the flat config `flat`."""
         cut(workdir, step, log)
         self._file, self._sums = open(workdir / FILE, "ab"), open(workdir / CHECKSUMS, "ab")  # noqa: SIM115
-        self._board = TensorBoard(workdir, step, title) if "tensorboard" in names else NullWriter()
+        self._board = TensorBoard(workdir, step, title) if {"tensorboard", "histograms"} & {*names} else NullWriter()
         self._trackers, self._flat = Trackers(names, workdir, title, flat or {}, log), flat or {}
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -36,6 +36,7 @@ class Run:
     goodput: Goodput
     facts: dict[str, Any]  # by which a resumed run checks that its data and tokenizer are the same
     stop: StopSignal
+    benchmarks: Any = None  # the tasks that are asked with evaluations (`samples.open_benchmarks`)
     clock: TimeBudget | None = None  # while there are steps, where the length of the run is a time
     trace_from: int = 0  # the step from which some are traced, counted from 1
     before: tuple[int, dict] | None = (
@@ -69,9 +70,16 @@ class Run:
 
     def is_due(self, length: Length, step: int) -> bool:
         """Whether what is due again after every such length (steps, tokens, epochs) is due after `step` steps."""
+        return self._every_(length).due(self.plan.ramp, step)
+
+    def times_due(self, length: Length, step: int) -> int:
+        """How often it was due up to `step` steps."""
+        return self._every_(length).times(self.plan.ramp, step)
+
+    def _every_(self, length: Length) -> Every:
         if length not in self._every:
             self._every[length] = every(length, self.config, self.stream.rows_per_epoch)
-        return self._every[length].due(self.plan.ramp, step)
+        return self._every[length]
 
     def is_asked_to_stop(self) -> bool:
         """Whether a signal has asked the main process to stop; all processes ask together."""

@@ -1,20 +1,24 @@
-"""How good the model is while it is trained: validation loss, a sample, answers to held-out records."""
+"""How good the model is while it is trained: validation loss, lm-eval's tasks, a sample, answers to held-out records."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from lm_jax import fault_points, metrics, metrics_file
+from lm_jax import fault_points, load_model, metrics, metrics_file
 from lm_jax.data import mixture
 from lm_jax.distributed import agree, is_main_process
 from lm_jax.errors import UserError
 from lm_jax.evaluator import Evaluator, by_source
 from lm_jax.mesh import with_whole_rows
 from lm_jax.model.build import ModelDef
+from lm_jax.multihost import peers
 from lm_jax.open_run import Run
+from lm_jax.run_plan import Plan
 from lm_jax.sharding import stored
 
 SAMPLE_TOKENS = 96
@@ -35,14 +39,16 @@ def make_evaluation(run: Run) -> Evaluation | None:
         return None
 
 
+def _progress(run: Run, text: str) -> None:
+    """Says after a batch how far an evaluation is. Raises Stopped."""
+    run.progress(text)
+    fault_points.reach("evaluation")
+
+
 def evaluate_now(run: Run, evaluation: Evaluation, num_rows: int, *prefixes: str) -> dict[str, float]:
     """Metrics of the first `num_rows` validation rows (0: all) of each source, under each prefix. Raises Stopped."""
     evaluator, rows = evaluation
-
-    def watch(done: int, of: int) -> None:
-        run.progress(f"evaluating: row {done} of {of}")
-        fault_points.reach("evaluation")
-
+    watch = lambda done, of: _progress(run, f"evaluating: row {done} of {of}")
     with run.goodput("evaluation"):
         totals = {name: evaluator(run.parameters, held, num_rows, watch) for name, held in rows.items()}
     shares = run.mixed.shares(run.config.data, run.data.cursor)
@@ -54,6 +60,33 @@ def evaluate_now(run: Run, evaluation: Evaluation, num_rows: int, *prefixes: str
     return {name: value for values in by_prefix for name, value in values.items()}
 
 
+def open_benchmarks(plan: Plan, mixed: mixture.Mixture, workdir: epath.Path) -> Any:
+    """The tasks of lm-eval that a run asks (`generate.benchmarks.Benchmarks`), None where it asks none.
+
+    The one place where training looks up `generate` for tasks. Raises UserError, also where processes ask something else.
+    """
+    if not plan.config.evaluate.tasks:
+        return None
+    from lm_jax.generate.benchmarks import Benchmarks
+
+    program = plan.program
+    found = load_model.ModelRef(workdir, 0, plan.config, mixed.tokenizer, parts=program.parts)
+    benchmarks = Benchmarks(plan.config.evaluate.tasks, found, program.graph, mixed.special_ids)
+    peers.compare({"the questions of config.evaluate.tasks": benchmarks.fingerprint})
+    return benchmarks
+
+
+def ask_benchmarks(run: Run) -> dict[str, float]:
+    """Numbers of the tasks that the run asks, {} where it asks none. Raises Stopped."""
+    if not run.benchmarks:
+        return {}
+    with run.goodput("tasks"), _whole_rows(run) as model:
+        found = run.benchmarks(*model, run.plan.microbatch, lambda text: _progress(run, f"tasks: {text}"))
+    if shown := [f"{name} {value:.4f}" for name, value in found.items() if name.endswith("/centred_accuracy")]:
+        run.log(f"step {run.data.step:>6,} {', '.join(shown[-3:])}")
+    return found
+
+
 def is_evaluated(run: Run) -> bool:
     """Whether the metrics have an evaluation of the step at hand: a run may have been stopped before or after it."""
     lines = metrics_file.read(run.mirror.folder) if is_main_process() else []
@@ -61,8 +94,8 @@ def is_evaluated(run: Run) -> bool:
 
 
 @contextlib.contextmanager
-def _writing(run: Run) -> Iterator[tuple[ModelDef, dict]]:
-    """The model and its parameters while it writes, on a mesh that splits no rows: their caches are not."""
+def _whole_rows(run: Run) -> Iterator[tuple[ModelDef, dict]]:
+    """The model and its parameters, which stay where they are, on a mesh that splits no rows: caches and prompts are not."""
     graph, mesh = run.plan.program.graph, with_whole_rows(run.plan.mesh)
     if mesh == run.plan.mesh:
         yield graph, run.parameters
@@ -87,7 +120,7 @@ def show_sample(run: Run, writer: metrics.Writer | metrics.NullWriter) -> None:
     if limit < 1:
         run.log(f"no sample: config.evaluate.prompt leaves no room in {run.config.data.sequence_length} tokens")
         return
-    with run.goodput("samples"), _writing(run) as model:
+    with run.goodput("samples"), _whole_rows(run) as model:
         for written in stream(*model, tokenizer, [prompt], limit, Sampling(), tokens_at_once=SLICE):
             run.progress("writing a sample")
             lines = (prompt + written[0].text).split("\n")
@@ -104,7 +137,7 @@ def answer_now(run: Run) -> dict[str, float]:
 
     kind, num = run.config.evaluate.metrics, run.config.evaluate.num_rows
     watch = lambda done, of: run.progress(f"writing: record {done} of {of}")
-    with run.goodput("evaluation"), _writing(run) as model:
+    with run.goodput("evaluation"), _whole_rows(run) as model:
         found = generate_answers.written(*model, run.mixed, "validation", num, watch=watch)
     values = results.scores_of(kind, found)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())

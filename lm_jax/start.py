@@ -12,7 +12,7 @@ from etils import epath
 
 from lm_jax import best, decide, fault_points, load_model, run_folder, run_plan, step_folders, terminal, trackers
 from lm_jax.batch_ramp import DataState
-from lm_jax.closing import already_done, why_finished, why_over
+from lm_jax.closing import already_done, exporting, model_of, why_finished, why_over
 from lm_jax.config import Config, flatten
 from lm_jax.data import mixed_rows, mixture, special_ids
 from lm_jax.data.loader import abstract_batch
@@ -33,7 +33,7 @@ from lm_jax.plan import counts
 from lm_jax.regular_files import check_plain, check_url, is_url
 from lm_jax.remote import LocalMirror
 from lm_jax.run_plan import Plan
-from lm_jax.samples import attach_reference
+from lm_jax.samples import attach_reference, open_benchmarks
 from lm_jax.stop import NEVER, StopSignal
 from lm_jax.train_state import abstract
 from lm_jax.train_step import train_step
@@ -59,6 +59,7 @@ class Opening:
     facts: dict[str, Any]  # by which a resumed run checks that its data and tokenizer are the same
     source: Source | None  # of the parameters of a new run
     peak_flops: float
+    benchmarks: Any  # the tasks of lm-eval that the run asks, or None
 
     def check_room(self) -> None:
         """Raises OSError where the memory is too small, or the disk of a new run has no room for a checkpoint."""
@@ -102,7 +103,6 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
         mixed = open_data(config, log)
         tell_losses(mixed.tokenizer, log)
         stream = mixed.stream(config.data)
-        best.check(config, mixed)
     peers.compare(mixed.alike)
     expected = DataState.of_lists(
         agree(step_folders.expected_data_state(workdir) if is_main_process() else None, "data")
@@ -111,6 +111,11 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     with goodput("plan"), faults_of(parts):
         plan = run_plan.make_plan(config, *known, expected, site, saved.get("config", {}), parts)
         rehearse(plan)
+    with goodput("data"):
+        benchmarks = open_benchmarks(plan, mixed, workdir)
+        best.check(config, mixed, benchmarks.measures if benchmarks else ())
+    if of_run := exporting(config):
+        of_run.check(model_of(mirror, mixed, plan, expected), mixed.special_ids)
     plan_from = functools.partial(run_plan.make_plan, decide.replaced(config, plan.decided), *known, parts=parts)
     changes = run_folder.check_resume(workdir, saved, plan.config, mixed.facts) if saved else []
     facts = mixed.facts | parts.record
@@ -120,7 +125,7 @@ def look(config: Config, experiment: str, path: str, dry_run: bool) -> Opening:
     with goodput("peak"):
         peak = counts.peak_flops(plan.mesh, plan.config.model.compute_dtype)
     inside = workdir, mirror, log, goodput, saved, expected
-    return Opening(*inside, device, mixed, stream, plan, plan_from, changes, facts, source, peak)
+    return Opening(*inside, device, mixed, stream, plan, plan_from, changes, facts, source, peak, benchmarks)
 
 
 def faults_of(parts: Parts) -> contextlib.AbstractContextManager:
@@ -174,8 +179,10 @@ def begin(opening: Opening, origins: dict[str, dict[str, Any]], stop: StopSignal
     peak = 0.0 if opening.device.platform == "cpu" else opening.peak_flops  # a CPU's is a measured one, and no bound
     given = workdir, log, mirror, opening.mixed, opening.stream, peak
     run = Run(plan, *given, state, data, opening.goodput, opening.facts, stop)
-    run.trace_from = plan.config.log.profile
+    run.trace_from, run.benchmarks = plan.config.log.profile, opening.benchmarks
     run.ended = agree(why_over(mirror, plan, data) if is_main_process() else "", "is over")
+    if opening.saved and not run.ended and (of_run := exporting(plan.config)):  # another step than may be there
+        of_run.check(model_of(mirror, opening.mixed, plan, data._replace(step=NEVER)), opening.mixed.special_ids)
     attach_reference(run)
     if is_main_process():
         known = opening.mixed.task.facts if opening.mixed.task else {}

@@ -52,7 +52,7 @@ class Tracker(Protocol):
 def check(names: tuple[str, ...]) -> None:
     """Raises UserError where the package of a tracker is not installed."""
     for name in names:
-        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+        if name in KINDS and importlib.util.find_spec(name) is None:
             raise needs(f"config.log.trackers = {name!r}", name, name)
 
 

@@ -1,4 +1,4 @@
-"""What one step changes, as a histogram for each layer of each parameter, in TensorBoard (`log.histograms`).
+"""What one step changes, as a histogram for each layer of each parameter, in TensorBoard: of the steps that evaluations follow.
 
 Shape suffixes: L layers, N numbers of a layer, E limits.
 """
@@ -30,7 +30,7 @@ class Histogram(NamedTuple):
 
 
 def look(run: Run, writer: metrics.Writer | metrics.NullWriter) -> None:
-    """Called after each step: keeps the parameters where the next one is to be shown, and shows it after that one.
+    """Called after each step: keeps the parameters where `log.trackers` asks to see the next one, and shows it after that one.
 
     They are copied, for the step takes its own: once more as many bytes, for as long as a step.
     """
@@ -38,7 +38,10 @@ def look(run: Run, writer: metrics.Writer | metrics.NullWriter) -> None:
     if run.before and run.before[0] == run.data.step - 1:
         declared = run.plan.program.graph.declarations
         writer.histograms(run.data.step, changes(declared, run.before[1], trained))
-    is_next = run.is_due(run.config.log.histograms, run.data.step + 1)
+    step = run.data.step + 1
+    is_next = "histograms" in run.config.log.trackers and (
+        run.is_due(run.config.evaluate.every, step) or step == run.num_steps
+    )
     run.before = (run.data.step, jax.tree.map(jnp.copy, trained)) if is_next else None
 
 

@@ -30,12 +30,13 @@ convert.encoders convert.heads convert.description convert.tensor_map convert.hu
 convert.text_files convert.gguf chunked_cross_entropy loss update_rules plan.layer_memory plan.counts loss_scale
 parameter_average schedule optimizer cli step_folders run_folder experiment_file parts train_state checkpoint
 metrics_file best load_model inherited experiment train_step trackers metrics goodput decide run_plan terminal
-convert.run generate.sampling generate.decoding convert.proof convert.export generate.beam_search
-generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood generate.command evaluator
-open_data time_budget open_run update_histograms step_checks step_log samples closing rewind initial_state workdir_lock start
-summary evaluate between_steps train main verify generate.lm_eval generate.__main__ trust.card plan.inspection plan.estimate
+convert.run generate.sampling generate.decoding convert.proof convert.export convert.transformers_peer convert.of_run
+generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood
+generate.lm_eval generate.benchmarks generate.command evaluator
+open_data time_budget open_run update_histograms step_checks step_log samples closing rewind initial_state workdir_lock
+start summary evaluate between_steps train main verify generate.__main__ trust.card plan.inspection plan.estimate
 plan.program_text plan.compile plan.budget plan.compare plan.page plan.search plan.command plan.__main__
-trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep from_python
+trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep from_python trust.byte_page
 """.split()
 WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}
@@ -73,8 +74,10 @@ def test_the_core_imports_a_wing_where_it_is_used():
 
 
 def test_nothing_heavy_or_forbidden_is_imported():
+    """What proves an export asks `transformers`, where it is installed, inside the functions that do."""
     for path in (ROOT / "lm_jax").rglob("*.py"):
-        tree = list(ast.walk(ast.parse(path.read_text())))
+        whole = ast.parse(path.read_text())
+        tree = whole.body if path.name == "transformers_peer.py" else list(ast.walk(whole))
         roots = {(node.module or "").split(".")[0] for node in tree if isinstance(node, ast.ImportFrom)}
         roots |= {alias.name.split(".")[0] for n in tree if isinstance(n, ast.Import) for alias in n.names}
         assert not roots & {"torch", "tensorflow", "transformers", "pickle"}, path
@@ -111,9 +114,8 @@ def test_no_file_and_no_function_outgrows_what_one_reads_at_once():
 
 
 def test_a_tool_is_a_door():
-    """What a test needs of it is in a wing; `transformers` alone is imported outside of one."""
-    long = {path.name for path in (ROOT / "tools").glob("*.py") if path.read_text().count("\n") > 80}
-    assert long <= {"transformers_peer.py"}
+    """What a test needs of it is in a wing."""
+    assert not [path.name for path in (ROOT / "tools").glob("*.py") if path.read_text().count("\n") > 80]
 
 
 def test_the_map_has_every_module_once_and_every_module_that_it_has():

@@ -32,11 +32,11 @@ optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.moment_dtype optimiz
 optimizer.ema
 optimizer.trainable optimizer.layer_decay optimizer.loss_scale
 train.task train.num_steps train.microbatch_rows train.z_loss train.balance_loss train.router_z_loss train.dpo_beta train.seed
-train.init_from train.on_spike
+train.init_from train.export_to train.on_spike
 mesh.data mesh.fsdp mesh.tensor mesh.slices mesh.expert mesh.context
 checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best
-evaluate.every evaluate.num_rows evaluate.patience evaluate.metrics evaluate.prompt
-log.every log.histograms log.profile log.trackers
+evaluate.every evaluate.num_rows evaluate.patience evaluate.tasks evaluate.tasks_every evaluate.metrics evaluate.prompt
+log.every log.profile log.trackers
 """
 
 

@@ -8,7 +8,6 @@ import types
 import jax
 import numpy as np
 import pytest
-import transformers_peer
 from exported import MORE, PAGE, Here, leaving, met, on_one, rope, tokenizer_of
 
 from lm_jax import load_model
@@ -19,6 +18,7 @@ from lm_jax.convert import (
     safetensors,
     tensor_map,
     text_files,
+    transformers_peer,
 )
 from lm_jax.data import hugging_face_tokenizer, special_ids
 from lm_jax.data.special_ids import SpecialIds

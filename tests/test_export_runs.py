@@ -12,7 +12,6 @@ import convert_checkpoint
 import jax
 import numpy as np
 import pytest
-import transformers_peer
 from exported import GREEDY, TEMPLATE, leaving, on_one
 from helpers import ROOT, command
 from one_process import performed
@@ -23,6 +22,7 @@ from lm_jax.convert import (
     export,
     proof,
     safetensors,
+    transformers_peer,
 )
 from lm_jax.data import hugging_face_tokenizer
 from lm_jax.generate import chat_template

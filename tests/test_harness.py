@@ -34,7 +34,7 @@ def harness():
 @pytest.fixture(scope="module")
 def model(harness, finished):
     """A run of two steps: rows of 64 tokens, `<|endoftext|>` before every text."""
-    return harness.HarnessModel(load_model.locate(str(finished)), rows=2, devices=jax.devices()[:1])
+    return harness.HarnessModel.load(load_model.locate(str(finished)), rows=2, devices=jax.devices()[:1])
 
 
 def asked(kind: str, *arguments):
@@ -129,9 +129,9 @@ def test_an_encoder_is_refused(harness, model):
         config=dataclasses.replace(config, model=dataclasses.replace(config.model, kind="encoder"))
     )
     with pytest.raises(UserError, match="kind encoder"):
-        harness.HarnessModel(encoder)
+        harness.HarnessModel.load(encoder)
     with pytest.raises(UserError, match="--max_length 65: the model sees 64"):
-        harness.HarnessModel(model.found, max_length=65)
+        harness.HarnessModel.load(model.found, max_length=65)
 
 
 def data_of(package: str, name: str) -> list[dict]:
@@ -190,7 +190,7 @@ def test_lm_eval_s_own_backend_gives_the_same_numbers(harness, smollm2, records,
         pad_token="<|im_end|>",
     )
     theirs = HFLM(smollm2, tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=4, max_length=256)
-    ours = harness.HarnessModel(load_model.locate(smollm2), 4, 256, jax.devices()[:1])
+    ours = harness.HarnessModel.load(load_model.locate(smollm2), 4, 256, jax.devices()[:1])
     tasks = ["choices", "answers", "texts"]
     found = [harness.run(model, tasks, str(TASKS), log_samples=True) for model in (ours, theirs)]
     apart, numbers = {}, {}

@@ -82,7 +82,7 @@ OTHER = {
 # Read by what is no program: the loop, the files, the data. What of these has a reach is held to the code that reads it below.
 ELSEWHERE = {
     "model.kind", "model.head", "model.attention", "train.task", "train.num_steps", "train.microbatch_rows", "train.dpo_beta",
-    "train.init_from", "train.on_spike",
+    "train.init_from", "train.export_to", "train.on_spike",
 }  # fmt: skip
 # Of their several numbers a model of another kind would read some: it is refused all of them.
 PARTLY = {"model.logit_softcap", "model.multipliers"}
@@ -205,6 +205,9 @@ REFUSED = {
     "prompt of a task without texts": dict(LABELS, data__prompt="{text}"),
     "metrics of texts without texts": dict(evaluate__metrics="summaries"),
     "sample of an encoder": dict(ENCODER, evaluate__prompt="x"),
+    "tasks of lm-eval for labels": dict(LABELS, evaluate__tasks=("arc_easy",)),
+    "tasks of lm-eval for an encoder": dict(ENCODER, evaluate__tasks=("arc_easy",)),
+    "how often tasks are asked without tasks": dict(evaluate__tasks_every=2),
     "sample of a task": dict(TEXTS, evaluate__prompt="x"),
 }
 

@@ -13,8 +13,8 @@ from lm_jax.sharding import AXES
 
 SMOKE = [
     "--config", str(ROOT / "experiments" / "quickstart.py:smoke"), "--config.train.num_steps=4", "--config.checkpoint.every=1",
-    "--config.checkpoint.keep_last=9", "--config.log.histograms=2", "--config.evaluate.prompt=", "--config.optimizer.name=sgd",
-    "--config.data.tokenizer=bytes", "--config.evaluate.every=0",
+    "--config.checkpoint.keep_last=9", "--config.log.trackers=('histograms',)", "--config.evaluate.prompt=",
+    "--config.optimizer.name=sgd", "--config.data.tokenizer=bytes", "--config.evaluate.every=2",
 ]  # fmt: skip
 
 
@@ -26,16 +26,16 @@ def parameters_after(run, step: int) -> dict:
 
 @pytest.mark.parametrize("mesh", [dict(data=1), pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.proof)])
 def test_a_histogram_is_of_what_one_step_changed(mesh, tmp_path, eight):
-    """After step 2, due every second step; after the last step, the fourth, nothing is due any more."""
+    """After steps 2 and 4, which evaluations follow."""
     axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
     assert main.main([*SMOKE, *axes, "--workdir", str(tmp_path / "run")]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0})
     events.Reload()
     tags = events.Tags()["histograms"]
     assert {"updates/embedding/table", "updates/block_0/mlp/up/kernel/0", "updates/block_0/mlp/up/kernel/1"} <= {*tags}
-    before, after = (parameters_after(tmp_path / "run", step) for step in (1, 2))
+    before, after = (parameters_after(tmp_path / "run", step) for step in (3, 4))
     for tag in tags:
-        (found,) = events.Histograms(tag)
+        first, found = events.Histograms(tag)
         *path, last = tag.removeprefix("updates/").split("/")
         pick = (lambda x, layer=int(last): np.asarray(x)[layer]) if last.isdigit() else np.asarray
         keys = path if last.isdigit() else [*path, last]
@@ -44,7 +44,7 @@ def test_a_histogram_is_of_what_one_step_changed(mesh, tmp_path, eight):
             then, now = then[key], now[key]
         changed = (pick(now) - pick(then)).ravel()
         value = found.histogram_value
-        assert (found.step, value.num) == (2, changed.size) and sum(value.bucket) == changed.size
+        assert (first.step, found.step, value.num) == (2, 4, changed.size) and sum(value.bucket) == changed.size
         np.testing.assert_allclose([value.min, value.max], [changed.min(), changed.max()], rtol=1e-6)
         np.testing.assert_allclose(value.sum_squares, (changed.astype(np.float64) ** 2).sum(), rtol=1e-4)
         below = np.searchsorted(np.sort(changed), np.array(value.bucket_limit, np.float32), side="right")
@@ -54,6 +54,6 @@ def test_a_histogram_is_of_what_one_step_changed(mesh, tmp_path, eight):
 def test_the_step_after_one_that_was_gone_back_from_is_not_compared_with_it():
     run = types.SimpleNamespace(before=(7, {}), is_due=lambda length, step: False, data=types.SimpleNamespace(step=3))
     run.plan = types.SimpleNamespace(program=types.SimpleNamespace(split=lambda parameters: (parameters, {})))
-    run.state, run.config = types.SimpleNamespace(parameters={}), tiny()
+    run.state, run.config, run.num_steps = types.SimpleNamespace(parameters={}), tiny(), 9
     update_histograms.look(run, None)  # no writer is asked
     assert run.before is None

@@ -13,11 +13,10 @@ ids of texts. Nothing is written where anything is missing or unknown.
 
 import shlex
 
-from transformers_peer import prover
-
 from lm_jax import cli, distributed, job, load_model
 from lm_jax.config import Mesh
 from lm_jax.convert import export, hugging_face, run
+from lm_jax.convert.transformers_peer import prover
 from lm_jax.mesh import make_mesh
 from lm_jax.terminal import Terminal
 

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     log = Terminal()
     found = load_model.of_flags(flags, log)
     tell_losses(found.tokenizer, log)
-    model = lm_eval.HarnessModel(found, flags.batch_size, flags.max_length, distributed.devices(), log)
+    model = lm_eval.HarnessModel.load(found, flags.batch_size, flags.max_length, distributed.devices(), log.progress)
     if flags.apply_chat_template:
         model.in_chat()
     results = lm_eval.run(

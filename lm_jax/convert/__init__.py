@@ -14,7 +14,9 @@ gguf.py            GGUF files of the Llama family
 tokenizer_json.py  SentencePiece, or plain bytes, as a tokenizer.json
 text_files.py      the files of a folder that say what its text is
 proof.py           the same logits and texts here and in another library
+transformers_peer.py  that library: `transformers`
 export.py          a MODEL on its way out, proven before its arrays are written
+of_run.py          a finished run on its way out, by a process of its own
 run.py             parameters from elsewhere as a run at step 0
 word_vectors.py    word2vec and GloVe files -> rows of an embedding table (the core reads these)
 """

@@ -1,5 +1,6 @@
 """A MODEL on its way out: what it is in another's words, its arrays, and what it knows of text; as a folder or a GGUF file."""
 
+import json
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from lm_jax.errors import UserError
 from lm_jax.generate import chat_template, chat_tokens
 from lm_jax.meanwhile import elapsed
 
+RECORD = "lm_jax.json"  # in a folder that was a run: which step of which
 Prove = Callable[[str, dict, Exported], None]  # sees the folder's small files, the arrays, and the model as it is here
 
 
@@ -33,17 +35,28 @@ class Leaving(NamedTuple):
 
 def of_model(found: load_model.ModelRef) -> Leaving:
     """Describes a run or a Hugging Face folder. Raises UserError where no family can express this model."""
-    if "block" in found.parts.replaced:
-        raise UserError(f"{found.workdir} has the block of {found.parts.path}, which no family of transformers has")
     text, no_chat = text_of(found)
-    reads = found.config.model.kind == "encoder_decoder"
-    fields, context = text_files.id_fields(text.ids, reads), load_model.context_of(found)
-    described = description.description_of(found.config, found.vocab_size, fields, context)
+    described = described_with(found, text, load_model.context_of(found))
     kept = {} if found.described else run_folder.read_config(found.workdir)
     _, parameters = load_model.load_parameters(found)
     parameters, told = heads.expressible(parameters, described.config.model, kept.get("values", ()))
     content = heads.without_unused(description.FAMILIES[described.family], described.content, parameters)
     return Leaving(described._replace(content=content), parameters, text, no_chat, told)
+
+
+def described_with(found: load_model.ModelRef, text: Text, context: int) -> description.Description:
+    """What a model and its text are in another's words; `context` as in `description_of`. Raises UserError."""
+    if "block" in found.parts.replaced:
+        raise UserError(f"{found.workdir} has the block of {found.parts.path}, which no family of transformers has")
+    fields = text_files.id_fields(text.ids, found.config.model.kind == "encoder_decoder")
+    return description.description_of(found.config, found.vocab_size, fields, context)
+
+
+def check(found: load_model.ModelRef, ids: SpecialIds) -> None:
+    """Raises UserError where a model that is still to be trained could not leave; `ids` are those of its texts."""
+    text = Text(found.tokenizer, ids, text_files.added_pieces(found.config.data.objective, found.tokenizer))
+    described_with(found, text, 0)
+    text_files.made(text, {}, found.config.data.sequence_length)
 
 
 def of_gguf(path: str) -> Leaving:
@@ -69,6 +82,8 @@ def text_of(found: load_model.ModelRef) -> tuple[Text, str]:
         ids, no_chat = with_turns(ids, template, tokenizer)
     added = () if found.described else text_files.added_pieces(data.objective, tokenizer)
     kept = hugging_face.carried_files(str(found.workdir))
+    if not found.described:
+        kept[RECORD] = json.dumps({"model": load_model.fingerprint(found), "step": found.step}).encode()
     return Text(tokenizer, ids, added, template.source if template else "", kept), no_chat
 
 

@@ -1,6 +1,6 @@
 """What leaves is what was trained: the same logits and the same greedy texts, to the same end, in another library.
 
-The other library is a `Peer`, which tools/transformers_peer.py makes of `transformers`: nothing here imports it. It reads the
+The other library is a `Peer`, which `transformers_peer.py` makes of `transformers`: nothing here imports it. It reads the
 small files of the folder and takes the arrays from memory, so that nothing large is written before it is proven.
 """
 

@@ -10,4 +10,5 @@ chat_tokens.py      the tokens of a conversation, and which of them are learnt
 request_batches.py  many requests in batches of one size
 likelihood.py       log-probabilities of given continuations, in batches of few shapes
 lm_eval.py          a model as EleutherAI's lm-eval asks it
+benchmarks.py       its tasks while a model is trained
 """

@@ -162,8 +162,9 @@ def lay(
 
 
 def on_mesh(x: np.ndarray) -> jax.Array:
-    """An array [B, ...] over the devices of the mesh that is set."""
-    return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), computed(("batch", *[None] * (x.ndim - 1)))))
+    """An array [B, ...] over the devices of the mesh that is set; of several processes, which all have it, each its share."""
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), computed(("batch", *[None] * (x.ndim - 1))))
+    return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
 
 class Completion(NamedTuple):

@@ -40,7 +40,7 @@ def of_rows(
 ):
     """(log-probabilities float32, whether each is the most probable), [S, B, P] each, of targets after the last C tokens.
 
-    A row's text starts at `starts`; what is before is padding.
+    A row's text starts at `starts`; what is before is padding. Every process gets all of it.
     """
     model, batch = graph.module(parameters), len(tokens_BT)
     index_BT = iota(tokens_BT.shape, "batch", "length")
@@ -60,7 +60,8 @@ def of_rows(
         return -token_losses(logits_BPV, targets_BP), best_BP == targets_BP
 
     hidden_SBPD = sliced(hidden_BTD[:, -num_last:], hidden_BTD.shape[-1])
-    return jax.lax.map(of_slice, (hidden_SBPD, sliced(targets_BC)))
+    found = jax.lax.map(of_slice, (hidden_SBPD, sliced(targets_BC)))
+    return jax.tree.map(lambda x_SBP: constrain(x_SBP, None, None, None), found)
 
 
 def likelihoods(
@@ -71,10 +72,24 @@ def likelihoods(
     limit: int = 0,
     watch: Watch = lambda done, of: None,
 ) -> list[Likelihood]:
-    """The likelihood of each pair, on the mesh that is set, `rows` at a time on a device.
+    """The likelihood of each pair; arguments and errors are those of `of_tokens`."""
+    found = of_tokens(graph, parameters, pairs, rows, limit, watch)
+    return [Likelihood(float(sure.sum(dtype=np.float64)), bool(best.all())) for sure, best in found]
 
-    Neighbours in a batch do not change it. A pair longer than the model sees (or than `limit` tokens) loses the start
-    of its context. Raises UserError where a continuation alone is longer.
+
+def of_tokens(
+    graph: ModelDef,
+    parameters: dict,
+    pairs: Sequence[Pair],
+    rows: int = 8,
+    limit: int = 0,
+    watch: Watch = lambda done, of: None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(log-probability float32, whether it was the most probable) of each token of each continuation.
+
+    On the mesh that is set, `rows` pairs at a time on a device; neighbours in a batch do not change a pair. One that is longer
+    than the model sees (or than `limit` tokens) loses the start of its context. Raises UserError where a continuation alone
+    is longer.
     """
     sees = limit or graph.sequence_length
     for context, continuation in pairs:
@@ -82,7 +97,7 @@ def likelihoods(
         if len(continuation) > sees:
             raise UserError(f"a continuation of {len(continuation)} tokens is more than the {sees} that the model sees")
     whole = [np.array([*context, *continuation][-(sees + 1) :], np.int32) for context, continuation in pairs]
-    found: dict[int, Likelihood] = {}
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     size = rows * batch_shards(dict(jax.sharding.get_mesh().shape))
     shape = shapes([len(x) - 1 for x in whole], [len(continuation) for _, continuation in pairs])
     order = sorted(range(len(shape)), key=lambda i: shape[i], reverse=True)  # the longest first
@@ -101,7 +116,7 @@ def likelihoods(
         )
         for row, i in enumerate(chosen):
             last = slice(-len(pairs[i][1]), None)
-            found[i] = Likelihood(float(sure[row, last].sum(dtype=np.float64)), bool(best[row, last].all()))
+            found[i] = sure[row, last], best[row, last]
     return [found[i] for i in range(len(pairs))]
 
 

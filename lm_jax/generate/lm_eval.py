@@ -4,11 +4,13 @@ What a request is (context and continuation encoded together, windows over long 
 here are the tokens' log-probabilities and the generations.
 """
 
+import contextlib
+import functools
 import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +27,8 @@ from lm_jax.generate.likelihood import likelihoods
 from lm_jax.generate.request_batches import request_batches
 from lm_jax.generate.sampling import Sampling
 from lm_jax.mesh import make_mesh
+from lm_jax.model.build import ModelDef
 from lm_jax.model_config import OBJECTIVES
-from lm_jax.terminal import Terminal
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -37,24 +39,41 @@ except ImportError:
 
 
 class HarnessModel(TemplateLM):
-    """A model as lm-eval calls it: `rows` requests at a time on a device, at most `max_length` tokens each."""
+    """A model as lm-eval calls it, on the mesh that is set: `rows` requests at a time on a device.
+
+    A request has at most `max_length` tokens (0: what the model sees). `progress` is told how far it is.
+    """
 
     max_gen_toks = 256  # where a task does not say, as lm-eval's own backends have it
 
-    def __init__(self, found: load_model.ModelRef, rows: int = 8, max_length: int = 0, devices=None, log=None):
+    def __init__(
+        self,
+        found: load_model.ModelRef,
+        graph: ModelDef,
+        parameters: dict,
+        rows: int = 8,
+        max_length: int = 0,
+        progress: Callable[[str], None] = lambda text: None,
+    ):
         super().__init__()
+        self.found, self.rows, self.progress, self.marks = found, rows, progress, found.special_ids
+        self.graph, self.parameters, self.mesh = graph, parameters, jax.sharding.get_mesh()
+        self.max_length = max_length or graph.sequence_length
+        if self.max_length > graph.sequence_length:
+            raise UserError(f"--max_length {max_length}: the model sees {graph.sequence_length} tokens")
+
+    @classmethod
+    def load(
+        cls, found: load_model.ModelRef, rows: int = 8, max_length: int = 0, devices=None, progress=lambda text: None
+    ) -> "HarnessModel":
+        """A MODEL over these devices (None: all). Raises UserError."""
         if found.config.model.kind in OBJECTIVES:
             raise UserError(
                 f"--model {found.workdir}: lm-eval needs a model that writes from left to right, this one is of kind "
                 f"{found.config.model.kind}"
             )
-        self.found, self.rows, self.log = found, rows, log or Terminal()
-        self.mesh, self.marks = make_mesh(Mesh(slices=-1), devices), found.special_ids
-        with jax.set_mesh(self.mesh):
-            self.graph, self.parameters = load_model.load_parameters(found)
-        self.max_length = max_length or self.graph.sequence_length
-        if self.max_length > self.graph.sequence_length:
-            raise UserError(f"--max_length {max_length}: the model sees {self.graph.sequence_length} tokens")
+        with jax.set_mesh(make_mesh(Mesh(slices=-1), devices)):
+            return cls(found, *load_model.load_parameters(found), rows, max_length, progress)
 
     def in_chat(self) -> None:
         """Makes texts end at the end of the assistant's turn in the chat template, too."""
@@ -82,10 +101,14 @@ class HarnessModel(TemplateLM):
         ids, before = encode(string).tolist(), list(self.marks.first)
         return ids if add_special_tokens is False or (before and ids[: len(before)] == before) else before + ids
 
+    def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """lm-eval's own, which makes tokens of the requests; `progress` is enough of a bar."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood, is it greedy) of lm-eval's (strings, context ids, continuation ids)."""
         pairs = [(context, continuation) for _, context, continuation in requests]
-        watch = lambda done, of: self.log.progress(f"log-likelihood {done:,} of {of:,}")
+        watch = lambda done, of: self.progress(f"log-likelihood {done:,} of {of:,}")
         with jax.set_mesh(self.mesh):
             scored = likelihoods(self.graph, self.parameters, pairs, self.rows, self.max_length, watch)
         answers = [(answer.log_probability, answer.greedy) for answer in scored]
@@ -115,7 +138,7 @@ class HarnessModel(TemplateLM):
         settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(encoded[i])))
         found: dict[int, str] = {}
-        watch = lambda done, of: self.log.progress(f"generated {done:,} of {of:,}")
+        watch = lambda done, of: self.progress(f"generated {done:,} of {of:,}")
         for batch in request_batches(order, self.rows * self.mesh.size, lambda i: settings[i], watch):
             contexts = [encoded[i] for i in batch.padded]
             texts = self.write(contexts, requests[batch.requests[0]].args[1], len(found))
@@ -129,26 +152,31 @@ class HarnessModel(TemplateLM):
 
         Request k draws with seed + `first` + k. Raises UserError for a setting unknown here.
         """
+        stop, limit, sampling = self.understood(settings)
+        sampling = sampling._replace(seed=np.uint32((sampling.seed + first) % 2**32))
+        room = self.max_length - limit
+        with jax.set_mesh(self.mesh):
+            model = self.graph, self.parameters, self.found.tokenizer
+            texts = complete(*model, [ids[-room:] for ids in contexts], limit, sampling, stop, marks=self.marks)
+        return [text.text for text in texts]
+
+    def understood(self, settings: dict[str, Any]) -> tuple[tuple[str, ...], int, Sampling]:
+        """(stop strings, most new tokens, sampling) of a task's `generation_kwargs`. Raises UserError."""
         named = normalize_gen_kwargs(settings, self.max_gen_toks)
         stop, limit = tuple(filter(None, named.pop("until"))), named.pop("max_gen_toks")
         draws = named.pop("do_sample")
         temperature = named.pop("temperature", 1.0)
         sampling = Sampling(temperature if draws else 0.0, named.pop("top_k", 0), named.pop("top_p", 1.0))
         sampling = sampling._replace(**{name: named.pop(name) for name in Sampling._fields if name in named})
-        sampling = sampling._replace(seed=np.uint32((sampling.seed + first) % 2**32))
         if named:
             raise UserError(
                 f"a task's generation_kwargs say {', '.join(named)}; known are {', '.join(Sampling._fields)}"
             )
-        room = self.max_length - limit
-        if room < 1:
+        if limit >= self.max_length:
             raise UserError(
-                f"a task asks for {limit} new tokens, the model sees {self.max_length}: give --max_length, or less"
+                f"a task asks for {limit} new tokens, the model sees {self.max_length}; its max_gen_toks may be less"
             )
-        with jax.set_mesh(self.mesh):
-            model = self.graph, self.parameters, self.found.tokenizer
-            texts = complete(*model, [ids[-room:] for ids in contexts], limit, sampling, stop, marks=self.marks)
-        return [text.text for text in texts]
+        return stop, limit, sampling
 
     @property
     def tokenizer_name(self) -> str:
@@ -169,20 +197,44 @@ class HarnessModel(TemplateLM):
         )[0]
 
 
+def manager_of(tasks: Sequence[str], include_path: str = "", said: str = "--tasks ") -> Any:
+    """lm-eval's `TaskManager`, which knows these tasks: names, also of YAML files below `include_path`, or a YAML file each.
+
+    `said` is what stands before a name in a message. Raises UserError where a task is unknown.
+    """
+    manager = _known(include_path)
+    for task in tasks:
+        if task not in manager.all_tasks and not os.path.isfile(task):
+            raise UserError(f"{said}{task}: lm-eval knows no such task{nearest(task, manager.all_tasks)}")
+    return manager
+
+
+@functools.cache
+def _known(include_path: str) -> Any:
+    """A `TaskManager`, which takes seconds to read thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path or None)
+
+
+@contextlib.contextmanager
+def data_of(tasks: Sequence[str], said: str = "--tasks ") -> Iterator[None]:
+    """Inside, what `datasets` raises (no such file, or no network) becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{said}{','.join(tasks)}: the data cannot be read: {reason}") from error
+
+
 def run(model: HarnessModel, tasks: list[str], include_path: str = "", **settings: Any) -> dict[str, Any]:
     """lm-eval's results of tasks by name, also of YAML files below `include_path`. Raises UserError."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has JAX's threads
-    manager = TaskManager(include_path=include_path or None)
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise UserError(f"--tasks {unknown[0]}: lm-eval knows no such task{nearest(unknown[0], manager.all_tasks)}")
-    try:
+    manager = manager_of(tasks, include_path)
+    with data_of(tasks):
         return simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **settings)
-    except OSError as error:  # no such file, or no network: what `datasets` raises
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"--tasks {','.join(tasks)}: the data cannot be read: {reason}") from error
 
 
 def table(results: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,8 @@ class Transformers:
         if any(told.values()):
             raise UserError(f"{self.name} misses arrays, or has no place for them: {told}")
         self.model.eval()
-        self.tokenizer, self.remark = transformers.AutoTokenizer.from_pretrained(folder), ""
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        self.remark = ""
         named = json.loads(pathlib.Path(folder, text_files.CONFIG).read_text())["tokenizer_class"]
         plain = transformers.PreTrainedTokenizerFast
         if named == text_files.CLASS and type(self.tokenizer) is not plain:
@@ -52,6 +54,7 @@ class Transformers:
             self.ends = set(ends if isinstance(ends, list) else [ends])
 
     def logits(self, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """As `proof.Peer` has it."""
         given = {its: self.torch.tensor(batch[own]).long() for its, own in self.names.items()}
         with self.torch.no_grad():
             found = self.model(**given, return_dict=True)
@@ -61,12 +64,15 @@ class Transformers:
         return [found[name].numpy() for name in heads if name in found]
 
     def encode(self, text: str) -> list[int]:
+        """As `proof.Peer` has it."""
         return self.tokenizer(text)["input_ids"]
 
     def encode_chat(self, messages: Sequence[chat_template.Message]) -> list[int]:
+        """As `proof.Peer` has it."""
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def write(self, ids: list[int], limit: int) -> list[int]:
+        """As `proof.Peer` has it."""
         given = self.torch.tensor([ids])
         found = self.model.generate(
             given, attention_mask=self.torch.ones_like(given), max_new_tokens=limit, do_sample=False
@@ -74,6 +80,7 @@ class Transformers:
         return found[0, 1 if self.reads else len(ids) :].tolist()
 
     def decode(self, ids: list[int]) -> str:
+        """As `proof.Peer` has it."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
