@@ -8,6 +8,8 @@ render_template.py  fills one in, by jinja_process.py, a process with limits of 
 chat_words.py       whose words are whose in the text
 chat_tokens.py      the tokens of a conversation, and which of them are learnt
 request_batches.py  many requests in batches of one size
+slots.py            the programs of continuous batching
+continuous_batching.py  requests that join and leave between two tokens
 likelihood.py       log-probabilities of given continuations, in batches of few shapes
 lm_eval.py          a model as EleutherAI's lm-eval asks it
 benchmarks.py       its tasks while a model is trained

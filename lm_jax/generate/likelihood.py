@@ -5,7 +5,7 @@ continuations stand in the last positions, and logits are made there alone.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from lm_jax.loss import token_losses
 from lm_jax.mesh import batch_shards
 from lm_jax.model.attention import Context
 from lm_jax.model.build import ModelDef
-from lm_jax.sharding import constrain, iota, reshape
+from lm_jax.sharding import computed, constrain, iota, on_each_device, reshape
 
 SHORTEST = 64  # lengths are its doubles, so that few programs serve all
 POSITIONS = 32  # of a row, whose logits exist at the same time
@@ -34,11 +34,25 @@ class Likelihood(NamedTuple):
     greedy: bool  # every token of it was the most probable one
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "num_last"))
+class TextLikelihood(NamedTuple):
+    """How probable each token of a text is after those before it, from the second on; and the most probable ones there."""
+
+    log_probabilities: np.ndarray  # float32 [T - 1], in nats
+    best: np.ndarray  # int32 [T - 1, A], the most probable first
+    best_log_probabilities: np.ndarray  # float32 [T - 1, A]
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "num_last", "num_best"))
 def of_rows(
-    graph: ModelDef, parameters: dict, tokens_BT: jax.Array, starts_B: jax.Array, targets_BC: jax.Array, num_last: int
+    graph: ModelDef,
+    parameters: dict,
+    tokens_BT: jax.Array,
+    starts_B: jax.Array,
+    targets_BC: jax.Array,
+    num_last: int,
+    num_best: int = 1,
 ):
-    """(log-probabilities float32, whether each is the most probable), [S, B, P] each, of targets after the last C tokens.
+    """(log-probabilities float32 [S, B, P] of targets after the last C tokens, what `best_of` says there).
 
     A row's text starts at `starts`; what is before is padding. Every process gets all of it.
     """
@@ -56,12 +70,22 @@ def of_rows(
     def of_slice(some):
         hidden_BPD, targets_BP = some
         logits_BPV = model.logits(hidden_BPD)
-        best_BP = constrain(logits_BPV, "batch", "length", None).argmax(-1)
-        return -token_losses(logits_BPV, targets_BP), best_BP == targets_BP
+        return -token_losses(logits_BPV, targets_BP), best_of(logits_BPV, num_best)
 
     hidden_SBPD = sliced(hidden_BTD[:, -num_last:], hidden_BTD.shape[-1])
     found = jax.lax.map(of_slice, (hidden_SBPD, sliced(targets_BC)))
-    return jax.tree.map(lambda x_SBP: constrain(x_SBP, None, None, None), found)
+    return jax.tree.map(lambda x_SBP: constrain(x_SBP, *[None] * x_SBP.ndim), found)
+
+
+def best_of(logits_BPV: jax.Array, num_best: int) -> tuple[jax.Array, jax.Array]:
+    """(log-probabilities, ids) of the most probable tokens, [B, P, A] each; of one alone the logit stands for it."""
+    logits_BPV = constrain(logits_BPV, "batch", "length", None)
+    if num_best == 1:
+        return logits_BPV.max(-1, keepdims=True), logits_BPV.argmax(-1, keepdims=True)
+    layout = computed(("batch", "length", None))
+    top = lambda logits_BPV: tuple(jax.lax.top_k(jax.nn.log_softmax(logits_BPV), num_best))
+    sure_BPA, ids_BPA = on_each_device(top, (layout,), (layout, layout))(logits_BPV)
+    return sure_BPA, ids_BPA
 
 
 def likelihoods(
@@ -97,10 +121,35 @@ def of_tokens(
         if len(continuation) > sees:
             raise UserError(f"a continuation of {len(continuation)} tokens is more than the {sees} that the model sees")
     whole = [np.array([*context, *continuation][-(sees + 1) :], np.int32) for context, continuation in pairs]
+    lengths = [len(continuation) for _, continuation in pairs]
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for i, sure, _, best in scored(graph, parameters, whole, lengths, rows, 1, watch):
+        found[i] = sure, best[:, 0] == whole[i][-lengths[i] :]
+    return [found[i] for i in range(len(pairs))]
+
+
+def text_likelihoods(
+    graph: ModelDef, parameters: dict, texts: Sequence[np.ndarray], num_best: int, rows: int = 8
+) -> list[TextLikelihood]:
+    """The likelihood of every token of each text, at least two tokens and at most one more than the model sees."""
+    found = scored(graph, parameters, texts, [len(ids) - 1 for ids in texts], rows, num_best)
+    answers = {i: TextLikelihood(sure, best, best_sure) for i, sure, best_sure, best in found}
+    return [answers[i] for i in range(len(texts))]
+
+
+def scored(
+    graph: ModelDef,
+    parameters: dict,
+    whole: Sequence[np.ndarray],
+    lengths: Sequence[int],
+    rows: int,
+    num_best: int,
+    watch: Watch = lambda done, of: None,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """(index of a text, what `of_rows` says of its last tokens, as many as `lengths` has), the longest texts first."""
     size = rows * batch_shards(dict(jax.sharding.get_mesh().shape))
-    shape = shapes([len(x) - 1 for x in whole], [len(continuation) for _, continuation in pairs])
-    order = sorted(range(len(shape)), key=lambda i: shape[i], reverse=True)  # the longest first
+    shape = shapes([len(x) - 1 for x in whole], lengths)
+    order = sorted(range(len(shape)), key=lambda i: shape[i], reverse=True)
     for batch in request_batches(order, size, lambda i: shape[i], watch):
         chosen, (length, num_last) = batch.requests, shape[batch.requests[0]]
         right = lambda x, width: np.pad(x, (width - len(x), 0))
@@ -111,13 +160,10 @@ def of_tokens(
         )
         starts_B = np.array([length + 1 - len(whole[i]) for i in chosen] + [length] * len(nothing), np.int32)
         arrays = map(on_mesh, (tokens_BT, starts_B, targets_BC.astype(np.int32)))
-        sure, best = (
-            np.asarray(x).swapaxes(0, 1).reshape(size, num_last) for x in of_rows(graph, parameters, *arrays, num_last)
-        )
-        for row, i in enumerate(chosen):
-            last = slice(-len(pairs[i][1]), None)
-            found[i] = sure[row, last], best[row, last]
-    return [found[i] for i in range(len(pairs))]
+        sure, (best_sure, best) = of_rows(graph, parameters, *arrays, num_last, num_best)
+        by_row = (np.asarray(x).swapaxes(0, 1).reshape(size, -1, *x.shape[3:]) for x in (sure, best_sure, best))
+        for i, *of_row in zip(chosen, *by_row, strict=False):
+            yield i, *(x[-lengths[i] :] for x in of_row)
 
 
 def shapes(lengths: Sequence[int], continuations: Sequence[int]) -> list[tuple[int, int]]:

@@ -35,9 +35,9 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def keys(seed_B: jax.Array, step: jax.Array) -> jax.Array:
-    """One key for each request, from its seed and the index of the token; neighbours in the batch do not enter."""
-    one = lambda seed: row_keys(jax.random.key(seed), "generate", step, 0, jnp.zeros(1, jnp.uint32))[0]
-    return jax.vmap(one)(seed_B)
+    """One key for each request, from its seed and the index of the token, int32 [] or [B]; neighbours do not enter."""
+    one = lambda seed, step: row_keys(jax.random.key(seed), "generate", step, 0, jnp.zeros(1, jnp.uint32))[0]
+    return jax.vmap(one)(seed_B, jnp.broadcast_to(step, seed_B.shape))
 
 
 def draw(logits_BV: jax.Array, step: jax.Array, sampling: Sampling, used_BV: jax.Array | None) -> jax.Array:

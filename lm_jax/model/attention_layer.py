@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm_jax.config import Model
 from lm_jax.model.attention import Context, attend
-from lm_jax.model.kv_cache import Cache, visible_keys, write
+from lm_jax.model.kv_cache import Cache, extend
 from lm_jax.model.layers import Dense, Norm
 from lm_jax.model.positions import RopeAngles, apply_rope
 
@@ -61,9 +61,7 @@ class Attention(nnx.Module):
         v_BSGK = checkpoint_name(self.value(source_BSD), "value")
         backend = self.config.attention
         if cache is not None:
-            cache = Cache(write(cache.keys, k_BSGK, context), write(cache.values, v_BSGK, context))
-            visible, backend = visible_keys(context, cache.keys.shape[1]), "auto"
-            k_BSGK, v_BSGK = cache if visible is not context else (k_BSGK, v_BSGK)
+            (k_BSGK, v_BSGK, visible, cache), backend = extend(cache, k_BSGK, v_BSGK, context), "auto"
         settings = self.window, backend, self.causal, bias_BHTS, self.softcap
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, context, visible, *settings)
         return checkpoint_name(self.output(out_BTHK), "attention"), cache

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, T query length, S cache slots, G kv heads, K head, L layers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,16 @@ class Cache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+
+class Continued(Cache):
+    """A cache of texts whose next tokens are read several at a time, wherever the ones before ended: a prompt in chunks."""
+
+
+def of_kind(kind: type[Cache], caches: Any) -> Any:
+    """A tree in which every cache is one of `kind`."""
+    is_cache = lambda node: isinstance(node, Cache)
+    return jax.tree.map(lambda node: kind(*node) if is_cache(node) else node, caches, is_leaf=is_cache)
 
 
 def empty_cache(config: Model, num_layers: int, batch: int, slots: int) -> Cache:
@@ -48,21 +58,44 @@ def visible_keys(context: Context, num_slots: int) -> Context:
     return slot_context(context, num_slots) if context.positions.shape[1] == 1 else context
 
 
-def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, context: Context) -> jax.Array:
-    """The cache with new keys or values in the slots of their positions.
+def extend(
+    cache: Cache, k_BTGK: jax.Array, v_BTGK: jax.Array, context: Context
+) -> tuple[jax.Array, jax.Array, Context, Cache]:
+    """(keys, values, their context) that the queries at `context` attend to, and the cache with the new ones in it.
 
-    They are those of one token a row, at any position, or of a prompt from position 0 on, of which the last S tokens stay.
+    In a continued cache a row's new tokens attend to what stands before the first of them, and to each other.
+    """
+    continued, size = isinstance(cache, Continued), cache.keys.shape[1]
+    after = type(cache)(
+        *(write(old, new, context, continued) for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True))
+    )
+    if continued:
+        before = Context(context.positions[:, :1] - 1, jnp.ones_like(context.segment_ids[:, :1]))
+        both = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+        visible = Context(*map(both, slot_context(before, size), context))
+        return both(cache.keys, k_BTGK), both(cache.values, v_BTGK), visible, after
+    visible = visible_keys(context, size)
+    return (k_BTGK, v_BTGK, visible, after) if visible is context else (*after, visible, after)
+
+
+def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, context: Context, continued: bool = False) -> jax.Array:
+    """The cache with new keys or values in the slots of their positions, of which the last S tokens stay.
+
+    They are those of one token a row, at any position, or of a prompt from position 0 on; or (`continued`) of several tokens
+    from any position on. Padding (segment 0) is not written by the first and the last of these.
     """
     length, size = new_BTGK.shape[1], cache_BSGK.shape[1]
     new_BTGK = new_BTGK.astype(cache_BSGK.dtype)
     if length == 1:
-        here_BS = iota((len(new_BTGK), size), "batch", "length") == context.positions % size
+        slots_BS = iota((len(new_BTGK), size), "batch", "length")
+        here_BS = (slots_BS == context.positions % size) & (context.segment_ids > 0)
         written = jnp.where(here_BS[:, :, None, None], new_BTGK, cache_BSGK)
-    elif length <= size:
+    elif length <= size and not continued:
         written = jnp.concatenate([new_BTGK, cache_BSGK[:, length:]], axis=1)
     else:
         take = lambda new_BTGK, at_BS: jnp.take_along_axis(new_BTGK, at_BS[:, :, None, None], axis=1)
         layouts = computed(AXES), computed(("batch", "length"))
-        positions_BS = jnp.maximum(slot_context(context, size).positions, 0)
-        written = on_each_device(take, layouts, layouts[0])(new_BTGK, positions_BS)
+        index_BS = slot_context(context, size).positions - context.positions[:, :1]  # of the new token in each slot
+        taken_BSGK = on_each_device(take, layouts, layouts[0])(new_BTGK, jnp.maximum(index_BS, 0))
+        written = jnp.where((index_BS >= 0)[:, :, None, None], taken_BSGK, cache_BSGK)
     return constrain(written, *AXES)
