@@ -32,13 +32,15 @@ parameter_average schedule optimizer cli step_folders run_folder experiment_file
 metrics_file best load_model inherited experiment train_step trackers metrics goodput decide run_plan terminal
 convert.run generate.sampling generate.decoding convert.proof convert.export convert.transformers_peer convert.of_run
 generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood
-generate.slots generate.continuous_batching generate.lm_eval generate.benchmarks generate.command evaluator open_data
-time_budget open_run update_histograms step_checks step_log samples closing rewind initial_state workdir_lock start
-summary evaluate between_steps train main verify generate.__main__ trust.card plan.inspection plan.estimate
-plan.program_text plan.compile plan.budget plan.compare plan.page plan.search plan.command plan.__main__
-trust.comparison trust.introspection trust.killed_runs trust.report trust.sweep from_python trust.byte_page
+generate.slots generate.continuous_batching generate.growing_text generate.grammar generate.lm_eval
+generate.benchmarks generate.command evaluator open_data time_budget open_run update_histograms step_checks step_log
+samples closing rewind initial_state workdir_lock start summary evaluate between_steps train main verify
+generate.__main__ serve.protocol serve.log_probabilities serve.metrics serve.answers serve.app serve.command
+serve.__main__ trust.card plan.inspection plan.estimate plan.program_text plan.compile plan.budget plan.compare
+plan.page plan.search plan.command plan.__main__ trust.comparison trust.introspection trust.killed_runs trust.report
+trust.sweep from_python trust.byte_page
 """.split()
-WINGS = ("convert.", "generate.", "prepare.", "tasks.", "trust.")
+WINGS = ("convert.", "generate.", "prepare.", "serve.", "tasks.", "trust.")
 PERIPHERY = {"verify", *(name for name in ORDER if name.startswith(WINGS))}
 
 

@@ -15,6 +15,7 @@ from lm_jax.evaluator import Evaluator, by_source
 from lm_jax.generate import beam_search
 from lm_jax.generate.command import grown
 from lm_jax.generate.decoding import complete, stream, written_by
+from lm_jax.generate.growing_text import GrowingText
 from lm_jax.generate.sampling import GREEDY
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
@@ -105,6 +106,26 @@ def test_a_stop_string_may_begin_with_the_space_that_the_first_word_brings(made)
     text, ended = written_by(by, before, ids, ids, 99, (" Par",), ())
     assert text.text == "" and ended
     assert written_by(by, before, ids, ids, 99, (), ())[0].text == " Paris"
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma3", "llama's model", "llama3", "gpt2"])
+def test_a_growing_text_is_the_continuation_and_ends_before_a_stop_string(name, made):
+    """Token by token, with a stop string across tokens; what may become one waits, and comes where it does not."""
+    by, text = made[name], "is 猫🙂 a b ab naïve"
+    before, ids = by.encode("The king"), by.encode(text)
+    whole = continuation(by, before, ids)
+    for stop in ("", "\u732b🙂 a", "b ab n", "naive", "b abc"):
+        growing, parts = GrowingText(by, before, (stop,) if stop else ()), []
+        for token in ids:
+            growing.add(int(token))
+            parts.append(growing.take())
+            if growing.stopped:
+                break
+        growing.end()
+        parts.append(growing.take(everything=True))
+        found = stop and stop in whole
+        assert "".join(parts) == (whole[: whole.index(stop)] if found else whole) and growing.stopped == bool(found)
+        assert not any("\ufffd" in part for part in parts)
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,10 @@ class HuggingFace(Tokenizer):
             return self._tokenizer.token_to_id(piece)
         return None if piece is None or self._tokenizer.id_to_token(piece) is None else piece
 
+    def piece(self, index: int) -> str:
+        """The name of an id, "" where it has none."""
+        return self._tokenizer.id_to_token(index) or ""
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text alone, int32; a special token's name is text. Raises UserError as in `Tokenizer`."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
