@@ -83,8 +83,8 @@ def serving(model, *flags: str) -> Iterator[Server]:
 LLAMA = "positions=rotary norm=rmsnorm activation=silu gated=True bias=False num_kv_heads=2 tie_embedding=False".split()
 
 
-def exported(folder: pathlib.Path) -> pathlib.Path:
-    """A run of two steps, of Llama's family, as a Hugging Face folder with a chat template; the run lies beside it."""
+def exported(folder: pathlib.Path, *more: str) -> pathlib.Path:
+    """A run of a few steps, of Llama's family, as a Hugging Face folder with a chat template; the run lies beside it."""
     run = folder.parent / f"{folder.name}_run"
     smoke = [
         "-m",
@@ -96,7 +96,7 @@ def exported(folder: pathlib.Path) -> pathlib.Path:
         "--config.mesh.data=1",
     ]
     convert = ["tools/convert_checkpoint.py", str(run), str(folder), "--unproven"]
-    for line in ([*smoke, *(f"--config.model.{setting}" for setting in LLAMA)], convert):
+    for line in ([*smoke, *(f"--config.model.{setting}" for setting in LLAMA), *more], convert):
         environment = os.environ | ONCE | {"JAX_NUM_CPU_DEVICES": "1"}
         done = subprocess.run(
             [sys.executable, *line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT

@@ -44,10 +44,9 @@ class Writer:
 
     def __init__(self, engine: Engine, served: Served, metrics: Metrics):
         self.engine, self.served, self.metrics = engine, served, metrics
-        self.spelling = Spelling(served.tokenizer)
-        self.longest = (
-            int(served.tokenizer.bytes_per_piece.max()) * engine.max_length
-        )  # bytes that may be few enough tokens
+        self.spelling, self.grammars = Spelling(served.tokenizer), dict[tuple[int, ...], Grammars]()
+        widest = int(served.tokenizer.bytes_per_piece.max())
+        self.longest = widest * engine.max_length  # bytes that may be few enough tokens
 
     def encode(self, prompt: Any, special: bool = True) -> np.ndarray:
         """int32 ids of a text, of messages, or of ids. Raises Refusal and UserError."""
@@ -78,7 +77,8 @@ class Writer:
         if asked.chat and self.served.template:
             marks = marks.also(*self.ends_of_turn)
         ends = () if asked.switches["ignore_eos"] else marks.ends
-        grammars = Grammars(self.served.tokenizer, ends) if asked.schema is not None else None
+        if asked.schema is not None and ends not in self.grammars:
+            self.grammars[ends] = Grammars(self.served.tokenizer, ends)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         for prompt in asked.prompts:
             ids = self.encode(prompt)
@@ -91,7 +91,7 @@ class Writer:
                 raise self.too_long(f"the prompt is {len(ids)} tokens and {limit} are to follow, more")
             for _ in range(asked.num):
                 sampling = asked.sampling._replace(seed=np.uint32((seed + len(made)) % 2**32))
-                matcher = grammars.matcher(asked.schema) if grammars and asked.schema is not None else None
+                matcher = None if asked.schema is None else self.grammars[ends].matcher(asked.schema)
                 made.append(Request(ids, limit, ends, sampling, max(asked.alternatives, 0), matcher))
         return made
 

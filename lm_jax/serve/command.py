@@ -92,8 +92,10 @@ def serve(engine: Engine, application: Application, listener: socket.socket, fla
     server = uvicorn.Server(settings)
 
     def answer() -> None:
-        server.run(sockets=[listener])
-        engine.close()
+        try:
+            server.run(sockets=[listener])
+        finally:
+            engine.close()
 
     with Draining(server, application):
         thread = threading.Thread(target=answer)
@@ -106,7 +108,7 @@ def serve(engine: Engine, application: Application, listener: socket.socket, fla
         try:
             engine.run()
         finally:
-            server.should_exit = True
+            server.should_exit, server.force_exit = True, thread.is_alive()  # alive: the engine has failed
             thread.join()
 
 
