@@ -17,7 +17,7 @@ from lm_jax.errors import UserError
 from lm_jax.generate import beam_search
 from lm_jax.generate import command as generate_command
 from lm_jax.generate.decoding import State, complete, decode, on_mesh, prefill, stream
-from lm_jax.generate.sampling import GREEDY, Sampling, keys, sample
+from lm_jax.generate.sampling import GREEDY, Sampling, cut, keys, sample
 from lm_jax.mesh import make_mesh
 from lm_jax.model.attention import Context
 from lm_jax.model.build import build
@@ -37,6 +37,27 @@ def draw(num=4000, seen=None, **settings):
     seen = None if seen is None else jnp.broadcast_to(jnp.array(seen)[None], (num, 5))
     drawn = sample(jnp.broadcast_to(LOGITS[None], (num, 5)), keys(wanted.seed, jnp.int32(0)), wanted, seen)
     return np.bincount(np.asarray(drawn), minlength=5) / num
+
+
+def test_the_cuts_keep_what_sorting_would_keep():
+    """Of vocabularies with equal logits, forbidden ones and every mixture of the cuts; 1 and 0 cut nothing."""
+    numbers = np.random.RandomState(0)
+    logits = (numbers.randn(64, 300) * numbers.choice([0.3, 2, 8], (64, 1))).round(1).astype(np.float32)
+    logits[numbers.rand(64, 300) < 0.1] = -np.inf
+    settings = (
+        numbers.choice([0, 1, 3, 50], 64),
+        numbers.choice([0.01, 0.5, 0.9, 1], 64),
+        numbers.choice([0, 0.1, 1], 64),
+    )
+    found = np.isfinite(cut(jnp.array(logits), Sampling(1.0, *map(jnp.array, settings))))
+    for row, top_k, top_p, min_p, kept in zip(logits.astype(np.float64), *settings, found, strict=True):
+        value = np.sort(row)[::-1]
+        value = value[value >= value[top_k - 1]] if top_k else value  # those that are equal stay together
+        weight = np.exp(value - value[0]) / np.exp(value - value[0]).sum()
+        before = np.array([weight[value > one].sum() for one in value])
+        stay = ((before < top_p) | (top_p == 1)) & (weight >= min_p * weight[0] * (1 - 1e-6))
+        expected = (row >= value[stay].min()) & np.isfinite(row)
+        assert (kept == expected).all(), (top_k, top_p, min_p)
 
 
 def chi_square(found, expected, num=4000) -> float:
