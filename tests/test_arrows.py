@@ -32,7 +32,7 @@ parameter_average schedule optimizer cli step_folders run_folder experiment_file
 metrics_file best load_model inherited experiment train_step trackers metrics goodput decide run_plan terminal
 convert.run generate.sampling generate.decoding convert.proof convert.export convert.transformers_peer convert.of_run
 generate.beam_search generate.request_batches tasks.generate_answers tasks.dpo_reference generate.likelihood
-generate.slots generate.continuous_batching generate.growing_text generate.grammar generate.lm_eval
+generate.slots generate.continuous_batching generate.growing_text generate.spelling generate.grammar generate.lm_eval
 generate.benchmarks generate.command evaluator open_data time_budget open_run update_histograms step_checks step_log
 samples closing rewind initial_state workdir_lock start summary evaluate between_steps train main verify
 generate.__main__ serve.protocol serve.log_probabilities serve.metrics serve.answers serve.app serve.command

@@ -18,11 +18,13 @@ from serving import Server, exported, serving  # noqa: E402
 
 from lm_jax import load_model  # noqa: E402
 from lm_jax.config import Mesh  # noqa: E402
+from lm_jax.errors import UserError  # noqa: E402
 from lm_jax.generate.decoding import complete  # noqa: E402
 from lm_jax.generate.growing_text import GrowingText  # noqa: E402
 from lm_jax.generate.likelihood import text_likelihoods  # noqa: E402
 from lm_jax.generate.sampling import GREEDY  # noqa: E402
 from lm_jax.mesh import make_mesh  # noqa: E402
+from lm_jax.serve.__main__ import main  # noqa: E402
 
 PROMPT = "import os"
 GREEDILY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 20}
@@ -383,15 +385,12 @@ def test_a_key_is_asked_for_and_sigterm_lets_answers_end(folder, tmp_path):
         assert "stopping: what is being written is finished" in "".join(server.said)
 
 
-def test_mistakes_end_with_2_and_a_line(folder, tmp_path, capfd):
-    from lm_jax import cli
-    from lm_jax.serve.__main__ import main
-
+def test_mistakes_are_told_before_anything_is_loaded(folder, tmp_path):
     for line, says in (
         (["--port", "70000"], "--port 70000"),
         (["--api_key_file", str(tmp_path / "none")], "cannot be read"),
         (["--host", "256.0.0.1"], "--host 256.0.0.1"),
         (["--slots", "0"], "--slots 0: from 1"),
     ):
-        assert cli.exit_code(main, ["--model", str(folder), *line]) == 2
-        assert says in capfd.readouterr().err
+        with pytest.raises(UserError, match=says):
+            main(["--model", str(folder), *line])

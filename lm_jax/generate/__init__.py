@@ -11,6 +11,7 @@ request_batches.py  many requests in batches of one size
 slots.py            the programs of continuous batching
 continuous_batching.py  requests that join and leave between two tokens
 growing_text.py     the text of tokens that come one by one
+spelling.py         the bytes and the name of a single token
 grammar.py          texts that fit a JSON schema
 likelihood.py       log-probabilities of given continuations, in batches of few shapes
 lm_eval.py          a model as EleutherAI's lm-eval asks it

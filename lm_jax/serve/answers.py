@@ -16,7 +16,8 @@ from lm_jax.generate.chat_template import Template
 from lm_jax.generate.continuous_batching import Engine, Request, Score, Token
 from lm_jax.generate.grammar import Grammars
 from lm_jax.generate.growing_text import GrowingText
-from lm_jax.serve.log_probabilities import Entry, LogProbabilities, Spelling
+from lm_jax.generate.spelling import Spelling
+from lm_jax.serve.log_probabilities import Entry, LogProbabilities
 from lm_jax.serve.metrics import Metrics
 from lm_jax.serve.protocol import Answer, Asked, Refusal
 

@@ -7,14 +7,15 @@ import threading
 import jax
 import uvicorn
 
-from lm_jax import cli, distributed, load_model, regular_files
+from lm_jax import cli, decide, distributed, load_model, regular_files
 from lm_jax.config import Mesh
 from lm_jax.data.tokenizer import tell_losses
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template
 from lm_jax.generate.continuous_batching import Engine
 from lm_jax.generate.decoding import writes
-from lm_jax.mesh import make_mesh
+from lm_jax.mesh import batch_shards, make_mesh, preflight
+from lm_jax.model.language_model import padded
 from lm_jax.serve.answers import Served
 from lm_jax.serve.app import Application, Limits
 from lm_jax.stop import StopSignal, tell
@@ -74,7 +75,10 @@ def main(arguments: list[str]) -> int:
     if template and flags.chat_variables:
         template = chat_template.read_template(found.workdir, flags.chat_variables)
     served = Served(flags.name or found.workdir.name, found.tokenizer, found.special_ids, template)
-    with jax.set_mesh(make_mesh(Mesh(slices=-1, tensor=flags.tensor), distributed.devices())):
+    mesh = make_mesh(Mesh(slices=-1, tensor=flags.tensor), distributed.devices())
+    alone = {"data.global_batch_size": batch_shards(dict(mesh.shape)), "data.batch_ramp": (0, 0)}
+    preflight(decide.replaced(found.config, alone), padded(found.vocab_size), dict(mesh.shape))
+    with jax.set_mesh(mesh):
         graph, parameters = load_model.load_parameters(found)
         max_length = min(flags.max_length or graph.sequence_length, graph.sequence_length)
         engine = Engine(graph, parameters, found.vocab_size, flags.slots, max_length)
