@@ -136,6 +136,7 @@ def test_a_slot_is_free_within_a_token_and_a_queue_moves_on(engine_of):
     assert len(engine.busy) == 8 and len(engine.waiting) == 4
     for request in endless[2:11]:
         engine.cancel(request)
+    assert list(engine.waiting) == [endless[11]], "who left the queue keeps nobody out of it"
     engine.step()
     assert engine.busy == [*endless[:2], endless[11]] and not engine.waiting
     received = endless[2].received

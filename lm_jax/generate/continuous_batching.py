@@ -100,9 +100,7 @@ class Engine:
         self.scoring: collections.deque[Score] = collections.deque()
         self.flying: tuple[Written, list[Request]] | None = None
         self.work, self.closing = threading.Condition(), False
-        self.counts = collections.Counter[
-            str
-        ]()  # prompt tokens that were read, and shared; requests by the order they came
+        self.counts: collections.Counter[str] = collections.Counter()  # prompt tokens read, and shared; requests so far
 
     def submit(self, job: "Request | Score") -> None:
         """Puts a request, or a text to score, into the queue."""
@@ -111,9 +109,11 @@ class Engine:
             self.work.notify()
 
     def cancel(self, job: "Request | Score") -> None:
-        """Ends a request; its slot is free before the next token."""
+        """Ends a request; its slot is free before the next token, its place in the queue at once."""
         with self.work:
             job.over = True
+            if job in (queue := self.waiting if isinstance(job, Request) else self.scoring):
+                queue.remove(job)  # type: ignore[arg-type]
             self.work.notify()
 
     def close(self) -> None:
@@ -167,12 +167,9 @@ class Engine:
         while self.waiting:
             request = self.waiting[0]
             free = [k for k, slot in enumerate(self.slots) if slot.request is None]
-            if request.over or free:
-                self.waiting.popleft()
-            if request.over:
-                continue
             if not free:
                 return
+            self.waiting.popleft()
             self.counts["requests"] += 1
             self._take_slot(request, free)
 
