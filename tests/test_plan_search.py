@@ -198,7 +198,7 @@ def test_a_budget_is_spent_as_in_chinchillas_table_3(parameters, flops, tokens):
 
 def test_the_command_of_a_budget_plans_a_run_of_that_budget(capsys):
     text = said(capsys, "--budget", "3e18")
-    assert "157M parameters on 3.2B tokens" in text and "experiments/gpt3.py:125m" in text
+    assert "157M parameters on 3.2B tokens" in text and "experiments/modern.py" in text
     assert "'--config.data.batch_ramp=(0,0)' --config.optimizer.decay_over=0" in text  # both are longer than the run
     line = shlex.split(text.splitlines()[-1])
     plan = json.loads(said(capsys, *line[line.index("lm_jax.plan") + 1 :], "--counted", "--json"))
@@ -211,9 +211,13 @@ def test_devices_for_some_hours_are_a_budget_that_takes_these_hours(capsys):
     assert told["topology"] == "v5e:2x4" and told["hours"] == pytest.approx(24, rel=0.01)
 
 
-def test_a_card_without_bfloat16_gets_float16_and_a_loss_scale():
+def test_a_card_without_bfloat16_gets_float16_and_a_loss_scale(capsys):
+    """The command says no dtype: what it plans is decided there."""
     told = budget.facts(budget.optimal(1e17), devices.parse("T4"))
-    assert "--config.model.compute_dtype=float16" in told["command"] and "loss_scale=1024" in told["command"]
+    assert "dtype" not in told["command"] and "loss_scale" not in told["command"] and told["fits"]
+    line = shlex.split(told["command"])
+    decided = json.loads(said(capsys, *line[line.index("lm_jax.plan") + 1 :], "--counted", "--json"))["decided"]
+    assert decided["model.compute_dtype"] == "float16" and decided["optimizer.loss_scale"] == 1024
 
 
 # Two configs, the page, and what does not go together

@@ -6,7 +6,6 @@ from typing import Any
 
 from lm_jax import experiment
 from lm_jax.cli import as_typed
-from lm_jax.config import FIRST_LOSS_SCALE
 from lm_jax.data import tokenizer_files
 from lm_jax.errors import UserError
 from lm_jax.model import build
@@ -77,7 +76,7 @@ def nearest(parameters: float) -> tuple[str, counts.Costs]:
 
 
 def settings(name: str, costs: counts.Costs, budget: Budget, topology: devices.Topology) -> dict[str, str]:
-    """{setting: value} with which an experiment spends the budget: its tokens, its batch, a dtype that the devices have."""
+    """{setting: value} with which an experiment spends the budget: its tokens, its batch; what devices decide stays "auto"."""
     config, _ = experiment.load_config(name, {})
     length = config.data.sequence_length
     tokens = budget.flops / costs.flops_per_token
@@ -91,10 +90,6 @@ def settings(name: str, costs: counts.Costs, budget: Budget, topology: devices.T
         changed["optimizer.decay_over"] = "0"
     if not isinstance(config.optimizer.warmup, int) or config.optimizer.warmup > steps / 20:
         changed["optimizer.warmup"] = str(max(1, round(steps / 50)))
-    if (dtype := fastest(topology)) != config.model.compute_dtype:
-        changed |= {"model.compute_dtype": dtype} | (
-            {"optimizer.loss_scale": str(FIRST_LOSS_SCALE)} if dtype == "float16" else {}
-        )
     return changed
 
 
