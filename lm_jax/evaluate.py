@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lm_jax import cli, distributed, load_model, run_folder, step_folders
+from lm_jax import cli, decide, distributed, load_model, run_folder, step_folders
 from lm_jax.config import Mesh
 from lm_jax.data import mixture
 from lm_jax.data.tokenizer import tell_losses
@@ -31,6 +31,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The flags. Raises UserError."""
     parser = cli.Parser("lm_jax.evaluate", __doc__)
     load_model.add_flags(parser)
+    parser.add_argument("--sources", default="", help="a folder of text, a corpus or records; default: the run's own")
+    parser.add_argument("--columns", default="", help="of records, in the task's order: text,label")
     parser.add_argument("--split", default="validation", choices=("validation", "test", "train"))
     parser.add_argument("--rows", type=int, default=0, help="of each source, the first of the split; 0 = all")
     parser.add_argument("--beams", type=int, default=1, help="texts that beam search follows at once; 1 = greedy")
@@ -49,6 +51,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return flags
 
 
+def of_other_text(found: load_model.ModelRef, flags: argparse.Namespace, log: Terminal) -> load_model.ModelRef:
+    """The MODEL with what it is measured on as `--sources` says. Raises UserError where nothing says it."""
+    config = found.config
+    if found.described and not flags.sources:
+        if config.train.task:
+            raise UserError(
+                f"{flags.model} names no records: say --sources FOLDER, or evaluate the run that it came from"
+            )
+        log(f"{flags.model} names no text of its own: measured on the interpreter's library; --sources FOLDER is yours")
+    given = {"data.sources": ((flags.sources, 1.0),)} if flags.sources else {}
+    given |= {"data.columns": tuple(flags.columns.split(","))} if flags.columns else {}
+    return found._replace(config=decide.replaced(config, given))
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command with its arguments. Returns the exit code; raises UserError."""
     log = Terminal()
@@ -65,7 +81,7 @@ def evaluated(arguments: list[str], log: Terminal) -> dict[str, Any]:
     """The command -> what it prints: about the model and its split, and the numbers. Raises UserError."""
     flags = parse(arguments)
     devices = distributed.devices()  # of several processes each verifies its share of the model
-    found = load_model.of_flags(flags, log)
+    found = of_other_text(load_model.of_flags(flags, log), flags, log)
     tell_losses(found.tokenizer, log)
     mesh = make_mesh(Mesh(slices=-1), devices)
     check_scores(found.config)

@@ -55,7 +55,7 @@ class LoadedModel:
             self.model, self.parameters = load_model.load_parameters(found)
 
     def ids(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
-        """int32 [T]: the tokens of a text as the model reads it, with what stands before (an encoder: and after) it."""
+        """int32 [T]: the tokens of a text as the model reads it, with what stands before and after it (a head: as its task)."""
         if not isinstance(text, str):
             return np.asarray(text, np.int32)
         marks = self._found.special_ids
@@ -63,6 +63,8 @@ class LoadedModel:
         if self.config.model.kind == "encoder":
             own = specials(self.tokenizer, self.config.data.objective)
             first, last = (own.classifier,), (own.document,)
+        elif self.config.model.head:  # of a decoder: the end of the text is asked
+            first, last = (), (specials(self.tokenizer, self.config.data.objective).document,)
         return np.concatenate([first, self.tokenizer.encode(text), last]).astype(np.int32)
 
     def logits(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
@@ -82,6 +84,14 @@ class LoadedModel:
         batch = {"tokens": row(ids), "positions": row(np.arange(len(ids))), "segment_ids": row(np.ones(len(ids)))}
         with jax.set_mesh(self.mesh):
             return np.asarray(_logits(self.model, self.parameters, jax.tree.map(on_mesh, batch)))[: len(ids)]
+
+    def predict(self, text: str | Sequence[int] | np.ndarray) -> dict[str, float]:
+        """{label: its probability} of a text, for a model that tells texts apart. Raises UserError where it does not."""
+        if self.config.model.head != "labels":
+            raise UserError(f"{self.workdir} tells no labels of texts apart: ask for logits(text)")
+        logits_C = self.logits(text)[0 if self.config.model.kind == "encoder" else -1].astype(np.float64)
+        weights_C = np.exp(logits_C - logits_C.max())
+        return dict(zip(self.config.model.labels, (weights_C / weights_C.sum()).tolist(), strict=True))
 
     def loss(self, text: str | Sequence[int] | np.ndarray) -> float:
         """Mean cross entropy of the tokens after the first one of `ids(text)`, in nats, which training calls the loss.
@@ -122,7 +132,10 @@ class LoadedModel:
         from lm_jax.generate.sampling import Sampling
 
         if not writes(self.config.model):
-            raise UserError(f"{self.workdir}, of kind {self.config.model.kind}, writes no text: ask for logits(text)")
+            asked = ", or predict(text)" if self.config.model.head == "labels" else ""
+            raise UserError(
+                f"{self.workdir}, of kind {self.config.model.kind}, writes no text: ask for logits(text){asked}"
+            )
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, np.uint32(seed))
         prompts, settings = [prompt] if isinstance(prompt, str) else list(prompt), (sampling, tuple(stop), 0)
         with jax.set_mesh(self.mesh):

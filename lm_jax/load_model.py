@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Callable
 from types import ModuleType
@@ -129,8 +130,14 @@ def folder_of(model: str) -> tuple[epath.Path, str]:
     check_plain(str(workdir))
     if not (workdir / CONFIG).exists():
         siblings = [str(path) for path in workdir.parent.glob("*") if (path / CONFIG).exists()]
-        raise UserError(f"--model {model}: {path} is not a run (it has no config.json){nearest(path, siblings)}")
+        fetch = f"\nnothing is fetched: hf download {path} --local-dir {workdir.name}" if is_hub_name(path) else ""
+        raise UserError(f"--model {model}: {path} is not a run (it has no config.json){nearest(path, siblings)}{fetch}")
     return workdir, wanted
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a name of no folder is as those of Hugging Face's hub: `owner/name`, where no `owner` is here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not epath.Path(path).parent.exists()
 
 
 def is_hugging_face(folder: epath.Path) -> bool:

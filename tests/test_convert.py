@@ -133,7 +133,7 @@ def test_rotary_settings_stand_where_old_and_new_readers_look():
 
 
 def test_a_model_that_no_family_says_is_refused_by_what_differs():
-    with pytest.raises(UserError, match="nearest is gpt2, which has another config.model window"):
+    with pytest.raises(UserError, match="nearest is gpt2, and yours differs in config.model window"):
         description.description_of(tiny(model__window=(0, 8)), 500)
 
 

@@ -14,6 +14,7 @@ from peers import families as decoders
 from peers import heads as parity
 from tokenizer_shapes import words
 
+import lm_jax
 from lm_jax import evaluate, experiment, initial_state, load_model, main, run_folder
 from lm_jax.convert import description, gguf, heads, proof, safetensors, tensor_map
 from lm_jax.errors import UserError
@@ -194,6 +195,29 @@ def test_a_classifier_that_is_there_keeps_its_head_where_the_labels_are_its_own(
     theirs = load_model.load_parameters(source)[1]
     assert np.array_equal(state.parameters["labels"]["kernel"], theirs["labels"]["kernel"]) == (not labels)
     assert ("left behind: labels/bias, labels/kernel" in capsys.readouterr().out) == bool(labels)
+
+
+@on_one
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_from_python_a_classifier_says_of_a_text_what_evaluate_says(name, trained, tmp_path, capsys):
+    """Label and probability, of the run and of the folder that it leaves in; of that, evaluate asks for records."""
+    folder = trained if name == "bert" else finetuned(tmp_path / name, decoders.recorded(name), decoders.PIECES)
+    if name != "bert":
+        assert convert_checkpoint.main([str(folder / "run"), str(folder / "out"), "--unproven"]) == 0
+    answers = results.read(load_model.epath.Path(folder / "run"), "test")[1]
+    records = (folder / "records" / "train.jsonl").read_text().split("\n")
+    for model in ("run", "out"):
+        loaded = lm_jax.load(folder / model)
+        for one in answers[:5]:
+            found = loaded.predict(json.loads(records[int(one.record.rsplit(" ", 1)[1]) - 1])["text"])
+            assert max(found, key=found.get) == one.prediction and sum(found.values()) == pytest.approx(1)
+            assert found[one.prediction] == pytest.approx(one.confidence, abs=1e-4)
+    with pytest.raises(UserError, match="names no records: say --sources FOLDER"):
+        evaluate.main(["--model", str(folder / "out")])
+    for model, sources in (("run", []), ("out", ["--sources", str(folder / "records")])):
+        evaluate.main(["--model", str(folder / model), "--split", "test", *sources])
+    one, other = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert one["eval/accuracy"] == other["eval/accuracy"] == 1.0 and other["documents"] > 0
 
 
 @pytest.mark.proof

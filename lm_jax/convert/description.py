@@ -102,12 +102,12 @@ def description_of(config: Config, vocab_size: int, ids: dict[str, Any] | None =
         differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
         if not differing:
             return found
-        reasons[name] = sorted(differing)
+        reasons[name] = [f"{key} = {here.get(key)!r} ({there.get(key)!r} there)" for key in sorted(differing)]
     if not reasons:
         head = f" with the head {config.model.head!r} of this task" if config.model.head else ""
         raise UserError(f"no Hugging Face family is of config.model.kind = {kind}{head}")
     name, differing = min(reasons.items(), key=lambda item: len(item[1]))
-    keys = ", ".join(f"{key} = {getattr(config.model, key)!r}" for key in differing)
     raise UserError(
-        f"no Hugging Face family is this model; the nearest is {name}, which has another config.model {keys}"
+        f"no Hugging Face family has this model; nearest is {name}, and yours differs in config.model {', '.join(differing)}\n"
+        "experiments/small_decoders.py has families that can be exported"
     )

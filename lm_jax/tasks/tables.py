@@ -103,8 +103,11 @@ def without(column: str, there) -> str:
 
 
 def taken(column: str, columns: tuple[str, ...], there) -> str:
-    """The end of a message: the setting that takes the nearest of the columns that exist."""
+    """The end of a message: the setting that takes the nearest of the columns that exist, or one that shows its form."""
     close = like(column, there)
+    if not close and len(there) >= len(columns):
+        shown = shlex.quote(repr((*list(there)[: len(columns)],)))
+        return f"\n--config.data.columns={shown} would read these as {', '.join(columns)}"
     names = tuple(close[0] if name == column else name for name in columns) if close else ()
     return f"\n--config.data.columns={shlex.quote(repr(names))} takes it" if names else ""
 
