@@ -54,6 +54,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def of_other_text(found: load_model.ModelRef, flags: argparse.Namespace, log: Terminal) -> load_model.ModelRef:
     """The MODEL with what it is measured on as `--sources` says. Raises UserError where nothing says it."""
     config = found.config
+    if flags.columns and not config.train.task:
+        raise UserError(f"--columns are of the records of a task, and {flags.model} has none")
     if found.described and not flags.sources:
         if config.train.task:
             raise UserError(
