@@ -111,8 +111,8 @@ def _of_model(flat: Settings, given: Collection[str], theirs: Config) -> Setting
 
 
 def _labels(flat: Settings) -> tuple[str, ...]:
-    """The labels that stand in the records of a flat config, () where its source is no folder of records."""
+    """The labels in the records of a flat config, () where its source is not there. Raises UserError where it has no records."""
     from lm_jax.tasks import tables
 
-    folder = epath.Path(flat["data.sources"][0][0])
-    return tables.labels_of(str(folder), flat["train.task"], flat["data.columns"]) if folder.is_dir() else ()
+    source = epath.Path(flat["data.sources"][0][0])
+    return tables.labels_of(str(source), flat["train.task"], flat["data.columns"]) if source.exists() else ()

@@ -269,3 +269,10 @@ def test_labels_that_are_none_are_told(tmp_path):
         labelled(tmp_path, ["same", "same"])
     with pytest.raises(UserError, match="more than 1,000 different values: are these labels?"):
         labelled(tmp_path, list(map(str, range(1100))))
+
+
+def test_a_table_in_place_of_its_folder_is_no_want_of_labels(tmp_path):
+    (tmp_path / "kinds.csv").write_text("text,label\na,b\n")
+    given = dict(data__sources=str(tmp_path / "kinds.csv"), train__task="classification", data__packing="best_fit")
+    with pytest.raises(UserError, match="this is a file: name its folder"):
+        loaded(str(ROOT / "experiments" / "quickstart.py"), **given)
