@@ -56,6 +56,7 @@ MISTAKES = [
     ("main", [SMOKE, "--config.mesh.sp=2"], "say mesh.context"),
     ("main", [SMOKE, "--config.data.source=x"], "did you mean data.sources?"),
     ("main", [SMOKE, "--config.data.sources={tmp}/nowhere"], "no such folder"),
+    ("main", [SMOKE, "--config.data.sources=(({tmp}/nowhere, 0.7), ({tmp}/there, 0.3))"], "names in a list are quoted"),
     ("main", [SMOKE, "--config.data.sources={tmp}/empty"], "holds no text"),
     ("main", [SMOKE, "--config.train.task=classificaton"], "did you mean classification?"),
     ("main", [SMOKE, "--config.train.task=classification"], "tells at least two labels apart, each named once"),

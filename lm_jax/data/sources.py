@@ -43,7 +43,10 @@ def _names(source: str, hidden: list[str]) -> list[str]:
     """The files of a source, which may be one, in order. Raises UserError."""
     path = epath.Path(source)
     if not path.exists() and not os.path.lexists(source):
-        raise UserError(f'config.data.sources: {source!r}: no such folder; "python" is the corpus that is always here')
+        quote = 'names in a list are quoted: (("/a", 0.7), ("/b", 0.3))' if source[:1] + source[-1:] == "()" else ""
+        raise UserError(
+            f"config.data.sources: {source!r}: no such folder; {quote or 'python is the corpus that is always here'}"
+        )
     if regular_files.is_url(source):
         return sorted(map(str, regular_files.files_below(path))) if path.is_dir() else [source]
     try:
