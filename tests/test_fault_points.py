@@ -1,5 +1,6 @@
 """Where a run can be broken on purpose: every point that is declared is come to, every other value is refused."""
 
+import contextlib
 import re
 import shutil
 import signal
@@ -115,12 +116,16 @@ def test_it_raises():
 
 
 def test_a_command_says_that_it_was_not_broken_or_refuses(monkeypatch, capsys):
+    def code() -> int:
+        with contextlib.ExitStack() as listens:
+            return cli.exit_code(lambda arguments: 0, [], listens)
+
     monkeypatch.setenv("LM_JAX_FAULT", "kill@step:3")
-    assert cli.exit_code(lambda arguments: 0, []) == 0
+    assert code() == 0
     assert "not broken: step was reached 0 times" in capsys.readouterr().err
     monkeypatch.setenv("LM_JAX_FAULT", "kill@stap")
-    assert cli.exit_code(lambda arguments: 0, []) == 2
+    assert code() == 2
     assert "did you mean step?" in capsys.readouterr().err
     monkeypatch.delenv("LM_JAX_FAULT")
-    assert cli.exit_code(lambda arguments: 0, []) == 0
+    assert code() == 0
     assert capsys.readouterr().err == ""
