@@ -15,13 +15,8 @@ from lm_jax.data import mixture
 from lm_jax.errors import UserError, nearest
 from lm_jax.stop import NEVER
 
-LOWER = (
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "rmse",
-    "brier_score",
-)  # is better; of all other numbers of an evaluation higher is
+# Lower is better of these, higher of all other numbers of an evaluation.
+LOWER = ("loss", "perplexity", "bits_per_byte", "rmse", "brier_score")
 Lines = list[dict[str, Any]]
 
 

@@ -39,9 +39,7 @@ class Run:
     benchmarks: Any = None  # the tasks that are asked with evaluations (`samples.open_benchmarks`)
     clock: TimeBudget | None = None  # while there are steps, where the length of the run is a time
     trace_from: int = 0  # the step from which some are traced, counted from 1
-    before: tuple[int, dict] | None = (
-        None  # a step and the parameters after it, where what the next one changes is shown
-    )
+    before: tuple[int, dict] | None = None  # a step and the parameters after it, where histograms of the next are due
     # Closes the writer that is open, however the run ends.
     writing: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     ended: str = ""  # why no step is to follow, as all processes know (`closing.why_over`)
