@@ -214,6 +214,7 @@ def test_from_python_a_classifier_says_of_a_text_what_evaluate_says(name, traine
             assert found[one.prediction] == pytest.approx(one.confidence, abs=1e-4)
     with pytest.raises(UserError, match="names no records: say --sources FOLDER"):
         evaluate.main(["--model", str(folder / "out")])
+    capsys.readouterr()
     for model, sources in (("run", []), ("out", ["--sources", str(folder / "records")])):
         evaluate.main(["--model", str(folder / model), "--split", "test", *sources])
     one, other = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))

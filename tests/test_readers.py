@@ -76,7 +76,7 @@ COMMANDS = {
 
 def test_what_cannot_be_converted_is_so_for_what_the_model_is(elsewhere, tmp_path):
     """It is read, and then there is no family that the quickstart's model is of."""
-    with pytest.raises(UserError, match="no Hugging Face family is this model") as error:
+    with pytest.raises(UserError, match="no Hugging Face family has this model") as error:
         tool("convert_checkpoint")([elsewhere, f"{tmp_path}/out", "--unproven"])
     assert not [path for path in PLACES if path.split(".")[1] in str(error.value)]
 
