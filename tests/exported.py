@@ -78,9 +78,12 @@ MORE = {  # families that are Llama and a setting or two
 
 @functools.cache
 @on_one
-def leaving(family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = (), context: int = 0) -> export.Leaving:
+def leaving(
+    family: str = "llama", kind: str = "bpe", ends: tuple[int, ...] = (), context: int = 0, model_dim: int = 64
+) -> export.Leaving:
     """A model of random weights, large enough to say various things; `ends` are there beside the tokenizer's own."""
     changes = dict(FAMILIES | ENCODERS | MORE)[family] | dict(model__init_scale=0.3, data__sequence_length=128)
+    changes |= dict(model__model_dim=model_dim, model__head_dim=model_dim // 4)
     changes = changes | ({"model__positions": "learned"} if family == "gpt2" else {})
     config, by = tiny(**changes), tokenizer_of(kind)
     first = by.document_id
@@ -182,9 +185,9 @@ def without_first(model: bytes) -> bytes:
 
 
 @on_one
-def met(family: str) -> tuple[int]:
+def met(family: str, model_dim: int = 64) -> tuple[int]:
     """What a model of random weights writes after some tokens: as an end it ends texts."""
-    described, parameters, text, _ = leaving(family, "chat")
+    described, parameters, text = leaving(family, "chat", model_dim=model_dim)[:3]
     prompt, graph = (
         [*text.ids.first, *text.tokenizer.encode(proof.PROMPTS[1]).tolist()],
         description.graph_of(described),

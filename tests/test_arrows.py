@@ -17,7 +17,8 @@ data.tokenizer_files data.special_ids convert.word_vectors data.corpus_verificat
 data.packing data.best_fit data.mixed_rows data.objectives data.tokenizer_training data.stretches data.corpus
 data.mixture generate.jinja_process generate.chat_template model.task_heads tasks.scores tasks.tables tasks.results
 tasks.segments tasks.task tasks.words tasks.classification tasks.regression tasks.tags tasks.questions tasks.texts
-generate.render_template generate.chat_words generate.chat_tokens tasks.instruction tasks.preference tasks.records
+generate.render_template generate.chat_words generate.chat_tokens tasks.conversations tasks.instruction
+tasks.preference tasks.records
 data.worker data.loader prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors
 prepare.run prepare.debian_records prepare.package_records prepare.python_records tasks.baselines
 tasks.text_baselines remote faults compile_cache multihost.cluster multihost.roll_call multihost.connection

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.evaluator import Evaluator
+from lm_jax.generate import command as generate_command
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
@@ -247,6 +249,9 @@ def test_it_learns_and_the_command_evaluates(trained, capsys):
     assert last["final/accuracy"] > 0.9 and "final/perplexity" not in last
     said = (trained / "log.txt").read_text()
     assert not any(words in said for words in ("sample at step 0", "gzip -9", "lm_jax.generate")), "it writes no text"
+    assert re.search(r"validation: 30 records \(.*; .* for all: accuracy 0\.\d{3}\)", said)
+    with pytest.raises(UserError, match=r"writes no text\n.*\n.*lm_jax\.load\('.*run'\)\.predict\(TEXT\)"):
+        generate_command.main(["--model", str(trained), "--prompt", "a"])
     capsys.readouterr()
     assert evaluate.main(["--model", str(trained), "--split", "validation", "--batch_size", "3"]) == 0
     found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])

@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import FAMILIES, tiny
+from helpers import FAMILIES, READER, tiny
 
 from lm_jax.config import Mesh
 from lm_jax.data.special_ids import SpecialIds
@@ -21,7 +21,8 @@ from lm_jax.generate.slots import ALTERNATIVES
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 
-VOCABULARY, LENGTH, ENDS = 500, 64, (5, 6, 7)
+VOCABULARY, LENGTH, ENDS, START = 500, 64, (5, 6, 7), 3
+MODELS = FAMILIES | {"t5": READER}
 
 
 class Play:
@@ -53,15 +54,17 @@ class Play:
         return [self.received.get(request, []) for request in requests]
 
 
-def crowd(num: int) -> list[Request]:
-    """Short and long ones; every other begins as others do; every third is sampled."""
+def crowd(num: int, family: str = "llama") -> list[Request]:
+    """Short and long ones; every other begins as others do; every third is sampled. An encoder-decoder has them as sources."""
     numbers, start = np.random.RandomState(1), np.random.RandomState(0).randint(8, VOCABULARY, 30)
     requests = []
     for i in range(num):
         own = numbers.randint(8, VOCABULARY, numbers.randint(1, 20))
         ids = np.concatenate([start[: numbers.randint(30)] if i % 2 else start[:0], own]).astype(np.int32)
         sampling = GREEDY if i % 3 else Sampling(0.8, 50, 0.9, 0.0, 1.0, i)
-        requests.append(Request(ids[:40], int(numbers.randint(1, 24)), ENDS, sampling, alternatives=i % 2))
+        start_ids, source = (np.array([START], np.int32), ids[:40]) if family == "t5" else (ids[:40], None)
+        limit = int(numbers.randint(1, 24))
+        requests.append(Request(start_ids, limit, ENDS, sampling, alternatives=i % 2, source=source))
     return requests
 
 
@@ -71,7 +74,7 @@ def engine_of(monkeypatch, eight):
     before = jax.sharding.get_mesh()
 
     def make(family: str, mesh: Mesh, devices: int) -> Engine:
-        graph = build(tiny(**(FAMILIES[family] | {"model__init_scale": 0.2})).model, VOCABULARY, LENGTH)
+        graph = build(tiny(**(MODELS[family] | {"model__init_scale": 0.2})).model, VOCABULARY, LENGTH)
         jax.set_mesh(make_mesh(mesh, eight[:devices]))
         return Engine(graph, jax.jit(lambda: graph.init(jax.random.key(0), sharded=True))(), VOCABULARY, 8, LENGTH)
 
@@ -80,9 +83,9 @@ def engine_of(monkeypatch, eight):
 
 
 ONE = Mesh(data=1)
-CASES = [("gpt2", ONE, 1), ("mistral", ONE, 1), ("llama", Mesh(data=2, fsdp=2, tensor=2), 8)]
+CASES = [("gpt2", ONE, 1), ("mistral", ONE, 1), ("t5", ONE, 1), ("llama", Mesh(data=2, fsdp=2, tensor=2), 8)]
 PROOF = [(name, ONE, 1) for name in sorted(FAMILIES)] + [
-    (name, Mesh(data=4, tensor=2), 8) for name in ("gpt2", "mixtral", "lstm", "gemma3")
+    (name, Mesh(data=4, tensor=2), 8) for name in ("gpt2", "mixtral", "lstm", "gemma3", "t5")
 ]
 
 
@@ -92,12 +95,12 @@ PROOF = [(name, ONE, 1) for name in sorted(FAMILIES)] + [
 def test_an_answer_in_a_crowd_is_that_of_the_request_alone(family, mesh, devices, engine_of):
     """To the bit, log-probabilities too; every third request leaves in the middle."""
     engine, num = engine_of(family, mesh, devices), 32
-    requests = crowd(num)
+    requests = crowd(num, family)
     together = Play(engine, requests[::3]).run(requests, pause=0.01)
     assert bool(engine.counts["shared"]) == engine.shares == (family not in ("mistral", "lstm") and engine.shares)
     engine.slots = [continuous_batching.Slot() for _ in engine.slots]  # nothing to share
     whole, lengths = 0, set()
-    for i, request in enumerate(crowd(num)):
+    for i, request in enumerate(crowd(num, family)):
         [alone] = Play(engine).run([request])
         assert together[i] == alone[: len(together[i])], f"request {i}"
         whole += together[i] == alone
@@ -108,14 +111,14 @@ def test_an_answer_in_a_crowd_is_that_of_the_request_alone(family, mesh, devices
     assert any(len(tokens) < request.limit for tokens, request in zip(together[::3], requests[::3], strict=True))
 
 
-def test_what_is_written_is_what_generate_writes(engine_of):
-    engine = engine_of("llama", ONE, 1)
-    requests = [request for request in crowd(6) if request.sampling is GREEDY]
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_written_is_what_generate_writes(family, engine_of):
+    engine = engine_of(family, ONE, 1)
+    requests = [request for request in crowd(6, family) if request.sampling is GREEDY]
     found = Play(engine).run(requests)
     for request, tokens in zip(requests, found, strict=True):
-        rows = [request.ids], request.limit, GREEDY
-
-        marks = SpecialIds((), (), -1, ENDS)
+        rows = [request.ids if request.source is None else request.source], request.limit, GREEDY
+        marks = SpecialIds((), (), START, ENDS)
         [expected] = complete(engine.graph, engine.parameters, Bytes(), *rows, marks=marks)
         written = [token.token for token in tokens if token.finish != "stop"]
         assert written == expected.tokens

@@ -178,7 +178,11 @@ def test_two_prepared_folders_are_one_stream(places):
 @pytest.mark.parametrize(
     ("names", "changes", "words"),
     [
-        (("books", "other"), {}, r"other was made by another tokenizer \(600 pieces[^}]*books \(512 pieces"),
+        (
+            ("books", "other"),
+            {},
+            r"other was made by another tokenizer \(600 pieces[^}]*books \(512 pieces[^}]*--tokenizer '.*books' --output",
+        ),
         (
             ("books", "code"),
             {"data__tokenizer": "{places}/other/tokenizer.model"},

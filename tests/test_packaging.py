@@ -39,3 +39,17 @@ def test_an_extra_that_is_not_there_would_be_seen():
 def test_nothing_says_to_install_this_project_from_an_index():
     assert not {str(path): found[0] for path in TEXTS if (found := FOREIGN.search(path.read_text()))}
     assert all(FOREIGN.search(f"pip install {name}") for name in ("'lm" + "_jax[hf]'", "-q lm" + "-jax"))
+
+
+def test_what_ci_installs_is_what_the_readme_says():
+    """One description of what the tests need: the extra `test`."""
+    installed = [
+        line for path in (ROOT / ".ci" / "run", ROOT / "README.md") for line in path.read_text().splitlines()
+        if "pytest" in line or ("pip" in line and ".[" in line)
+    ]  # fmt: skip
+    assert {extra for line in installed for extra in re.findall(r"'\.\[([\w,-]+)\]'", line) if "test" in extra} == {
+        "test"
+    }
+    assert not [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if ".[" in line and "'.[test]'" not in line
+    ]

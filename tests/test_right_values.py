@@ -5,7 +5,7 @@ from helpers import tiny
 
 from lm_jax.errors import UserError
 from lm_jax.tasks import TASKS
-from lm_jax.tasks.instruction import checked_messages
+from lm_jax.tasks.conversations import messages_of
 from lm_jax.tasks.tables import Row
 
 BASE = dict(data__packing="best_fit", data__tokenizer="bytes")
@@ -96,7 +96,7 @@ WRONG = [
     ("question_answering", ASKED | {"answer": "a", "start": 0.5}, "the start 0.5 is no whole number of characters"),
     ("question_answering", ASKED | {"answer": "a", "start": True}, "the start true (no string) is no finite number"),
     ("text_to_text", {"source": ["a"], "target": "b"}, "the source is no string but a list of 1"),
-    ("preference", {"prompt": "a", "chosen": [SAID], "rejected": "c"}, "the chosen is no string but a list of 1"),
+    ("preference", {"prompt": "a", "chosen": [SAID], "rejected": "c"}, "rejected is no list of messages"),
     (
         "preference",
         {"prompt": 3, "chosen": "b", "rejected": "c"},
@@ -110,8 +110,8 @@ WRONG = [
     ),
     (
         "instruction",
-        {"messages": [{"from": "human", "value": "a"}]},
-        'message 1 is no {"role": "user", "content": "..."} but an object with from, value',
+        {"messages": [{"from": "human", "text": "a"}]},
+        'message 1 is no {"role": "user", "content": "..."} but an object with from, text',
     ),
     (
         "instruction",
@@ -122,7 +122,7 @@ WRONG = [
     (
         "instruction",
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-        "its content is no string but a list of 1",
+        'its content holds an object with type: only parts {"type": "text", "text": "..."} are read',
     ),
     (
         "instruction",
@@ -142,7 +142,7 @@ RIGHT = [
 def parse(task: str, record: dict):
     row = Row(record, "train.jsonl line 7")
     if task == "instruction":
-        return checked_messages(row, "messages")
+        return messages_of(row)
     return TASKS[task](tiny(**BASE | {"train__task": task} | SETTINGS[task])).parse(row)
 
 

@@ -10,6 +10,7 @@ from helpers import KINDS, tiny, write_table
 from lm_jax import evaluate, load_model, main, metrics_file
 from lm_jax.config import Mesh
 from lm_jax.errors import UserError
+from lm_jax.generate import command as generate_command
 from lm_jax.loss import batch_loss
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
@@ -186,6 +187,7 @@ def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsy
         "--config.checkpoint.every=60",
         "--config.optimizer.learning_rate=3e-3",
         "--config.evaluate.metrics=answers",
+        "--config.data.prompt={source}=",
     ]
     assert main.main(arguments(place, tmp_path / "run", *kinds, *steps)) == 0
     last = [line for line in metrics_file.read(tmp_path / "run") if "final/exact_match" in line][-1]
@@ -194,6 +196,8 @@ def test_it_learns_to_copy_and_is_scored_by_what_it_writes(tmp_path, kind, capsy
     assert evaluate.main(["--model", str(tmp_path / "run")]) == 0
     found = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     assert found["eval/exact_match"] == last["final/exact_match"] and found["records"] == found["documents"]
+    assert generate_command.main(["--model", str(tmp_path / "run"), "--prompt", "1 a=", "--max_new_tokens", "2"]) == 0
+    assert "taught with config.data.prompt = '{source}='" in "".join(capsys.readouterr())
     located = load_model.locate(str(tmp_path / "run"))
     mixed = open_data(located.config)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):

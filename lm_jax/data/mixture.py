@@ -124,13 +124,8 @@ class Mixture:
             if corpus.splits[split].num_documents
         }
         if not found:
-            prepared = all(map(is_prepared, self.sources))
-            larger = (
-                f"prepare it again with a larger --{split}_fraction"
-                if prepared
-                else f"raise config.data.{split}_fraction"
-            )
-            raise UserError(f"the {split} split is empty: {larger}, or give more or longer documents")
+            way = "prepare it again with a larger --" if all(map(is_prepared, self.sources)) else "raise config.data."
+            raise UserError(f"the {split} split is empty: {way}{split}_fraction, or give more or longer documents")
         return found
 
     @functools.cached_property
@@ -186,7 +181,8 @@ def check_same(first: str, a: Tokenizer, second: str, b: Tokenizer) -> None:
     if a.fingerprint != b.fingerprint:
         raise UserError(
             f"config.data.sources: {second} was made by another tokenizer ({b.vocab_size:,} pieces, {b.fingerprint}) than\n"
-            f"{first} ({a.vocab_size:,} pieces, {a.fingerprint}); prepare one of them again with the other's tokenizer"
+            f"{first} ({a.vocab_size:,} pieces, {a.fingerprint}); "
+            f"prepare its text again:\npython tools/prepare_data.py --tokenizer {first!r} --output NEW TEXT..."
         )
 
 

@@ -75,12 +75,20 @@ def train(texts: Iterable[str], num_pieces: int, model_type: str = "bpe") -> Sen
             minloglevel=2,
         )
     except RuntimeError as error:
-        largest = re.search(r"<= (\d+)", str(error))
-        hint = f"; at most {largest[1]} for this text" if largest else ""
         raise UserError(
-            f"config.data.tokenizer: {num_pieces} pieces cannot be trained{hint}: {str(error).splitlines()[-1]}"
+            f"config.data.tokenizer: {num_pieces:,} pieces cannot be trained: {why(str(error), model_type)}"
         ) from error
     return SentencePiece(on_grid(model.getvalue()) if model_type == "unigram" else model.getvalue())
+
+
+def why(words: str, model_type: str) -> str:
+    """What SentencePiece says of a text that has not as many pieces, and the setting that it would take."""
+    setting = next(name for name, kind in TRAINED.items() if kind == model_type)
+    if largest := re.search(r"too high .* <= (\d+)", words):
+        return f"this text has at most {int(largest[1]):,}:\nsay {setting}:{largest[1]}, or give more text"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", words):
+        return f"this text has {int(least[1]):,} characters and bytes alone:\nsay {setting}:{int(least[1]) + 1000}"
+    return "there is no text" if "sentences_.empty" in words else words.splitlines()[-1]
 
 
 def on_grid(model: bytes) -> bytes:

@@ -75,9 +75,11 @@ def main(arguments: list[str]) -> int:
         does = f"answers with its {found.config.model.head}" if found.config.model.head else "fills in what is hidden"
         raise UserError(
             f"--model {flags.model}, of kind {found.config.model.kind}, {does} and writes no text\n"
-            f"measure it with python -m lm_jax.evaluate --model {flags.model}"
+            f"measure it with python -m lm_jax.evaluate --model {flags.model}{in_python(found, flags.model)}"
         )
     tell_losses(found.tokenizer, log)
+    if found.config.train.task == "text_to_text" and (taught := found.config.data.prompt) and not flags.chat:
+        log(f"it was taught with config.data.prompt = {taught!r}: write prompts in these words")
     with jax.set_mesh(make_mesh(Mesh(slices=-1), distributed.devices())):
         write = writer(*load_model.load_parameters(found), found, flags)
         if from_file or flags.json:
@@ -88,6 +90,13 @@ def main(arguments: list[str]) -> int:
         else:
             converse(write, flags.chat)
     return 0
+
+
+def in_python(found: load_model.ModelRef, model: str) -> str:
+    """The end of a message: how a new text gets a classifier's labels."""
+    if found.config.model.head != "labels":
+        return ""
+    return f"\nlabels of a new text, in Python: lm_jax.load({model!r}).predict(TEXT)"
 
 
 def continue_file(write: Write, prompts: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave the texts that one decode program writes, between two tokens.
 
 A slot is a row of the caches. A prompt is read in chunks of one size that start at its multiples, a chunk between two tokens of
-the others; chunks that another slot has read are copied from there.
+the others; chunks that another slot has read are copied from there. What an encoder reads is read whole.
 """
 
 import collections
@@ -17,7 +17,16 @@ from lm_jax.distributed import block_on_cpu, in_flight
 from lm_jax.generate.decoding import on_mesh
 from lm_jax.generate.likelihood import TextLikelihood, text_likelihoods
 from lm_jax.generate.sampling import GREEDY, Sampling
-from lm_jax.generate.slots import ALTERNATIVES, Feed, Written, copy_rows, empty_caches, read_chunk, write_token
+from lm_jax.generate.slots import (
+    ALTERNATIVES,
+    Feed,
+    Written,
+    copy_rows,
+    empty_caches,
+    read_chunk,
+    read_source,
+    write_token,
+)
 from lm_jax.mesh import batch_shards
 from lm_jax.model.build import ModelDef
 from lm_jax.model.kv_cache import Cache
@@ -43,7 +52,7 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A text to be written after the ids of a prompt."""
+    """A text to be written after the ids of a prompt; by an encoder-decoder after its start, with a `source` to read."""
 
     ids: np.ndarray
     limit: int
@@ -52,6 +61,8 @@ class Request:
     alternatives: int = 0
     grammar: Any = None  # a `grammar.Matcher`, which says what may come
     receive: Callable[[Any], None] = print
+    source: np.ndarray | None = None
+    encoded: bool = False  # whether the source is
     slot: int = FREE
     read: int = 0  # tokens of the prompt that are in the cache
     asked: int = 0  # tokens that were dispatched
@@ -93,6 +104,9 @@ class Engine:
         self.caches = empty_caches(graph, self.parameters, num_slots, max_length)
         of_layers = jax.tree.leaves(self.caches, is_leaf=lambda node: isinstance(node, Cache))
         self.shares = all(isinstance(x, Cache) and x.keys.shape[-3] == max_length for x in of_layers)  # no windows
+        self.reads = graph.config.kind == "encoder_decoder"
+        widths = [min(CHUNK * 4**k, max_length) for k in range(8)]
+        self.widths = sorted(set(widths)) if self.reads else []  # in which a source is read
         self.drawn_B = on_mesh(np.zeros(num_slots, np.int32))
         self.allowed_BW = np.full((num_slots, padded(vocab_size) // 32), -1, np.int32)
         self.everything_BW = on_mesh(self.allowed_BW)
@@ -142,8 +156,10 @@ class Engine:
             self.step()
 
     def warm_up(self) -> None:
-        """Compiles what every request needs, by two that share a chunk."""
-        for _ in range(2):
+        """Compiles what every request needs: by two that share a chunk, by a source of each width."""
+        for width in self.widths:
+            self.submit(Request(np.zeros(1, np.int32), 1, (), source=np.zeros(width, np.int32)))
+        for _ in range(0 if self.reads else 2):
             self.submit(Request(np.zeros(min(CHUNK + 2, self.max_length - 1), np.int32), 1, ()))
         while not self.idle:
             self.step()
@@ -157,6 +173,7 @@ class Engine:
         if scoring := [job for job in scoring if not job.over]:
             found = text_likelihoods(self.graph, self.parameters, [job.ids for job in scoring], ALTERNATIVES, SCORED)
             self.deliver(list(zip(scoring, found, strict=True)))
+        self._encode()
         self._read()
         self._write()
 
@@ -207,9 +224,27 @@ class Engine:
             self.counts["read"] += int(num.sum())
             self.caches = block_on_cpu(read_chunk(self.graph, self.parameters, self.caches, tokens, start, num, row))
 
+    def _encode(self) -> None:
+        """A source of one width on each part of the batch: that of the first request that waits."""
+        size, chosen = len(self.slots) // self.shards, dict[int, tuple[Request, np.ndarray]]()
+        width_of = lambda source: next(width for width in self.widths if width >= len(source))
+        for request in [x for x in self.busy if not x.encoded]:
+            source = request.source
+            if source is not None and all(width_of(other) == width_of(source) for _, other in chosen.values()):
+                chosen.setdefault(request.slot // size, (request, source))
+        if chosen:
+            tokens = np.zeros((self.shards, max(width_of(source) for _, source in chosen.values())), np.int32)
+            num, row = (np.zeros(self.shards, np.int32) for _ in range(2))
+            for part, (request, source) in chosen.items():
+                tokens[part, : len(source)] = source
+                num[part], row[part], request.encoded = len(source), request.slot % size, True
+            self.counts["read"] += int(num.sum())
+            self.caches = block_on_cpu(read_source(self.graph, self.parameters, self.caches, tokens, num, row))
+
     def _write(self) -> None:
         """A token of every text whose prompt is read; what was dispatched before is delivered while this one is computed."""
-        asked = [x for x in self.busy if x.read == len(x.ids) - 1 and x.asked < x.limit]
+        is_read = lambda x: x.read == len(x.ids) - 1 and (x.encoded or x.source is None)
+        asked = [x for x in self.busy if is_read(x) and x.asked < x.limit]
         before, self.flying = self.flying, None
         if asked:
             self.caches, written = write_token(

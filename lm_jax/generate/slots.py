@@ -1,8 +1,10 @@
 """The server's device programs: a chunk of a prompt is read, every text grows by one token. Their shapes never change.
 
+An encoder-decoder reads a prompt whole, in one of few widths.
+
 Whoever else is there changes no bit of an answer: a prompt is always read in the same chunks, by the same program, and a text is
 a row of its own in both. Shape suffixes: B slots, R rows of a chunk (one on each part of the batch), C tokens of a chunk,
-V vocabulary, W words of 32 bits, A alternatives.
+S tokens of a source, D model, V vocabulary, W words of 32 bits, A alternatives.
 """
 
 import functools
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from lm_jax.generate.sampling import Sampling, keys, sample
 from lm_jax.model.attention import Context
 from lm_jax.model.build import ModelDef
+from lm_jax.model.encoder_decoder import EncoderDecoder
 from lm_jax.model.kv_cache import Cache, Continued, of_kind
 from lm_jax.model.unstacked import Unstacked, is_unstacked
 from lm_jax.sharding import computed, constrain, iota, on_each_device
@@ -41,23 +44,40 @@ class Written(NamedTuple):
     best_sure_BA: jax.Array
 
 
+class Sourced(NamedTuple):
+    """What an encoder-decoder has of every slot: the caches of what it writes, and what its encoder made of what it reads."""
+
+    caches: Any
+    source_BSD: jax.Array
+    segment_BS: jax.Array  # int32: 1 where the source has a token
+
+
 def empty_caches(graph: ModelDef, parameters: dict, num_slots: int, max_length: int):
     """The caches of `num_slots` texts of at most `max_length` tokens."""
-    make = lambda: graph.empty_caches(num_slots, max_length)
-    return jax.jit(lambda: Unstacked.of(make()) if is_unstacked(parameters) else make())()
+
+    def make():
+        caches = graph.empty_caches(num_slots, max_length)
+        caches = Unstacked.of(caches) if is_unstacked(parameters) else caches
+        if graph.config.kind != "encoder_decoder":
+            return caches
+        zeros = lambda *shape: constrain(jnp.zeros(shape, jnp.int32), "batch", *[None] * (len(shape) - 1))
+        source_BSD = zeros(num_slots, max_length, graph.config.model_dim).astype(graph.config.compute_dtype)
+        return Sourced(caches, source_BSD, zeros(num_slots, max_length))
+
+    return jax.jit(make)()
 
 
-def _take(caches, slot_R):
+def _take(caches, slot_R, dim: int):
     """One row of every part of the batch, [R, ...] each; slots count from the first one of the part."""
-    dim, row = _dim_of_rows(caches), computed(("batch",))
+    row = computed(("batch",))
     local = lambda x, slot: jax.lax.dynamic_slice_in_dim(x, slot[0], 1, dim)
     take = lambda x: on_each_device(local, (_layout(x), row), _layout(x))(x, slot_R)
     return jax.tree.map(take, caches)
 
 
-def _put(caches, rows, slot_R):
+def _put(caches, rows, slot_R, dim: int):
     """The caches with these rows in place of their own."""
-    dim, row = _dim_of_rows(caches), computed(("batch",))
+    row = computed(("batch",))
     local = lambda x, new, slot: jax.lax.dynamic_update_slice_in_dim(x, new, slot[0], dim)
     put = lambda x, new: on_each_device(local, (_layout(x), _layout(x), row), _layout(x))(x, new, slot_R)
     return jax.tree.map(put, caches, rows)
@@ -74,7 +94,8 @@ def _layout(x: jax.Array) -> jax.sharding.PartitionSpec:
 @functools.partial(jax.jit, donate_argnames=("caches",))
 def copy_rows(caches, source_R, target_R):
     """The caches with slot `source` of each part of the batch in slot `target`, too."""
-    return _put(caches, _take(caches, constrain(source_R, "batch")), constrain(target_R, "batch"))
+    dim = _dim_of_rows(caches)
+    return _put(caches, _take(caches, constrain(source_R, "batch"), dim), constrain(target_R, "batch"), dim)
 
 
 @functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("caches",))
@@ -85,9 +106,30 @@ def read_chunk(graph: ModelDef, parameters: dict, caches, tokens_RC, start_R, nu
     index_RC = iota(tokens_RC.shape, "batch", "length")
     positions_RC = jnp.minimum(start_R[:, None] + index_RC, graph.sequence_length - 1)
     context = Context(positions_RC, (index_RC < num_R[:, None]).astype(jnp.int32))
-    rows = of_kind(Continued, _take(caches, slot_R))
+    rows = of_kind(Continued, _take(caches, slot_R, dim := _dim_of_rows(caches)))
     _, rows = graph.module(parameters)(tokens_RC, context, None, rows)
-    return _put(caches, of_kind(Cache, rows), slot_R)
+    return _put(caches, of_kind(Cache, rows), slot_R, dim)
+
+
+@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("caches",))
+def read_source(graph: ModelDef, parameters: dict, caches: Sourced, tokens_RS, num_R, slot_R) -> Sourced:
+    """The caches after a text of `num` tokens was encoded for `slot` of each part of the batch; of none where `num` is 0."""
+    tokens_RS = constrain(tokens_RS, "batch", None)
+    num_R, slot_R = (constrain(x, "batch") for x in (num_R, slot_R))
+    positions_RS = iota(tokens_RS.shape, "batch", "length")
+    segment_RS = (positions_RS < num_R[:, None]).astype(jnp.int32)
+    model = graph.module(parameters)
+    assert isinstance(model, EncoderDecoder)
+    encoded_RSD = model.encode(tokens_RS, Context(positions_RS, segment_RS))
+    before = tuple(caches[1:])
+    room = caches.segment_BS.shape[1] - tokens_RS.shape[1]
+    wide = lambda new, old: jnp.pad(
+        jax.sharding.reshard(new.astype(old.dtype), _layout(old)), ((0, 0), (0, room), (0, 0))[: new.ndim]
+    )
+    new = tuple(map(wide, (encoded_RSD, segment_RS), before))
+    is_new = lambda x: jnp.expand_dims(num_R > 0, tuple(range(1, x.ndim)))
+    rows = jax.tree.map(lambda x, old: jnp.where(is_new(x), x, old), new, _take(before, slot_R, 0))
+    return Sourced(caches.caches, *_put(before, rows, slot_R, 0))
 
 
 @functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("caches",))
@@ -98,7 +140,13 @@ def write_token(graph: ModelDef, parameters: dict, caches, drawn_B, feed: Feed) 
     token_B1 = jnp.where(feed.token_B < 0, drawn_B, feed.token_B)[:, None]
     position_B1 = feed.position_B[:, None]
     context = Context(jnp.maximum(position_B1, 0), (position_B1 >= 0).astype(jnp.int32))
-    hidden_B1D, caches = model(token_B1, context, None, caches)
+    if isinstance(caches, Sourced):
+        assert isinstance(model, EncoderDecoder)
+        source = caches.source_BSD, Context(iota(caches.segment_BS.shape, "batch", None), caches.segment_BS)
+        hidden_B1D, own = model.decode(token_B1, context, source, None, caches.caches)
+        caches = caches._replace(caches=own)
+    else:
+        hidden_B1D, caches = model(token_B1, context, None, caches)
     logits_BV = constrain(model.logits(hidden_B1D), "batch", "length", None)[:, 0]
     layouts = _layout(logits_BV), jax.tree.map(_layout, feed)
     row, matrix = computed(("batch",)), computed(("batch", None))

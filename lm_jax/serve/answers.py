@@ -56,8 +56,8 @@ class Writer:
         if max(len(prompt), sum(len(text.encode()) for text in texts)) > self.longest:
             raise self.too_long("the prompt is longer")
         if isinstance(prompt, str):
-            ids = served.tokenizer.encode(prompt)
-            return np.concatenate([served.marks.first, ids]).astype(np.int32) if special else ids
+            ids, last = served.tokenizer.encode(prompt), served.marks.last if self.engine.reads else ()
+            return np.concatenate([served.marks.first, ids, last]).astype(np.int32) if special else ids
         if messages:
             if served.template is None:
                 raise Refusal(f"{served.name} has no chat template: ask /v1/completions", "messages")
@@ -81,10 +81,15 @@ class Writer:
         if asked.schema is not None and ends not in self.grammars:
             self.grammars[ends] = Grammars(self.served.tokenizer, ends)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        if self.engine.reads and asked.switches["echo"]:
+            raise Refusal(f"{self.served.name} reads a prompt and does not write it: it has no echo", "echo")
         for prompt in asked.prompts:
-            ids = self.encode(prompt)
+            given = self.encode(prompt)
+            source, ids = (given, given[:0]) if self.engine.reads else (None, given)
             ids = ids if len(ids) or marks.start < 0 else np.array([marks.start], np.int32)
-            room = self.engine.max_length - len(ids)
+            room = self.engine.max_length - (0 if self.engine.reads else len(ids))
+            if len(given) > self.engine.max_length:
+                raise self.too_long(f"the prompt is {len(given)} tokens, more")
             limit = max(room, 1) if asked.limit < 0 else asked.limit
             if not len(ids):
                 raise Refusal("the prompt is empty, and nothing says what a text of this model starts with", "prompt")
@@ -93,7 +98,7 @@ class Writer:
             for _ in range(asked.num):
                 sampling = asked.sampling._replace(seed=np.uint32((seed + len(made)) % 2**32))
                 matcher = None if asked.schema is None else self.grammars[ends].matcher(asked.schema)
-                made.append(Request(ids, limit, ends, sampling, max(asked.alternatives, 0), matcher))
+                made.append(Request(ids, limit, ends, sampling, max(asked.alternatives, 0), matcher, source=source))
         return made
 
     @functools.cached_property
@@ -104,7 +109,8 @@ class Writer:
     async def pieces(self, asked: Asked, jobs: list[Request], answer: Answer) -> AsyncGenerator[Piece]:
         """What is written, as it comes. However it ends, its slots are free then."""
         queue: asyncio.Queue[tuple[int, Token]] = asyncio.Queue()
-        texts = [GrowingText(self.served.tokenizer, job.ids, asked.stops) for job in jobs]
+        before = lambda job: job.ids[:0] if self.engine.reads else job.ids
+        texts = [GrowingText(self.served.tokenizer, before(job), asked.stops) for job in jobs]
         said = [LogProbabilities(self.spelling, asked.chat, asked.alternatives) for _ in jobs]
         open_choices = {index for index, job in enumerate(jobs) if job.limit}
         start, last = time.perf_counter(), dict[int, float]()

@@ -102,7 +102,7 @@ class Application:
         if waiting + more > self.limits.max_queue + len(self.engine.slots):
             raise Refusal(f"{waiting} requests wait, and these are {more}: try later", None, 429, "rate_limit_exceeded")
         jobs, answer = await self.apart(self.writer.jobs, asked), Answer(asked, self.name)
-        answer.prompt_tokens = sum(len(job.ids) for job in jobs[:: asked.num])
+        answer.prompt_tokens = sum(len(job.ids if job.source is None else job.source) for job in jobs[:: asked.num])
         pieces = self.writer.pieces(asked, jobs, answer)
         if asked.switches["stream"]:
             return StreamingResponse(events(asked, answer, pieces), media_type="text/event-stream")

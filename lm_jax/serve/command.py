@@ -67,9 +67,8 @@ def main(arguments: list[str]) -> int:
     keys = read_keys(flags.api_key_file) if flags.api_key_file else ()
     listener = listen(flags.host, flags.port)
     found = load_model.of_flags(flags, log)
-    kind = found.config.model.kind
-    if not writes(found.config.model) or kind == "encoder_decoder":
-        raise UserError(f"--model {flags.model}, of kind {kind}: served are models that write on from left to right")
+    if not writes(found.config.model):
+        raise UserError(f"--model {flags.model}, of kind {found.config.model.kind}: served are models that write text")
     tell_losses(found.tokenizer, log)
     template = chat_template.find_template(found.workdir)
     if template and flags.chat_variables:

@@ -2,6 +2,7 @@
 
 task.py       what a task is; segments.py: its records as tokens with targets and masks; words.py: words and their tokens
 classification.py  regression.py  tags.py  questions.py  texts.py  instruction.py  preference.py    a task each
+conversations.py  chats and pairs as people publish them -> messages
 tables.py     files of records; records.py: records -> packed rows, and held-out rows with their results
 scores.py     scores with bootstrap intervals; results.py: kept record by record, two runs compared
 baselines.py  text_baselines.py       what a finetuned model has to beat

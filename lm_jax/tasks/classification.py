@@ -12,7 +12,7 @@ from lm_jax.tasks import scores
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Encoded, for_head
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Task, checked_text, counted, label_id
+from lm_jax.tasks.task import Task, checked_text, counted, label_id, plain
 
 
 class OfSequence(Task):
@@ -69,8 +69,13 @@ class Classification(OfSequence):
         return checked_text(row, "text"), label_id(row, row.content["label"], self.labels), second_text(row)
 
     def count(self, values: list[tuple]) -> str:
-        """How many records each of the most frequent labels has."""
-        return counted(self.labels, [value[1] for value in values])
+        """How many records each of the most frequent labels has, and what one label for all would be scored."""
+        ids = [value[1] for value in values]
+        most = np.bincount(np.array(ids, int), minlength=len(self.labels))
+        all_alike = (
+            f"; {plain(self.labels[most.argmax()])} for all: accuracy {most.max() / len(ids):.3f})" if ids else ")"
+        )
+        return counted(self.labels, ids).removesuffix(")") + all_alike
 
     def result(self, where: str, values: tuple, segment, logits_NC: np.ndarray) -> Result:
         """The label with the largest logit, and its softmax probability as the confidence."""

@@ -2,32 +2,29 @@
 
 {"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]}
 
-The loss is on the assistant's words and on the token that ends each of its turns (`generate/chat_tokens.py`). A long
-conversation keeps its start in training; where it is answered, its end.
+Other layouts are read by `conversations.py`. The loss is on the assistant's words and on the token that ends each of its turns
+(`generate/chat_tokens.py`). A long conversation keeps its start in training; where it is answered, its end.
 """
 
 import numpy as np
 from etils import epath
 
 from lm_jax.config import Config
-from lm_jax.data.lines import described
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_template as chat
 from lm_jax.generate import chat_tokens
+from lm_jax.tasks.conversations import LAYOUTS, messages_of
 from lm_jax.tasks.segments import Encoded, next_tokens
-from lm_jax.tasks.tables import Row, like
-from lm_jax.tasks.task import Task, no_text
-
-ROLES = ("system", "user", "assistant")
-UNREAD = ("tool_calls", "function_call", "tool_call_id")
-MESSAGE = '{"role": "user", "content": "..."}'
+from lm_jax.tasks.tables import Row
+from lm_jax.tasks.task import Task
 
 
 class Instruction(Task):
     """Instruction tuning on conversations in the chat template of the tokenizer's folder."""
 
     columns: tuple[str, ...] = ("messages",)
+    other_columns = tuple(LAYOUTS)[1:]
     writes = True
     chat_template: chat.Template
 
@@ -37,7 +34,7 @@ class Instruction(Task):
 
     def parse(self, row: Row) -> tuple:
         """(messages, where the record is) of a record. Raises UserError."""
-        return checked_messages(row, "messages"), row.where
+        return messages_of(row), row.where
 
     def last(self, values: tuple) -> int:
         """The index of the message that is the answer."""
@@ -101,46 +98,3 @@ def turns(template: chat.Template, messages: list[chat.Message], tokenizer: Toke
         return chat_tokens.encode_turns(template, messages, tokenizer)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def in_a_table(messages) -> str:
-    """The end of a message: what to do where a table's cell holds a conversation."""
-    return "; a cell of a table cannot be one: give JSON lines" if isinstance(messages, str) else ""
-
-
-def checked_messages(row: Row, column: str, answered: bool = True) -> list[chat.Message]:
-    """The checked messages of a column: an optional system message, then a user's and an assistant's.
-
-    At least one is an assistant's; where not `answered`, the last is a user's. Raises UserError.
-    """
-    messages = row.content[column]
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"{row.where}: {column} is no list of messages {MESSAGE} but {described(messages)}{in_a_table(messages)}"
-        )
-    roles = []
-    for number, message in enumerate(messages, 1):
-        where = f"{row.where}: message {number}"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f"{where} is no {MESSAGE} but {described(message)}")
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            close = like(str(role).strip(), ROLES)
-            near = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{where}: role {role!r:.60} is none of {', '.join(ROLES)}{near}")
-        if not isinstance(content, str) or not content.strip():
-            said = "is empty" if isinstance(content, str) else f"has no text: its content is {no_text(content)}"
-            raise UserError(f"{where} ({role}) {said}")
-        if unread := next((name for name in UNREAD if message.get(name)), ""):
-            raise UserError(f"{where} has {unread}: conversations with tools are not read")
-        if role == "system" and number > 1:
-            raise UserError(f"{where}: a system speaks first or not at all")
-        if role == "assistant" and "user" not in roles:
-            raise UserError(f"{where}: an assistant speaks before anybody has said anything")
-        roles.append(role)
-    if answered and "assistant" not in roles:
-        raise UserError(f"{row.where}: no message is an assistant's: there is nothing to learn")
-    if not answered and roles[-1] != "user":
-        raise UserError(f"{row.where}: the last message of {column} is {roles[-1]}'s, not a user's")
-    read = ("role", "content", *chat.THOUGHTS)
-    return [{name: message[name] for name in read if isinstance(message.get(name), str)} for message in messages]

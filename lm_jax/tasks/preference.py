@@ -2,9 +2,9 @@
 
 {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
 
-A prompt is a text, which the answers continue, or a list of messages, which they answer in the chat template. Both halves of a
-pair stand in one row as two segments; the loss is one of a pair (`task_heads.preference_margins`). A long prompt loses its
-start, never an answer a part.
+A prompt is a text, which the answers continue, or a list of messages, which they answer in the chat template; other layouts
+of such pairs are read by `conversations.py`. Both halves of a pair stand in one row as two segments; the loss is one of a pair
+(`task_heads.preference_margins`). A long prompt loses its start, never an answer a part.
 """
 
 import numpy as np
@@ -13,17 +13,19 @@ from lm_jax.config import Config
 from lm_jax.data.tokenizer import Tokenizer
 from lm_jax.errors import UserError
 from lm_jax.generate import chat_tokens
-from lm_jax.tasks.instruction import checked_messages, find_template, template_of, turns
+from lm_jax.tasks.conversations import pair_of
+from lm_jax.tasks.instruction import find_template, template_of, turns
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Encoded, Segment, continued, next_tokens
 from lm_jax.tasks.tables import Row
-from lm_jax.tasks.task import Task, checked_text
+from lm_jax.tasks.task import Task
 
 
 class Preference(Task):
     """Preference tuning (DPO): pairs of a chosen and a rejected answer to one prompt."""
 
     columns: tuple[str, ...] = ("prompt", "chosen", "rejected")
+    other_columns = (("chosen", "rejected"),)
     compares = True
 
     def __init__(self, config: Config):
@@ -40,11 +42,10 @@ class Preference(Task):
 
     def parse(self, row: Row) -> tuple:
         """(prompt, chosen, rejected, where the record is) of a record. Raises UserError."""
-        is_chat = isinstance(row.content["prompt"], list)
-        prompt = checked_messages(row, "prompt", answered=False) if is_chat else checked_text(row, "prompt")
+        prompt, chosen, rejected = pair_of(row)
+        is_chat = isinstance(prompt, list)
         self.chat_template = self.chat_template or (template_of(self.config) if is_chat else None)
         self.has_chats |= is_chat
-        chosen, rejected = checked_text(row, "chosen"), checked_text(row, "rejected")
         if chosen.strip() == rejected.strip():
             raise UserError(f"{row.where}: chosen and rejected are the same text {chosen[:40]!r}")
         return prompt, chosen, rejected, row.where

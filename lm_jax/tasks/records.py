@@ -24,7 +24,7 @@ from lm_jax.files import file_hash
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Segment, with_two_lengths
-from lm_jax.tasks.tables import Row, files_of, left_over, rows
+from lm_jax.tasks.tables import Row, files_of, has_one_of, left_over, rows
 from lm_jax.tasks.task import Task
 
 
@@ -180,16 +180,19 @@ def open_records(config: Config, log: Callable[[str], None] = lambda line: None)
 
 def read_splits(source: str, task: Task, data: Data) -> dict[str, list[tuple[str, tuple]]]:
     """(file and line, values) of every record of each split."""
-    files = files_of(source)
+    files, others = files_of(source), () if data.columns else task.other_columns
 
     def parse(row: Row) -> tuple[str, tuple]:
+        if has_one_of(others, row) and not row.content.keys() >= set(task.names):
+            return row.where, task.parse(row)
         own = (*task.columns, *task.optional)
         its = (*task.names, *own[len(task.names) :])
         renamed = {a: row.content[b] for a, b in zip(own, its, strict=True) if b in row.content}
         return row.where, task.parse(Row(renamed, row.where))
 
     found = {
-        split: [parse(row) for row in rows(files[split], task.names)] if split in files else [] for split in SPLITS
+        split: [parse(row) for row in rows(files[split], task.names, others)] if split in files else []
+        for split in SPLITS
     }
     shares = [0.0 if split in files else share for split, share in
               (("validation", data.validation_fraction), ("test", data.test_fraction))]  # fmt: skip

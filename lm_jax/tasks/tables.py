@@ -8,6 +8,7 @@ the first by content hash, so that equal texts stand in one split. How a line is
 
 import difflib
 import io
+import itertools
 import json
 import os
 import re
@@ -74,18 +75,33 @@ def left_over(folder: str, read) -> list[str]:
     )
 
 
-def rows(path: epath.Path, columns: tuple[str, ...]) -> Iterator[Row]:
-    """The records of a file, each with all of the columns. Raises UserError at the first line that is no record."""
+def rows(path: epath.Path, columns: tuple[str, ...], others: tuple[tuple[str, ...], ...] = ()) -> Iterator[Row]:
+    """The records of a file, each with all of the columns, or of one of the `others`.
+
+    Raises UserError at the first line that is no such record.
+    """
     if path.suffix not in SUFFIXES and not path.is_dir():
         raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: unpack it, or write it as one of these")
     try:
         for row in _parquet(path) if path.suffix == ".parquet" else _text(path):
-            for column in columns:
+            for column in () if has_one_of(others, row) else columns:
                 if column not in row.content:
-                    raise UserError(f"{row.where} {without(column, row.content)}{taken(column, columns, row.content)}")
+                    also = f"\n{listed_sets(others)} would be read too" if others else ""
+                    near = taken(column, columns, row.content)
+                    raise UserError(f"{row.where} {without(column, row.content)}{near}{also}")
             yield row
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def listed_sets(sets: tuple[tuple[str, ...], ...]) -> str:
+    """Sets of columns as a message names them."""
+    return ", or ".join(" with ".join(columns) for columns in sets)
+
+
+def has_one_of(sets: tuple[tuple[str, ...], ...], row: Row) -> bool:
+    """Whether a record has all columns of one of the sets."""
+    return any(row.content.keys() >= set(columns) for columns in sets)
 
 
 def write(folder: str, split: str, records: Iterable[dict]) -> None:
@@ -172,5 +188,11 @@ def labels_of(folder: str, task: str, given: tuple[str, ...]) -> tuple[str, ...]
                     f"{row.where}: by here the column {columns[-1]!r} has more than {LONGEST_TUPLE:,} different values: "
                     "are these labels?\nname the column by config.data.columns; numbers are of --config.train.task=regression"
                 )
+    for one, other in itertools.pairwise(sorted(found, key=lambda x: (x.strip(), x))):
+        if one.strip() == other.strip():
+            raise UserError(
+                f"{folder}: the labels {one!r} and {other!r} differ in the spaces around them:\n"
+                "make them one in the records, or name all of them by config.model.labels"
+            )
     whole = all(re.fullmatch(r"-?\d{1,18}", x, re.ASCII) for x in found)
     return tuple(sorted(found, key=(lambda x: (int(x), x)) if whole else str))

@@ -21,11 +21,12 @@ class Task:
     """One task; a subclass each.
 
     `columns` are the names that its records have, and `optional` those that they may have, as `data.columns` may rename
-    them.
+    them. Where it renames none, a record may have one of `other_columns` instead, and `parse` gets it whole.
     """
 
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    other_columns: tuple[tuple[str, ...], ...] = ()
     kind = ""  # of its results, in lm_jax/tasks/scores.py
     writes = False  # whether its answers are texts that a model writes
     chat_template: Template | None = None  # in which it writes conversations
