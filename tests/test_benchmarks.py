@@ -175,7 +175,7 @@ def refused(capsys, line: list[str], words: str) -> None:
         ),
         (["--config.train.export_to=file"], "file' is there, and not what this run will be"),
         (["--config.train.export_to=gs://b/x"], "a folder of this machine is expected"),
-        (["--config.train.export_to=x", "--config.model.positions=rotary"], "no Hugging Face family is this model"),
+        (["--config.train.export_to=x", "--config.model.positions=rotary"], "no Hugging Face family has this model"),
     ],
 )
 def test_mistakes_are_answered_before_anything_compiles(flags, words, tmp_path, monkeypatch, capsys):
