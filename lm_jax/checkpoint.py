@@ -164,8 +164,7 @@ def restore(workdir: epath.Path, step: int, program: TrainSetup) -> tuple[TrainS
         found = orbax.restore(
             steps_folder(workdir) / str(step),
             args=ocp.args.Composite(
-                parameters=ocp.args.StandardRestore(target.parameters),
-                optimizer=ocp.args.StandardRestore(named),
+                parameters=ocp.args.StandardRestore(target.parameters), optimizer=ocp.args.StandardRestore(named)
             ),
         )
     _, structure = jax.tree.flatten(target.optimizer_state)

@@ -123,6 +123,5 @@ def check_memory(plan: Plan, device: jax.Device) -> None:
     needed, memory = sum(plan.memory.values()), counts.device_memory(device)
     if device.platform == "cpu" and needed > memory:
         raise OSError(
-            errno.ENOMEM,
-            f"this does not fit: {needed / 2**30:,.3g} GiB are needed, {memory / 2**30:,.3g} are here",
+            errno.ENOMEM, f"this does not fit: {needed / 2**30:,.3g} GiB are needed, {memory / 2**30:,.3g} are here"
         )

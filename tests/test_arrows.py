@@ -22,9 +22,10 @@ tasks.preference tasks.records
 data.worker data.loader prepare.readers prepare.report prepare.clean prepare.overlap prepare.steps prepare.executors
 prepare.run prepare.debian_records prepare.package_records prepare.python_records tasks.baselines
 tasks.text_baselines remote faults compile_cache multihost.cluster multihost.roll_call multihost.connection
-multihost.watchdog multihost.peers job distributed manifest model.layers trainable model.lora collectives
+multihost.watchdog multihost.peers job distributed manifest model.unstacked model.layers
+model.for_generation trainable model.lora collectives
 model.row_order model.context_attention model.splash plan.devices model.flash_attention model.attention model.dropout
-model.embedding model.language_model model.expert_parallel model.moe model.unstacked model.stack model.positions
+model.embedding model.language_model model.expert_parallel model.moe model.stack model.positions
 model.kv_cache model.attention_layer model.transformer model.encoder model.encoder_decoder model.recurrent
 model.build convert.safetensors convert.config_reader convert.rotary convert.config_fields convert.families
 convert.encoders convert.heads convert.description convert.tensor_map convert.hugging_face convert.tokenizer_json

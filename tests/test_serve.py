@@ -111,7 +111,8 @@ def test_a_prompt_is_scored_as_lm_eval_asks_it(server, folder, limit):
     long, short = server.post("/v1/completions", body).json()["choices"]
     model = load_model.locate(str(folder))
     with jax.set_mesh(make_mesh(Mesh(data=1), jax.devices()[:1])):
-        [scored] = text_likelihoods(*load_model.load_parameters(model), [np.array(ids, np.int32)], 1)
+        graph, parameters = load_model.load_parameters(model)
+        [scored] = text_likelihoods(graph, graph.unstacked(parameters), [np.array(ids, np.int32)], 1)
     sure, best = long["logprobs"]["token_logprobs"], long["logprobs"]["top_logprobs"]
     assert len(sure) == len(ids) + limit and sure[0] is None and best[0] is None
     assert sure[1 : len(ids)] == scored.log_probabilities.tolist()

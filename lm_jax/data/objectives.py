@@ -170,13 +170,7 @@ def masked(
 
 
 def span_corruption(
-    row: Batch,
-    key: Key,
-    start_id: int,
-    first_sentinel: int,
-    rate: float = 0.15,
-    mean_span: float = 3.0,
-    step: int = 1,
+    row: Batch, key: Key, start_id: int, first_sentinel: int, rate: float = 0.15, mean_span: float = 3.0, step: int = 1
 ) -> Batch:
     """Span corruption (Raffel et al., arXiv:1910.10683, 3.1.4).
 

@@ -103,7 +103,7 @@ class Engine:
         self.slots = [Slot() for _ in range(num_slots)]
         self.caches = empty_caches(graph, self.parameters, num_slots, max_length)
         of_layers = jax.tree.leaves(self.caches, is_leaf=lambda node: isinstance(node, Cache))
-        self.shares = all(isinstance(x, Cache) and x.keys.shape[-3] == max_length for x in of_layers)  # no windows
+        self.shares = all(isinstance(x, Cache) and x.keys.shape[-2] == max_length for x in of_layers)  # no windows
         self.reads = graph.config.kind == "encoder_decoder"
         widths = [min(CHUNK * 4**k, max_length) for k in range(8)]
         self.widths = sorted(set(widths)) if self.reads else []  # in which a source is read

@@ -73,7 +73,8 @@ class HarnessModel(TemplateLM):
                 f"{found.config.model.kind}"
             )
         with jax.set_mesh(make_mesh(Mesh(slices=-1), devices)):
-            return cls(found, *load_model.load_parameters(found), rows, max_length, progress)
+            graph, parameters = load_model.load_parameters(found)
+            return cls(found, graph, graph.unstacked(parameters), rows, max_length, progress)
 
     def in_chat(self) -> None:
         """Makes texts end at the end of the assistant's turn in the chat template, too."""

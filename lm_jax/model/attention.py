@@ -239,5 +239,9 @@ def _xla(inputs: Inputs, bias_BHTS: jax.Array | None = None) -> jax.Array:
     mask_BTS = attention_mask(queries, keys, window, causal)
     logits_BGRTS = jnp.where(mask_BTS[:, None, None], logits_BGRTS.astype(jnp.float32), jnp.finfo(jnp.float32).min / 2)
     weights_BGRTS = jax.nn.softmax(logits_BGRTS, axis=-1).astype(v_BSGK.dtype)
-    out = einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK, "batch", "length", "kv_heads", None, None)
+    first, second = ("BGRTS", weights_BGRTS), ("BSGK", v_BSGK)
+    if num_queries == 1:  # the other way round, in which values that lie as in a cache are read as they are
+        first, second = second, first
+    formula = f"{first[0]},{second[0]}->BTGRK"
+    out = einsum(formula, first[1], second[1], "batch", "length", "kv_heads", None, None)
     return reshape(out, q_BTHK.shape, "batch", "length", "heads", None)

@@ -10,12 +10,13 @@ from flax import nnx
 from lm_jax.config import Model
 from lm_jax.model.encoder import Encoder
 from lm_jax.model.encoder_decoder import EncoderDecoder
+from lm_jax.model.for_generation import unstacked
 from lm_jax.model.language_model import Caches, LanguageModel
 from lm_jax.model.layers import Declaration, make, merge
 from lm_jax.model.lora import adapt
 from lm_jax.model.recurrent import Recurrent
 from lm_jax.model.transformer import Block, Transformer
-from lm_jax.model.unstacked import Unstacked, is_unstacked
+from lm_jax.model.unstacked import is_unstacked
 from lm_jax.model_config import plain
 
 KINDS: dict[str, type[LanguageModel]] = {
@@ -67,9 +68,7 @@ class ModelDef:
 
 @functools.partial(jax.jit, static_argnames=("graph",))
 def _unstacked(graph: ModelDef, parameters: dict) -> dict:
-    unstack = lambda declared, x: Unstacked.of(x) if "layers" in declared.axes else x
-    unstacked: dict = jax.tree.map(unstack, graph.tree(lambda declared: declared), parameters)
-    return unstacked
+    return unstacked(graph.declarations, parameters)
 
 
 def build(config: Model, vocab_size: int, sequence_length: int, block: type[Block] = Block) -> ModelDef:

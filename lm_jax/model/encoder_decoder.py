@@ -76,7 +76,7 @@ class EncoderDecoder(LanguageModel):
 
     @staticmethod
     def empty_caches(config: Model, batch: int, slots: int) -> Cache:
-        """The cache of the decoder's self-attention, zeros [L, B, S, G, K]."""
+        """The cache of the decoder's self-attention, zeros [L, B, G, S, K]."""
         return empty_cache(config, config.num_layers, batch, slots)
 
     def read(self, batch: dict, dropout: Dropout | None = None) -> ModelOutputs:
@@ -109,7 +109,7 @@ class EncoderDecoder(LanguageModel):
         config, part = self.config, lambda name: getattr(self, f"{stack}_{name}")
         x_BTD = self.embed(tokens_BT, context.positions, part("positions"))
         x_BTD = apply_dropout(dropout, x_BTD, config.dropout, f"{stack}_embedding")
-        visible = context if caches is None else visible_keys(context, jax.tree.leaves(caches)[0].shape[-3])
+        visible = context if caches is None else visible_keys(context, jax.tree.leaves(caches)[0].shape[-2])
         bias_BHTS = part("bias")(context.positions, visible.positions) if part("bias") else None
         rotary = config.positions == "rotary"
         rope = rope_angles(context.positions, config.head_dim, config.rotary_base) if rotary else None

@@ -12,11 +12,11 @@ from lm_jax.config import Model
 from lm_jax.model.attention import Context
 from lm_jax.sharding import computed, constrain, iota, on_each_device
 
-AXES = "batch", "length", "kv_heads", "head_dim"  # of a cache
+AXES = "batch", "kv_heads", "length", "head_dim"  # of a cache: what a product of all heads reads without turning it
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, [B, S, G, K] each; the token at position p is in slot p mod S."""
+    """Keys and values of the tokens so far, [B, G, S, K] each; the token at position p is in slot p mod S."""
 
     keys: jax.Array
     values: jax.Array
@@ -33,8 +33,8 @@ def of_kind(kind: type[Cache], caches: Any) -> Any:
 
 
 def empty_cache(config: Model, num_layers: int, batch: int, slots: int) -> Cache:
-    """Zeros [L, B, S, G, K] in the compute dtype, laid out on the mesh that is set."""
-    shape = (num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    """Zeros [L, B, G, S, K] in the compute dtype, laid out on the mesh that is set."""
+    shape = (num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     zeros = lambda: constrain(jnp.zeros(shape, config.compute_dtype), "layers", *AXES)
     return Cache(zeros(), zeros())
 
@@ -65,7 +65,8 @@ def extend(
 
     In a continued cache a row's new tokens attend to what stands before the first of them, and to each other.
     """
-    continued, size = isinstance(cache, Continued), cache.keys.shape[1]
+    continued, size = isinstance(cache, Continued), cache.keys.shape[-2]
+    turned = lambda x_BGSK: jnp.swapaxes(x_BGSK, 1, 2)
     after = type(cache)(
         *(write(old, new, context, continued) for old, new in zip(cache, (k_BTGK, v_BTGK), strict=True))
     )
@@ -73,29 +74,40 @@ def extend(
         before = Context(context.positions[:, :1] - 1, jnp.ones_like(context.segment_ids[:, :1]))
         both = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)
         visible = Context(*map(both, slot_context(before, size), context))
-        return both(cache.keys, k_BTGK), both(cache.values, v_BTGK), visible, after
+        return both(turned(cache.keys), k_BTGK), both(turned(cache.values), v_BTGK), visible, after
     visible = visible_keys(context, size)
-    return (k_BTGK, v_BTGK, visible, after) if visible is context else (*after, visible, after)
+    if visible is context:
+        return k_BTGK, v_BTGK, visible, after
+    return turned(after.keys), turned(after.values), visible, after
 
 
-def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, context: Context, continued: bool = False) -> jax.Array:
+def write(cache_BGSK: jax.Array, new_BTGK: jax.Array, context: Context, continued: bool = False) -> jax.Array:
     """The cache with new keys or values in the slots of their positions, of which the last S tokens stay.
 
     They are those of one token a row, at any position, or of a prompt from position 0 on; or (`continued`) of several tokens
     from any position on. Padding (segment 0) is not written by the first and the last of these.
     """
-    length, size = new_BTGK.shape[1], cache_BSGK.shape[1]
-    new_BTGK = new_BTGK.astype(cache_BSGK.dtype)
+    length, size = new_BTGK.shape[1], cache_BGSK.shape[2]
+    new_BGTK = jnp.swapaxes(new_BTGK, 1, 2).astype(cache_BGSK.dtype)
+    layouts = computed(AXES), computed(("batch", "length"))
     if length == 1:
-        slots_BS = iota((len(new_BTGK), size), "batch", "length")
-        here_BS = (slots_BS == context.positions % size) & (context.segment_ids > 0)
-        written = jnp.where(here_BS[:, :, None, None], new_BTGK, cache_BSGK)
+        slot_B1 = jnp.where(context.segment_ids > 0, context.positions % size, size)
+        written = on_each_device(_put_one, (layouts[0], *layouts), layouts[0])(cache_BGSK, new_BGTK, slot_B1)
     elif length <= size and not continued:
-        written = jnp.concatenate([new_BTGK, cache_BSGK[:, length:]], axis=1)
+        written = jnp.concatenate([new_BGTK, cache_BGSK[:, :, length:]], axis=2)
     else:
-        take = lambda new_BTGK, at_BS: jnp.take_along_axis(new_BTGK, at_BS[:, :, None, None], axis=1)
-        layouts = computed(AXES), computed(("batch", "length"))
+        take = lambda new_BGTK, at_BS: jnp.take_along_axis(new_BGTK, at_BS[:, None, :, None], axis=2)
         index_BS = slot_context(context, size).positions - context.positions[:, :1]  # of the new token in each slot
-        taken_BSGK = on_each_device(take, layouts, layouts[0])(new_BTGK, jnp.maximum(index_BS, 0))
-        written = jnp.where((index_BS >= 0)[:, :, None, None], taken_BSGK, cache_BSGK)
+        taken_BGSK = on_each_device(take, layouts, layouts[0])(new_BGTK, jnp.maximum(index_BS, 0))
+        written = jnp.where((index_BS >= 0)[:, None, :, None], taken_BGSK, cache_BGSK)
     return constrain(written, *AXES)
+
+
+def _put_one(cache_BGSK: jax.Array, new_BG1K: jax.Array, slot_B1: jax.Array) -> jax.Array:
+    """One token a row where it belongs, nothing where its slot is S: in place, where nobody else holds the cache."""
+    batch = len(cache_BGSK)
+    rows = (
+        jnp.arange(max(batch, 2)) % batch
+    )  # one row twice: XLA:CPU makes of one index an update that copies the cache
+    new_BGK, slot_B = new_BG1K[rows, :, 0], slot_B1[rows, 0]
+    return cache_BGSK.at[rows, :, slot_B].set(new_BGK, mode="drop", unique_indices=batch > 1)

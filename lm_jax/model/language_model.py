@@ -16,7 +16,8 @@ from lm_jax.model.dropout import Dropout
 from lm_jax.model.embedding import Embedding
 from lm_jax.model.layers import Dense, capped, tokens_of
 from lm_jax.model.task_heads import num_outputs
-from lm_jax.sharding import constrain, einsum, iota, reshape
+from lm_jax.model.unstacked import times_few
+from lm_jax.sharding import constrain, einsum, iota, platform, reshape
 
 Caches = Any  # of generation, a tree of arrays: each kind of model has its own, and takes no other's
 
@@ -83,7 +84,10 @@ class LanguageModel(nnx.Module):
         table_VD = constrain(self.output_table.astype(x_BTD.dtype), "vocab", "model")
         n, sizes_N, tokens = tokens_of(batch, length)
         x_ND = reshape(x_BTD, (*sizes_N, dim), *tokens, None)
-        logits = einsum(f"{n}D,VD->{n}V", x_ND, table_VD, *tokens, "vocab", dtype=jnp.float32)
+        if platform() == "cpu" and length == 1 and n == "N":
+            logits = times_few(table_VD, x_ND, "vocab", jnp.float32)
+        else:
+            logits = einsum(f"{n}D,VD->{n}V", x_ND, table_VD, *tokens, "vocab", dtype=jnp.float32)
         if self.bias_V is not None:
             logits = logits + constrain(self.bias_V, "vocab")[(None,) * len(tokens)]
         if self.softcap:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lm_jax.config import Model
+from lm_jax.model.unstacked import Turned, times_few
 from lm_jax.sharding import constrain, einsum, mesh_axes, platform, reshape, stored, ways
 
 Tree = TypeVar("Tree")  # of arrays
@@ -105,7 +106,7 @@ class Dense(nnx.Module):
         declared = self.kernel.get_metadata("declared")
         axes = declared.axes[len(declared.layers) :]
         outputs, flat = axes[self.num_inputs :], platform() == "cpu" and ways("length") == 1
-        whole = *x.shape[:2], *self.kernel[...].shape[self.num_inputs :]
+        whole = *x.shape[:2], *declared.shape[len(declared.layers) + self.num_inputs :]
         if flat:
             x = reshape(x, (whole[0] * whole[1], math.prod(x.shape[2:])), "tokens", axes[0])
         y = product(x, self.kernel, flat)
@@ -124,6 +125,9 @@ def product(x: jax.Array, parameter: nnx.Param, flat: bool) -> jax.Array:
     """
     declared = parameter.get_metadata("declared")
     axes, num_inputs = declared.axes[len(declared.layers) :], len(declared.inputs)
+    if flat and isinstance(turned := parameter.get_value(), Turned):
+        kernel = constrain(turned.kernel.astype(x.dtype), *axes[num_inputs:], *axes[:num_inputs])
+        return times_few(reshape(kernel, (-1, x.shape[1]), axes[num_inputs], axes[0]), x, axes[num_inputs])
     if flat:
         return einsum("NI,IO->NO", x, as_matrix(parameter, x.dtype), "tokens", axes[num_inputs])
     inputs, outputs = "IJ"[:num_inputs], "OP"[: len(declared.outputs)]

@@ -126,11 +126,7 @@ class Transformer(LanguageModel):
         return [empty_cache(config, num_periods, batch, size) for size in sizes]
 
     def __call__(
-        self,
-        tokens_BT: jax.Array,
-        context: Context,
-        dropout: Dropout | None = None,
-        caches: list[Cache] | None = None,
+        self, tokens_BT: jax.Array, context: Context, dropout: Dropout | None = None, caches: list[Cache] | None = None
     ) -> tuple[jax.Array, Any]:
         """int32 tokens [B, T] -> final hidden states [B, T, D], and the second output of each block of the period.
 
@@ -139,11 +135,7 @@ class Transformer(LanguageModel):
         return self.through(self.embed(tokens_BT, context.positions), context, dropout, caches)
 
     def through(
-        self,
-        x_BTD: jax.Array,
-        context: Context,
-        dropout: Dropout | None = None,
-        caches: list[Cache] | None = None,
+        self, x_BTD: jax.Array, context: Context, dropout: Dropout | None = None, caches: list[Cache] | None = None
     ) -> tuple[jax.Array, Any]:
         """As `__call__`, from embedded tokens [B, T, D]."""
         config = self.config
