@@ -1,7 +1,8 @@
 """Continuous batching: requests join and leave the texts that one decode program writes, between two tokens.
 
 A slot is a row of the caches. A prompt is read in chunks of one size that start at its multiples, a chunk between two tokens of
-the others; chunks that another slot has read are copied from there. What an encoder reads is read whole.
+the others; chunks that another slot has read are copied from there. What an encoder reads is read whole. How a text is cut
+depends on nothing but itself.
 """
 
 import collections
@@ -156,11 +157,11 @@ class Engine:
             self.step()
 
     def warm_up(self) -> None:
-        """Compiles what every request needs: by two that share a chunk, by a source of each width."""
+        """Compiles what every request needs: by two that share a chunk and a short one, by a source of each width."""
         for width in self.widths:
             self.submit(Request(np.zeros(1, np.int32), 1, (), source=np.zeros(width, np.int32)))
-        for _ in range(0 if self.reads else 2):
-            self.submit(Request(np.zeros(min(CHUNK + 2, self.max_length - 1), np.int32), 1, ()))
+        for length in () if self.reads else (CHUNK + 2, CHUNK + 2, 2):
+            self.submit(Request(np.zeros(min(length, self.max_length - 1), np.int32), 1, ()))
         while not self.idle:
             self.step()
         self.counts.clear()
@@ -210,19 +211,21 @@ class Engine:
         return int(differs[0]) // CHUNK * CHUNK if len(differs) else num
 
     def _read(self) -> None:
-        """A chunk of one prompt on each part of the batch."""
-        size, tokens = len(self.slots) // self.shards, np.zeros((self.shards, CHUNK), np.int32)
+        """A chunk of one prompt on each part of the batch, all of the width of the first: a quarter where few tokens are left."""
+        size, tokens, width = len(self.slots) // self.shards, np.zeros((self.shards, CHUNK), np.int32), 0
         start, num, row = (np.zeros(self.shards, np.int32) for _ in range(3))
         for request in self.busy:
             part, ids = request.slot // size, request.ids[request.read : -1][:CHUNK]
-            if len(ids) and not num[part]:
-                tokens[part, : len(ids)] = ids
+            its = CHUNK if len(ids) > CHUNK // 4 else CHUNK // 4
+            if len(ids) and not num[part] and width in (0, its):
+                tokens[part, : len(ids)], width = ids, its
                 start[part], num[part], row[part] = request.read, len(ids), request.slot % size
                 request.read += len(ids)
                 self.slots[request.slot].kept = request.ids[: request.read // CHUNK * CHUNK]
-        if num.any():
+        if width:
             self.counts["read"] += int(num.sum())
-            self.caches = block_on_cpu(read_chunk(self.graph, self.parameters, self.caches, tokens, start, num, row))
+            read = read_chunk(self.graph, self.parameters, self.caches, tokens[:, :width], start, num, row)
+            self.caches = block_on_cpu(read)
 
     def _encode(self) -> None:
         """A source of one width on each part of the batch: that of the first request that waits."""

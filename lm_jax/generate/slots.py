@@ -17,7 +17,7 @@ from lm_jax.generate.sampling import Sampling, keys, sample
 from lm_jax.model.attention import Context
 from lm_jax.model.build import ModelDef
 from lm_jax.model.encoder_decoder import EncoderDecoder
-from lm_jax.model.kv_cache import Cache, Continued, of_kind
+from lm_jax.model.kv_cache import continued, is_cache, plain
 from lm_jax.model.unstacked import Unstacked, is_unstacked
 from lm_jax.sharding import computed, constrain, iota, on_each_device
 
@@ -106,9 +106,11 @@ def read_chunk(graph: ModelDef, parameters: dict, caches, tokens_RC, start_R, nu
     index_RC = iota(tokens_RC.shape, "batch", "length")
     positions_RC = jnp.minimum(start_R[:, None] + index_RC, graph.sequence_length - 1)
     context = Context(positions_RC, (index_RC < num_R[:, None]).astype(jnp.int32))
-    rows = of_kind(Continued, _take(caches, slot_R, dim := _dim_of_rows(caches)))
-    _, rows = graph.module(parameters)(tokens_RC, context, None, rows)
-    return _put(caches, of_kind(Cache, rows), slot_R, dim)
+    model = graph.module(parameters)
+    if any(map(is_cache, jax.tree.leaves(caches, is_leaf=is_cache))):
+        return plain(model(tokens_RC, context, None, continued(caches, slot_R))[1])
+    _, rows = model(tokens_RC, context, None, _take(caches, slot_R, dim := _dim_of_rows(caches)))  # recurrent states
+    return _put(caches, rows, slot_R, dim)
 
 
 @functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("caches",))

@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         v_BSGK = checkpoint_name(self.value(source_BSD), "value")
         backend = self.config.attention
         if cache is not None:
-            (k_BSGK, v_BSGK, visible, cache), backend = extend(cache, k_BSGK, v_BSGK, context), "auto"
+            (k_BSGK, v_BSGK, visible, cache), backend = extend(cache, k_BSGK, v_BSGK, context, self.window > 0), "auto"
         settings = self.window, backend, self.causal, bias_BHTS, self.softcap
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, context, visible, *settings)
         return checkpoint_name(self.output(out_BTHK), "attention"), cache
