@@ -127,6 +127,7 @@ def evaluated(arguments: list[str], log: Terminal) -> dict[str, Any]:
 
         about = {"model": flags.model, "step": found.step}
         scored = results.write(found.workdir, flags.split, kind, kept, about)
+        log(f"every record with its score: {found.workdir / 'results' / flags.split}.jsonl, in short .md")
         result |= {"records": len(kept)} | {f"eval/{name}": value for name, value in scored.items()}
     return result
 

@@ -111,7 +111,7 @@ def test_an_answer_in_a_crowd_is_that_of_the_request_alone(family, mesh, devices
     assert any(len(tokens) < request.limit for tokens, request in zip(together[::3], requests[::3], strict=True))
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "t5"])
 def test_what_is_written_is_what_generate_writes(family, engine_of):
     engine = engine_of(family, ONE, 1)
     requests = [request for request in crowd(6, family) if request.sampling is GREEDY]
