@@ -72,6 +72,7 @@ MORE = {  # families that are Llama and a setting or two
     "phi3": dict(LLAMA, model__rotary_share=(0.5,)),
     "smollm3": dict(LLAMA, model__num_layers=4, model__window=(0,) * 4, model__rotary_share=(1.0, 1.0, 1.0, 0.0)),
     "qwen3_moe": dict(LLAMA, model__num_experts=4, model__qk_norm=True),
+    "gemma2_gelu": dict(FAMILIES["gemma2"], model__activation="gelu"),
     "granite": dict(LLAMA, model__multipliers=(3.0, 0.4, 0.1, 2.0)),
 }
 
