@@ -115,6 +115,7 @@ MISTAKEN_PAIRS = [
     ({"prompt": "What?", "chosen": [USER, BLUE], "rejected": [USER, RED]}, "other words than the prompt 'What?'"),
     ({"prompt": [MORE], "chosen": [USER, BLUE], "rejected": [USER, RED]}, "chosen is user, assistant: one message"),
     ({"prompt": [USER], "chosen": [BLUE], "rejected": [RED, USER, RED]}, "rejected is assistant, user, assistant"),
+    ({"prompt": [USER], "chosen": [RED, USER, BLUE], "rejected": [RED]}, "chosen is assistant, user, assistant"),
     ({"prompt": [USER], "chosen": [BLUE], "rejected": [BLUE]}, "are the same text 'Blue.'"),
     ({"prompt": [USER], "chosen": [BLUE], "rejected": []}, "rejected is no list of messages"),
 ]
