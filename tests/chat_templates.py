@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+from lm_jax.generate import chat_template
+
 CHINESE = """\
 人工智能模型从文本中学习：它读到一个词，然后猜下一个词。“你好，世界！”他说（声音很轻）。
 价格是￥１２８．００；折扣为２０％——真的吗？是的……请看《说明》第３章、第【４】节。
@@ -91,3 +93,10 @@ def tokenizer_json(first: str) -> bytes:
         single=f"{first} $A </s>".strip(), special_tokens=[(name, made.token_to_id(name)) for name in around]
     )
     return made.to_str().encode()
+
+
+def chat_folder(folder: pathlib.Path) -> str:
+    """The folder, with the tokenizer of all six and the template `chatml` in it."""
+    (folder / "tokenizer.json").write_bytes(tokenizer_json(""))
+    (folder / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
+    return str(folder)

@@ -1,9 +1,7 @@
 """A small run of each task: the command, and the records that it learns from."""
 
-from chat_templates import TEMPLATES, tokenizer_json
+from chat_templates import chat_folder
 from helpers import KINDS, write_table
-
-from lm_jax.generate import chat_template
 
 LETTERS = [("ab"[i % 2], "xy"[i % 2]) for i in range(400)]
 ENCODER = dict(model__kind="encoder", model__norm_place="post", data__objective="masked")
@@ -52,8 +50,6 @@ def line_of(folder, case: str) -> list[str]:
         data__validation_fraction=0.2, data__test_fraction=0.0,
     ) | changes  # fmt: skip
     if task == "instruction":
-        (folder / "tokenizer.json").write_bytes(tokenizer_json(""))
-        (folder / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
-        given["data__tokenizer"] = str(folder)
+        given["data__tokenizer"] = chat_folder(folder)
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in given.items()]
     return ["--config", "experiments/quickstart.py:smoke", *flags]

@@ -4,11 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from chat_templates import TEMPLATES, tokenizer_json
+from chat_templates import chat_folder
 from helpers import tiny
 
 from lm_jax.errors import UserError
-from lm_jax.generate import chat_template
 from lm_jax.open_data import open_data
 
 SYSTEM = {"role": "system", "content": "Be short."}
@@ -59,10 +58,7 @@ SAME_PAIRS = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("chat")
-    (folder / "tokenizer.json").write_bytes(tokenizer_json(""))
-    (folder / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
-    return str(folder)
+    return chat_folder(tmp_path_factory.mktemp("chat"))
 
 
 def opened(folder, tokenizer: str, task: str, records: list, **changes):

@@ -6,7 +6,7 @@ import shutil
 
 import inspect_data
 import pytest
-from chat_templates import TEMPLATES, tokenizer_json
+from chat_templates import chat_folder
 from etils import epath
 from helpers import ROOT, made_up, tiny, write_shards
 
@@ -14,7 +14,6 @@ from lm_jax import step_folders
 from lm_jax.batch_ramp import DataState
 from lm_jax.data import mixture
 from lm_jax.errors import UserError
-from lm_jax.generate import chat_template
 from lm_jax.plan import inspection
 
 CONFIG = ["--config", str(ROOT / "experiments" / "quickstart.py:smoke")]
@@ -88,8 +87,7 @@ def test_a_negative_step_is_refused():
 
 
 def test_what_is_learnt_of_a_conversation_or_a_pair_is_told_apart(tmp_path, capsys):
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(""))
-    (tmp_path / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
+    chat_folder(tmp_path)
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "now?"), ("assistant", "soon")]
     messages = [{"role": role, "content": content} for role, content in turns]
     given = [f"--config.data.{name}={tmp_path}" for name in ("sources", "tokenizer")]

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from chat_templates import LOOP, TEMPLATES, tokenizer_json
+from chat_templates import LOOP, TEMPLATES, chat_folder, tokenizer_json
 from helpers import tiny
 
 from lm_jax.data.hugging_face_tokenizer import HuggingFace
@@ -157,10 +157,7 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_refused(why, tokenizers_
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("chat")
-    (folder / "tokenizer.json").write_bytes(tokenizer_json(""))
-    (folder / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
-    return str(folder)
+    return chat_folder(tmp_path_factory.mktemp("chat"))
 
 
 def config_of(place: str, records: list, **changes):

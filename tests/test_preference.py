@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from chat_templates import TEMPLATES, tokenizer_json
+from chat_templates import chat_folder
 from helpers import assert_same_run, kill_once_saved, lines_of, tiny, write_table
 
 from lm_jax import evaluate, files, loss, main
@@ -15,7 +15,6 @@ from lm_jax.data import loader
 from lm_jax.data.tokenizer import Bytes
 from lm_jax.errors import UserError
 from lm_jax.evaluator import Evaluator
-from lm_jax.generate import chat_template
 from lm_jax.mesh import make_mesh
 from lm_jax.model.build import build
 from lm_jax.model.task_heads import label_losses
@@ -66,8 +65,7 @@ def test_a_pair_is_two_segments_of_one_row(place):
 
 
 def test_conversations_are_answered_in_the_chat_template(tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(""))
-    (tmp_path / chat_template.FILE).write_text(TEMPLATES["chatml"][1])
+    chat_folder(tmp_path)
     prompt = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("user", "now?"))]
     place = write_table(tmp_path, ".jsonl", [{"prompt": prompt, "chosen": "soon", "rejected": "never"}])
     given = dict(data__global_batch_size=1, train__microbatch_rows=1, data__validation_fraction=0.0)

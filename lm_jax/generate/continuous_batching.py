@@ -30,7 +30,7 @@ from lm_jax.generate.slots import (
 )
 from lm_jax.mesh import batch_shards
 from lm_jax.model.build import ModelDef
-from lm_jax.model.kv_cache import Cache
+from lm_jax.model.kv_cache import is_cache
 from lm_jax.model.language_model import padded
 
 CHUNK = 64  # tokens of a prompt that are read at once
@@ -103,8 +103,8 @@ class Engine:
         num_slots = -(-num_slots // self.shards) * self.shards
         self.slots = [Slot() for _ in range(num_slots)]
         self.caches = empty_caches(graph, self.parameters, num_slots, max_length)
-        of_layers = jax.tree.leaves(self.caches, is_leaf=lambda node: isinstance(node, Cache))
-        self.shares = all(isinstance(x, Cache) and x.keys.shape[-2] == max_length for x in of_layers)  # no windows
+        of_layers = jax.tree.leaves(self.caches, is_leaf=is_cache)
+        self.shares = all(is_cache(x) and x.keys.shape[-2] == max_length for x in of_layers)  # no windows
         self.reads = graph.config.kind == "encoder_decoder"
         widths = [min(CHUNK * 4**k, max_length) for k in range(8)]
         self.widths = sorted(set(widths)) if self.reads else []  # in which a source is read

@@ -24,7 +24,7 @@ from lm_jax.files import file_hash
 from lm_jax.tasks import TASKS
 from lm_jax.tasks.results import Result
 from lm_jax.tasks.segments import Segment, with_two_lengths
-from lm_jax.tasks.tables import Row, files_of, has_one_of, left_over, rows
+from lm_jax.tasks.tables import Row, files_of, left_over, rows
 from lm_jax.tasks.task import Task
 
 
@@ -183,7 +183,7 @@ def read_splits(source: str, task: Task, data: Data) -> dict[str, list[tuple[str
     files, others = files_of(source), () if data.columns else task.other_columns
 
     def parse(row: Row) -> tuple[str, tuple]:
-        if has_one_of(others, row) and not row.content.keys() >= set(task.names):
+        if not row.content.keys() >= set(task.names):  # then it has one of the others
             return row.where, task.parse(row)
         own = (*task.columns, *task.optional)
         its = (*task.names, *own[len(task.names) :])
